@@ -1,0 +1,175 @@
+"""What a configuration must satisfy beyond the types of its values."""
+
+from collections.abc import Iterator
+
+from lag_megatron.config.schema import GrowthConfig, ModelConfig, ParallelConfig, RunConfig
+from lag_megatron.errors import ConfigError
+
+
+def problems_of(config: RunConfig) -> list[str]:
+    """Every contradiction inside ``config``, one line each, with its dotted path."""
+    return [
+        *_positive(config),
+        *_model(config.model, config.parallel),
+        *_data(config),
+        *_optimizer(config),
+        *_stages(config),
+    ]
+
+
+def data_parallel_size(parallel: ParallelConfig, *, world_size: int) -> int:
+    """Number of data-parallel replicas in a world of ``world_size`` ranks.
+
+    Raises:
+        ConfigError: if ranks or sequences do not divide evenly.
+    """
+    if parallel.world_size not in (None, world_size):
+        raise ConfigError(
+            f"parallel.world_size: configured for {parallel.world_size} ranks, but {world_size} "
+            f"were started. Start {parallel.world_size} or change the key."
+        )
+    if world_size % parallel.tensor:
+        raise ConfigError(
+            f"parallel.tensor: {parallel.tensor} does not divide the world of {world_size} ranks. "
+            f"Start a multiple of {parallel.tensor} ranks."
+        )
+    replicas = world_size // parallel.tensor
+    if parallel.global_batch % (parallel.micro_batch * replicas):
+        unit = parallel.micro_batch * replicas
+        below = max(unit, parallel.global_batch // unit * unit)
+        raise ConfigError(
+            f"parallel.global_batch: {parallel.global_batch} sequences do not divide into "
+            f"micro_batch {parallel.micro_batch} x {replicas} data-parallel ranks = {unit}. "
+            f"Nearest: {below} or {below + unit}."
+        )
+    return replicas
+
+
+def _positive(config: RunConfig) -> Iterator[str]:
+    model, parallel = config.model, config.parallel
+    values = {
+        "model.num_layers": model.num_layers,
+        "model.hidden_size": model.hidden_size,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_query_groups": model.num_query_groups,
+        "model.seq_length": model.seq_length,
+        "model.init_std": model.init_std,
+        "data.validation_tokens": config.data.validation_tokens,
+        "parallel.tensor": parallel.tensor,
+        "parallel.micro_batch": parallel.micro_batch,
+        "parallel.global_batch": parallel.global_batch,
+        "optimizer.lr": config.optimizer.lr,
+        "optimizer.eps": config.optimizer.eps,
+        "checkpoint.interval": config.checkpoint.interval,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "tracking.validation_interval": config.tracking.validation_interval,
+        "tracking.log_interval": config.tracking.log_interval,
+    }
+    for path, value in values.items():
+        if value <= 0:
+            yield f"{path}: must be above 0 (got {value})."
+
+
+def _model(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    if model.num_attention_heads <= 0 or model.num_query_groups <= 0 or parallel.tensor <= 0:
+        return
+    tensor = parallel.tensor
+    divisions = [
+        ("model.hidden_size", model.hidden_size, "num_attention_heads", model.num_attention_heads),
+        ("model.num_attention_heads", model.num_attention_heads, "num_query_groups",
+         model.num_query_groups),
+        ("model.num_query_groups", model.num_query_groups, "parallel.tensor", tensor),
+        ("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tensor", tensor),
+    ]  # fmt: skip
+    if isinstance(model.vocab_size, int):
+        divisions.append(("model.vocab_size", model.vocab_size, "parallel.tensor", tensor))
+    for path, value, name, divisor in divisions:
+        if value % divisor:
+            yield f"{path}: {value} is not a multiple of {name} = {divisor}."
+    if not 0 <= model.dropout < 1:
+        yield f"model.dropout: must be in [0, 1) (got {model.dropout})."
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.source == "stdlib" and data.paths:
+        yield f"data.paths: the source 'stdlib' takes no paths (got {list(data.paths)})."
+    if data.source != "stdlib" and not data.paths:
+        yield f"data.paths: the source {data.source!r} needs at least one file, glob or folder."
+    if not 0 < data.validation_fraction < 1:
+        yield f"data.validation_fraction: must be in (0, 1) (got {data.validation_fraction})."
+    if data.tokenizer.type == "file" and not data.tokenizer.path:
+        yield "data.tokenizer.path: the type 'file' needs the path of a tokenizer.json."
+    if data.tokenizer.type == "bpe" and data.tokenizer.vocab_size < 257:
+        yield (
+            "data.tokenizer.vocab_size: byte-level BPE needs 256 bytes and an end of document, "
+            f"so at least 257 (got {data.tokenizer.vocab_size})."
+        )
+
+
+def _optimizer(config: RunConfig) -> Iterator[str]:
+    optimizer, schedule = config.optimizer, config.optimizer.schedule
+    for number, beta in enumerate(optimizer.betas):
+        if not 0 <= beta < 1:
+            yield f"optimizer.betas.{number}: must be in [0, 1) (got {beta})."
+    for path, value in (
+        ("optimizer.weight_decay", optimizer.weight_decay),
+        ("optimizer.grad_clip", optimizer.grad_clip),
+        ("optimizer.schedule.warmup_steps", schedule.warmup_steps),
+        ("optimizer.schedule.min_lr", schedule.min_lr),
+    ):
+        if value < 0:
+            yield f"{path}: must not be negative (got {value})."
+    if schedule.min_lr > optimizer.lr:
+        yield (
+            f"optimizer.schedule.min_lr: {schedule.min_lr} is above optimizer.lr {optimizer.lr}."
+        )
+    if schedule.decay_steps is not None and schedule.decay_steps <= schedule.warmup_steps:
+        yield (
+            f"optimizer.schedule.decay_steps: {schedule.decay_steps} must be after warmup_steps "
+            f"{schedule.warmup_steps}."
+        )
+
+
+def _stages(config: RunConfig) -> Iterator[str]:
+    if not config.stages:
+        yield "stages: at least one stage is needed, e.g. [{steps: 600}]."
+    for number, stage in enumerate(config.stages):
+        if stage.steps <= 0:
+            yield f"stages.{number}.steps: must be above 0 (got {stage.steps})."
+        layers = config.layers_of(number)
+        if number == 0:
+            if layers != config.model.num_layers:
+                yield (
+                    f"stages.0.num_layers: the first stage has the model's {config.model.num_layers}"
+                    f" layers (got {layers})."
+                )
+            if stage.growth is not None:
+                yield "stages.0.growth: nothing grows before the first stage. Remove the key."
+        elif layers < config.layers_of(number - 1):
+            yield (
+                f"stages.{number}.num_layers: {layers} is fewer than the "
+                f"{config.layers_of(number - 1)} of the stage before; stages only grow."
+            )
+        elif layers > config.layers_of(number - 1):
+            where = f"stages.{number}.growth" if stage.growth else "growth"
+            yield from _growth(config.growth_before(number), where, stage.steps)
+
+
+def _growth(growth: GrowthConfig, where: str, steps: int) -> Iterator[str]:
+    if growth.lag < 0:
+        yield f"{where}.lag: must not be negative (got {growth.lag})."
+    if growth.lag > steps:
+        yield f"{where}.lag: {growth.lag} is longer than the stage that follows ({steps} steps)."
+    if list(growth.rungs) != sorted(set(growth.rungs)) or any(r <= 0 for r in growth.rungs):
+        yield f"{where}.rungs: must be positive and strictly rising (got {list(growth.rungs)})."
+    elif growth.rungs and growth.rungs[-1] != growth.lag:
+        yield f"{where}.rungs: the last rung {growth.rungs[-1]} must be the lag {growth.lag}."
+    if any(not 0 <= step <= growth.lag for step in growth.eval_steps):
+        yield (
+            f"{where}.eval_steps: must lie between 0 and the lag {growth.lag} "
+            f"(got {list(growth.eval_steps)})."
+        )
+    if not growth.pool.init:
+        yield f"{where}.pool.init: at least one of duplicate, random is needed."

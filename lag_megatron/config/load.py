@@ -1,0 +1,186 @@
+"""YAML with ``extends:`` and ``--set`` overrides, checked as a whole.
+
+All mistakes are reported at once, each with its dotted path, its value, what is allowed and, for
+an unknown key, the nearest known one.
+"""
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from lag_megatron.config.check import problems_of
+from lag_megatron.config.schema import GrowthConfig, RunConfig
+from lag_megatron.errors import ConfigError
+
+Tree = dict[str, Any]
+
+
+def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration file.
+
+    Args:
+        path: YAML file; ``extends: other.yaml`` (relative to it) is read first.
+        overrides: ``a.b=c`` strings; ``c`` is YAML, list items are addressed as ``stages.0.steps``.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    tree = read_tree(Path(path))
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: Tree, *, source: str = "configuration") -> RunConfig:
+    """Check a plain mapping and turn it into a :class:`RunConfig`."""
+    tree = _merge_stage_growth(tree)
+    try:
+        config = TypeAdapter(RunConfig).validate_python(tree)
+    except ValidationError as error:
+        lines = [_describe(problem) for problem in error.errors()]
+        raise ConfigError(_block(source, lines)) from None
+    if lines := problems_of(config):
+        raise ConfigError(_block(source, lines))
+    return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """The complete configuration as YAML that :func:`load_config` reads back unchanged."""
+    tree = TypeAdapter(RunConfig).dump_python(config, mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100)
+
+
+def read_tree(path: Path, *, seen: tuple[Path, ...] = ()) -> Tree:
+    """One YAML file with everything it extends merged under it."""
+    path = path.resolve()
+    if path in seen:
+        chain = " -> ".join(p.name for p in (*seen, path))
+        raise ConfigError(f"{path}: extends itself ({chain}). Remove one `extends:`.")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f" Files there: {', '.join(near)}." if near else ""
+        raise ConfigError(f"{path}: no such configuration file.{hint}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, got {type(tree).__name__}.")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    return merge(read_tree(path.parent / str(base), seen=(*seen, path)), tree)
+
+
+def merge(base: Tree, over: Mapping[str, Any]) -> Tree:
+    """``over`` on top of ``base``: mappings are merged, everything else is replaced."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, Mapping)
+        result[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def apply_override(tree: Tree, override: str) -> None:
+    """Set one dotted path of ``tree`` in place from ``path=value``."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {override}: expected key.path=value, e.g. --set optimizer.lr=3e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
+    *parents, last = re.sub(r"\[(\d+)\]", r".\1", path).split(".")
+    node: Any = tree
+    for key in parents:
+        node = _child(node, key, override)
+    _assign(node, last, value, override)
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_list_index(node, key, override)]
+    if not isinstance(node, dict):
+        raise ConfigError(f"--set {override}: {key!r} lies inside a value that is not a mapping.")
+    child = node.setdefault(key, {})
+    if child is None:
+        child = node[key] = {}
+    return child
+
+
+def _assign(node: Any, key: str, value: Any, override: str) -> None:
+    if isinstance(node, list):
+        node[_list_index(node, key, override)] = value
+    elif isinstance(node, dict):
+        node[key] = value
+    else:
+        raise ConfigError(f"--set {override}: {key!r} lies inside a value that is not a mapping.")
+
+
+def _list_index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise ConfigError(f"--set {override}: {key!r} is not an index below {len(node)}.")
+    return int(key)
+
+
+def _merge_stage_growth(tree: Tree) -> Tree:
+    """Lay each stage's ``growth`` over the global one, so that a stage names only differences."""
+    stages, growth = tree.get("stages"), tree.get("growth", {})
+    if not isinstance(stages, list) or not isinstance(growth, dict):
+        return tree
+    merged = [
+        {**stage, "growth": merge(growth, stage["growth"])}
+        if isinstance(stage, dict) and isinstance(stage.get("growth"), dict)
+        else stage
+        for stage in stages
+    ]
+    return {**tree, "stages": merged}
+
+
+def _block(source: str, lines: Sequence[str]) -> str:
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    return f"{count} in {source}\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _describe(problem: Any) -> str:
+    """One line for one of pydantic's errors."""
+    location = tuple(part for part in problem["loc"] if not _is_union_tag(part))
+    path = ".".join(str(part) for part in location)
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        allowed = f" Known keys: {', '.join(known)}." if known else ""
+        return f"{path}: unknown key (got {problem['input']!r}).{hint}{allowed}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{path}: required, but not given."
+    return f"{path}: {problem['msg']} (got {problem['input']!r})."
+
+
+def _is_union_tag(part: int | str) -> bool:
+    """Whether pydantic added this part of a location to name a member of a union."""
+    return isinstance(part, str) and not part.isidentifier() or part in ("int", "GrowthConfig")
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    """Keys allowed at a dotted location, found by walking the schema."""
+    node: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            args = typing.get_args(node)
+            node = args[0] if args else None
+        elif part == "growth":
+            node = GrowthConfig
+        else:
+            node = typing.get_type_hints(node).get(part) if dataclasses.is_dataclass(node) else None
+    if not dataclasses.is_dataclass(node):
+        return []
+    return [f.name for f in dataclasses.fields(node)]

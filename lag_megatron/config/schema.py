@@ -1,0 +1,210 @@
+"""The configuration as frozen, typed values.  ``load.py`` makes them from YAML."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FORBID = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Shape of the transformer; names are Megatron's."""
+
+    __pydantic_config__ = FORBID
+    family: Literal["gpt"] = "gpt"
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    seq_length: int
+    vocab_size: int | Literal["auto"] = "auto"
+    positions: Literal["learned", "rope"] = "learned"
+    rotary_base: int = 10000
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    norm_position: Literal["pre"] = "pre"
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    bias: bool = True
+    tied_embeddings: bool = True
+    dropout: float = 0.0
+    init_std: float = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerConfig:
+    """``bpe`` is trained on the corpus; ``file`` reads a Hugging Face ``tokenizer.json``."""
+
+    __pydantic_config__ = FORBID
+    type: Literal["bpe", "file"] = "bpe"
+    vocab_size: int = 4096
+    path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where the text comes from and how it is cut into samples."""
+
+    __pydantic_config__ = FORBID
+    source: Literal["stdlib", "text", "jsonl"] = "stdlib"
+    paths: tuple[str, ...] = ()
+    text_key: str = "text"
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    objective: Literal["causal"] = "causal"
+    validation_fraction: float = 0.01
+    validation_tokens: int = 65536
+    seed: int = 1234
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """Learning rate over optimizer steps; ``decay_steps: null`` means the end of the run."""
+
+    __pydantic_config__ = FORBID
+    name: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    min_lr: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW; weight decay acts on matrices, not on biases and norms."""
+
+    __pydantic_config__ = FORBID
+    name: Literal["adamw"] = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the work is spread; batches are counted in sequences.
+
+    ``world_size`` is only needed by a dry run without a hostfile; a run takes it from its launcher
+    and refuses a different one.
+    """
+
+    __pydantic_config__ = FORBID
+    tensor: int = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    micro_batch: int = 8
+    global_batch: int = 32
+    precision: Literal["fp32", "bf16"] = "fp32"
+    world_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolConfig:
+    """Candidates of one growth event: the product of the given indices, block sizes and inits."""
+
+    __pydantic_config__ = FORBID
+    operator: Literal["lag", "last", "random_top"] = "lag"
+    index: Literal["all"] | int | tuple[int, ...] = "all"
+    block_size: Literal["all"] | int | tuple[int, ...] = "all"
+    init: tuple[Literal["duplicate", "random"], ...] = ("random", "duplicate")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrowthConfig:
+    """What is tried at a growth event and how the winner is chosen.
+
+    ``eta``, ``min_rank_correlation`` and ``rung_value`` are read by rules that stop candidates
+    early; the rule ``lag`` has one rung, and evaluates at 0, at ``rungs`` and at ``eval_steps``.
+    """
+
+    __pydantic_config__ = FORBID
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    rule: Literal["lag"] = "lag"
+    lag: int = 200
+    rungs: tuple[int, ...] = ()
+    eta: int = 3
+    min_rank_correlation: float = 0.8
+    rung_value: Literal["last"] = "last"
+    eval_steps: tuple[int, ...] = ()
+    exhaustive: Literal[False] = False
+    probe_groups: Literal[1] = 1
+    moments: Literal["auto", "copy", "zero", "borrow"] = "auto"
+    max_loss: float = 20.0
+
+    def evaluation_steps(self) -> tuple[int, ...]:
+        """Steps after growth at which a probe is evaluated, 0 and the lag included."""
+        return tuple(sorted({0, *self.rungs, *self.eval_steps, self.lag}))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """A stage trains one shape; ``growth`` is the event before it (default: the global one)."""
+
+    __pydantic_config__ = FORBID
+    steps: int
+    num_layers: int | None = None
+    growth: GrowthConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Checkpoint every ``interval`` steps and keep the newest ``keep_last`` of a stage."""
+
+    __pydantic_config__ = FORBID
+    interval: int = 1000
+    keep_last: int = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WandbConfig:
+    """``auto`` is online where an API key is found and offline elsewhere."""
+
+    __pydantic_config__ = FORBID
+    project: str = "lag-megatron"
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """How often, in steps, the run validates itself and prints a line."""
+
+    __pydantic_config__ = FORBID
+    validation_interval: int = 100
+    log_interval: int = 10
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """A whole run.  ``seed`` drives initialisation, growth and dropout; ``data.seed`` the text.
+
+    ``deepspeed`` holds options of DeepSpeed's own JSON that this schema does not name.
+    """
+
+    __pydantic_config__ = FORBID
+    model: ModelConfig
+    stages: tuple[StageConfig, ...]
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    seed: int = 1234
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, all stages together."""
+        return sum(stage.steps for stage in self.stages)
+
+    def layers_of(self, stage: int) -> int:
+        """Number of layers in stage ``stage``; a stage that names none keeps the one before."""
+        for earlier in reversed(self.stages[: stage + 1]):
+            if earlier.num_layers is not None:
+                return earlier.num_layers
+        return self.model.num_layers
+
+    def growth_before(self, stage: int) -> GrowthConfig:
+        """The growth event before stage ``stage`` (1-based events: growth 1 is before stage 1)."""
+        return self.stages[stage].growth or self.growth

@@ -1,0 +1,1 @@
+"""Growth: operators, plans and their execution on sharded training states."""

@@ -1,0 +1,84 @@
+"""The pool of a growth event: every candidate that the configuration asks for."""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lag_megatron.config import GrowthConfig, PoolConfig
+from lag_megatron.errors import PlanError
+from lag_megatron.growth.layer_map import feasible_block_sizes, feasible_indices
+from lag_megatron.growth.plan import GrowthPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One growth plan of a pool; ``id`` names its folder and its curves."""
+
+    id: str
+    plan: GrowthPlan
+
+    def describe(self) -> dict[str, Any]:
+        """The candidate's entry in ``pool.json``."""
+        plan = self.plan
+        return {
+            "id": self.id,
+            "operator": plan.operator,
+            **plan.options,
+            "moments": plan.moments,
+            "source_layers": plan.source_layers,
+            "target_layers": plan.target_layers,
+            "layer_map": [
+                {"source": o.source, "new": o.is_new, "init": o.init} for o in plan.layer_map
+            ],
+            "digest": plan.digest,
+        }
+
+
+def build_pool(
+    growth: GrowthConfig, *, source_layers: int, target_layers: int, seed: int, init_std: float
+) -> tuple[Candidate, ...]:
+    """All candidates for growing ``source_layers`` to ``target_layers``, in a fixed order.
+
+    Raises:
+        PlanError: if one of them is impossible, or the pool is empty.
+    """
+
+    def plan(operator: str, options: dict[str, object]) -> GrowthPlan:
+        return GrowthPlan(
+            operator=operator,
+            options=options,
+            source_layers=source_layers,
+            target_layers=target_layers,
+            moments=growth.moments,
+            seed=seed,
+            init_std=init_std,
+        )
+
+    pool = growth.pool
+    if pool.operator != "lag":
+        return (Candidate(pool.operator, plan(pool.operator, {})),)
+    candidates = tuple(
+        Candidate(
+            f"i{index}-b{block_size}-{init}",
+            plan("lag", {"index": index, "block_size": block_size, "init": init}),
+        )
+        for index, block_size, init in _lag_options(pool, source_layers, target_layers)
+    )
+    if not candidates:
+        raise PlanError("the pool is empty: give growth.pool at least one index, block and init.")
+    return candidates
+
+
+def _lag_options(
+    pool: PoolConfig, source_layers: int, target_layers: int
+) -> Iterable[tuple[int, int, str]]:
+    indices = _chosen(pool.index, feasible_indices(source_layers, target_layers))
+    sizes = _chosen(pool.block_size, feasible_block_sizes(source_layers, target_layers))
+    return itertools.product(indices, sizes, dict.fromkeys(pool.init))
+
+
+def _chosen(wanted: str | int | tuple[int, ...], feasible: Iterable[int]) -> Iterable[int]:
+    if isinstance(wanted, str):
+        return feasible
+    return (wanted,) if isinstance(wanted, int) else dict.fromkeys(wanted)
