@@ -1,5 +1,6 @@
 """What a configuration must satisfy beyond the types of its values."""
 
+import math
 from collections.abc import Iterator
 
 from lag_megatron.config.schema import GrowthConfig, ModelConfig, ParallelConfig, RunConfig
@@ -11,6 +12,7 @@ def problems_of(config: RunConfig) -> list[str]:
     return [
         *_positive(config),
         *_model(config.model, config.parallel),
+        *_parallel(config.parallel),
         *_data(config),
         *_optimizer(config),
         *_stages(config),
@@ -54,11 +56,14 @@ def _positive(config: RunConfig) -> Iterator[str]:
         "model.num_attention_heads": model.num_attention_heads,
         "model.num_query_groups": model.num_query_groups,
         "model.seq_length": model.seq_length,
+        "model.rotary_base": model.rotary_base,
+        "model.norm_eps": model.norm_eps,
         "model.init_std": model.init_std,
         "data.validation_tokens": config.data.validation_tokens,
         "parallel.tensor": parallel.tensor,
         "parallel.micro_batch": parallel.micro_batch,
         "parallel.global_batch": parallel.global_batch,
+        "parallel.world_size": 1 if parallel.world_size is None else parallel.world_size,
         "optimizer.lr": config.optimizer.lr,
         "optimizer.eps": config.optimizer.eps,
         "checkpoint.interval": config.checkpoint.interval,
@@ -67,8 +72,8 @@ def _positive(config: RunConfig) -> Iterator[str]:
         "tracking.log_interval": config.tracking.log_interval,
     }
     for path, value in values.items():
-        if value <= 0:
-            yield f"{path}: must be above 0 (got {value})."
+        if not 0 < value < math.inf:
+            yield f"{path}: must be above 0 and finite (got {value})."
 
 
 def _model(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
@@ -89,6 +94,15 @@ def _model(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
             yield f"{path}: {value} is not a multiple of {name} = {divisor}."
     if not 0 <= model.dropout < 1:
         yield f"model.dropout: must be in [0, 1) (got {model.dropout})."
+
+
+def _parallel(parallel: ParallelConfig) -> Iterator[str]:
+    sizes = (parallel.tensor, parallel.micro_batch, parallel.global_batch, parallel.world_size or 0)
+    if min(sizes) > 0:
+        try:
+            data_parallel_size(parallel, world_size=sizes[-1])
+        except ConfigError as error:
+            yield str(error)
 
 
 def _data(config: RunConfig) -> Iterator[str]:
@@ -119,8 +133,8 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
         ("optimizer.schedule.warmup_steps", schedule.warmup_steps),
         ("optimizer.schedule.min_lr", schedule.min_lr),
     ):
-        if value < 0:
-            yield f"{path}: must not be negative (got {value})."
+        if not 0 <= value < math.inf:
+            yield f"{path}: must be finite and not negative (got {value})."
     if schedule.min_lr > optimizer.lr:
         yield (
             f"optimizer.schedule.min_lr: {schedule.min_lr} is above optimizer.lr {optimizer.lr}."
@@ -142,8 +156,8 @@ def _stages(config: RunConfig) -> Iterator[str]:
         if number == 0:
             if layers != config.model.num_layers:
                 yield (
-                    f"stages.0.num_layers: the first stage has the model's {config.model.num_layers}"
-                    f" layers (got {layers})."
+                    "stages.0.num_layers: the first stage has the model's "
+                    f"{config.model.num_layers} layers (got {layers})."
                 )
             if stage.growth is not None:
                 yield "stages.0.growth: nothing grows before the first stage. Remove the key."

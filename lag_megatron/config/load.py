@@ -4,10 +4,7 @@ All mistakes are reported at once, each with its dotted path, its value, what is
 an unknown key, the nearest known one.
 """
 
-import dataclasses
-import difflib
 import re
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from lag_megatron.config.check import problems_of
-from lag_megatron.config.schema import GrowthConfig, RunConfig
+from lag_megatron.config.explain import explain
+from lag_megatron.config.schema import RunConfig
 from lag_megatron.errors import ConfigError
 
 Tree = dict[str, Any]
@@ -44,8 +42,7 @@ def parse_config(tree: Tree, *, source: str = "configuration") -> RunConfig:
     try:
         config = TypeAdapter(RunConfig).validate_python(tree)
     except ValidationError as error:
-        lines = [_describe(problem) for problem in error.errors()]
-        raise ConfigError(_block(source, lines)) from None
+        raise ConfigError(_block(source, explain(error, tree))) from None
     if lines := problems_of(config):
         raise ConfigError(_block(source, lines))
     return config
@@ -57,6 +54,18 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would silently drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                problem = f"the key {key!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_tree(path: Path, *, seen: tuple[Path, ...] = ()) -> Tree:
     """One YAML file with everything it extends merged under it."""
     path = path.resolve()
@@ -64,13 +73,13 @@ def read_tree(path: Path, *, seen: tuple[Path, ...] = ()) -> Tree:
         chain = " -> ".join(p.name for p in (*seen, path))
         raise ConfigError(f"{path}: extends itself ({chain}). Remove one `extends:`.")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f" Files there: {', '.join(near)}." if near else ""
         raise ConfigError(f"{path}: no such configuration file.{hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {error}") from None
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, got {type(tree).__name__}.")
     base = tree.pop("extends", None)
@@ -93,7 +102,9 @@ def apply_override(tree: Tree, override: str) -> None:
     """Set one dotted path of ``tree`` in place from ``path=value``."""
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise ConfigError(f"--set {override}: expected key.path=value, e.g. --set optimizer.lr=3e-4")
+        raise ConfigError(
+            f"--set {override}: expected key.path=value, e.g. --set optimizer.lr=3e-4"
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -148,39 +159,3 @@ def _merge_stage_growth(tree: Tree) -> Tree:
 def _block(source: str, lines: Sequence[str]) -> str:
     count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
     return f"{count} in {source}\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _describe(problem: Any) -> str:
-    """One line for one of pydantic's errors."""
-    location = tuple(part for part in problem["loc"] if not _is_union_tag(part))
-    path = ".".join(str(part) for part in location)
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        allowed = f" Known keys: {', '.join(known)}." if known else ""
-        return f"{path}: unknown key (got {problem['input']!r}).{hint}{allowed}"
-    if problem["type"] in ("missing", "missing_argument"):
-        return f"{path}: required, but not given."
-    return f"{path}: {problem['msg']} (got {problem['input']!r})."
-
-
-def _is_union_tag(part: int | str) -> bool:
-    """Whether pydantic added this part of a location to name a member of a union."""
-    return isinstance(part, str) and not part.isidentifier() or part in ("int", "GrowthConfig")
-
-
-def _known_keys(location: Sequence[int | str]) -> list[str]:
-    """Keys allowed at a dotted location, found by walking the schema."""
-    node: Any = RunConfig
-    for part in location:
-        if isinstance(part, int):
-            args = typing.get_args(node)
-            node = args[0] if args else None
-        elif part == "growth":
-            node = GrowthConfig
-        else:
-            node = typing.get_type_hints(node).get(part) if dataclasses.is_dataclass(node) else None
-    if not dataclasses.is_dataclass(node):
-        return []
-    return [f.name for f in dataclasses.fields(node)]

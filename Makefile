@@ -1,0 +1,51 @@
+# make setup                            .venv with everything; CPU or GPU
+# make setup VENV=path                  uses that environment, and keeps its torch if it has one
+# make setup TORCH_INDEX=url            takes torch from another index
+# make demo [FRESH=1]                   setup, then a whole run on two ranks
+# make test, make test-slow             setup, then the tests
+VENV ?= .venv
+PYTHON ?= python3
+TORCH_INDEX ?=
+
+TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+export TORCH_EXTENSIONS_DIR
+
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.lag_megatron.installed
+# Constraints of this environment: constraints.txt, with torch's own line replaced where it is kept.
+PINS := $(VENV)/.lag_megatron.constraints
+RUN := PATH="$(BIN):$$PATH"
+PIP := $(RUN) "$(BIN)/python" -m pip --disable-pip-version-check install --quiet
+PYTEST := $(RUN) OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest
+
+.PHONY: setup demo test test-slow clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	@bash launch/check_host.sh "$$(test -x "$(BIN)/python" && echo "$(BIN)/python" || echo "$(PYTHON)")"
+	test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
+	$(RUN) bash launch/pin_torch.sh "$(VENV)" > "$(PINS)"
+	$(PIP) setuptools wheel ninja packaging -c "$(PINS)"
+	$(if $(TORCH_INDEX),$(PIP) torch --no-deps -c "$(PINS)" --index-url "$(TORCH_INDEX)")
+	$(PIP) torch -c "$(PINS)" $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)")
+	@if cmp -s constraints.txt "$(PINS)"; then touch "$(VENV)/.lag_megatron.torch"; fi
+	$(PIP) deepspeed --no-build-isolation -c "$(PINS)"
+	$(PIP) -e ".[dev,plot]" --no-build-isolation -c "$(PINS)"
+	$(RUN) bash launch/build_ops.sh
+	@touch "$@"
+
+demo: setup
+	$(if $(FRESH),rm -rf runs/demo)
+	$(RUN) bash launch/demo.sh
+
+test: setup
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: setup
+	$(PYTEST) -m slow
+
+clean:
+	rm -rf .cache .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist lag_megatron.egg-info
+	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +

@@ -1,0 +1,169 @@
+"""Checkpoints that are either whole or absent.
+
+A tag is written as ``<tag>.tmp``; each file is flushed to disk and hashed; then the manifest, the
+rename to ``<tag>`` and the pointer ``latest``.  A kill at any point leaves the state before.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from lag_megatron.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+_CHUNK = 1 << 22
+
+
+def temporary(path: Path) -> Path:
+    """Where a tag is written before it is committed."""
+    return path.with_name(path.name + ".tmp")
+
+
+def seal(path: Path) -> dict[str, Any]:
+    """Flush a finished file to disk and return its manifest entry: size and xxh3-128 checksum."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "xxh3_128": checksum(path)}
+
+
+def checksum(path: Path) -> str:
+    """The xxh3-128 checksum of a file as hex digits."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def publish(path: Path, *, files: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Commit the finished ``<tag>.tmp`` as ``path`` and point its folder's ``latest`` to it.
+
+    Args:
+        path: the tag directory to come.
+        files: manifest entry of every file.
+        about: further entries: step, growth plan, source, versions.
+    """
+    draft = temporary(path)
+    manifest = {"format": MANIFEST_FORMAT, **about, "files": dict(sorted(files.items()))}
+    write_atomically(draft / MANIFEST, json.dumps(manifest, indent=1))
+    _sync_folder(draft)
+    os.rename(draft, path)
+    write_atomically(path.parent / "latest", path.name)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file so that a reader sees the old text or the new one, never a part."""
+    draft = path.with_name(path.name + ".part")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    _sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, its manifest first, so that a half-deleted one is not taken for whole."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def committed(folder: Path) -> list[Path]:
+    """The committed tags of a folder, oldest first; tags sort by their step."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.suffix != ".tmp" and is_committed(p))
+
+
+def is_committed(path: Path) -> bool:
+    """Whether a tag directory was published."""
+    return (path / MANIFEST).is_file()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a tag directory.
+
+    Raises:
+        CheckpointError: if there is none or it is damaged.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: no {MANIFEST}, so it was not finished here or was written by another program."
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path / MANIFEST}: damaged: {error}. Use another tag.") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise CheckpointError(
+            f"{path / MANIFEST}: format {found!r} is not {MANIFEST_FORMAT}; "
+            "written by another version of this program."
+        )
+    return manifest
+
+
+def check_sizes(path: Path) -> dict[str, Any]:
+    """The manifest, after a look that each file is there and as long as when it was written.
+
+    Raises:
+        CheckpointError: naming the first file that is not.
+    """
+    manifest = read_manifest(path)
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing. Restore it, or use another tag.")
+        size = file.stat().st_size
+        if size != entry["size"]:
+            raise CheckpointError(
+                f"{file}: {size} bytes, but {entry['size']} were written. "
+                "Restore it, or use another tag."
+            )
+    return manifest
+
+
+def damages(path: Path) -> Iterator[str]:
+    """Every file whose content is not what the manifest says, with the reason."""
+    manifest = read_manifest(path)
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            yield f"{name}: missing"
+        elif file.stat().st_size != entry["size"]:
+            yield f"{name}: {file.stat().st_size} bytes, expected {entry['size']}"
+        elif checksum(file) != entry["xxh3_128"]:
+            yield f"{name}: content differs from its checksum"
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+    """One checksum over all files of a manifest."""
+    return xxhash.xxh3_128(json.dumps(manifest["files"], sort_keys=True)).hexdigest()
+
+
+def require_space(folder: Path, *, needed: int, what: str) -> None:
+    """Refuse to begin writing ``needed`` bytes where they do not fit.
+
+    Raises:
+        CheckpointError: with the free and the needed space.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder}: {what} needs {needed / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB "
+            "are free. Free some space or use another directory; nothing was written."
+        )
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

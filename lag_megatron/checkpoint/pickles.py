@@ -1,0 +1,145 @@
+"""Reading and writing DeepSpeed's files without DeepSpeed, mapped into memory.
+
+The files pickle four DeepSpeed classes.  They are read as stand-ins under ``weights_only``, so a
+checkpoint cannot run code, and written back under the same global names.
+"""
+
+import enum
+import io
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lag_megatron.errors import CheckpointError
+
+
+class _StandIn:
+    """Keeps an object's state under the global name of the class it stands for."""
+
+
+class LossScaler(_StandIn):
+    """Stands for DeepSpeed's static loss scaler."""
+
+
+class DynamicLossScaler(_StandIn):
+    """Stands for DeepSpeed's dynamic loss scaler."""
+
+
+class FragmentAddress(_StandIn):
+    """Stands for DeepSpeed's place of a parameter in a flat buffer."""
+
+    def __init__(self, numel: int = 0, start: int = 0) -> None:
+        self.numel, self.start = numel, start
+
+
+class ZeroStage(enum.IntEnum):
+    """Stands for DeepSpeed's enumeration of ZeRO stages."""
+
+    disabled = 0
+    optimizer_states = 1
+    gradients = 2
+    weights = 3
+
+
+STAND_INS: dict[type, str] = {
+    LossScaler: "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    DynamicLossScaler: "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    FragmentAddress: "deepspeed.utils.tensor_fragment.fragment_address",
+    ZeroStage: "deepspeed.runtime.zero.config.ZeroStageEnum",
+}
+
+
+def load(path: Path, *, writable: bool = False) -> Any:
+    """The objects in a file, tensors mapped from disk rather than read.
+
+    Args:
+        path: a file that ``torch.save`` wrote.
+        writable: map the file itself, so that writing to a tensor writes to the file.
+
+    Raises:
+        CheckpointError: if the file is missing, cut short or not a checkpoint.
+    """
+    flags = _shared_mapping() if writable else None
+    try:
+        with torch.serialization.safe_globals([(c, name) for c, name in STAND_INS.items()]):
+            if flags is None:
+                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            with torch.serialization.set_default_mmap_options(flags):
+                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: this file of the checkpoint is missing. Restore it, or use another tag."
+        ) from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError) as error:
+        size = path.stat().st_size if path.exists() else 0
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{path}: not a whole checkpoint file ({size} bytes): {reason} "
+            "Restore it from a copy, or use another tag."
+        ) from None
+
+
+def create(path: Path, objects: Any) -> Any:
+    """Write ``objects`` with room for their tensors' data, and map the file for writing.
+
+    The tensors of ``objects`` only give shapes: large ones may be unallocated.  The space is
+    reserved first, because writing to a mapped hole on a full disk kills the process.
+
+    Returns:
+        the same objects with tensors that lie in the file; every one has to be written.
+
+    Raises:
+        CheckpointError: if the disk is full.
+    """
+    try:
+        with torch.serialization.skip_data():
+            torch.save(objects, path, pickle_module=_Pickling)
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise CheckpointError(
+            f"{path}: cannot write: {error.strerror} ({free / 2**20:.0f} MiB free). "
+            "Free some space and run the same command again; nothing was changed."
+        ) from None
+    return load(path, writable=True)
+
+
+def _shared_mapping() -> int:
+    import mmap
+
+    return mmap.MAP_SHARED
+
+
+class _Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]
+    """Writes stand-ins under the names of the classes they stand for."""
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        if isinstance(obj, type) and obj in STAND_INS:
+            module, _, attribute = STAND_INS[obj].rpartition(".")
+            self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())
+            self.memoize(obj)
+        else:
+            super().save_global(obj, name)
+
+    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch[type] = lambda self, obj: self.save_global(obj)
+
+
+class _Pickling:
+    """What ``torch.save`` asks of a pickle module."""
+
+    Pickler = _Pickler
+    __name__ = "pickle"
+
+    @staticmethod
+    def dumps(obj: Any, protocol: int | None = None) -> bytes:
+        """Pickle to bytes."""
+        buffer = io.BytesIO()
+        _Pickler(buffer, protocol).dump(obj)
+        return buffer.getvalue()

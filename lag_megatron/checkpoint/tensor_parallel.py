@@ -1,0 +1,73 @@
+"""Which tensor is cut along which dimension under tensor parallelism, as data.
+
+Names and cuts are Megatron-Core's: column-parallel weights by output, row-parallel by input,
+embeddings by vocabulary.  ``linear_qkv`` is stored by query group, so a plain cut keeps groups
+whole; the gate and up halves of a gated ``linear_fc1`` are cut each for itself.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lag_megatron.checkpoint.boxes import Box, Shape, whole
+
+# (pattern of the end of a parameter's name, dimension that is cut); what matches none is whole.
+CUTS: tuple[tuple[str, int], ...] = (
+    (r"embedding\.word_embeddings\.weight", 0),
+    (r"output_layer\.weight", 0),
+    (r"self_attention\.linear_qkv\.(weight|bias)", 0),
+    (r"self_attention\.linear_proj\.weight", 1),
+    (r"mlp\.linear_fc1\.(weight|bias)", 0),
+    (r"mlp\.linear_fc2\.weight", 1),
+)
+GATED = re.compile(r"mlp\.linear_fc1\.(weight|bias)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of the whole parameter and the corner at which a rank's part holds it."""
+
+    box: Box
+    local: Shape
+
+
+def cut_dim(name: str) -> int | None:
+    """The dimension along which a parameter is cut, or None where every rank has all of it."""
+    for pattern, dim in CUTS:
+        if re.search(pattern + "$", name):
+            return dim
+    return None
+
+
+def whole_shape(name: str, local: Shape, *, tensor_size: int) -> Shape:
+    """Shape of the whole parameter from one rank's part."""
+    dim = cut_dim(name)
+    if dim is None:
+        return local
+    return (*local[:dim], local[dim] * tensor_size, *local[dim + 1 :])
+
+
+def local_shape(name: str, shape: Shape, *, tensor_size: int) -> Shape:
+    """Shape of one rank's part of a whole parameter."""
+    dim = cut_dim(name)
+    if dim is None:
+        return shape
+    return (*shape[:dim], shape[dim] // tensor_size, *shape[dim + 1 :])
+
+
+def pieces(
+    name: str, shape: Shape, *, tensor_rank: int, tensor_size: int, gated: bool
+) -> Iterator[Piece]:
+    """The boxes of a whole parameter of ``shape`` that one rank holds."""
+    dim = cut_dim(name)
+    if dim is None or tensor_size == 1:
+        yield Piece(whole(shape), (0,) * len(shape))
+        return
+    parts = 2 if gated and GATED.search(name) else 1
+    unit = shape[dim] // (parts * tensor_size)
+    for part in range(parts):
+        low, local = [0] * len(shape), [0] * len(shape)
+        low[dim] = part * (shape[dim] // parts) + tensor_rank * unit
+        local[dim] = part * unit
+        extent = (*shape[:dim], unit, *shape[dim + 1 :])
+        yield Piece(Box(tuple(low), extent), tuple(local))

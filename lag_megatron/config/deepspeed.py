@@ -1,0 +1,90 @@
+"""DeepSpeed's JSON from our configuration: "auto" is filled, a contradiction is refused."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lag_megatron.config.check import data_parallel_size
+from lag_megatron.config.schema import RunConfig
+from lag_megatron.errors import ConfigError
+
+AUTO = "auto"
+
+
+def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed configuration file.
+
+    Raises:
+        ConfigError: if it is missing or not a JSON object.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the DeepSpeed file: {error.strerror}.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}.")
+    return values
+
+
+def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
+    """The complete dictionary for ``deepspeed.initialize``.
+
+    Values of ``config.deepspeed`` may be "auto" or equal ours; options that we do not know pass.
+
+    Raises:
+        ConfigError: naming every value that contradicts ours.
+    """
+    parallel = config.parallel
+    replicas = data_parallel_size(parallel, world_size=world_size)
+    ours: dict[str, Any] = {
+        "train_batch_size": parallel.global_batch,
+        "train_micro_batch_size_per_gpu": parallel.micro_batch,
+        "gradient_accumulation_steps": parallel.global_batch // (parallel.micro_batch * replicas),
+        "gradient_clipping": config.optimizer.grad_clip,
+        "zero_optimization": {"stage": parallel.zero_stage},
+        "bf16": {"enabled": parallel.precision == "bf16"},
+        "fp16": {"enabled": False},
+    }
+    if problems := _contradictions(ours, config.deepspeed, "deepspeed"):
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = "\n".join(f"  {p}" for p in problems)
+        raise ConfigError(f"{count} in the DeepSpeed configuration\n{lines}")
+    defaults = {"steps_per_print": 10**9, "zero_allow_untested_optimizer": True}
+    return {**defaults, **_filled(ours, config.deepspeed)}
+
+
+def _contradictions(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str) -> list[str]:
+    problems: list[str] = []
+    for section in ("optimizer", "scheduler"):
+        if path == "deepspeed" and section in theirs:
+            problems.append(
+                f"deepspeed.{section}: the optimizer and its schedule are configured under "
+                "`optimizer:`. Remove the section."
+            )
+    for key, value in theirs.items():
+        if key not in ours or value == AUTO:
+            continue
+        if isinstance(ours[key], dict):
+            if isinstance(value, Mapping):
+                problems += _contradictions(ours[key], value, f"{path}.{key}")
+            else:
+                problems.append(f"{path}.{key}: expected a mapping (got {value!r}).")
+        elif value != ours[key]:
+            problems.append(
+                f"{path}.{key}: {value!r} contradicts {ours[key]!r}, which follows from the "
+                'configuration. Write "auto" or make them equal.'
+            )
+    return problems
+
+
+def _filled(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(theirs)
+    for key, value in ours.items():
+        if isinstance(value, dict):
+            result[key] = _filled(value, result.get(key) or {})
+        else:
+            result[key] = value
+    return result

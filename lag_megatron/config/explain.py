@@ -1,0 +1,113 @@
+"""One line for each mistake in a configuration, in the words of the schema."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from lag_megatron.config.schema import RunConfig
+
+Location = tuple[int | str, ...]
+
+_WORDS = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("a string", "strings"),
+    bool: ("true or false", "true or false"),
+    type(None): ("null", "null"),
+}
+
+
+def explain(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
+    """What pydantic found wrong with ``tree``: path, value, what is allowed, nearest known key.
+
+    A value that fits no member of a union is one mistake, and so is a mistake in the global
+    ``growth`` that the stages inherit.
+    """
+    found: dict[Location, str] = {}
+    for problem in error.errors():
+        location = problem["loc"]
+        if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            found[location] = _unknown_key(location, problem["input"])
+        elif problem["type"] in ("missing", "missing_argument"):
+            found[location] = "required, but not given."
+        else:
+            location, schema = _walk(location)
+            found[location] = f"must be {_allowed(schema)} (got {_value(tree, location)!r})."
+    return [
+        f"{'.'.join(map(str, location))}: {text}"
+        for location, text in found.items()
+        if not (location[0] == "stages" and found.get(location[2:]) == text)
+    ]
+
+
+def _unknown_key(location: Location, value: Any) -> str:
+    _, schema = _walk(location[:-1])
+    known = [f.name for f in dataclasses.fields(_without_none(schema))]
+    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown key (got {value!r}).{hint} Known keys: {', '.join(known)}."
+
+
+def _walk(location: Location) -> tuple[Location, Any]:
+    """The part of ``location`` that addresses a value, and the type the schema gives it.
+
+    Below a union pydantic adds the name of the member it tried, which is no part of the path.
+    """
+    schema: Any = RunConfig
+    for depth, part in enumerate(location):
+        child = _child(_without_none(schema), part)
+        if child is None:
+            return location[:depth], schema
+        schema = child
+    return location, schema
+
+
+def _child(schema: Any, part: int | str) -> Any:
+    if dataclasses.is_dataclass(schema):
+        return typing.get_type_hints(schema).get(str(part))
+    if isinstance(part, int) and typing.get_origin(schema) is tuple:
+        return typing.get_args(schema)[0]
+    return None
+
+
+def _value(tree: Any, location: Location) -> Any:
+    for part in location:
+        tree = tree[part]
+    return tree
+
+
+def _allowed(schema: Any) -> str:
+    """``int | Literal["auto"]`` in words: a whole number or 'auto'."""
+    origin, args = typing.get_origin(schema), typing.get_args(schema)
+    if _is_union(schema):
+        return _join([_allowed(member) for member in args])
+    if origin is typing.Literal:
+        return _join([str(a).lower() if isinstance(a, bool) else repr(a) for a in args])
+    if origin is tuple:
+        count = "" if args[-1] is ... else f"{len(args)} "
+        return f"a list of {count}{_plural(args[0])}"
+    return _WORDS[schema][0] if schema in _WORDS else "a mapping"
+
+
+def _plural(schema: Any) -> str:
+    if typing.get_origin(schema) is typing.Literal:
+        return _allowed(schema)
+    return _WORDS[schema][1] if schema in _WORDS else "mappings"
+
+
+def _join(words: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _without_none(schema: Any) -> Any:
+    members = [m for m in typing.get_args(schema) if m is not type(None)]
+    return members[0] if _is_union(schema) and len(members) == 1 else schema
+
+
+def _is_union(schema: Any) -> bool:
+    return typing.get_origin(schema) in (typing.Union, types.UnionType)

@@ -1,0 +1,264 @@
+"""What a run would do and cost, without a GPU, without data and without torch."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lag_megatron.config import ParallelConfig, RunConfig, data_parallel_size, dump_config
+from lag_megatron.errors import ConfigError
+from lag_megatron.growth.layer_map import draw
+from lag_megatron.growth.pool import Candidate, build_pool
+from lag_megatron.schedule import (
+    lr_at,
+    parameter_count,
+    stage_flops,
+    stage_ranges,
+    tokens_per_step,
+    training_flops_per_token,
+    validation_flops_per_token,
+)
+
+VOCAB_MULTIPLE = 128
+CURVE_WIDTH = 72
+CURVE_HEIGHT = 8
+MIB = 2**20
+
+
+def describe_run(config: RunConfig, *, world_size: int) -> str:
+    """Text of a dry run on ``world_size`` ranks: configuration, sizes, costs, pools, rates.
+
+    Raises:
+        ConfigError: if the ranks or the batch do not divide.
+        PlanError: if a growth of the configuration is impossible.
+    """
+    replicas = data_parallel_size(config.parallel, world_size=world_size)
+    vocab_size, origin = estimate_vocab_size(config)
+    pools = growth_pools(config)
+    sections = [
+        ("configuration", dump_config(config).splitlines()),
+        ("stages", _stages(config, vocab_size=vocab_size, origin=origin)),
+        ("memory", _memory(config, vocab_size=vocab_size, replicas=replicas)),
+        *(
+            (f"growth {stage}", _growth(config, stage, pool=pool, vocab_size=vocab_size))
+            for stage, pool in pools.items()
+        ),
+        *([("all growths", _total_cost(config, pools))] if len(pools) > 1 else []),
+        ("learning rate", _lr_curve(config)),
+    ]
+    return "\n\n".join("\n".join((f"== {title} ==", *lines)) for title, lines in sections) + "\n"
+
+
+def growth_pools(config: RunConfig) -> dict[int, tuple[Candidate, ...]]:
+    """The pool before each stage that grows, by the stage's number.
+
+    Raises:
+        PlanError: if a growth is impossible.
+    """
+    return {
+        stage: build_pool(
+            config.growth_before(stage),
+            source_layers=config.layers_of(stage - 1),
+            target_layers=config.layers_of(stage),
+            seed=config.seed,
+            init_std=config.model.init_std,
+        )
+        for stage in range(1, len(config.stages))
+        if config.layers_of(stage) > config.layers_of(stage - 1)
+    }
+
+
+def estimate_vocab_size(config: RunConfig) -> tuple[int, str]:
+    """Rows of the embedding, and where the number comes from.
+
+    ``auto`` is known for certain only once the tokenizer is there: until then it is the size asked
+    for, rounded up as for training.
+
+    Raises:
+        ConfigError: if the tokenizer's file is none.
+    """
+    if isinstance(config.model.vocab_size, int):
+        return config.model.vocab_size, "given"
+    tokenizer = config.data.tokenizer
+    if tokenizer.type == "file" and tokenizer.path and Path(tokenizer.path).is_file():
+        return _rounded(_tokenizer_size(Path(tokenizer.path))), f"read from {tokenizer.path}"
+    return _rounded(tokenizer.vocab_size), "an estimate from data.tokenizer.vocab_size"
+
+
+def state_bytes_per_parameter(parallel: ParallelConfig, *, replicas: int) -> dict[str, float]:
+    """Bytes that one rank keeps for each parameter of its tensor-parallel share.
+
+    ZeRO shares optimizer states from stage 1, gradients from stage 2 and weights from stage 3
+    among ``replicas`` ranks (Rajbhandari et al. 2020, section 5).
+    """
+    stage = parallel.zero_stage
+    width = 4 if parallel.precision == "fp32" else 2
+    master = 0 if width == 4 and stage == 0 else 4
+    return {
+        "weights": width / (replicas if stage >= 3 else 1),
+        "gradients": width / (replicas if stage >= 2 else 1),
+        "optimizer": (master + 8) / (replicas if stage >= 1 else 1),
+    }
+
+
+def _rounded(vocab_size: int) -> int:
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def _tokenizer_size(path: Path) -> int:
+    """Largest token number of a Hugging Face ``tokenizer.json``, plus one."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        vocab = tree["model"]["vocab"]
+        numbers = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+        added = [token["id"] for token in tree.get("added_tokens", [])]
+        return 1 + int(max([*numbers, *added]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"data.tokenizer.path: {path} is not a Hugging Face tokenizer.json ({error!r})."
+        ) from None
+
+
+def _stages(config: RunConfig, *, vocab_size: int, origin: str) -> Iterator[str]:
+    yield f"vocabulary: {vocab_size:,} ({origin})"
+    yield f"{'stage':>5} {'layers':>6} {'parameters':>15} {'steps':>9} {'tokens':>17} {'FLOPs':>10}"
+    per_step = tokens_per_step(config)
+    for number, stage in enumerate(config.stages):
+        layers = config.layers_of(number)
+        parameters = parameter_count(config.model, num_layers=layers, vocab_size=vocab_size)
+        flops = stage_flops(config, number, vocab_size=vocab_size)
+        yield _stage_row(
+            str(number), str(layers), f"{parameters:,}", stage.steps, stage.steps * per_step, flops
+        )
+    steps = config.total_steps
+    yield _stage_row("all", "", "", steps, steps * per_step, _run_flops(config, vocab_size))
+    yield (
+        f"{per_step:,} tokens a step. FLOPs: 6 x matrix parameters with the output layer "
+        "+ causal attention, a token;"
+    )
+    yield "training only, without validation and without the probes below."
+
+
+def _stage_row(
+    stage: str, layers: str, parameters: str, steps: int, tokens: int, flops: int
+) -> str:
+    return f"{stage:>5} {layers:>6} {parameters:>15} {steps:>9,} {tokens:>17,} {flops:>10.3e}"
+
+
+def _memory(config: RunConfig, *, vocab_size: int, replicas: int) -> Iterator[str]:
+    parallel = config.parallel
+    widths = state_bytes_per_parameter(parallel, replicas=replicas)
+    yield (
+        f"{replicas * parallel.tensor} ranks = {replicas} data-parallel x {parallel.tensor} "
+        f"tensor-parallel, ZeRO stage {parallel.zero_stage}, {parallel.precision}; "
+        f"{_accumulation(parallel, replicas)} micro-batches a step"
+    )
+    yield f"MiB per rank {'weights':>10} {'gradients':>10} {'optimizer':>10} {'sum':>10}   on disk"
+    for number in range(len(config.stages)):
+        held = parameter_count(
+            config.model,
+            num_layers=config.layers_of(number),
+            vocab_size=vocab_size,
+            tensor=parallel.tensor,
+        )
+        sizes = [held * width / MIB for width in (*widths.values(), sum(widths.values()))]
+        row = " ".join(f"{size:>10,.1f}" for size in sizes)
+        disk = held * parallel.tensor * _disk_bytes_per_parameter(parallel) / MIB
+        yield f"stage {number:<6} {row} {disk:>9,.1f}"
+    yield (
+        "Bytes a parameter and rank: "
+        + " + ".join(f"{width:g} {name}" for name, width in widths.items())
+        + " (fp32 master weights and two moments,"
+    )
+    yield "shared by ZeRO). Not counted: activations, logits, DeepSpeed's buffers."
+    yield "On disk: one checkpoint, all ranks together."
+
+
+def _accumulation(parallel: ParallelConfig, replicas: int) -> int:
+    return parallel.global_batch // (parallel.micro_batch * replicas)
+
+
+def _disk_bytes_per_parameter(parallel: ParallelConfig) -> float:
+    """Weights once, master weights and moments once, whatever the number of replicas."""
+    widths = state_bytes_per_parameter(parallel, replicas=1)
+    return widths["weights"] + widths["optimizer"]
+
+
+def _growth(
+    config: RunConfig, stage: int, *, pool: Sequence[Candidate], vocab_size: int
+) -> Iterator[str]:
+    source, target = config.layers_of(stage - 1), config.layers_of(stage)
+    yield f"{source} -> {target} layers before stage {stage}; a pool of {len(pool)}"
+    yield "layers from bottom to top, numbered from 1; * duplicate of, R random"
+    width = max(len(candidate.id) for candidate in pool)
+    for candidate in pool:
+        yield f"  {candidate.id:<{width}}  {draw(candidate.plan.layer_map)}"
+    yield from _lag_cost(config, stage, candidates=len(pool), vocab_size=vocab_size)
+
+
+def _lag_cost(config: RunConfig, stage: int, *, candidates: int, vocab_size: int) -> Iterator[str]:
+    growth = config.growth_before(stage)
+    if candidates == 1:
+        yield "A pool of one: nothing is compared, no extra steps."
+        return
+    model, layers = config.model, config.layers_of(stage)
+    per_step = tokens_per_step(config) * training_flops_per_token(
+        model, num_layers=layers, vocab_size=vocab_size
+    )
+    per_evaluation = config.data.validation_tokens * validation_flops_per_token(
+        model, num_layers=layers, vocab_size=vocab_size
+    )
+    extra = (candidates - 1) * growth.lag
+    evaluations = candidates * len(growth.evaluation_steps())
+    run = _run_flops(config, vocab_size)
+    continuation = stage_flops(config, stage, vocab_size=vocab_size)
+    yield (
+        f"Rule {growth.rule}, lag {growth.lag}: {candidates} x {growth.lag} = "
+        f"{candidates * growth.lag:,} probe steps; the winner's {growth.lag} go on, so LAG costs"
+    )
+    yield (
+        f"  {extra:,} extra steps = {extra / config.total_steps:.1%} of the run's, "
+        f"{extra / config.stages[stage].steps:.1%} of the stage's that follows;"
+    )
+    training, validation = extra * per_step, evaluations * per_evaluation
+    yield (
+        f"  {training:.3e} FLOPs of training = {training / run:.1%} of the run's, "
+        f"{training / continuation:.1%} of the stage's;"
+    )
+    yield f"  {validation:.3e} FLOPs in {evaluations:,} evaluations = {validation / run:.1%}."
+
+
+def _total_cost(config: RunConfig, pools: Mapping[int, Sequence[Candidate]]) -> Iterator[str]:
+    candidates = sum(len(pool) for pool in pools.values())
+    extra = sum((len(pool) - 1) * config.growth_before(s).lag for s, pool in pools.items())
+    yield (
+        f"{len(pools)} growths, {candidates} candidates: {extra:,} extra steps = "
+        f"{extra / config.total_steps:.1%} of the run's"
+    )
+
+
+def _run_flops(config: RunConfig, vocab_size: int) -> int:
+    stages = range(len(config.stages))
+    return sum(stage_flops(config, stage, vocab_size=vocab_size) for stage in stages)
+
+
+def _lr_curve(config: RunConfig) -> Iterator[str]:
+    """The rate over the run as a plot of characters, with a mark where each stage starts."""
+    total = config.total_steps
+    width = min(CURVE_WIDTH, total)
+    columns = [column * (total - 1) // max(width - 1, 1) for column in range(width)]
+    rates = [lr_at(step, config.optimizer, total_steps=total) for step in columns]
+    top = max(rates)
+    for row in range(CURVE_HEIGHT, 0, -1):
+        label = (
+            f"{top * row / CURVE_HEIGHT:.2e}" if row in (CURVE_HEIGHT, CURVE_HEIGHT // 2) else ""
+        )
+        filled = "".join("#" if rate > top * (row - 0.5) / CURVE_HEIGHT else " " for rate in rates)
+        yield f"{label:>9} |{filled}".rstrip()
+    marks = [" "] * width
+    for stage, steps in enumerate(stage_ranges(config.stages)):
+        column = next((i for i, step in enumerate(columns) if step >= steps.start), width - 1)
+        marks[column] = str(stage) if stage < 10 else "+"
+    yield f"{'0':>9} +{'-' * width}"
+    yield f"{'stage':>9}  {''.join(marks)}".rstrip()
+    starts = ", ".join(f"{s} at {r.start:,}" for s, r in enumerate(stage_ranges(config.stages)))
+    yield f"{'':>9}  steps 0 to {total - 1:,}; stages start: {starts}"

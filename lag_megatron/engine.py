@@ -1,0 +1,262 @@
+"""The DeepSpeed engine around one model shape: the only file that imports deepspeed."""
+
+import contextlib
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# DeepSpeed builds its CPU communication op with ninja; without the environment's bin folder on the
+# PATH (the launcher called by its full path) that fails.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.config import RunConfig
+from lag_megatron.config.deepspeed import deepspeed_config
+from lag_megatron.errors import CheckpointError
+from lag_megatron.model import build_gpt, token_losses
+from lag_megatron.model.initialize import initialize_weights
+from lag_megatron.model.random_state import seed_everywhere, seed_step
+from lag_megatron.parallel import DeepSpeedGroups, World
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step measured over the whole global batch.
+
+    Attributes:
+        loss: mean cross-entropy in nats per label.
+        grad_norm: L2 norm of the gradient before clipping; None where DeepSpeed computes none.
+        stop_asked: whether some rank was asked to stop, the same on all.
+    """
+
+    loss: float
+    grad_norm: float | None
+    stop_asked: bool
+
+
+class Engine:
+    """A model of one depth under DeepSpeed, on all ranks of the world.
+
+    Building it is a collective call.  Weights depend on ``config.seed`` and the shape alone.
+    """
+
+    def __init__(
+        self, config: RunConfig, world: World, *, num_layers: int, vocab_size: int
+    ) -> None:
+        _quiet()
+        self.config, self.world, self.num_layers = config, world, num_layers
+        settings = deepspeed_config(config, world_size=world.size)
+        groups = DeepSpeedGroups()
+        deepspeed.init_distributed()
+        seed_everywhere(config.seed)
+        with _sharded_construction(config, settings, groups):
+            model = build_gpt(
+                config.model, config.parallel, num_layers=num_layers, vocab_size=vocab_size
+            )
+        initialize_weights(model, config, world, num_layers=num_layers, gathered=self._gathered)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=_adamw(model, config, fused=world.device.type == "cuda"),
+            config=settings,
+            mpu=groups,
+            dist_init_required=False,
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters of this tensor-parallel rank."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self._engine.module.parameters())
+
+    def train_step(
+        self, batches: Sequence[Batch], *, step: int, lr: float, stop_asked: bool
+    ) -> StepResult:
+        """One optimizer step on this rank's micro-batches of global batch ``step``.
+
+        The loss is the sum over the labels of the global batch divided by their number, so that
+        accumulation, world size and masking do not change it.
+        """
+        world, engine = self.world, self._engine
+        engine.train()
+        seed_step(self.config.seed, step, world)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        (labels,) = world.sum_over_data([sum(float(b["loss_mask"].sum()) for b in batches)])
+        loss_sum = 0.0
+        grad_norm = None
+        for batch in batches:
+            loss = token_losses(engine, self._move(batch)).sum()
+            # DeepSpeed averages gradients over the replicas; this makes them a sum again.
+            engine.backward(loss * (world.data_size / labels), scale_wrt_gas=False)
+            if batch is batches[-1]:
+                grad_norm = self._unpartitioned_grad_norm()
+            engine.step()
+            loss_sum += float(loss.detach())
+        loss_sum, stops = world.sum_over_data([loss_sum, float(stop_asked)])
+        if grad_norm is None and (norm := engine.get_global_grad_norm()) is not None:
+            grad_norm = float(norm)
+        return StepResult(loss_sum / labels, grad_norm, self._agree(stops))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> list[float]:
+        """Mean loss in nats per label of each validation batch; every rank passes its own rows."""
+        self._engine.eval()
+        sums: list[float] = []
+        for batch in batches:
+            losses = token_losses(self._engine, self._move(batch))
+            sums += [float(losses.sum()), float(batch["loss_mask"].sum())]
+        sums = self.world.sum_over_data(sums)
+        return [loss / labels for loss, labels in zip(sums[::2], sums[1::2], strict=True)]
+
+    def save(self, folder: Path, tag: str, *, client_state: Mapping[str, Any]) -> None:
+        """Write this state as DeepSpeed does, below ``folder / tag``; commit is the caller's."""
+        names = [list(group) for group in self.parameter_groups()]
+        lag = {**client_state, "num_layers": self.num_layers, "parameter_groups": names}
+        self._engine.save_checkpoint(
+            str(folder), tag=tag, client_state={"lag": lag}, save_latest=False
+        )
+
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        """Take over the state of ``checkpoint`` (a tag folder) and return its client state.
+
+        Raises:
+            CheckpointError: if it holds other parameters, in another order or of other shapes;
+                DeepSpeed itself would load permuted flat shards without a word.
+        """
+        self._refuse_other_parameters(checkpoint)
+        path, client_state = self._engine.load_checkpoint(
+            str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False
+        )
+        if path is None:
+            raise CheckpointError(f"{checkpoint}: DeepSpeed found no checkpoint there.")
+        return dict(client_state["lag"])
+
+    def parameter_groups(self) -> list[dict[str, tuple[int, ...]]]:
+        """Names and this rank's shapes of the optimizer's parameters, by group, in flat order."""
+        names = {id(p): name for name, p in self._engine.module.named_parameters()}
+        return [
+            {names[id(p)]: tuple(getattr(p, "ds_shape", p.shape)) for p in group}
+            for group in self._trained
+        ]
+
+    @property
+    def _trained(self) -> list[list[torch.nn.Parameter]]:
+        decayed, others = _decay_split(self._engine.module)
+        return [group for group in (decayed, others) if group]
+
+    def _refuse_other_parameters(self, checkpoint: Path) -> None:
+        found = ZeroCheckpoint.open(checkpoint).parameter_groups(self.world.tensor_rank)
+        expected = self.parameter_groups()
+        if [list(g.items()) for g in found] == [list(g.items()) for g in expected]:
+            return
+        raise CheckpointError(_difference(checkpoint, found, expected))
+
+    def _gathered(self, parameter: torch.nn.Parameter) -> Any:
+        """Make a parameter whole while it is written; replicas then take replica 0's."""
+        if self.config.parallel.zero_stage != 3:
+            return contextlib.nullcontext()
+        return deepspeed.zero.GatheredParameters(parameter, modifier_rank=0)
+
+    def _move(self, batch: Batch) -> Batch:
+        device = self.world.device
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _unpartitioned_grad_norm(self) -> float | None:
+        """Without ZeRO DeepSpeed reports no norm, so take it from the reduced gradients."""
+        if self.config.parallel.zero_stage != 0:
+            return None
+        whole, cut = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        for parameter in self._engine.module.parameters():
+            if parameter.grad is not None:
+                square = parameter.grad.detach().double().square().sum()
+                if getattr(parameter, "tensor_model_parallel", False):
+                    cut += square
+                else:
+                    whole += square
+        return math.sqrt(float(whole) + self.world.sum_over_tensor(float(cut)))
+
+    def _agree(self, stops: float) -> bool:
+        # Tensor-parallel ranks may have been signalled at different steps.
+        return self.world.any_rank(stops > 0) if self.world.tensor_size > 1 else stops > 0
+
+
+def mean(values: Sequence[float]) -> float:
+    """Mean of per-batch losses; batches are equally large."""
+    return math.fsum(values) / len(values)
+
+
+def _decay_split(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
+    """Matrices, which decay, and vectors (biases and norms), which do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
+    others = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    return decayed, others
+
+
+def _adamw(model: torch.nn.Module, config: RunConfig, *, fused: bool) -> torch.optim.Optimizer:
+    options = config.optimizer
+    decayed, others = _decay_split(model)
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        fused=fused or None,
+    )
+
+
+@contextlib.contextmanager
+def _sharded_construction(config: RunConfig, settings: dict[str, Any], groups: Any) -> Any:
+    """Under ZeRO-3 each parameter is cut as soon as it exists, so no rank holds the model."""
+    if config.parallel.zero_stage != 3:
+        yield
+        return
+    with deepspeed.zero.Init(
+        data_parallel_group=groups.get_data_parallel_group(),
+        config_dict_or_path=settings,
+        mpu=groups,
+    ):
+        yield
+
+
+def _difference(
+    checkpoint: Path,
+    found: Sequence[Mapping[str, tuple[int, ...]]],
+    expected: Sequence[Mapping[str, tuple[int, ...]]],
+) -> str:
+    has = {name: shape for group in found for name, shape in group.items()}
+    wants = {name: shape for group in expected for name, shape in group.items()}
+    missing = sorted(set(wants) - set(has))
+    extra = sorted(set(has) - set(wants))
+    other = sorted(n for n in set(has) & set(wants) if has[n] != wants[n])
+    details = [
+        f"{title}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)})"
+        for title, names in (("missing", missing), ("not in the model", extra))
+        if names
+    ]
+    details += [f"{n}: shape {has[n]}, expected {wants[n]}" for n in other[:3]]
+    if not details:
+        details = ["the same parameters in another order or other groups"]
+    return (
+        f"{checkpoint}: holds another architecture than the configuration. "
+        + "; ".join(details)
+        + ". Use the configuration it was trained with, or another run directory."
+    )
+
+
+def _quiet() -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -1,0 +1,99 @@
+"""Freshly drawn weights that depend on (seed, parameter, position) and on nothing else.
+
+A counter-based generator (Philox, Salmon et al. 2011) gives element ``i`` of a parameter the same
+value on whichever rank, in whichever shard it is drawn.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lag_megatron.checkpoint.boxes import Box, Shape, interval_boxes, strides_of
+
+_WORDS_PER_COUNT = 4
+_CHUNK = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Normal:
+    """Independent normal values of mean 0, named by ``key``."""
+
+    std: float
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """One value everywhere."""
+
+    value: float
+
+
+Fresh = Normal | Constant
+
+
+def megatron_init(name: str, *, num_layers: int, init_std: float, key: str) -> Fresh:
+    """How Megatron-Core initialises a parameter of this name in a model of ``num_layers``.
+
+    Norms are the identity, biases 0, weights normal; the two projections back into the residual
+    stream are scaled by ``1 / sqrt(2 num_layers)`` (Radford et al. 2019, section 2.3).
+    """
+    if name.endswith(".bias"):
+        return Constant(0.0)
+    if "norm" in name:
+        return Constant(1.0)
+    scaled = name.endswith((".linear_proj.weight", ".linear_fc2.weight"))
+    std = init_std / np.sqrt(2.0 * num_layers) if scaled else init_std
+    return Normal(float(std), f"{key}/{name}")
+
+
+def fill(target: Tensor, fresh: Fresh, *, shape: Shape, box: Box) -> None:
+    """Write the values of ``box`` of a parameter of ``shape`` into ``target``, which has its shape.
+
+    Memory stays at a few megabytes whatever the size.
+    """
+    if isinstance(fresh, Constant):
+        target.fill_(fresh.value)
+        return
+    for part, start, length in _runs(shape, box):
+        for begin in range(0, length, _CHUNK):
+            count = min(_CHUNK, length - begin)
+            values = torch.from_numpy(normal(fresh, start + begin, count))
+            for piece in interval_boxes(part.shape, begin, count):
+                size = int(np.prod(piece.shape))
+                low = tuple(a + b for a, b in zip(part.low, piece.low, strict=True))
+                view = target[tuple(slice(a, a + n) for a, n in zip(low, piece.shape, strict=True))]
+                view.copy_(values[:size].view(piece.shape))
+                values = values[size:]
+
+
+def normal(fresh: Normal, start: int, count: int) -> np.ndarray:
+    """Elements ``start .. start + count`` of a parameter's values, fp32.
+
+    Box and Muller's transform of the two halves of one 64-bit word per element.
+    """
+    key = np.frombuffer(hashlib.blake2b(fresh.key.encode(), digest_size=16).digest(), np.uint64)
+    counter, skip = divmod(start, _WORDS_PER_COUNT)
+    words = np.random.Philox(counter=counter, key=key).random_raw(skip + count)[skip:]
+    radius = ((words >> np.uint64(32)) + np.uint64(1)).astype(np.float64) * 2.0**-32
+    angle = (words & np.uint64(0xFFFFFFFF)).astype(np.float64) * (2.0 * np.pi * 2.0**-32)
+    return (np.sqrt(-2.0 * np.log(radius)) * np.cos(angle) * fresh.std).astype(np.float32)
+
+
+def _runs(shape: Shape, box: Box) -> Iterator[tuple[Box, int, int]]:
+    """Contiguous stretches of a box: its part (in the box), global start and length."""
+    inner = len(shape)
+    while inner > 1 and box.shape[inner - 1] == shape[inner - 1]:
+        inner -= 1
+    split = max(inner - 1, 0)
+    steps = strides_of(shape)
+    rest = box.shape[split:]
+    length = int(np.prod(rest))
+    for corner in np.ndindex(*box.shape[:split]):
+        low = (*corner, *(0,) * len(rest))
+        start = sum((a + b) * s for a, b, s in zip(box.low, low, steps, strict=True))
+        yield Box(low, (1,) * split + rest), start, length

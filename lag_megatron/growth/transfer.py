@@ -1,0 +1,188 @@
+"""From a growth map and two layouts to strided copies: the plan of one target rank.
+
+Everything is computed from names, shapes and lengths; no tensor is opened.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from lag_megatron.checkpoint.boxes import (
+    Box,
+    Shape,
+    collapse,
+    interval_boxes,
+    strides_of,
+)
+from lag_megatron.checkpoint.layout import Container, Layout, Segment, State, Topology
+from lag_megatron.checkpoint.tensor_parallel import Piece, cut_dim, pieces
+from lag_megatron.growth.fresh import Fresh
+from lag_megatron.growth.growth_map import Copy, GrowthMap
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Strided elements of a flat buffer."""
+
+    container: Container
+    offset: int
+    strides: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Copy ``shape`` elements from a buffer of source tensor rank ``tensor_rank``, times scale."""
+
+    target: Place
+    source: Place
+    tensor_rank: int
+    shape: Shape
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Write fresh values: ``box`` of a whole parameter of shape ``whole``."""
+
+    target: Place
+    shape: Shape
+    fresh: Fresh
+    whole: Shape
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A layout with what is needed to find whole parameters in it."""
+
+    layout: Layout
+    topology: Topology
+    shapes: Mapping[str, Shape]
+    gated: bool
+
+    def pieces(self, name: str, tensor_rank: int) -> Iterator[Piece]:
+        """Boxes of a whole parameter on one tensor rank."""
+        size = self.topology.tensor_size
+        yield from pieces(
+            name, self.shapes[name], tensor_rank=tensor_rank, tensor_size=size, gated=self.gated
+        )
+
+
+def plan_rank(
+    growth: GrowthMap,
+    source: Side,
+    target: Side,
+    state: State,
+    *,
+    segments: Sequence[tuple[str, Segment]],
+    tensor_rank: int,
+) -> list[Move | Draw]:
+    """What one target rank has to do for its ``segments`` of ``state``.
+
+    Returns:
+        moves, sorted by their place in the source and joined where they continue each other, then
+        draws.
+    """
+    moves: list[Move] = []
+    draws: list[Draw] = []
+    for name, segment in segments:
+        local = target.layout.shapes[name]
+        for part in interval_boxes(local, segment.start, segment.length):
+            for piece in target.pieces(name, tensor_rank):
+                held = part.meet(Box(piece.local, piece.box.shape))
+                if held is None:
+                    continue
+                seen = held.move(piece.local, piece.box.low)
+                for block in growth.blocks[name]:
+                    box = seen.meet(block.box)
+                    if box is None:
+                        continue
+                    inside = box.move(piece.box.low, piece.local)
+                    place = _place(segment, local, inside)
+                    origin = block.sources[state]
+                    if isinstance(origin, Copy):
+                        wanted = box.move(block.box.low, origin.low)
+                        moves += _moves(source, origin, wanted, place, tensor_rank)
+                    else:
+                        draws.append(Draw(place, box.shape, origin, target.shapes[name], box))
+    return [*_joined(moves), *draws]
+
+
+def _place(segment: Segment, local: Shape, box: Box) -> Place:
+    offset = box.offset_in(local) - segment.start + segment.offset
+    return Place(segment.container, offset, strides_of(local))
+
+
+def _moves(
+    source: Side, origin: Copy, wanted: Box, target: Place, tensor_rank: int
+) -> Iterator[Move]:
+    """Copies of the box ``wanted`` of an old parameter to the place ``target``."""
+    name = origin.parameter
+    local = source.layout.shapes[name]
+    steps = strides_of(local)
+    for rank in _holders(name, source.topology, tensor_rank):
+        for piece in source.pieces(name, rank):
+            box = wanted.meet(piece.box)
+            if box is None:
+                continue
+            held = box.move(piece.box.low, piece.local)
+            for segment in source.layout.segments[name]:
+                for part in interval_boxes(local, segment.start, segment.length):
+                    overlap = part.meet(held)
+                    if overlap is None:
+                        continue
+                    lead = overlap.move(piece.local, piece.box.low).move(wanted.low, (0,) * len(local))
+                    offset = sum(a * s for a, s in zip(lead.low, target.strides, strict=True))
+                    shape, (to, here) = collapse(overlap.shape, target.strides, steps)
+                    yield Move(
+                        Place(target.container, target.offset + offset, to),
+                        Place(
+                            segment.container,
+                            overlap.offset_in(local) - segment.start + segment.offset,
+                            here,
+                        ),
+                        rank,
+                        shape,
+                        origin.scale,
+                    )
+
+
+def _holders(name: str, topology: Topology, tensor_rank: int) -> Sequence[int]:
+    """Source tensor ranks to read from: all for a cut parameter, one for a replicated one."""
+    if cut_dim(name) is None:
+        return (tensor_rank % topology.tensor_size,)
+    return range(topology.tensor_size)
+
+
+def _joined(moves: list[Move]) -> Iterator[Move]:
+    """Moves in source order, one-dimensional neighbours joined."""
+    last: Move | None = None
+    for move in sorted(moves, key=lambda m: (m.tensor_rank, m.source.container, m.source.offset,
+                                             m.target.container, m.target.offset)):  # fmt: skip
+        if last is not None and _continues(last, move):
+            last = Move(
+                last.target,
+                last.source,
+                last.tensor_rank,
+                (last.shape[0] + move.shape[0],),
+                last.scale,
+            )
+            continue
+        if last is not None:
+            yield last
+        last = move
+    if last is not None:
+        yield last
+
+
+def _continues(first: Move, second: Move) -> bool:
+    flat = (1,)
+    length = first.shape[0]
+    return (
+        first.target.strides == first.source.strides == flat
+        and second.target.strides == second.source.strides == flat
+        and (first.tensor_rank, first.scale) == (second.tensor_rank, second.scale)
+        and first.target.container == second.target.container
+        and first.source.container == second.source.container
+        and first.target.offset + length == second.target.offset
+        and first.source.offset + length == second.source.offset
+    )

@@ -1,0 +1,55 @@
+"""First weights: Megatron-Core's distributions, drawn by position, so no topology changes them."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+
+from lag_megatron.checkpoint.tensor_parallel import cut_dim, pieces, whole_shape
+from lag_megatron.config import RunConfig
+from lag_megatron.growth.fresh import fill, megatron_init
+from lag_megatron.parallel import World
+
+
+@torch.no_grad()
+def initialize_weights(
+    model: torch.nn.Module,
+    config: RunConfig,
+    world: World,
+    *,
+    num_layers: int,
+    gathered: Callable[[torch.nn.Parameter], AbstractContextManager[object]],
+) -> None:
+    """Draw every weight of a model from (seed, name, position).
+
+    Args:
+        model: as ``build_gpt`` made it.
+        config: gives the seed and the standard deviation.
+        world: gives this rank's part of cut parameters.
+        num_layers: depth that scales the projections into the residual stream.
+        gathered: makes one parameter whole for the time of writing (ZeRO-3).
+    """
+    for name, parameter in model.named_parameters():
+        fresh = megatron_init(
+            name,
+            num_layers=num_layers,
+            init_std=config.model.init_std,
+            key=f"init/{config.seed}",
+        )
+        dim = cut_dim(name)
+        if dim is not None and not getattr(parameter, "tensor_model_parallel", False):
+            # Megatron marks what it draws itself; without the mark norms count parts as replicas.
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+        with gathered(parameter):
+            shape = whole_shape(name, tuple(parameter.shape), tensor_size=world.tensor_size)
+            for piece in pieces(
+                name,
+                shape,
+                tensor_rank=world.tensor_rank,
+                tensor_size=world.tensor_size,
+                gated=config.model.activation == "swiglu",
+            ):
+                extent = zip(piece.local, piece.box.shape, strict=True)
+                part = parameter[tuple(slice(low, low + size) for low, size in extent)]
+                fill(part, fresh, shape=shape, box=piece.box)

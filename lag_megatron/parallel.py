@@ -1,0 +1,158 @@
+"""Processes and their groups: who computes what, and over which wires.
+
+NCCL where CUDA is, gloo elsewhere.  Tensor-parallel ranks are neighbours, as in Megatron.
+"""
+
+import datetime
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from lag_megatron.errors import RunError
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among all of the run.
+
+    Attributes:
+        rank: index of this process, 0 is the coordinator.
+        size: number of processes.
+        device: where this process computes.
+        data_rank: index among the data-parallel replicas.
+        data_size: number of data-parallel replicas.
+        tensor_rank: index among the ranks that share a replica's tensors.
+        tensor_size: number of ranks that share a replica's tensors.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    data_rank: int
+    data_size: int
+    tensor_rank: int
+    tensor_size: int
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether this process decides, writes the journal and talks to the user."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        dist.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """The coordinator's picklable ``value``, on every rank."""
+        box = [value if self.is_coordinator else None]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable ``value``, by rank, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum_over_data(self, values: Sequence[float]) -> list[float]:
+        """Elementwise sum over the data-parallel replicas, in double precision."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, group=parallel_state.get_data_parallel_group())
+        return list(tensor.tolist())
+
+    def sum_over_tensor(self, value: float) -> float:
+        """Sum over the ranks that share this replica's tensors, in double precision."""
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, group=parallel_state.get_tensor_model_parallel_group())
+        return float(tensor.item())
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank."""
+        tensor = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+
+def environment() -> tuple[int, int, int]:
+    """Rank, world size and local rank that the launcher set; (0, 1, 0) without one."""
+    return tuple(int(os.environ.get(k, d)) for k, d in _LAUNCHER_VARIABLES)  # type: ignore[return-value]
+
+
+_LAUNCHER_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def start_world(*, tensor: int) -> World:
+    """Join the process groups that the launcher's environment describes.
+
+    Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a world of one).
+
+    Raises:
+        RunError: if the ranks do not divide into tensor-parallel groups.
+    """
+    rank, size, local_rank = environment()
+    if size % tensor:
+        raise RunError(
+            f"parallel.tensor: {tensor} does not divide the world of {size} ranks. "
+            f"Start a multiple of {tensor} ranks."
+        )
+    device = _device(local_rank)
+    if not dist.is_initialized():
+        if size == 1:
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            store: dict[str, Any] = {"store": dist.HashStore()}
+        else:
+            store = {"init_method": "env://"}
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, **store
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    return World(
+        rank=rank,
+        size=size,
+        device=device,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+    )
+
+
+def stop_world() -> None:
+    """Leave the process groups; the barrier keeps fast ranks from tearing slow ones down."""
+    if dist.is_initialized():
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+class DeepSpeedGroups:
+    """Megatron-Core's groups under the names that DeepSpeed asks its ``mpu`` for.
+
+    Megatron-Core 0.16 says ``tensor_model_parallel`` where DeepSpeed says ``model_parallel``.
+    """
+
+    get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_model_parallel_world_size = staticmethod(
+        parallel_state.get_tensor_model_parallel_world_size
+    )
+    get_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(parallel_state, name)

@@ -1,0 +1,114 @@
+"""The files of a run directory as plain values."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lag_megatron.config import RunConfig, load_config
+from lag_megatron.errors import RunError
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFiles:
+    """Everything a report is made from, as read; missing files are empty."""
+
+    path: Path
+    config: RunConfig
+    run: Json
+    metrics: tuple[Json, ...]
+    journal: tuple[Json, ...]
+    growths: tuple["GrowthFiles", ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrowthFiles:
+    """The folder of one growth event; ``decision`` is None until it is made."""
+
+    growth: int
+    pool: tuple[Json, ...]
+    probes: dict[str, tuple[Json, ...]]
+    decision: Json | None
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Read a run directory, finished or not.
+
+    Raises:
+        RunError: if it is no run directory or a file in it is damaged.
+        ConfigError: if its configuration does not hold.
+    """
+    if not run_dir.is_dir():
+        raise RunError(f"{run_dir}: no such run directory. Expected e.g. runs/demo.")
+    if not (run_dir / "config.yaml").is_file():
+        raise RunError(
+            f"{run_dir}: not a run directory, config.yaml is missing. Give the folder that "
+            "launch/train.py wrote to, e.g. runs/demo."
+        )
+    return RunFiles(
+        path=run_dir,
+        config=load_config(run_dir / "config.yaml"),
+        run=_json(run_dir / "run.json") or {},
+        metrics=read_lines(run_dir / "metrics.jsonl"),
+        journal=read_lines(run_dir / "journal.jsonl"),
+        growths=tuple(_growths(run_dir)),
+    )
+
+
+def read_lines(path: Path) -> tuple[Json, ...]:
+    """The objects of a JSON-lines file; none if it is missing; a torn last line is dropped.
+
+    Raises:
+        RunError: if any other line is not a JSON object.
+    """
+    if not path.is_file():
+        return ()
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    values: list[Json] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise RunError(f"{path}:{number}: not a line of JSON: {error}.") from None
+        if not isinstance(value, dict):
+            raise RunError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}.")
+        values.append(value)
+    return tuple(values)
+
+
+def finite(value: object) -> float | None:
+    """The number, or None for what is missing, not a number or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _growths(run_dir: Path) -> Iterator[GrowthFiles]:
+    for pool_path in sorted(run_dir.glob("growth*/pool.json")):
+        number = pool_path.parent.name.removeprefix("growth")
+        pool = _json(pool_path)
+        if not number.isdigit() or not isinstance(pool, list):
+            continue
+        yield GrowthFiles(
+            growth=int(number),
+            pool=tuple(pool),
+            probes={c["id"]: read_lines(pool_path.parent / c["id"] / "probe.jsonl") for c in pool},
+            decision=_json(pool_path.parent / "decision.json"),
+        )
+
+
+def _json(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path}: not a JSON file: {error}.") from None

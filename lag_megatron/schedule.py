@@ -1,0 +1,108 @@
+"""Learning rate, stages, and what a run costs in parameters, tokens and FLOPs.  Pure arithmetic."""
+
+import math
+from collections.abc import Sequence
+
+from lag_megatron.config import ModelConfig, OptimizerConfig, RunConfig, StageConfig
+
+
+def lr_at(step: int, optimizer: OptimizerConfig, *, total_steps: int) -> float:
+    """Learning rate of the optimizer step with 0-based index ``step``.
+
+    Warm-up is linear: step 0 takes ``lr / warmup_steps``, step ``warmup_steps - 1`` the full rate.
+    ``cosine`` then falls to ``min_lr`` at ``decay_steps`` (null: ``total_steps``) and stays there.
+    """
+    schedule = optimizer.schedule
+    if step < schedule.warmup_steps:
+        return optimizer.lr * (step + 1) / schedule.warmup_steps
+    if schedule.name == "constant":
+        return optimizer.lr
+    decay_steps = total_steps if schedule.decay_steps is None else schedule.decay_steps
+    if step >= decay_steps:
+        return schedule.min_lr
+    progress = (step - schedule.warmup_steps) / (decay_steps - schedule.warmup_steps)
+    height = (1 + math.cos(math.pi * progress)) / 2
+    return schedule.min_lr + (optimizer.lr - schedule.min_lr) * height
+
+
+def stage_ranges(stages: Sequence[StageConfig]) -> tuple[range, ...]:
+    """For each stage, the global 0-based indices of its optimizer steps."""
+    ranges: list[range] = []
+    start = 0
+    for stage in stages:
+        ranges.append(range(start, start + stage.steps))
+        start += stage.steps
+    return tuple(ranges)
+
+
+def stage_of_step(step: int, stages: Sequence[StageConfig]) -> int:
+    """The stage that takes the optimizer step ``step``; the last one for any step after the end."""
+    for number, steps in enumerate(stage_ranges(stages)):
+        if step < steps.stop:
+            return number
+    return len(stages) - 1
+
+
+def tokens_per_step(config: RunConfig) -> int:
+    """Tokens of one global batch."""
+    return config.parallel.global_batch * config.model.seq_length
+
+
+def parameter_count(
+    model: ModelConfig, *, num_layers: int, vocab_size: int, tensor: int = 1
+) -> int:
+    """Parameters of Megatron-Core's ``GPTModel``, on one of ``tensor`` tensor-parallel ranks.
+
+    Matrices and the biases of column-parallel layers are cut; norms, positions and the biases of
+    row-parallel layers are whole on every rank.  Tied embeddings count once.
+    """
+    hidden = model.hidden_size
+    norm = hidden * (2 if model.norm == "layernorm" else 1)
+    cut = _matmul_parameters_per_layer(model)
+    whole = 2 * norm
+    if model.bias:
+        cut += _qkv_size(model) + _first_mlp_size(model)
+        whole += 2 * hidden
+    embeddings = vocab_size * hidden * (1 if model.tied_embeddings else 2)
+    positions = model.seq_length * hidden if model.positions == "learned" else 0
+    return (num_layers * cut + embeddings) // tensor + num_layers * whole + positions + norm
+
+
+def training_flops_per_token(model: ModelConfig, *, num_layers: int, vocab_size: int) -> int:
+    """Floating-point operations of forward and backward for one token.
+
+    Six per parameter that multiplies, the output layer included and the embedding look-up not,
+    plus ``12 L d s`` for attention scores and values, halved because attention is causal
+    (Chowdhery et al. 2022, PaLM, appendix B; the half is ours).  Recomputation does not count.
+    """
+    matmul = num_layers * _matmul_parameters_per_layer(model) + vocab_size * model.hidden_size
+    attention = 12 * num_layers * model.hidden_size * model.seq_length // 2
+    return 6 * matmul + attention
+
+
+def validation_flops_per_token(model: ModelConfig, *, num_layers: int, vocab_size: int) -> int:
+    """Floating-point operations of one token's forward pass: a third of training's."""
+    return training_flops_per_token(model, num_layers=num_layers, vocab_size=vocab_size) // 3
+
+
+def stage_flops(config: RunConfig, stage: int, *, vocab_size: int) -> int:
+    """Floating-point operations of the optimizer steps of one stage, without validation."""
+    per_token = training_flops_per_token(
+        config.model, num_layers=config.layers_of(stage), vocab_size=vocab_size
+    )
+    return config.stages[stage].steps * tokens_per_step(config) * per_token
+
+
+def _qkv_size(model: ModelConfig) -> int:
+    head_size = model.hidden_size // model.num_attention_heads
+    return (model.num_attention_heads + 2 * model.num_query_groups) * head_size
+
+
+def _first_mlp_size(model: ModelConfig) -> int:
+    return model.ffn_hidden_size * (2 if model.activation == "swiglu" else 1)
+
+
+def _matmul_parameters_per_layer(model: ModelConfig) -> int:
+    """Weights of the projections of query, key, value and output, and of the two of the MLP."""
+    outputs = _qkv_size(model) + model.hidden_size + _first_mlp_size(model)
+    return model.hidden_size * (outputs + model.ffn_hidden_size)

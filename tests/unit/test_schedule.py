@@ -1,0 +1,178 @@
+"""Learning rate, stages, and the counts of parameters and FLOPs."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lag_megatron.config import ModelConfig, OptimizerConfig, StageConfig, parse_config
+from lag_megatron.config.schema import ScheduleConfig
+from lag_megatron.schedule import (
+    lr_at,
+    parameter_count,
+    stage_flops,
+    stage_of_step,
+    stage_ranges,
+    tokens_per_step,
+    training_flops_per_token,
+    validation_flops_per_token,
+)
+
+TINY = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    num_query_groups=4,
+    seq_length=16,
+    vocab_size=64,
+)
+
+
+def optimizer(**schedule: object) -> OptimizerConfig:
+    return OptimizerConfig(lr=1.0, schedule=ScheduleConfig(**schedule))  # type: ignore[arg-type]
+
+
+def test_constant_rate_after_linear_warm_up() -> None:
+    rates = [lr_at(step, optimizer(warmup_steps=4), total_steps=10) for step in range(10)]
+    assert rates == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_no_warm_up_starts_at_the_full_rate() -> None:
+    assert lr_at(0, optimizer(), total_steps=10) == 1
+
+
+def test_cosine_falls_to_the_minimum_and_stays() -> None:
+    cosine = optimizer(name="cosine", warmup_steps=2, decay_steps=10, min_lr=0.1)
+    assert lr_at(2, cosine, total_steps=100) == 1
+    assert lr_at(6, cosine, total_steps=100) == pytest.approx(0.55)
+    assert lr_at(9, cosine, total_steps=100) > 0.1
+    assert [lr_at(step, cosine, total_steps=100) for step in (10, 99)] == [0.1, 0.1]
+
+
+def test_cosine_decays_over_the_run_by_default() -> None:
+    rate = lr_at(5, optimizer(name="cosine"), total_steps=20)
+    assert rate == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_cosine_with_a_warm_up_longer_than_the_run() -> None:
+    cosine = optimizer(name="cosine", warmup_steps=10)
+    assert lr_at(4, cosine, total_steps=5) == 0.5
+    assert lr_at(10, cosine, total_steps=5) == 0
+
+
+def test_stages() -> None:
+    stages = [StageConfig(steps=3), StageConfig(steps=2)]
+    assert stage_ranges(stages) == (range(3), range(3, 5))
+    assert [stage_of_step(step, stages) for step in range(7)] == [0, 0, 0, 1, 1, 1, 1]
+
+
+def test_flops_of_the_published_ul2_model() -> None:
+    ul2 = dataclasses.replace(
+        TINY,
+        hidden_size=2048,
+        ffn_hidden_size=5120,
+        num_attention_heads=32,
+        num_query_groups=32,
+        seq_length=1280,
+        activation="swiglu",
+    )
+    flops = training_flops_per_token(ul2, num_layers=12, vocab_size=256_000)
+    body = 6 * 12 * (4 * 2048**2 + 3 * 2048 * 5120)
+    assert flops == body + 6 * 256_000 * 2048 + 6 * 12 * 2048 * 1280
+    assert flops == pytest.approx(6.81e9, rel=2e-3)
+    assert validation_flops_per_token(ul2, num_layers=12, vocab_size=256_000) == flops // 3
+
+
+def test_flops_of_a_stage() -> None:
+    model = {**dataclasses.asdict(TINY), "vocab_size": 4096}
+    tree = {"model": model, "stages": [{"steps": 3}, {"steps": 2}]}
+    config = parse_config(tree)
+    assert tokens_per_step(config) == 32 * 16
+    per_token = training_flops_per_token(TINY, num_layers=2, vocab_size=64)
+    assert stage_flops(config, 1, vocab_size=64) == 2 * 32 * 16 * per_token
+
+
+def test_tensor_parallel_ranks_hold_the_whole_model_once_and_the_norms_twice() -> None:
+    whole = parameter_count(TINY, num_layers=2, vocab_size=64)
+    half = parameter_count(TINY, num_layers=2, vocab_size=64, tensor=2)
+    norms_and_row_biases = 2 * (4 * 32 + 2 * 32) + 2 * 32
+    assert 2 * half == whole + norms_and_row_biases + 16 * 32
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    torch = pytest.importorskip("torch")
+    parallel_state = pytest.importorskip("megatron.core.parallel_state")
+    if torch.distributed.is_initialized():
+        pytest.skip("another test's process group is up")
+    store: Path = tmp_path_factory.mktemp("store") / "store"
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=0, world_size=1
+    )
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "gpt2": {},
+    "untied": {"tied_embeddings": False},
+    "rope": {"positions": "rope"},
+    "rmsnorm": {"norm": "rmsnorm"},
+    "swiglu": {"activation": "swiglu"},
+    "no-bias": {"bias": False},
+    "grouped-queries": {"num_query_groups": 2},
+    "llama": {
+        "tied_embeddings": False,
+        "positions": "rope",
+        "norm": "rmsnorm",
+        "activation": "swiglu",
+        "bias": False,
+        "num_query_groups": 1,
+    },
+}
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_parameter_count_is_megatrons(changes: dict[str, object]) -> None:
+    model = dataclasses.replace(TINY, **changes)  # type: ignore[arg-type]
+    expected = sum(parameter.numel() for parameter in megatron_model(model).parameters())
+    assert parameter_count(model, num_layers=2, vocab_size=64) == expected
+
+
+def megatron_model(model: ModelConfig) -> Any:
+    import torch
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    rmsnorm = model.norm == "rmsnorm"
+    config = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        normalization="RMSNorm" if rmsnorm else "LayerNorm",
+        gated_linear_unit=model.activation == "swiglu",
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=model.bias,
+        use_cpu_initialization=True,
+        bias_activation_fusion=False,
+    )
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            normalization="RMSNorm" if rmsnorm else None
+        ),
+        vocab_size=64,
+        max_sequence_length=model.seq_length,
+        position_embedding_type="rope" if model.positions == "rope" else "learned_absolute",
+        share_embeddings_and_output_weights=model.tied_embeddings,
+    )
