@@ -65,6 +65,8 @@ class Engine:
                 config.model, config.parallel, num_layers=num_layers, vocab_size=vocab_size
             )
         initialize_weights(model, config, world, num_layers=num_layers, gathered=self._gathered)
+        # The learning rate is 0 until the first step sets it: DeepSpeed's 16-bit ZeRO-0 optimizer
+        # takes a step while it is built.
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=_adamw(model, config, fused=world.device.type == "cuda"),
@@ -72,6 +74,7 @@ class Engine:
             mpu=groups,
             dist_init_required=False,
         )
+        self._forget_steps()
 
     @property
     def num_parameters(self) -> int:
@@ -149,6 +152,13 @@ class Engine:
             for group in self._trained
         ]
 
+    def _forget_steps(self) -> None:
+        """Undo the step counts of DeepSpeed's own construction, which would bias the moments."""
+        optimizer = self._engine.optimizer
+        for state in getattr(optimizer, "optimizer", optimizer).state.values():
+            if "step" in state:
+                state["step"] = torch.zeros_like(state["step"])
+
     @property
     def _trained(self) -> list[list[torch.nn.Parameter]]:
         decayed, others = _decay_split(self._engine.module)
@@ -212,7 +222,7 @@ def _adamw(model: torch.nn.Module, config: RunConfig, *, fused: bool) -> torch.o
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=options.lr,
+        lr=0.0,
         betas=options.betas,
         eps=options.eps,
         fused=fused or None,

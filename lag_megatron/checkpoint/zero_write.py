@@ -28,6 +28,31 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BYTES_OF_STATE = 12
 
 
+class _Room:
+    """Makes tensors that a plan will fill, and knows them from those to be taken over."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, Tensor] = {}
+
+    def __call__(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Room for ``shape``; it is never touched, so it costs address space and no memory."""
+        tensor = torch.empty(tuple(shape), dtype=dtype)
+        self._tensors[id(tensor)] = tensor
+        return tensor
+
+    def take_over(self, tree: Any, mapped: Any) -> None:
+        """Write the tensors of ``tree`` that no plan will fill, such as step counters."""
+        if isinstance(tree, Tensor):
+            if id(tree) not in self._tensors:
+                mapped.copy_(tree)
+        elif isinstance(tree, Mapping):
+            for key, value in tree.items():
+                self.take_over(value, mapped[key])
+        elif isinstance(tree, (list, tuple)):
+            for value, other in zip(tree, mapped, strict=True):
+                self.take_over(value, other)
+
+
 class RankWriter:
     """The files of one (tensor rank, data rank), laid out and waiting for their values.
 
@@ -82,9 +107,7 @@ class RankWriter:
     def buffer(self, container: Container, state: State) -> Tensor:
         """A flat buffer of optimizer state to be written."""
         names = list(self.layout.shapes)
-        return state_buffer(
-            self.topology, self._model, self._states, container.key, state, names
-        )
+        return state_buffer(self.topology, self._model, self._states, container.key, state, names)
 
     def weight(self, name: str) -> Tensor | None:
         """The flattened forward weight to be written beside its fp32 master; None without one."""
@@ -114,30 +137,6 @@ def bytes_of(topology: Topology, layout: Layout) -> int:
     if topology.zero_stage in (1, 2) or topology.precision != "fp32":
         weights = sum(map(numel, layout.shapes.values())) * _DTYPES[topology.precision].itemsize
     return (buffers + weights) * topology.tensor_size
-
-
-class _Room:
-    """Makes tensors that a plan will fill, and knows them from those to be taken over."""
-
-    def __init__(self) -> None:
-        self._tensors: list[Tensor] = []
-
-    def __call__(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Room for ``shape``; it is never touched, so it costs address space and no memory."""
-        self._tensors.append(torch.empty(tuple(shape), dtype=dtype))
-        return self._tensors[-1]
-
-    def take_over(self, tree: Any, mapped: Any) -> None:
-        """Write the tensors of ``tree`` that no plan will fill, such as step counters."""
-        if isinstance(tree, Tensor):
-            if not any(tree is room for room in self._tensors):
-                mapped.copy_(tree)
-        elif isinstance(tree, Mapping):
-            for key, value in tree.items():
-                self.take_over(value, mapped[key])
-        elif isinstance(tree, (list, tuple)):
-            for value, other in zip(tree, mapped, strict=True):
-                self.take_over(value, other)
 
 
 def _model_tree(
@@ -191,7 +190,8 @@ def _unpartitioned_optimizer(
     names = list(layout.shapes)
     inner = torch_optimizer_state(topology, old, None)
     state = {
-        key: _moments(inner["state"][0], layout.shapes[name], room) for key, name in enumerate(names)
+        key: _moments(inner["state"][0], layout.shapes[name], room)
+        for key, name in enumerate(names)
     }
     numbers = iter(range(len(names)))
     groups = [
@@ -207,7 +207,9 @@ def _unpartitioned_optimizer(
 
 def _moments(old: Mapping[str, Any], shape: Sequence[int], room: _Room) -> dict[str, Any]:
     large = {"exp_avg": room(shape), "exp_avg_sq": room(shape)}
-    return {name: large.get(name, value) for name, value in old.items()}
+    # Cloned: entries that shared one step counter would each advance it for all.
+    kept = {k: v.clone() if isinstance(v, Tensor) else v for k, v in old.items() if k not in large}
+    return kept | large
 
 
 def _optimizer_tree(
@@ -260,4 +262,3 @@ def _stage3_optimizer(
         "fp32_flat_groups": [room((length,)) for length in lengths],
         "partition_count": max(container.data_rank for container in layout.lengths) + 1,
     }
-

@@ -231,7 +231,9 @@ def grow_checkpoint(
     draft.mkdir(parents=True)
     commit.require_space(draft, needed=needed, what="the grown checkpoint")
     topology = growth.topology
-    ranks: list[Rank] = [(t, d) for t in range(topology.tensor_size) for d in range(topology.data_size)]
+    ranks: list[Rank] = [
+        (t, d) for t in range(topology.tensor_size) for d in range(topology.data_size)
+    ]
     files: dict[str, Any] = {}
     for tensor_rank, data_rank in progress(ranks):
         files |= growth.write_rank(draft, tensor_rank=tensor_rank, data_rank=data_rank)
@@ -247,4 +249,3 @@ def _copy(target: Tensor, source: Tensor, scale: float) -> None:
     target.copy_(source)
     if scale != 1.0:
         target.mul_(scale)
-

@@ -130,7 +130,9 @@ def _moves(
                     overlap = part.meet(held)
                     if overlap is None:
                         continue
-                    lead = overlap.move(piece.local, piece.box.low).move(wanted.low, (0,) * len(local))
+                    lead = overlap.move(piece.local, piece.box.low).move(
+                        wanted.low, (0,) * len(local)
+                    )
                     offset = sum(a * s for a, s in zip(lead.low, target.strides, strict=True))
                     shape, (to, here) = collapse(overlap.shape, target.strides, steps)
                     yield Move(
