@@ -1,6 +1,7 @@
 """The DeepSpeed engine around one model shape: the only file that imports deepspeed."""
 
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -14,11 +15,17 @@ from typing import Any
 # PATH (the launcher called by its full path) that fails.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
-import deepspeed
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said, DeepSpeed need not warn that it guessed
+
+import deepspeed
 from torch import Tensor
 
+from lag_megatron.checkpoint.layout import DEFAULT_SUB_GROUP_SIZE, Topology, make_layout
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero_write import bytes_of
 from lag_megatron.config import RunConfig
 from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.errors import CheckpointError
@@ -56,7 +63,7 @@ class Engine:
     ) -> None:
         _quiet()
         self.config, self.world, self.num_layers = config, world, num_layers
-        settings = deepspeed_config(config, world_size=world.size)
+        settings = self._settings = deepspeed_config(config, world_size=world.size)
         groups = DeepSpeedGroups()
         deepspeed.init_distributed()
         seed_everywhere(config.seed)
@@ -80,6 +87,33 @@ class Engine:
     def num_parameters(self) -> int:
         """Number of parameters of this tensor-parallel rank."""
         return sum(getattr(p, "ds_numel", p.numel()) for p in self._engine.module.parameters())
+
+    @property
+    def topology(self) -> Topology:
+        """How this engine's state is spread over ranks."""
+        parallel = self.config.parallel
+        zero = self._settings["zero_optimization"]
+        return Topology(
+            zero_stage=parallel.zero_stage,
+            data_size=self.world.data_size,
+            tensor_size=self.world.tensor_size,
+            precision=parallel.precision,
+            sub_group_size=int(zero.get("sub_group_size", DEFAULT_SUB_GROUP_SIZE)),
+        )
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of a checkpoint of this engine, all ranks together."""
+        groups = self.parameter_groups()
+        return bytes_of(self.topology, make_layout(groups, self.topology))
+
+    def destroy(self) -> None:
+        """Free the model and its optimizer, so that a larger one can take their place."""
+        self._engine.destroy()
+        del self._engine
+        gc.collect()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def train_step(
         self, batches: Sequence[Batch], *, step: int, lr: float, stop_asked: bool
@@ -111,13 +145,13 @@ class Engine:
         return StepResult(loss_sum / labels, grad_norm, self._agree(stops))
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> list[float]:
-        """Mean loss in nats per label of each validation batch; every rank passes its own rows."""
+    def evaluate(self, batches: Iterable[Sequence[Batch]]) -> list[float]:
+        """Mean loss in nats per label of each validation batch, given as this rank's parts."""
         self._engine.eval()
         sums: list[float] = []
-        for batch in batches:
-            losses = token_losses(self._engine, self._move(batch))
-            sums += [float(losses.sum()), float(batch["loss_mask"].sum())]
+        for parts in batches:
+            loss = sum(float(token_losses(self._engine, self._move(b)).sum()) for b in parts)
+            sums += [loss, sum(float(b["loss_mask"].sum()) for b in parts)]
         sums = self.world.sum_over_data(sums)
         return [loss / labels for loss, labels in zip(sums[::2], sums[1::2], strict=True)]
 
@@ -165,7 +199,9 @@ class Engine:
         return [group for group in (decayed, others) if group]
 
     def _refuse_other_parameters(self, checkpoint: Path) -> None:
-        found = ZeroCheckpoint.open(checkpoint).parameter_groups(self.world.tensor_rank)
+        source = ZeroCheckpoint.open(checkpoint)
+        _refuse_other_topology(source, self.topology)
+        found = source.parameter_groups(self.world.tensor_rank)
         expected = self.parameter_groups()
         if [list(g.items()) for g in found] == [list(g.items()) for g in expected]:
             return
@@ -241,6 +277,20 @@ def _sharded_construction(config: RunConfig, settings: dict[str, Any], groups: A
         mpu=groups,
     ):
         yield
+
+
+def _refuse_other_topology(source: ZeroCheckpoint, topology: Topology) -> None:
+    for what, found, expected in (
+        ("ZeRO stage", source.topology.zero_stage, topology.zero_stage),
+        ("data-parallel ranks", source.topology.data_size, topology.data_size),
+        ("tensor-parallel ranks", source.topology.tensor_size, topology.tensor_size),
+        ("precision", source.topology.precision, topology.precision),
+    ):
+        if found != expected:
+            raise CheckpointError(
+                f"{source.path}: saved with {what} {found}, but this run has {expected}. "
+                f"Start it with {what} {found}."
+            )
 
 
 def _difference(

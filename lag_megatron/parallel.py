@@ -5,17 +5,22 @@ NCCL where CUDA is, gloo elsewhere.  Tensor-parallel ranks are neighbours, as in
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from lag_megatron.errors import RunError
+from lag_megatron.errors import LagError, RunError
+
+T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+_PEAK_FLOPS = (("A100", 312e12), ("H100", 989e12), ("H200", 989e12))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,16 @@ class World:
         """Whether this process decides, writes the journal and talks to the user."""
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        """The accelerator's name, or ``cpu``."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Dense bf16 FLOP/s of this device by its data sheet; None where it is not known."""
+        return next((peak for name, peak in _PEAK_FLOPS if name in self.device_name), None)
+
     def barrier(self) -> None:
         """Wait for all processes."""
         dist.barrier()
@@ -60,6 +75,42 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def from_coordinator(self, make: Callable[[], T]) -> T:
+        """What the coordinator makes, on every rank; its mistake is raised on every rank.
+
+        Raises:
+            LagError: the one that ``make`` raised.
+        """
+        value: T | None = None
+        error: LagError | None = None
+        if self.is_coordinator:
+            try:
+                value = make()
+            except LagError as raised:
+                error = raised
+        value, error = self.broadcast((value, error))
+        if error is not None:
+            raise error
+        return value  # type: ignore[return-value]
+
+    def from_each(self, make: Callable[[], T]) -> list[T]:
+        """What each rank makes, by rank, on every rank.
+
+        Raises:
+            LagError: the first one that a rank's ``make`` raised, on every rank.
+        """
+        value: T | None = None
+        error: LagError | None = None
+        try:
+            value = make()
+        except LagError as raised:
+            error = raised
+        results = self.gather((value, error))
+        for _, error in results:
+            if error is not None:
+                raise error
+        return [value for value, _ in results]
 
     def sum_over_data(self, values: Sequence[float]) -> list[float]:
         """Elementwise sum over the data-parallel replicas, in double precision."""

@@ -54,6 +54,11 @@ def publish(path: Path, *, files: Mapping[str, Any], about: Mapping[str, Any]) -
     write_atomically(draft / MANIFEST, json.dumps(manifest, indent=1))
     _sync_folder(draft)
     os.rename(draft, path)
+    point_latest(path)
+
+
+def point_latest(path: Path) -> None:
+    """Make ``latest`` of a tag's folder name it, which is where DeepSpeed looks."""
     write_atomically(path.parent / "latest", path.name)
 
 
@@ -69,7 +74,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint, its manifest first, so that a half-deleted one is not taken for whole."""
+    """Delete a checkpoint, its manifest first: a half-deleted one is never taken for whole."""
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
@@ -144,7 +149,7 @@ def damages(path: Path) -> Iterator[str]:
 
 def digest(manifest: Mapping[str, Any]) -> str:
     """One checksum over all files of a manifest."""
-    return xxhash.xxh3_128(json.dumps(manifest["files"], sort_keys=True)).hexdigest()
+    return xxhash.xxh3_128(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
 
 
 def require_space(folder: Path, *, needed: int, what: str) -> None:

@@ -16,6 +16,8 @@ STATES: tuple[State, ...] = ("fp32", "exp_avg", "exp_avg_sq")
 
 Group = Mapping[str, Shape]
 
+DEFAULT_SUB_GROUP_SIZE = 1_000_000_000
+
 # DeepSpeed aligns each flat group to this many elements a rank (nccl_start_alignment_factor).
 _ALIGNMENT = 2
 
@@ -36,7 +38,7 @@ class Topology:
     data_size: int
     tensor_size: int
     precision: Literal["fp32", "bf16", "fp16"]
-    sub_group_size: int = 1_000_000_000
+    sub_group_size: int = DEFAULT_SUB_GROUP_SIZE
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -6,11 +6,12 @@ checkpoint cannot run code, and written back under the same global names.
 
 import enum
 import io
+import mmap
 import os
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -63,22 +64,25 @@ def load(path: Path, *, writable: bool = False) -> Any:
     Raises:
         CheckpointError: if the file is missing, cut short or not a checkpoint.
     """
-    flags = _shared_mapping() if writable else None
-    try:
-        with torch.serialization.safe_globals([(c, name) for c, name in STAND_INS.items()]):
-            if flags is None:
-                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            with torch.serialization.set_default_mmap_options(flags):
-                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
+    if not path.is_file():
         raise CheckpointError(
             f"{path}: this file of the checkpoint is missing. Restore it, or use another tag."
-        ) from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        reason = str(error).strip().split("\n")[0]
+        )
+    flags = mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE
+    try:
+        with (
+            torch.serialization.safe_globals(list(STAND_INS.items())),
+            torch.serialization.set_default_mmap_options(flags),
+        ):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: not a whole checkpoint file ({size} bytes): {reason} "
+            f"{path}: holds objects that no DeepSpeed checkpoint has ({_cause(error)}). "
+            "Reading them could run code, so it was left alone. Use another tag."
+        ) from None
+    except (RuntimeError, ValueError, EOFError, OSError, LookupError) as error:
+        raise CheckpointError(
+            f"{path}: damaged or cut short ({path.stat().st_size} bytes): {_cause(error)}. "
             "Restore it from a copy, or use another tag."
         ) from None
 
@@ -100,23 +104,29 @@ def create(path: Path, objects: Any) -> Any:
             torch.save(objects, path, pickle_module=_Pickling)
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
         path.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
         raise CheckpointError(
-            f"{path}: cannot write: {error.strerror} ({free / 2**20:.0f} MiB free). "
+            f"{path}: cannot write: {_cause(error)} ({free / 2**20:.0f} MiB free). "
             "Free some space and run the same command again; nothing was changed."
         ) from None
     return load(path, writable=True)
 
 
-def _shared_mapping() -> int:
-    import mmap
+def _cause(error: Exception) -> str:
+    """What torch says, without its advice to read the file unsafely."""
+    text = error.strerror if isinstance(error, OSError) else None
+    lines = [line.strip() for line in (text or str(error)).splitlines() if line.strip()]
+    telling = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
+    line = (telling or lines or [type(error).__name__])[0]
+    return line.removeprefix("WeightsUnpickler error: ").split(". ")[0].rstrip(".")
 
-    return mmap.MAP_SHARED
+
+_PurePickler: Any = pickle._Pickler  # the C one has no save_global
 
 
-class _Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]
+class _Pickler(_PurePickler):  # type: ignore[misc]
     """Writes stand-ins under the names of the classes they stand for."""
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
@@ -127,8 +137,10 @@ class _Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]
         else:
             super().save_global(obj, name)
 
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
-    dispatch[type] = lambda self, obj: self.save_global(obj)
+    dispatch: ClassVar[dict[type, Any]] = {
+        **_PurePickler.dispatch,
+        type: lambda self, obj: self.save_global(obj),
+    }
 
 
 class _Pickling:

@@ -12,40 +12,32 @@ from typing import Any
 
 from torch import Tensor
 
-from lag_megatron.checkpoint import pickles
-from lag_megatron.checkpoint.boxes import Shape, numel
-from lag_megatron.checkpoint.layout import Container, Group, Layout, State, Topology, make_layout
+from lag_megatron.checkpoint import commit, pickles
+from lag_megatron.checkpoint.boxes import Shape
+from lag_megatron.checkpoint.layout import (
+    DEFAULT_SUB_GROUP_SIZE,
+    STATES,
+    Container,
+    Group,
+    Layout,
+    State,
+    Topology,
+    make_layout,
+)
+from lag_megatron.checkpoint.zero_files import (
+    files_of,
+    model_file,
+    optimizer_file,
+    state_buffer,
+    step_counts,
+)
 from lag_megatron.errors import CheckpointError
+
+__all__ = ["ZeroCheckpoint", "files_of", "resolve"]
 
 # Options of DeepSpeed that change the order or padding of flat buffers in ways not handled here.
 _UNKNOWN_ORDERS = ("round_robin_gradients", "parameter_alignment")
-
-
-def model_file(topology: Topology, *, tensor_rank: int, data_rank: int) -> str:
-    """Name of the file with a rank's weights and counters."""
-    if topology.zero_stage == 3:
-        return f"zero_pp_rank_{data_rank}_mp_rank_{tensor_rank:02d}_model_states.pt"
-    return f"mp_rank_{tensor_rank:02d}_model_states.pt"
-
-
-def optimizer_file(topology: Topology, *, tensor_rank: int, data_rank: int) -> str | None:
-    """Name of the file with a rank's optimizer shard; None where the model file holds it."""
-    if topology.zero_stage == 0:
-        return None
-    prefix = "bf16_" if topology.precision == "bf16" else ""
-    return f"{prefix}zero_pp_rank_{data_rank}_mp_rank_{tensor_rank:02d}_optim_states.pt"
-
-
-def files_of(topology: Topology) -> list[str]:
-    """Names of all files of a checkpoint."""
-    names: dict[str, None] = {}
-    for tensor_rank in range(topology.tensor_size):
-        for data_rank in range(topology.data_size):
-            names[model_file(topology, tensor_rank=tensor_rank, data_rank=data_rank)] = None
-            name = optimizer_file(topology, tensor_rank=tensor_rank, data_rank=data_rank)
-            if name:
-                names[name] = None
-    return list(names)
+_FOREIGN = "not written by DeepSpeed, or by a version that is not understood here."
 
 
 def resolve(path: Path) -> Path:
@@ -90,8 +82,13 @@ class ZeroCheckpoint:
             CheckpointError: if it is not a DeepSpeed checkpoint, incomplete, or laid out by
                 options that are not understood.
         """
+        if commit.is_committed(path):
+            commit.check_sizes(path)
         header, name = _first_header(path)
-        topology = _topology(path, header, name)
+        try:
+            topology = _topology(path, header, name)
+        except KeyError as error:
+            raise CheckpointError(f"{path / name}: has no entry {error}: {_FOREIGN}") from None
         missing = [f for f in files_of(topology) if not (path / f).is_file()]
         if missing:
             raise CheckpointError(
@@ -126,26 +123,40 @@ class ZeroCheckpoint:
         Raises:
             CheckpointError: if the file does not say in which order its parameters lie.
         """
-        header = self.model_states(tensor_rank, 0)
+        header = self._load(model_file(self.topology, tensor_rank=tensor_rank, data_rank=0))
         if self.topology.zero_stage == 0:
             return _unpartitioned_groups(self.path, header)
-        listed = [{n: tuple(shape) for n, shape in g.items()} for g in header["param_shapes"]]
+        listed: list[Group] = [
+            {n: tuple(shape) for n, shape in g.items()} for g in header["param_shapes"]
+        ]
         if self.topology.zero_stage != 3:
             return listed
-        return _join_subgroups(listed, self._optimizer_states(tensor_rank, 0))
+        return _join_subgroups(listed, self._load(self._optimizer_file(tensor_rank, 0)))
 
     def model_states(self, tensor_rank: int, data_rank: int) -> Any:
-        """The objects of a model file."""
-        stage3 = self.topology.zero_stage == 3
-        name = model_file(
-            self.topology, tensor_rank=tensor_rank, data_rank=data_rank if stage3 else 0
-        )
-        return self._file(name)
+        """The objects of a model file, of the same step as all others."""
+        if self.topology.zero_stage != 3:
+            data_rank = 0
+        name = model_file(self.topology, tensor_rank=tensor_rank, data_rank=data_rank)
+        states = self._load(name)
+        if states.get("global_steps") != self.step:
+            raise self._other_step(name, states.get("global_steps"), self.step)
+        if self.topology.zero_stage == 0 and name not in self._checked:
+            self._check_buffers(name, states, None, 0)
+            self._checked.add(name)
+        return states
 
     def optimizer_states(self, tensor_rank: int, data_rank: int) -> Any:
-        """The objects of an optimizer file, its buffers checked against the layout."""
-        states = self._optimizer_states(tensor_rank, data_rank)
-        self._check_buffers(states, tensor_rank, data_rank)
+        """The objects of an optimizer file, of the layout and the step of all others."""
+        name = self._optimizer_file(tensor_rank, data_rank)
+        states = self._load(name)
+        if name not in self._checked:
+            self._check_buffers(name, None, states, data_rank)
+            first = self._load(self._optimizer_file(0, 0))
+            counts = [step_counts(self.topology, s) for s in (states, first)]
+            if counts[0] != counts[1]:
+                raise self._other_step(name, *counts)
+            self._checked.add(name)
         return states
 
     def buffer(self, tensor_rank: int, container: Container, state: State) -> Tensor:
@@ -159,77 +170,49 @@ class ZeroCheckpoint:
         names = list(self.layout.shapes)
         return state_buffer(self.topology, model, states, container.key, state, names)
 
-    def _optimizer_states(self, tensor_rank: int, data_rank: int) -> Any:
-        name = optimizer_file(self.topology, tensor_rank=tensor_rank, data_rank=data_rank)
-        return self._file(str(name))
+    def _optimizer_file(self, tensor_rank: int, data_rank: int) -> str:
+        return str(optimizer_file(self.topology, tensor_rank=tensor_rank, data_rank=data_rank))
 
-    def _file(self, name: str) -> Any:
+    def _load(self, name: str) -> Any:
         if name not in self._files:
-            self._files[name] = pickles.load(self.path / name)
+            states = pickles.load(self.path / name)
+            if not isinstance(states, dict) or "ds_version" not in states:
+                raise CheckpointError(f"{self.path / name}: {_FOREIGN}")
+            self._files[name] = states
         return self._files[name]
 
     @cached_property
     def _files(self) -> dict[str, Any]:
         return {}
 
-    def _check_buffers(self, states: Any, tensor_rank: int, data_rank: int) -> None:
+    @cached_property
+    def _checked(self) -> set[str]:
+        return set()
+
+    def _other_step(self, name: str, found: object, expected: object) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path / name}: of step {found}, but the first file is of step {expected}: "
+            "files of different checkpoints are mixed. Restore the right one, or use another tag."
+        )
+
+    def _check_buffers(self, file: str, model: Any, states: Any, data_rank: int) -> None:
         layout = self.layout
+        names = list(layout.shapes)
         for key in layout.keys(data_rank):
-            container = Container(data_rank, key)
-            for state, lengths in (("fp32", layout.filled), ("exp_avg", layout.lengths),
-                                   ("exp_avg_sq", layout.lengths)):  # fmt: skip
-                names = list(layout.shapes)
+            for state in STATES:
+                lengths = layout.filled if state == "fp32" else layout.lengths
                 try:
-                    found = state_buffer(self.topology, None, states, key, state, names).numel()  # type: ignore[arg-type]
-                except (KeyError, IndexError):
-                    found = None
-                if found != lengths[container]:
-                    name = optimizer_file(
-                        self.topology, tensor_rank=tensor_rank, data_rank=data_rank
-                    )
+                    buffer = state_buffer(self.topology, model, states, key, state, names)
+                    found = f"has {buffer.numel()} elements"
+                except (LookupError, TypeError, AttributeError):
+                    found = "is missing"
+                expected = lengths[Container(data_rank, key)]
+                if found != f"has {expected} elements":
                     raise CheckpointError(
-                        f"{self.path / str(name)}: {state} of group {key} has {found} elements, "
-                        f"but the parameters lie in {lengths[container]}. Not a layout that is "
+                        f"{self.path / file}: {state} of buffer {key} {found}, but its parameters "
+                        f"take {expected}. Only Adam's state in DeepSpeed's usual layout is "
                         "understood here, so nothing was read from it."
                     )
-
-
-def state_buffer(
-    topology: Topology, model: Any, states: Any, key: int, state: State, names: list[str]
-) -> Tensor:
-    """The flat buffer ``key`` of ``state`` within a rank's loaded files."""
-    stage = topology.zero_stage
-    if stage == 0:
-        return _unpartitioned_buffer(topology, model, key, state, names).view(-1)
-    optimizer = states["optimizer_state_dict"]
-    if stage == 3:
-        if state == "fp32":
-            return optimizer["fp32_flat_groups"][key]
-        return optimizer["optimizer_state_dict"]["state"][key][state]
-    if state == "fp32":
-        return optimizer["single_partition_of_fp32_groups"][key]
-    return optimizer["base_optimizer_state"]["state"][key][state]
-
-
-def torch_optimizer_state(topology: Topology, model: Any, states: Any) -> Any:
-    """The torch optimizer's ``state_dict`` within a rank's loaded files."""
-    if topology.zero_stage == 0:
-        optimizer = model["optimizer"]
-        return optimizer if topology.precision == "fp32" else optimizer["optimizer_state_dict"]
-    optimizer = states["optimizer_state_dict"]
-    name = "optimizer_state_dict" if topology.zero_stage == 3 else "base_optimizer_state"
-    return optimizer[name]
-
-
-def _unpartitioned_buffer(
-    topology: Topology, model: Any, key: int, state: State, names: list[str]
-) -> Tensor:
-    if state != "fp32":
-        return torch_optimizer_state(topology, model, None)["state"][key][state]
-    if topology.precision == "fp32":
-        return model["module"][names[key]]
-    flat = [tensor for group in model["optimizer"]["fp32_groups"] for tensor in group]
-    return flat[key]
 
 
 def _first_header(path: Path) -> tuple[Mapping[str, Any], str]:
@@ -237,7 +220,7 @@ def _first_header(path: Path) -> tuple[Mapping[str, Any], str]:
         if (path / name).is_file():
             header = pickles.load(path / name)
             if not isinstance(header, dict) or "ds_version" not in header:
-                raise CheckpointError(f"{path / name}: not written by DeepSpeed.")
+                raise CheckpointError(f"{path / name}: {_FOREIGN}")
             return header, name
     raise CheckpointError(
         f"{path}: not a DeepSpeed checkpoint: neither mp_rank_00_model_states.pt nor "
@@ -264,7 +247,7 @@ def _topology(path: Path, header: Mapping[str, Any], name: str) -> Topology:
         data_size=int(header["dp_world_size"]),
         tensor_size=int(header["mp_world_size"]),
         precision=enabled[0] if enabled else "fp32",  # type: ignore[arg-type]
-        sub_group_size=int(zero.get("sub_group_size", 1_000_000_000)),
+        sub_group_size=int(zero.get("sub_group_size") or DEFAULT_SUB_GROUP_SIZE),
     )
 
 
@@ -279,7 +262,7 @@ def _unpartitioned_groups(path: Path, header: Mapping[str, Any]) -> list[Group]:
     return [{name: tuple(module[name].shape) for name in group} for group in listed]
 
 
-def _join_subgroups(listed: list[dict[str, Shape]], states: Any) -> list[Group]:
+def _join_subgroups(listed: list[Group], states: Any) -> list[Group]:
     """ZeRO-3 lists shapes by sub-group; join those of one parameter group again."""
     groups: list[Group] = []
     inner = states["optimizer_state_dict"]["optimizer_state_dict"]["param_groups"]
@@ -289,8 +272,3 @@ def _join_subgroups(listed: list[dict[str, Shape]], states: Any) -> list[Group]:
             members |= listed[key]
         groups.append(members)
     return groups
-
-
-def parameter_count(groups: list[Group]) -> int:
-    """Elements of all parameters of one tensor rank."""
-    return sum(numel(shape) for group in groups for shape in group.values())

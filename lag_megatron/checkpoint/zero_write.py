@@ -16,8 +16,8 @@ from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.boxes import numel
 from lag_megatron.checkpoint.commit import seal
 from lag_megatron.checkpoint.layout import Container, Layout, State, Topology
-from lag_megatron.checkpoint.zero import (
-    ZeroCheckpoint,
+from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero_files import (
     model_file,
     optimizer_file,
     state_buffer,
@@ -134,7 +134,7 @@ def bytes_of(topology: Topology, layout: Layout) -> int:
     """Bytes of all tensors of a whole checkpoint of this layout, all ranks together."""
     buffers = sum(layout.lengths.values()) * _BYTES_OF_STATE
     weights = 0
-    if topology.zero_stage in (1, 2) or topology.precision != "fp32":
+    if topology.zero_stage in (1, 2) or (topology.zero_stage, topology.precision) == (0, "bf16"):
         weights = sum(map(numel, layout.shapes.values())) * _DTYPES[topology.precision].itemsize
     return (buffers + weights) * topology.tensor_size
 

@@ -4,6 +4,7 @@ No process holds the model: source shards are mapped, target shards are mapped, 
 drawn in small pieces.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -30,11 +31,11 @@ from lag_megatron.checkpoint.layout import (
 from lag_megatron.checkpoint.tensor_parallel import local_shape, whole_shape
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.checkpoint.zero_write import RankWriter, bytes_of
-from lag_megatron.errors import PlanError
+from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.growth.fresh import fill
 from lag_megatron.growth.growth_map import GrowthMap, depth_map, grown_names
 from lag_megatron.growth.plan import GrowthPlan
-from lag_megatron.growth.transfer import Draw, Move, Place, Side, plan_rank
+from lag_megatron.growth.transfer import Move, Place, Side, plan_rank
 
 Rank = tuple[int, int]
 
@@ -97,17 +98,27 @@ class Growth:
 
     def publish(self, path: Path, files: Mapping[str, Any]) -> None:
         """Commit the grown checkpoint once all its ranks are written."""
-        source: dict[str, Any] = {"path": str(self.source.path)}
+        commit.publish(path, files=files, about=self._about)
+
+    def was_published(self, path: Path) -> bool:
+        """Whether ``path`` is this growth's result, made by an earlier run."""
+        if not commit.is_committed(path):
+            return False
+        manifest = commit.read_manifest(path)
+        return all(manifest.get(k) == self._about[k] for k in ("step", "plan_digest", "source"))
+
+    @cached_property
+    def _about(self) -> dict[str, Any]:
+        source: dict[str, Any] = {"path": str(self.source.path.absolute())}
         if commit.is_committed(self.source.path):
             source["digest"] = commit.digest(commit.read_manifest(self.source.path))
-        about = {
+        return {
             "step": self.source.step,
             "plan": asdict(self.plan),
             "plan_digest": self.plan.digest,
             "source": source,
             "versions": {"lag_megatron": __version__, "torch": torch.__version__},
         }
-        commit.publish(path, files=files, about=about)
 
     @cached_property
     def client_state(self) -> dict[str, Any]:
@@ -224,21 +235,37 @@ def grow_checkpoint(
     """
     growth = Growth(ZeroCheckpoint.open(source), plan)
     needed = growth.bytes_to_write
-    if target.exists():
-        raise PlanError(f"{target}: exists already. Name another target or remove it.")
     draft = commit.temporary(target)
-    commit.remove(draft)
-    draft.mkdir(parents=True)
-    commit.require_space(draft, needed=needed, what="the grown checkpoint")
+    if target.exists():
+        if not growth.was_published(target):
+            raise PlanError(f"{target}: exists already. Name another target or remove it.")
+        commit.point_latest(target)  # killed between the two, or asked for twice
+        return growth
+    try:
+        commit.remove(draft)
+        draft.mkdir(parents=True)
+        commit.require_space(draft, needed=needed, what="the grown checkpoint")
+        growth.publish(target, _write_all(growth, draft, progress))
+    except OSError as error:
+        commit.remove(draft)
+        raise CheckpointError(
+            f"{target}: cannot write there: {error.strerror}. Name another target."
+        ) from None
+    except BaseException:
+        commit.remove(draft)
+        raise
+    return growth
+
+
+def _write_all(
+    growth: Growth, folder: Path, progress: Callable[[Iterable[Rank]], Iterable[Rank]]
+) -> dict[str, Any]:
     topology = growth.topology
-    ranks: list[Rank] = [
-        (t, d) for t in range(topology.tensor_size) for d in range(topology.data_size)
-    ]
+    ranks = list(itertools.product(range(topology.tensor_size), range(topology.data_size)))
     files: dict[str, Any] = {}
     for tensor_rank, data_rank in progress(ranks):
-        files |= growth.write_rank(draft, tensor_rank=tensor_rank, data_rank=data_rank)
-    growth.publish(target, files)
-    return growth
+        files |= growth.write_rank(folder, tensor_rank=tensor_rank, data_rank=data_rank)
+    return files
 
 
 def _view(buffer: Tensor, place: Place, shape: Shape) -> Tensor:

@@ -1,0 +1,40 @@
+"""This rank's part of every global batch."""
+
+from collections.abc import Iterator
+
+from lag_megatron.config import RunConfig
+from lag_megatron.data.batches import Batch, TrainingData, ValidationData
+from lag_megatron.data.prepared import PreparedData
+from lag_megatron.parallel import World
+
+
+class Feed:
+    """Cuts global batches into the micro-batches of one data-parallel rank.
+
+    Tensor-parallel ranks of a replica get the same rows.
+    """
+
+    def __init__(self, prepared: PreparedData, config: RunConfig, world: World) -> None:
+        model, data, batch = config.model, config.data, config.parallel.global_batch
+        self._training = TrainingData(
+            prepared, seq_length=model.seq_length, global_batch=batch, seed=data.seed
+        )
+        self._validation = ValidationData(
+            prepared,
+            seq_length=model.seq_length,
+            global_batch=batch,
+            num_tokens=data.validation_tokens,
+        )
+        rows = batch // world.data_size
+        first = world.data_rank * rows
+        size = config.parallel.micro_batch
+        self._rows = [range(low, low + size) for low in range(first, first + rows, size)]
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of global batch ``step``."""
+        return [self._training.batch(step, rows) for rows in self._rows]
+
+    def validation(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each batch of the fixed validation set."""
+        for number in range(self._validation.num_batches):
+            yield [self._validation.batch(number, rows) for rows in self._rows]

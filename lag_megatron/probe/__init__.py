@@ -1,0 +1,1 @@
+"""Probes of candidates, the journal of what happened, and the coordinator that decides."""

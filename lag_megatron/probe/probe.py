@@ -1,0 +1,164 @@
+"""The life of one candidate: grown from the base, trained to the lag, evaluated on the way."""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.config import GrowthConfig
+from lag_megatron.engine import Engine, mean
+from lag_megatron.growth.materialize import Growth
+from lag_megatron.growth.plan import GrowthPlan
+from lag_megatron.growth.pool import Candidate
+from lag_megatron.parallel import World
+from lag_megatron.probe.saving import save_engine
+from lag_megatron.probe.steps import Job, MetricRow
+from lag_megatron.rundir import tag_of
+from lag_megatron.stopping import Stopped
+
+CURVE = "probe.jsonl"
+TRAINING = "train.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A growth event: from which state, to which depth, judged how."""
+
+    number: int
+    base: Path
+    base_step: int
+    base_val_loss: float
+    source_layers: int
+    target_layers: int
+    growth: GrowthConfig
+    pool: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """How a probe ended.
+
+    Attributes:
+        steps: optimizer steps taken after growth.
+        val_loss: at the last evaluation, in nats per token.
+        seconds: wall time, growth included.
+        state: the saved state; None if the candidate could not win any more.
+        failure: why it lost before the lag; empty if it did not.
+    """
+
+    steps: int
+    val_loss: float
+    seconds: float
+    state: Path | None
+    failure: str
+
+
+def run_probe(
+    job: Job, engine: Engine, event: Event, candidate: Candidate, *, to_beat: float
+) -> ProbeResult:
+    """Grow, train to the lag, evaluate, and save the state if it beats the best so far.
+
+    Every rank calls this together.
+
+    Raises:
+        Stopped: when a signal asked for it; the probe starts again with the next run.
+    """
+    started = time.perf_counter()
+    world = engine.world
+    folder = job.run.probe(event.number, candidate.id)
+    grown = folder / tag_of(event.base_step)
+    grow_together(world, event.base, grown, candidate.plan)
+    engine.load(grown)
+    logs = _Logs(folder, world)
+    steps, loss, failure = _train(job, engine, event, logs)
+    state: Path | None = None
+    if not failure and loss < to_beat:
+        state = folder / tag_of(event.base_step + event.growth.lag)
+        save_engine(
+            engine,
+            state,
+            step=event.base_step + steps,
+            tokens=int(job.validation_row(event.base_step + steps, stage=0, loss=0.0)["tokens"]),
+            history=history_of(grown),
+        )
+    if state != grown:
+        world.from_coordinator(lambda: commit.remove(grown))
+    return ProbeResult(steps, loss, time.perf_counter() - started, state, failure)
+
+
+def grow_together(world: World, base: Path, target: Path, plan: GrowthPlan) -> None:
+    """Grow a checkpoint with each rank writing its own files, and commit it."""
+    draft = commit.temporary(target)
+
+    def prepare() -> None:
+        commit.remove(target.parent)
+        draft.mkdir(parents=True)
+
+    world.from_coordinator(prepare)
+    growth = Growth(ZeroCheckpoint.open(base), plan)
+    parts = world.from_each(
+        lambda: growth.write_rank(
+            draft, tensor_rank=world.tensor_rank, data_rank=world.data_rank
+        )
+    )
+    files = {name: entry for part in parts for name, entry in part.items()}
+    world.from_coordinator(lambda: growth.publish(target, files))
+
+
+def history_of(checkpoint: Path) -> list[dict[str, object]]:
+    """The growth plans that led to a checkpoint."""
+    return list(ZeroCheckpoint.open(checkpoint).client_state.get("growth_history", []))
+
+
+def _train(job: Job, engine: Engine, event: Event, logs: "_Logs") -> tuple[int, float, str]:
+    """Steps taken, last validation loss and the reason of a failure."""
+    growth = event.growth
+    taken = 0
+    loss = math.nan
+    for rung in growth.evaluation_steps():
+        while taken < rung:
+            row, stop = job.step(engine, event.base_step + taken, stage=event.number)
+            taken += 1
+            logs.trained(row)
+            if stop:
+                raise Stopped(job.stop.reason)
+            if failure := _failure(float(row["train/loss"]), growth, "training", taken):
+                return taken, loss, failure
+        batches = job.evaluate(engine)
+        loss = mean(batches)
+        if failure := _failure(loss, growth, "validation", taken):
+            return taken, loss, failure
+        logs.evaluated(taken, loss, batches)
+    return taken, loss, ""
+
+
+def _failure(loss: float, growth: GrowthConfig, what: str, step: int) -> str:
+    if not math.isfinite(loss):
+        return f"{what} loss is {loss} at step {step}"
+    if loss > growth.max_loss:
+        return f"{what} loss {loss:.4g} is above growth.max_loss {growth.max_loss} at step {step}"
+    return ""
+
+
+class _Logs:
+    """The candidate's own files, written by the coordinator."""
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self._folder, self._writes = folder, world.is_coordinator
+
+    def trained(self, row: MetricRow) -> None:
+        """Note a training step; the winner's become the run's."""
+        self._append(TRAINING, dict(row))
+
+    def evaluated(self, step: int, loss: float, batches: list[float]) -> None:
+        """Note an evaluation ``step`` steps after growth."""
+        entry = {"step": step, "val_loss": loss, "val_loss_batches": batches}
+        self._append(CURVE, entry)
+
+    def _append(self, name: str, entry: object) -> None:
+        if self._writes:
+            with (self._folder / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")

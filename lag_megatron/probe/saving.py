@@ -1,0 +1,84 @@
+"""Committed checkpoints of a live engine."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lag_megatron import __version__
+from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.zero import files_of
+from lag_megatron.config import RunConfig
+from lag_megatron.engine import Engine
+from lag_megatron.errors import CheckpointError
+from lag_megatron.parallel import World
+
+
+def save_engine(
+    engine: Engine, path: Path, *, step: int, tokens: int, history: list[Mapping[str, Any]]
+) -> None:
+    """Save the engine's state as the tag directory ``path``, whole or not at all.
+
+    Args:
+        engine: every rank calls with its own.
+        path: the tag directory to come.
+        step: optimizer steps taken in the whole run.
+        tokens: tokens seen in the whole run.
+        history: the growth plans that led to this model, oldest first.
+
+    Raises:
+        CheckpointError: if there is no room.
+    """
+    world, config = engine.world, engine.config
+    draft = commit.temporary(path)
+
+    def prepare() -> bool:
+        if commit.is_committed(path):
+            return False  # a resumed run came to the same step again
+        commit.remove(draft)
+        commit.remove(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        commit.require_space(path.parent, needed=engine.bytes_on_disk, what="a checkpoint")
+        return True
+
+    if not world.from_coordinator(prepare):
+        return
+    state = _client_state(config, step=step, tokens=tokens, history=history)
+    world.from_each(lambda: _written(engine, draft, state))
+    files = _sealed(world, draft, files_of(engine.topology))
+    about = {
+        "step": step,
+        "versions": {"lag_megatron": __version__, "torch": torch.__version__},
+    }
+    world.from_coordinator(lambda: commit.publish(path, files=files, about=about))
+
+
+def _client_state(
+    config: RunConfig, *, step: int, tokens: int, history: list[Mapping[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "step": step,
+        "tokens": tokens,
+        "model": asdict(config.model),
+        "growth_history": list(history),
+    }
+
+
+def _written(engine: Engine, draft: Path, state: Mapping[str, Any]) -> None:
+    try:
+        engine.save(draft.parent, draft.name, client_state=state)
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its zip writer.
+        raise CheckpointError(
+            f"{draft}: cannot write the checkpoint: {str(error).splitlines()[0]}. The one before "
+            "is untouched. Free some space and run the same command again."
+        ) from error
+
+
+def _sealed(world: World, folder: Path, names: list[str]) -> dict[str, Any]:
+    """Manifest entries of all files, the work of hashing spread over the ranks."""
+    mine = names[world.rank :: world.size]
+    parts = world.from_each(lambda: {name: commit.seal(folder / name) for name in mine})
+    return {name: entry for part in parts for name, entry in part.items()}

@@ -1,0 +1,57 @@
+"""One optimizer step and one evaluation, the same in a stage and in a probe."""
+
+import time
+from dataclasses import dataclass
+
+from lag_megatron.config import RunConfig
+from lag_megatron.data import Feed
+from lag_megatron.engine import Engine
+from lag_megatron.rundir import RunDirectory
+from lag_megatron.schedule import lr_at, tokens_per_step
+from lag_megatron.stopping import StopFlag
+
+MetricRow = dict[str, float | int | str]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every part of a run needs: settings, text, paths and the flag to stop."""
+
+    config: RunConfig
+    run: RunDirectory
+    feed: Feed
+    stop: StopFlag
+    vocab_size: int
+
+    def step(self, engine: Engine, step: int, *, stage: int) -> tuple[MetricRow, bool]:
+        """Take optimizer step ``step`` (0-based) and return its metrics and whether to stop.
+
+        The row's ``step`` counts the steps taken, so it is one more.
+        """
+        config = self.config
+        started = time.perf_counter()
+        lr = lr_at(step, config.optimizer, total_steps=config.total_steps)
+        result = engine.train_step(
+            self.feed.micro_batches(step), step=step, lr=lr, stop_asked=self.stop.asked
+        )
+        tokens = tokens_per_step(config)
+        row: MetricRow = {
+            "step": step + 1,
+            "tokens": (step + 1) * tokens,
+            "stage": stage,
+            "train/loss": result.loss,
+            "train/lr": lr,
+            "train/tokens_per_second": tokens / (time.perf_counter() - started),
+        }
+        if result.grad_norm is not None:
+            row["train/grad_norm"] = result.grad_norm
+        return row, result.stop_asked
+
+    def evaluate(self, engine: Engine) -> list[float]:
+        """Loss of each batch of the fixed validation set."""
+        return engine.evaluate(self.feed.validation())
+
+    def validation_row(self, step: int, *, stage: int, loss: float) -> MetricRow:
+        """The metrics line of an evaluation after ``step`` steps."""
+        tokens = step * tokens_per_step(self.config)
+        return {"step": step, "tokens": tokens, "stage": stage, "val/loss": loss}

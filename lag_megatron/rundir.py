@@ -1,0 +1,163 @@
+"""The run directory: where everything is, and that only one job writes there."""
+
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from lag_megatron.config import RunConfig, dump_config, load_config
+from lag_megatron.errors import ConfigError, RunError
+
+# What may differ between two starts of one run: nothing that changes its numbers.
+_FREE_KEYS = ("tracking", "checkpoint")
+_LOCK_PATIENCE_SECONDS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Paths inside ``runs/<name>``."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.root.name
+
+    @property
+    def journal(self) -> Path:
+        """What happened, one JSON object a line."""
+        return self.root / "journal.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """What was measured, one JSON object a line."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def data_cache(self) -> Path:
+        """Tokenized text, shared by the runs beside this one."""
+        return self.root.parent / ".cache" / "data"
+
+    def stage(self, stage: int) -> Path:
+        """Checkpoints of a stage."""
+        return self.root / f"stage{stage:02d}"
+
+    def growth(self, growth: int) -> Path:
+        """Pool, probes and decision of a growth event; event 1 is before stage 1."""
+        return self.root / f"growth{growth:02d}"
+
+    def probe(self, growth: int, candidate: str) -> Path:
+        """Curve and states of one candidate."""
+        return self.growth(growth) / candidate
+
+    def relative(self, path: Path) -> str:
+        """A path below the run directory as it stands in the journal."""
+        return str(path.relative_to(self.root))
+
+
+def tag_of(step: int) -> str:
+    """Name of the checkpoint after ``step`` optimizer steps; names sort by step."""
+    return f"step{step:08d}"
+
+
+def step_of(tag: str) -> int:
+    """The step that a tag names."""
+    return int(tag.removeprefix("step"))
+
+
+def acquire(run: RunDirectory) -> IO[str]:
+    """Hold the run directory alone while the returned file is open.
+
+    A job that is just ending is waited for.
+
+    Raises:
+        RunError: if another job goes on writing there.
+    """
+    path = run.root / "lock"
+    file = path.open("a+")
+    deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
+    while not _locked(file, path):
+        if time.monotonic() > deadline:
+            file.seek(0)
+            holder = file.read().strip() or "an unknown process"
+            file.close()
+            raise RunError(
+                f"{path}: the run is being written by {holder}. Wait for it, stop it, or give "
+                "another --run-dir."
+            )
+        time.sleep(0.5)
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
+    file.flush()
+    return file
+
+
+def _locked(file: IO[str], path: Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        file.close()
+        raise RunError(f"{path}: cannot lock: {error.strerror}.") from None
+    return True
+
+
+def claim(run: RunDirectory, config: RunConfig) -> None:
+    """Make the run directory this configuration's, or check that it is.
+
+    Raises:
+        RunError: if it belongs to a run with other settings.
+    """
+    path = run.root / "config.yaml"
+    if not path.exists():
+        _replace(path, dump_config(config))
+        return
+    try:
+        before = load_config(path)
+    except ConfigError as error:
+        raise RunError(
+            f"{path}: the run there cannot be continued by this version: {error}"
+        ) from None
+    if changed := sorted(_differences(before, config)):
+        raise RunError(
+            f"{run.root}: holds a run with other settings: {', '.join(changed)}. Give another "
+            "--run-dir, restore the settings, or remove the directory to start anew."
+        )
+    _replace(path, dump_config(config))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a small JSON file so that a reader never sees a part of it."""
+    _replace(path, json.dumps(value, indent=1))
+
+
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_name(path.name + ".part")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def _differences(before: RunConfig, after: RunConfig) -> Iterator[str]:
+    from pydantic import TypeAdapter
+
+    adapter = TypeAdapter(RunConfig)
+    yield from _unequal(adapter.dump_python(before), adapter.dump_python(after), "")
+
+
+def _unequal(before: Any, after: Any, path: str) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in before.keys() | after.keys():
+            if path or key not in _FREE_KEYS:
+                yield from _unequal(before.get(key), after.get(key), f"{path}.{key}".lstrip("."))
+    elif before != after:
+        yield f"{path} ({before!r} there, {after!r} now)"

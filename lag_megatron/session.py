@@ -1,0 +1,173 @@
+"""Starting and ending a run: everything around the stage loop."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from lag_megatron import __version__
+from lag_megatron.config import RunConfig, data_parallel_size, dump_config
+from lag_megatron.data import Feed, PreparedData, padded_vocab_size, prepare_data
+from lag_megatron.dry_run import growth_pools
+from lag_megatron.errors import ConfigError, RunError
+from lag_megatron.parallel import World, environment, start_world, stop_world
+from lag_megatron.probe.journal import Journal
+from lag_megatron.probe.steps import Job
+from lag_megatron.report import write_report
+from lag_megatron.rundir import RunDirectory, acquire, claim, write_json
+from lag_megatron.schedule import parameter_count
+from lag_megatron.stopping import StopFlag, Stopped
+from lag_megatron.tracking import Console, MetricsLog, Wandb, read_rows
+from lag_megatron.trainer import Recorder, Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for.
+
+    Attributes:
+        config: the whole run.
+        run_dir: where it is kept, on a file system that all hosts see.
+        resume: ``auto`` goes on where the run stands, ``never`` insists on a new directory, a tag
+            goes back to that checkpoint.
+    """
+
+    config: RunConfig
+    run_dir: Path
+    resume: str = "auto"
+
+
+def train(request: Request) -> None:
+    """Train a run from wherever it stands to its end; every rank calls this.
+
+    Raises:
+        LagError: for a mistake of the user or of the machine, before anything is damaged.
+    """
+    config = request.config
+    data_parallel_size(config.parallel, world_size=environment()[1])
+    growth_pools(config)  # an impossible growth is refused before anything starts
+    stop = StopFlag()
+    world = start_world(tensor=config.parallel.tensor)
+    run = RunDirectory(request.run_dir.resolve())
+    with contextlib.ExitStack() as held:
+        finished = world.from_coordinator(lambda: _take(run, request, held))
+        if not finished:
+            _require_shared(world, run)
+            _train(world, run, request, stop)
+        elif world.is_coordinator:
+            Console().say(f"{run.root}: this run has finished.")
+            Console().say(f"report: {write_report(run.root)}")
+    stop_world()
+
+
+def _take(run: RunDirectory, request: Request, held: contextlib.ExitStack) -> bool:
+    """Make the run directory ours and say whether its run has finished (coordinator only)."""
+    if request.resume == "never" and run.journal.exists():
+        raise RunError(
+            f"{run.root}: holds a run already, and --resume never asks for a new one. Remove it or "
+            "give another --run-dir."
+        )
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{run.root}: cannot create: {error.strerror}.") from None
+    held.callback(acquire(run).close)
+    claim(run, request.config)
+    return Journal(run.journal).find("run_finished") is not None
+
+
+def _require_shared(world: World, run: RunDirectory) -> None:
+    def look() -> None:
+        if not (run.root / "config.yaml").is_file():
+            raise RunError(
+                f"rank {world.rank} does not see {run.root}, which rank 0 has made. Put the run "
+                "directory on a file system that all hosts share."
+            )
+
+    world.from_each(look)
+
+
+def _train(world: World, run: RunDirectory, request: Request, stop: StopFlag) -> None:
+    config = request.config
+    console = Console()
+    if world.is_coordinator:
+        console.say(_introduction(run, config, world))
+    data = world.from_coordinator(lambda: prepare_data(config.data, cache_dir=run.data_cache))
+    world.from_each(lambda: PreparedData.open(data.folder))
+    vocab_size = world.from_coordinator(lambda: _vocab_size(config, data))
+    job = Job(config, run, Feed(data, config, world), stop, vocab_size)
+    recorder = None
+    if world.is_coordinator:
+        write_json(run.root / "run.json", _facts(world, run, config, data, vocab_size))
+        recorder = _recorder(world, run, config, console)
+    trainer = Trainer(job, world, recorder, resume=request.resume)
+    try:
+        trainer.run()
+    except Stopped as stopped:
+        if recorder is not None:
+            recorder.wandb.finish(exit_code=1)
+            console.say(f"stopped ({stopped}). The same command goes on from here.")
+        return
+    if recorder is not None:
+        recorder.wandb.finish(exit_code=0)
+        console.say(f"report: {write_report(run.root)}")
+
+
+def _introduction(run: RunDirectory, config: RunConfig, world: World) -> str:
+    parallel = config.parallel
+    return (
+        f"lag_megatron {__version__}: {run.root}\n"
+        f"{world.size} ranks on {world.device_name}, ZeRO-{parallel.zero_stage}, tensor parallel "
+        f"{parallel.tensor}, {parallel.precision}; layers "
+        + " -> ".join(str(config.layers_of(s)) for s in range(len(config.stages)))
+    )
+
+
+def _vocab_size(config: RunConfig, data: PreparedData) -> int:
+    wanted = config.model.vocab_size
+    size = padded_vocab_size(data.vocab_size) if wanted == "auto" else wanted
+    if size < data.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {size} is smaller than the tokenizer's {data.vocab_size}. "
+            "Write auto, or a larger number."
+        )
+    if size % config.parallel.tensor:
+        raise ConfigError(
+            f"model.vocab_size: {size} does not divide by parallel.tensor {config.parallel.tensor}."
+        )
+    return size
+
+
+def _facts(
+    world: World, run: RunDirectory, config: RunConfig, data: PreparedData, vocab_size: int
+) -> dict[str, object]:
+    return {
+        "name": run.name,
+        "version": __version__,
+        "world_size": world.size,
+        "device": world.device_name,
+        "vocab_size": vocab_size,
+        "parameters": [
+            parameter_count(config.model, num_layers=config.layers_of(s), vocab_size=vocab_size)
+            for s in range(len(config.stages))
+        ],
+        "unigram_entropy": data.unigram_entropy,
+        "data": {
+            "source": config.data.source,
+            "bytes": data.bytes,
+            "train_tokens": data.train_tokens,
+            "validation_tokens": data.validation_tokens,
+            "train_documents": data.train_documents,
+            "validation_documents": data.validation_documents,
+            "skipped_files": data.skipped_files,
+            "content_hash": data.content_hash,
+        },
+    }
+
+
+def _recorder(world: World, run: RunDirectory, config: RunConfig, console: Console) -> Recorder:
+    journal = Journal(run.journal)
+    journal.append("run_started", world_size=world.size, resumed=bool(read_rows(run.metrics)))
+    wandb = Wandb(
+        config.tracking, folder=run.root, config={"config": dump_config(config)}, console=console
+    )
+    return Recorder(journal, MetricsLog(run.metrics), wandb, console)
