@@ -29,6 +29,11 @@ class StopFlag:
             signal.signal(number, self._on_signal)
         threading.Thread(target=self._watch, args=(_launchers(),), daemon=True).start()
 
+    @property
+    def why(self) -> str:
+        """Why the run ends, as far as this rank knows."""
+        return self.reason or "another rank was asked to stop"
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._set(f"received {signal.Signals(number).name}")
 

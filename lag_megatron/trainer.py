@@ -7,7 +7,7 @@ from typing import Any
 from lag_megatron.checkpoint import commit
 from lag_megatron.config import RunConfig
 from lag_megatron.engine import Engine, mean
-from lag_megatron.errors import RunError
+from lag_megatron.errors import CheckpointError, RunError
 from lag_megatron.growth.layer_map import draw
 from lag_megatron.growth.pool import build_pool
 from lag_megatron.parallel import World
@@ -79,6 +79,7 @@ class Trainer:
         run, recorder = self.job.run, self._recorder
         if self._resume not in ("auto", "never"):
             return self._find_tag(self._resume)
+        self._refuse_lost_checkpoint()
         for stage in reversed(range(len(self.config.stages))):
             if tags := commit.committed(run.stage(stage)):
                 commit.check_sizes(tags[-1])
@@ -87,6 +88,16 @@ class Trainer:
             if decision is not None:
                 return Position(stage, run.root / decision["state"])
         return Position(0, None)
+
+    def _refuse_lost_checkpoint(self) -> None:
+        """A run that silently began anew because its newest state is gone would lie."""
+        newest = self._recorder.journal.find("checkpoint")
+        if newest is not None and not commit.is_committed(self.job.run.root / newest["path"]):
+            raise CheckpointError(
+                f"{self.job.run.root / newest['path']}: the journal says that this checkpoint was "
+                "saved, but it is not there, or not whole. Restore it, or name an older one with "
+                "--resume TAG."
+            )
 
     def _find_tag(self, tag: str) -> Position:
         there: list[str] = []
@@ -145,7 +156,7 @@ class Trainer:
                 self._save(engine, stage, done, history)
                 saved = done
             if stop and not last:
-                raise Stopped(self.job.stop.reason)
+                raise Stopped(self.job.stop.why)
         if saved != end:
             # The lag was as long as the stage: its end is the winner's probe state.
             self._validate(engine, end, stage)
@@ -200,7 +211,9 @@ class Trainer:
         base_loss = self.world.from_coordinator(self._last_validation_loss)
         event = self._event(stage, base, base_loss)
         engine = self._engine_of(stage, None)
-        coordinator = Coordinator(self.job, self._recorder.journal, event) if self.recorder else None
+        coordinator = (
+            Coordinator(self.job, self._recorder.journal, event) if self.recorder else None
+        )
         self.world.from_coordinator(lambda: self._begin(coordinator, event, engine))
         while True:
             turn = self.world.from_coordinator(lambda: _present(coordinator).next_turn())
@@ -282,9 +295,7 @@ class Trainer:
         self.recorder.wandb.log(row)
         step = int(row["step"])
         if step % self.config.tracking.log_interval == 0 or step == 1:
-            self.recorder.console.step(
-                row, total_steps=self.config.total_steps, mfu=self._mfu(row)
-            )
+            self.recorder.console.step(row, total_steps=self.config.total_steps, mfu=self._mfu(row))
 
     def _mfu(self, row: MetricRow) -> float | None:
         """Model FLOPs utilisation of all GPUs; None on devices whose peak is not known."""

@@ -77,7 +77,9 @@ def _hostfile_ranks(path: str | None) -> int | None:
         slots = [field for words in lines for field in words[1:] if field.startswith("slots=")]
         return sum(int(field.removeprefix("slots=")) for field in slots)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a hostfile with lines like `host slots=8`: {error}") from None
+        raise ConfigError(
+            f"{path}: not a hostfile with lines like `host slots=8`: {error}"
+        ) from None
 
 
 def _train(config, options) -> int:

@@ -9,6 +9,7 @@ import ipaddress
 import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
@@ -247,3 +249,56 @@ def _stacks(ranks, folder, unfinished):
     time.sleep(0.5)
     texts = [f"rank {r}:\n{(folder / f'{r}.stack').read_text()}" for r in sorted(unfinished)]
     return f"ranks {sorted(unfinished)} did not end in time.\n" + "\n".join(texts)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Forty small documents of made-up words."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = random.Random(0).choices([f"w{i}" for i in range(90)], k=24_000)
+    for number in range(40):
+        text = " ".join(words[number * 600 : (number + 1) * 600])
+        (folder / f"{number:02d}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def tiny(tmp_path, tiny_tree):
+    """A configuration file of a run of 20 steps, 2 to 3 layers, 4 candidates."""
+    return tiny_tree(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_tree(corpus):
+    """Writes the tiny run's configuration into a folder."""
+    tree = {
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "ffn_hidden_size": 64,
+            "num_attention_heads": 2,
+            "num_query_groups": 2,
+            "seq_length": 32,
+            "dropout": 0.1,
+        },
+        "data": {
+            "source": "text",
+            "paths": [str(corpus)],
+            "tokenizer": {"type": "bpe", "vocab_size": 300},
+            "validation_fraction": 0.1,
+            "validation_tokens": 1024,
+        },
+        "optimizer": {"lr": 3e-3, "schedule": {"warmup_steps": 4}},
+        "parallel": {"zero_stage": 1, "micro_batch": 2, "global_batch": 8},
+        "stages": [{"steps": 10}, {"steps": 10, "num_layers": 3}],
+        "growth": {"lag": 3, "rungs": [1, 3]},
+        "checkpoint": {"interval": 4},
+        "tracking": {"validation_interval": 5, "log_interval": 1, "wandb": {"mode": "disabled"}},
+    }
+
+    def write(folder):
+        path = folder / "tiny.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write

@@ -75,7 +75,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint, its manifest first: a half-deleted one is never taken for whole."""
-    (path / MANIFEST).unlink(missing_ok=True)
+    if path.is_dir():
+        (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 

@@ -104,11 +104,12 @@ def create(path: Path, objects: Any) -> Any:
             torch.save(objects, path, pickle_module=_Pickling)
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+    except (OSError, RuntimeError) as error:  # the latter where torch's writer fails
         path.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
+        cause = _cause(error) if isinstance(error, OSError) else "the disk is full or failed"
         raise CheckpointError(
-            f"{path}: cannot write: {_cause(error)} ({free / 2**20:.0f} MiB free). "
+            f"{path}: cannot write: {cause} ({free / 2**20:.0f} MiB free). "
             "Free some space and run the same command again; nothing was changed."
         ) from None
     return load(path, writable=True)

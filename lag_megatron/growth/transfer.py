@@ -4,7 +4,7 @@ Everything is computed from names, shapes and lengths; no tensor is opened.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lag_megatron.checkpoint.boxes import (
     Box,
@@ -155,36 +155,36 @@ def _holders(name: str, topology: Topology, tensor_rank: int) -> Sequence[int]:
     return range(topology.tensor_size)
 
 
-def _joined(moves: list[Move]) -> Iterator[Move]:
-    """Moves in source order, one-dimensional neighbours joined."""
-    last: Move | None = None
+def _joined(moves: list[Move]) -> list[Move]:
+    """Moves in source order, flat ones that continue each other on both sides made one.
+
+    A source layer may go to several places, so what a move continues need not stand before it.
+    """
+    result: list[Move] = []
+    ends: dict[tuple[object, ...], int] = {}
     for move in sorted(moves, key=lambda m: (m.tensor_rank, m.source.container, m.source.offset,
                                              m.target.container, m.target.offset)):  # fmt: skip
-        if last is not None and _continues(last, move):
-            last = Move(
-                last.target,
-                last.source,
-                last.tensor_rank,
-                (last.shape[0] + move.shape[0],),
-                last.scale,
-            )
+        if not move.target.strides == move.source.strides == (1,):
+            result.append(move)
             continue
-        if last is not None:
-            yield last
-        last = move
-    if last is not None:
-        yield last
+        at = ends.pop(_corner(move, 0), None)
+        if at is None:
+            at = len(result)
+            result.append(move)
+        else:
+            first = result[at]
+            result[at] = replace(first, shape=(first.shape[0] + move.shape[0],))
+        ends[_corner(move, move.shape[0])] = at
+    return result
 
 
-def _continues(first: Move, second: Move) -> bool:
-    flat = (1,)
-    length = first.shape[0]
+def _corner(move: Move, length: int) -> tuple[object, ...]:
+    """Where a flat move stands on both sides after ``length`` elements."""
     return (
-        first.target.strides == first.source.strides == flat
-        and second.target.strides == second.source.strides == flat
-        and (first.tensor_rank, first.scale) == (second.tensor_rank, second.scale)
-        and first.target.container == second.target.container
-        and first.source.container == second.source.container
-        and first.target.offset + length == second.target.offset
-        and first.source.offset + length == second.source.offset
+        move.tensor_rank,
+        move.scale,
+        move.source.container,
+        move.source.offset + length,
+        move.target.container,
+        move.target.offset + length,
     )

@@ -60,9 +60,7 @@ class Coordinator:
         best, _ = self._best()
         for index, candidate in enumerate(self._event.pool):
             if self._ending(candidate.id) is None:
-                self._journal.append(
-                    "probe_started", growth=self._event.number, id=candidate.id
-                )
+                self._journal.append("probe_started", growth=self._event.number, id=candidate.id)
                 return Turn(index, best)
         return Turn(None, best)
 
@@ -175,5 +173,3 @@ class Coordinator:
             flops=tokens * flops,
             seconds=sum(entry["seconds"] for entry in entries),
         )
-
-

@@ -100,9 +100,7 @@ def grow_together(world: World, base: Path, target: Path, plan: GrowthPlan) -> N
     world.from_coordinator(prepare)
     growth = Growth(ZeroCheckpoint.open(base), plan)
     parts = world.from_each(
-        lambda: growth.write_rank(
-            draft, tensor_rank=world.tensor_rank, data_rank=world.data_rank
-        )
+        lambda: growth.write_rank(draft, tensor_rank=world.tensor_rank, data_rank=world.data_rank)
     )
     files = {name: entry for part in parts for name, entry in part.items()}
     world.from_coordinator(lambda: growth.publish(target, files))
@@ -124,7 +122,7 @@ def _train(job: Job, engine: Engine, event: Event, logs: "_Logs") -> tuple[int, 
             taken += 1
             logs.trained(row)
             if stop:
-                raise Stopped(job.stop.reason)
+                raise Stopped(job.stop.why)
             if failure := _failure(float(row["train/loss"]), growth, "training", taken):
                 return taken, loss, failure
         batches = job.evaluate(engine)

@@ -47,7 +47,7 @@ def test_reads_writes_and_reads_again_without_deepspeed_and_megatron(checkpoint,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["LossScaler", "1", "1"]
+    assert result.stdout.split() == ["LossScaler", "1.0", "1"]
     assert run_ranks(_classes, 1, checkpoint) == run_ranks(_classes, 1, further)
 
 

@@ -1,0 +1,200 @@
+"""Whole runs on forked ranks: topologies, rules, failures, and going on."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import run_ranks
+
+from lag_megatron.config import load_config
+from lag_megatron.errors import CheckpointError, DataError, LagError, RunError
+
+
+def train(config_path, run_dir, overrides=(), resume="auto", fault=None):
+    """On each rank: a run, with DeepSpeed's real engine."""
+    from lag_megatron.session import Request, train
+
+    if fault is not None:
+        fault()
+    train(Request(load_config(config_path, overrides=overrides), Path(run_dir), resume))
+
+
+def losses_of(run_dir, key):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row[key] for row in rows if key in row}
+
+
+def decision_of(run_dir):
+    return json.loads((run_dir / "growth01" / "decision.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, tiny_tree):
+    """One rank, ZeRO-0, no dropout: what every topology has to agree with."""
+    folder = tmp_path_factory.mktemp("reference")
+    config = tiny_tree(folder)
+    run_ranks(train, 1, config, folder / "run", ["model.dropout=0.0", "parallel.zero_stage=0"])
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "tensor", "world_size", "precision"),
+    [(0, 1, 2, "fp32"), (1, 1, 2, "fp32"), (2, 1, 2, "fp32"), (3, 1, 2, "fp32"),
+     (1, 2, 2, "fp32"), (3, 2, 2, "fp32"), (1, 2, 4, "fp32"), (1, 1, 2, "bf16")],
+)  # fmt: skip
+def test_every_topology_trains_grows_and_decides_alike(
+    zero_stage, tensor, world_size, precision, reference, tiny, tmp_path
+):
+    overrides = [
+        "model.dropout=0.0",
+        f"parallel.zero_stage={zero_stage}",
+        f"parallel.tensor={tensor}",
+        f"parallel.precision={precision}",
+    ]
+    run_ranks(train, world_size, tiny, tmp_path / "run", overrides)
+    tolerance = 2e-5 if precision == "fp32" else 2e-2
+    for key in ("train/loss", "val/loss"):
+        ours, theirs = losses_of(tmp_path / "run", key), losses_of(reference, key)
+        assert ours.keys() == theirs.keys()
+        worst = max(abs(ours[step] - theirs[step]) for step in ours)
+        assert worst < tolerance, (key, worst)
+    if precision == "fp32":
+        ours, theirs = decision_of(tmp_path / "run"), decision_of(reference)
+        assert ours["chosen"] == theirs["chosen"]
+
+
+@pytest.mark.parametrize("operator", ["last", "random_top"])
+def test_a_fixed_operator_is_a_pool_of_one(operator, tiny, tmp_path):
+    run_ranks(train, 2, tiny, tmp_path / "run", [f"growth.pool={{operator: {operator}}}"])
+    assert decision_of(tmp_path / "run")["chosen"] == operator
+    assert sorted(losses_of(tmp_path / "run", "train/loss")) == list(range(1, 21))
+
+
+@pytest.mark.parametrize("lag", [0, 10])
+def test_the_shortest_and_the_longest_lag(lag, tiny, tmp_path):
+    overrides = [f"growth.lag={lag}", f"growth.rungs={[lag] if lag else []}"]
+    run_ranks(train, 2, tiny, tmp_path / "run", overrides)
+    decision = decision_of(tmp_path / "run")
+    assert decision["cost"]["probe_steps"] == len(decision["candidates"]) * lag
+    assert sorted(losses_of(tmp_path / "run", "train/loss")) == list(range(1, 21))
+    assert losses_of(tmp_path / "run", "val/loss")[20] > 0
+
+
+def test_stages_of_one_shape_go_on_without_an_event(tiny, tmp_path):
+    run_ranks(train, 2, tiny, tmp_path / "two", ["stages=[{steps: 6}, {steps: 5}]"])
+    run_ranks(train, 2, tiny, tmp_path / "one", ["stages=[{steps: 11}]"])
+    two, one = (losses_of(tmp_path / name, "train/loss") for name in ("two", "one"))
+    assert two == one
+    assert not (tmp_path / "two" / "growth01").exists()
+
+
+def highest_loss(probe):
+    """Of all losses that a candidate showed, in training and in validation."""
+    rows = [json.loads(line) for path in probe.glob("*.jsonl") for line in path.open()]
+    return max(row.get("val_loss", row.get("train/loss")) for row in rows)
+
+
+def test_candidates_that_diverge_lose_and_the_event_goes_on(tiny, tmp_path):
+    run_ranks(train, 2, tiny, tmp_path / "calm")
+    worst = sorted(highest_loss(folder) for folder in (tmp_path / "calm" / "growth01").glob("i*"))
+    bound = (worst[0] + worst[-1]) / 2
+    run_ranks(train, 2, tiny, tmp_path / "strict", [f"growth.max_loss={bound}"])
+    decision = decision_of(tmp_path / "strict")
+    failed = [c for c in decision["candidates"] if c["status"] == "failed"]
+    assert failed
+    assert all("is above growth.max_loss" in c["reason"] for c in failed)
+    assert decision["chosen"] not in [c["id"] for c in failed]
+
+
+def test_an_event_without_survivors_says_why(tiny, tmp_path):
+    with pytest.raises(RunError, match="growth.max_loss") as raised:
+        run_ranks(train, 2, tiny, tmp_path / "run", ["growth.max_loss=0.01"])
+    assert "i0-b1-duplicate" in str(raised.value)
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(tiny, tmp_path):
+    with pytest.raises(RunError, match="training loss is nan"):
+        run_ranks(train, 2, tiny, tmp_path / "run", ["optimizer.lr=1e30", "optimizer.grad_clip=0"])
+
+
+def test_other_settings_in_the_same_directory_are_refused(tiny, tmp_path):
+    run_ranks(train, 1, tiny, tmp_path / "run", ["stages=[{steps: 2}]"])
+    with pytest.raises(RunError, match="model.hidden_size"):
+        run_ranks(train, 1, tiny, tmp_path / "run", ["stages=[{steps: 2}]", "model.hidden_size=16"])
+    with pytest.raises(RunError, match="--resume never"):
+        run_ranks(train, 1, tiny, tmp_path / "run", ["stages=[{steps: 2}]"], "never")
+
+
+def test_a_missing_file_of_text_is_named(tiny, tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.txt"):
+        run_ranks(train, 2, tiny, tmp_path / "run", ["data.paths=[nowhere.txt]"])
+
+
+@pytest.fixture
+def halfway(tiny, tmp_path):
+    """A run that stands at step 8 of 10, with checkpoints at 4 and 8."""
+    with pytest.raises(LagError, match="growth.max_loss"):
+        run_ranks(train, 2, tiny, tmp_path / "run", ["growth.max_loss=0.01"])
+    return tmp_path / "run"
+
+
+def newest_of(run_dir):
+    return sorted((run_dir / "stage00").glob("step*"))[-1]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete file", "delete tag"])
+def test_a_damaged_checkpoint_is_refused(damage, halfway, tiny):
+    newest = newest_of(halfway)
+    shard = next(newest.glob("*_optim_states.pt"))
+    if damage == "truncate":
+        shard.write_bytes(shard.read_bytes()[:-1000])
+    elif damage == "delete file":
+        shard.unlink()
+    else:
+        shutil.rmtree(newest)
+    with pytest.raises(CheckpointError, match=newest.name):
+        run_ranks(train, 2, tiny, halfway, ["growth.max_loss=0.01"])
+
+
+def test_an_older_tag_can_be_asked_for(halfway, tiny):
+    before = losses_of(halfway, "train/loss")
+    with pytest.raises(RunError, match="--resume step7"):
+        run_ranks(train, 2, tiny, halfway, ["growth.max_loss=0.01"], "step7")
+    older = sorted((halfway / "stage00").glob("step*"))[0]
+    with pytest.raises(RunError, match="growth.max_loss"):
+        run_ranks(train, 2, tiny, halfway, ["growth.max_loss=0.01"], older.name)
+    assert losses_of(halfway, "train/loss") == before
+
+
+def no_space():
+    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1000)
+
+
+def test_a_full_disk_is_told_before_it_is_written_to(tiny, tmp_path):
+    run_ranks(train, 2, tiny, tmp_path / "text", ["stages=[{steps: 1}]"])
+    shutil.copytree(tmp_path / ".cache", tmp_path / "full" / ".cache")
+    with pytest.raises(LagError, match="free"):
+        run_ranks(train, 2, tiny, tmp_path / "full" / "run", (), "auto", no_space)
+    assert not list((tmp_path / "full" / "run").glob("stage*/step*"))
+
+
+def test_another_number_of_ranks_is_refused(tiny, tmp_path):
+    overrides = ["checkpoint.interval=2", "growth.max_loss=0.01"]
+    with pytest.raises(RunError):
+        run_ranks(train, 2, tiny, tmp_path / "run", overrides)
+    with pytest.raises(CheckpointError, match="data-parallel ranks 2"):
+        run_ranks(train, 1, tiny, tmp_path / "run", overrides)
+
+
+def test_llama_shape_runs_on_one_rank(tiny, tmp_path):
+    overrides = [
+        "model.positions=rope", "model.norm=rmsnorm", "model.activation=swiglu",
+        "model.bias=false", "model.tied_embeddings=false", "model.num_query_groups=1",
+        "optimizer.schedule={name: cosine, warmup_steps: 3, min_lr: 1.0e-4}",
+    ]  # fmt: skip
+    run_ranks(train, 1, tiny, tmp_path / "run", overrides)
+    rates = losses_of(tmp_path / "run", "train/lr")
+    assert rates[20] < rates[4]
+    assert all(math.isfinite(x) for x in losses_of(tmp_path / "run", "train/loss").values())

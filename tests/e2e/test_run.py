@@ -1,0 +1,132 @@
+"""The main job from end to end under the real launcher, disturbed and undisturbed."""
+
+import json
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from launcher import ROOT, finish, kill_all, run, start, wait_for
+
+
+def decision_of(run_dir):
+    """``decision.json`` without the one number that no two runs share, the seconds it took."""
+    decision = json.loads((run_dir / "growth01" / "decision.json").read_text())
+    del decision["cost"]["seconds"]
+    return decision
+
+
+def rows_of(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("train/tokens_per_second", None)
+    return rows
+
+
+def events_of(run_dir, name):
+    lines = (run_dir / "journal.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+@pytest.fixture
+def undisturbed(tiny, tmp_path):
+    run_dir = tmp_path / "undisturbed"
+    output = run(tiny, run_dir)
+    return run_dir, output
+
+
+def test_killed_runs_end_like_the_undisturbed_one(undisturbed, tiny, tmp_path):
+    reference, output = undisturbed
+    assert "decision: " in output
+    assert f"report: {reference / 'report.html'}" in output
+    run_dir = tmp_path / "killed"
+    journal = run_dir / "journal.jsonl"
+    for text, count in (
+        ('"checkpoint"', 1),  # in pretraining
+        ('"probe_finished"', 3),  # in a probe
+        ('"event": "decision"', 1),  # between decision and continuation
+    ):
+        process = start(tiny, run_dir)
+        wait_for(journal, text, process, count=count)
+        kill_all(process)
+    run(tiny, run_dir)
+
+    assert decision_of(run_dir) == decision_of(reference)
+    assert rows_of(run_dir) == rows_of(reference)
+    last = [events_of(d, "run_finished")[-1]["val_loss"] for d in (run_dir, reference)]
+    assert last[0] == last[1]
+    finished = [event["id"] for event in events_of(run_dir, "probe_finished")]
+    assert len(finished) == len(set(finished)) == len(decision_of(run_dir)["candidates"])
+    assert len(events_of(run_dir, "run_started")) == 4
+
+
+def test_the_run_directory_is_what_the_contract_says(undisturbed, tiny):
+    run_dir, _ = undisturbed
+    decision = decision_of(run_dir)
+    pool = json.loads((run_dir / "growth01" / "pool.json").read_text())
+    assert [c["id"] for c in decision["candidates"]] == [c["id"] for c in pool]
+    losses = {c["id"]: dict(c["curve"])[3] for c in decision["candidates"]}
+    assert decision["chosen"] == min(losses, key=losses.get)
+    assert decision["cost"]["probe_steps"] == len(pool) * 3
+    rows = rows_of(run_dir)
+    assert [r["step"] for r in rows if "train/loss" in r] == list(range(1, 21))
+    validated = {r["step"]: r["val/loss"] for r in rows if "val/loss" in r}
+    assert {0, 10, 20} <= set(validated)
+    assert validated[13] == losses[decision["chosen"]]
+    assert (run_dir / "stage00" / "latest").read_text() == "step00000010"
+    assert (run_dir / "stage01" / "latest").read_text() == "step00000020"
+    states = [p for p in (run_dir / "growth01").glob("*/step*") if p.is_dir()]
+    assert [p.parent.name for p in states] == [decision["chosen"]]
+    assert (run_dir / "report.html").is_file()
+
+    again = run(tiny, run_dir)
+    assert "this run has finished" in again
+    assert len(events_of(run_dir, "run_started")) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_ends_cleanly(number, tiny, tmp_path):
+    run_dir = tmp_path / "signalled"
+    process = start(tiny, run_dir, "--set", "stages=[{steps: 4000}]")
+    wait_for(run_dir / "metrics.jsonl", '"step": 12,', process)
+    for rank in _ranks(process):
+        rank.send_signal(number)
+    assert finish(process) == 0
+    assert f"stopped (received {number.name})" in Path(f"{run_dir}.log").read_text()
+    assert not events_of(run_dir, "run_finished")
+    saved = (run_dir / "stage00" / "latest").read_text()
+    assert int(saved.removeprefix("step")) >= 12
+    assert int(saved.removeprefix("step")) == rows_of(run_dir)[-1]["step"]
+
+
+def test_ranks_end_when_their_launcher_is_gone(tiny, tmp_path):
+    run_dir = tmp_path / "orphaned"
+    process = start(tiny, run_dir, "--set", "stages=[{steps: 4000}]")
+    wait_for(run_dir / "metrics.jsonl", '"step": 6,', process)
+    ranks = _ranks(process)
+    launchers = [p for p in psutil.Process(process.pid).children(recursive=True) if p not in ranks]
+    for launcher in [*launchers, psutil.Process(process.pid)]:
+        launcher.kill()
+    process.wait(10)
+    gone, alive = psutil.wait_procs(ranks, timeout=30)
+    assert not alive
+    assert "stopped (" in Path(f"{run_dir}.log").read_text()
+    assert (run_dir / "stage00" / "latest").is_file()
+
+
+def test_a_second_writer_is_refused(tiny, tmp_path):
+    run_dir = tmp_path / "shared"
+    first = start(tiny, run_dir, "--set", "stages=[{steps: 4000}]")
+    wait_for(run_dir / "metrics.jsonl", '"step": 2,', first)
+    second = start(tiny, run_dir, "--set", "stages=[{steps: 4000}]")
+    assert finish(second) == 2
+    kill_all(first)
+    log = Path(f"{run_dir}.log").read_text()
+    assert "lock: the run is being written by pid" in log
+    assert "Traceback" not in log
+
+
+def _ranks(process):
+    script = str(ROOT / "launch" / "train.py")
+    family = psutil.Process(process.pid).children(recursive=True)
+    return [p for p in family if "--local_rank=" in " ".join(p.cmdline()) and script in p.cmdline()]
