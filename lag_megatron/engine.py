@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from torch import Tensor
 
+from lag_megatron.checkpoint.compare import require_same_parameters, require_same_topology
 from lag_megatron.checkpoint.layout import DEFAULT_SUB_GROUP_SIZE, Topology, make_layout
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.checkpoint.zero_write import bytes_of
@@ -170,7 +171,10 @@ class Engine:
             CheckpointError: if it holds other parameters, in another order or of other shapes;
                 DeepSpeed itself would load permuted flat shards without a word.
         """
-        self._refuse_other_parameters(checkpoint)
+        source = ZeroCheckpoint.open(checkpoint)
+        require_same_topology(source, self.topology)
+        groups = self.parameter_groups()
+        require_same_parameters(source, groups, tensor_rank=self.world.tensor_rank)
         path, client_state = self._engine.load_checkpoint(
             str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False
         )
@@ -197,15 +201,6 @@ class Engine:
     def _trained(self) -> list[list[torch.nn.Parameter]]:
         decayed, others = _decay_split(self._engine.module)
         return [group for group in (decayed, others) if group]
-
-    def _refuse_other_parameters(self, checkpoint: Path) -> None:
-        source = ZeroCheckpoint.open(checkpoint)
-        _refuse_other_topology(source, self.topology)
-        found = source.parameter_groups(self.world.tensor_rank)
-        expected = self.parameter_groups()
-        if [list(g.items()) for g in found] == [list(g.items()) for g in expected]:
-            return
-        raise CheckpointError(_difference(checkpoint, found, expected))
 
     def _gathered(self, parameter: torch.nn.Parameter) -> Any:
         """Make a parameter whole while it is written; replicas then take replica 0's."""
@@ -277,45 +272,6 @@ def _sharded_construction(config: RunConfig, settings: dict[str, Any], groups: A
         mpu=groups,
     ):
         yield
-
-
-def _refuse_other_topology(source: ZeroCheckpoint, topology: Topology) -> None:
-    for what, found, expected in (
-        ("ZeRO stage", source.topology.zero_stage, topology.zero_stage),
-        ("data-parallel ranks", source.topology.data_size, topology.data_size),
-        ("tensor-parallel ranks", source.topology.tensor_size, topology.tensor_size),
-        ("precision", source.topology.precision, topology.precision),
-    ):
-        if found != expected:
-            raise CheckpointError(
-                f"{source.path}: saved with {what} {found}, but this run has {expected}. "
-                f"Start it with {what} {found}."
-            )
-
-
-def _difference(
-    checkpoint: Path,
-    found: Sequence[Mapping[str, tuple[int, ...]]],
-    expected: Sequence[Mapping[str, tuple[int, ...]]],
-) -> str:
-    has = {name: shape for group in found for name, shape in group.items()}
-    wants = {name: shape for group in expected for name, shape in group.items()}
-    missing = sorted(set(wants) - set(has))
-    extra = sorted(set(has) - set(wants))
-    other = sorted(n for n in set(has) & set(wants) if has[n] != wants[n])
-    details = [
-        f"{title}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)})"
-        for title, names in (("missing", missing), ("not in the model", extra))
-        if names
-    ]
-    details += [f"{n}: shape {has[n]}, expected {wants[n]}" for n in other[:3]]
-    if not details:
-        details = ["the same parameters in another order or other groups"]
-    return (
-        f"{checkpoint}: holds another architecture than the configuration. "
-        + "; ".join(details)
-        + ". Use the configuration it was trained with, or another run directory."
-    )
 
 
 def _quiet() -> None:

@@ -11,13 +11,14 @@ from lag_megatron.dry_run import growth_pools
 from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.parallel import World, environment, start_world, stop_world
 from lag_megatron.probe.journal import Journal
+from lag_megatron.probe.recorder import Books, Recorder
 from lag_megatron.probe.steps import Job
 from lag_megatron.report import write_report
 from lag_megatron.rundir import RunDirectory, acquire, claim, write_json
 from lag_megatron.schedule import parameter_count
 from lag_megatron.stopping import StopFlag, Stopped
 from lag_megatron.tracking import Console, MetricsLog, Wandb, read_rows
-from lag_megatron.trainer import Recorder, Trainer
+from lag_megatron.trainer import Trainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +96,24 @@ def _train(world: World, run: RunDirectory, request: Request, stop: StopFlag) ->
     world.from_each(lambda: PreparedData.open(data.folder))
     vocab_size = world.from_coordinator(lambda: _vocab_size(config, data))
     job = Job(config, run, Feed(data, config, world), stop, vocab_size)
-    recorder = None
+    books = None
     if world.is_coordinator:
         write_json(run.root / "run.json", _facts(world, run, config, data, vocab_size))
-        recorder = _recorder(world, run, config, console)
-    trainer = Trainer(job, world, recorder, resume=request.resume)
+        books = _books(world, run, config, console)
+    recorder = Recorder(books)
     try:
-        trainer.run()
-    except Stopped as stopped:
-        if recorder is not None:
-            recorder.wandb.finish(exit_code=1)
-            console.say(f"stopped ({stopped}). The same command goes on from here.")
-        return
-    if recorder is not None:
-        recorder.wandb.finish(exit_code=0)
-        console.say(f"report: {write_report(run.root)}")
+        Trainer(job, world, recorder, resume=request.resume).run()
+        stopped = ""
+    except Stopped as reason:
+        stopped = str(reason)
+    if books is not None:
+        books.wandb.finish(exit_code=1 if stopped else 0)
+        last = (
+            f"stopped ({stopped}). The same command goes on from here."
+            if stopped
+            else f"report: {write_report(run.root)}"
+        )
+        console.say(last)
 
 
 def _introduction(run: RunDirectory, config: RunConfig, world: World) -> str:
@@ -164,10 +168,10 @@ def _facts(
     }
 
 
-def _recorder(world: World, run: RunDirectory, config: RunConfig, console: Console) -> Recorder:
+def _books(world: World, run: RunDirectory, config: RunConfig, console: Console) -> Books:
     journal = Journal(run.journal)
     journal.append("run_started", world_size=world.size, resumed=bool(read_rows(run.metrics)))
     wandb = Wandb(
         config.tracking, folder=run.root, config={"config": dump_config(config)}, console=console
     )
-    return Recorder(journal, MetricsLog(run.metrics), wandb, console)
+    return Books(journal, MetricsLog(run.metrics), wandb, console)

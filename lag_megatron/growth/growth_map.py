@@ -10,13 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lag_megatron.checkpoint.boxes import Box, Shape, whole
+from lag_megatron.checkpoint.describe import LAYER
 from lag_megatron.checkpoint.layout import State
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.fresh import Constant, Fresh, megatron_init
 from lag_megatron.growth.layer_map import LayerMap, LayerOrigin
 from lag_megatron.growth.plan import GrowthPlan, MomentPolicy
-
-_LAYER = re.compile(r"^(?P<head>.*\blayers\.)(?P<layer>\d+)(?P<tail>\..+)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ def grown_names(
 
     Names of layers have to stand together, as they do in a model's registration order.
     """
-    matches = [_LAYER.match(name) for name in names]
+    matches = [LAYER.match(name) for name in names]
     inside = [i for i, match in enumerate(matches) if match]
     if not inside:
         yield from ((name, name, None) for name in names)
@@ -148,7 +147,7 @@ def _copy_all(name: str, shape: Shape) -> Block:
 def _check_layers(plan: GrowthPlan, shapes: Mapping[str, Shape]) -> None:
     layers: dict[int, dict[str, Shape]] = {}
     for name, shape in shapes.items():
-        if match := _LAYER.match(name):
+        if match := LAYER.match(name):
             layers.setdefault(int(match["layer"]), {})[match["tail"]] = shape
     if sorted(layers) != list(range(plan.source_layers)):
         raise PlanError(

@@ -3,8 +3,10 @@
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
@@ -106,7 +108,7 @@ def grow_together(world: World, base: Path, target: Path, plan: GrowthPlan) -> N
     world.from_coordinator(lambda: growth.publish(target, files))
 
 
-def history_of(checkpoint: Path) -> list[dict[str, object]]:
+def history_of(checkpoint: Path) -> list[Mapping[str, Any]]:
     """The growth plans that led to a checkpoint."""
     return list(ZeroCheckpoint.open(checkpoint).client_state.get("growth_history", []))
 

@@ -92,7 +92,8 @@ def test_stages_of_one_shape_go_on_without_an_event(tiny, tmp_path):
 
 def highest_loss(probe):
     """Of all losses that a candidate showed, in training and in validation."""
-    rows = [json.loads(line) for path in probe.glob("*.jsonl") for line in path.open()]
+    lines = [line for path in probe.glob("*.jsonl") for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in lines]
     return max(row.get("val_loss", row.get("train/loss")) for row in rows)
 
 
@@ -109,7 +110,7 @@ def test_candidates_that_diverge_lose_and_the_event_goes_on(tiny, tmp_path):
 
 
 def test_an_event_without_survivors_says_why(tiny, tmp_path):
-    with pytest.raises(RunError, match="growth.max_loss") as raised:
+    with pytest.raises(RunError, match=r"growth\.max_loss") as raised:
         run_ranks(train, 2, tiny, tmp_path / "run", ["growth.max_loss=0.01"])
     assert "i0-b1-duplicate" in str(raised.value)
 
@@ -121,7 +122,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(tiny, tmp_path):
 
 def test_other_settings_in_the_same_directory_are_refused(tiny, tmp_path):
     run_ranks(train, 1, tiny, tmp_path / "run", ["stages=[{steps: 2}]"])
-    with pytest.raises(RunError, match="model.hidden_size"):
+    with pytest.raises(RunError, match=r"model\.hidden_size"):
         run_ranks(train, 1, tiny, tmp_path / "run", ["stages=[{steps: 2}]", "model.hidden_size=16"])
     with pytest.raises(RunError, match="--resume never"):
         run_ranks(train, 1, tiny, tmp_path / "run", ["stages=[{steps: 2}]"], "never")
@@ -135,7 +136,7 @@ def test_a_missing_file_of_text_is_named(tiny, tmp_path):
 @pytest.fixture
 def halfway(tiny, tmp_path):
     """A run that stands at step 8 of 10, with checkpoints at 4 and 8."""
-    with pytest.raises(LagError, match="growth.max_loss"):
+    with pytest.raises(LagError, match=r"growth\.max_loss"):
         run_ranks(train, 2, tiny, tmp_path / "run", ["growth.max_loss=0.01"])
     return tmp_path / "run"
 
@@ -163,7 +164,7 @@ def test_an_older_tag_can_be_asked_for(halfway, tiny):
     with pytest.raises(RunError, match="--resume step7"):
         run_ranks(train, 2, tiny, halfway, ["growth.max_loss=0.01"], "step7")
     older = sorted((halfway / "stage00").glob("step*"))[0]
-    with pytest.raises(RunError, match="growth.max_loss"):
+    with pytest.raises(RunError, match=r"growth\.max_loss"):
         run_ranks(train, 2, tiny, halfway, ["growth.max_loss=0.01"], older.name)
     assert losses_of(halfway, "train/loss") == before
 

@@ -108,7 +108,7 @@ def test_ranks_end_when_their_launcher_is_gone(tiny, tmp_path):
     for launcher in [*launchers, psutil.Process(process.pid)]:
         launcher.kill()
     process.wait(10)
-    gone, alive = psutil.wait_procs(ranks, timeout=30)
+    _, alive = psutil.wait_procs(ranks, timeout=30)
     assert not alive
     assert "stopped (" in Path(f"{run_dir}.log").read_text()
     assert (run_dir / "stage00" / "latest").is_file()

@@ -178,7 +178,7 @@ def check(growth, old_groups, source_topology, target_topology, gated, expected,
             assert torch.equal(written[container], (~want.isnan()).float())
 
 
-@settings(max_examples=40)
+@settings(max_examples=150)
 @given(SHAPES, TOPOLOGIES, TOPOLOGIES, st.sampled_from(STATES))
 def test_any_topology_from_any_other(shape, source, target, state):
     groups = shape.groups
@@ -235,7 +235,7 @@ def plans(draw, layers):
     )
 
 
-@settings(max_examples=40)
+@settings(max_examples=150)
 @given(SHAPES, TOPOLOGIES, TOPOLOGIES, st.sampled_from(STATES), st.data())
 def test_depth_growth_from_any_topology_to_any_other(shape, source, target, state, data):
     plan = data.draw(plans(shape.layers))

@@ -1,0 +1,78 @@
+"""What a checkpoint is and whether it is sound, as plain values."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.boxes import numel
+from lag_megatron.checkpoint.tensor_parallel import whole_shape
+from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero_files import torch_optimizer_state
+
+LAYER = re.compile(r"^(?P<head>.*\blayers\.)(?P<layer>\d+)(?P<tail>\..+)$")
+
+
+def layers_in(names: Iterable[str]) -> list[int]:
+    """The numbers of the layers that parameters of these names belong to, rising."""
+    return sorted({int(match["layer"]) for name in names if (match := LAYER.match(name))})
+
+
+def looks_like_checkpoint(path: Path) -> bool:
+    """Whether a folder holds at least something of a checkpoint, sound or not."""
+    return commit.is_committed(path) or any(path.glob("*_states.pt"))
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Facts of a tag directory; every file's header is read and checked, tensors are not.
+
+    Raises:
+        CheckpointError: if it is incomplete, damaged or mixed.
+    """
+    checkpoint = ZeroCheckpoint.open(path)
+    topology, state = checkpoint.topology, checkpoint.client_state
+    for tensor_rank in range(topology.tensor_size):
+        for data_rank in range(topology.data_size):
+            checkpoint.model_states(tensor_rank, data_rank)
+            if topology.zero_stage:
+                checkpoint.optimizer_states(tensor_rank, data_rank)
+    shapes = checkpoint.layout.shapes
+    files = {p.name: p.stat().st_size for p in sorted(path.iterdir()) if p.is_file()}
+    return {
+        "path": str(path),
+        "format": f"DeepSpeed {checkpoint.header['ds_version']}, ZeRO-{topology.zero_stage}",
+        "committed": commit.is_committed(path),
+        "step": checkpoint.step,
+        "tokens": state.get("tokens"),
+        "topology": {
+            "zero_stage": topology.zero_stage,
+            "data_parallel": topology.data_size,
+            "tensor_parallel": topology.tensor_size,
+            "precision": topology.precision,
+        },
+        "parameters": sum(
+            numel(whole_shape(name, shape, tensor_size=topology.tensor_size))
+            for name, shape in shapes.items()
+        ),
+        "layers": len(layers_in(shapes)),
+        "optimizer": _optimizer(checkpoint),
+        "growth_history": list(state.get("growth_history", [])),
+        "files": files,
+        "bytes": sum(files.values()),
+    }
+
+
+def _optimizer(checkpoint: ZeroCheckpoint) -> list[dict[str, Any]]:
+    """Hyper-parameters of each parameter group, with the number of its tensors."""
+    zero_stage = checkpoint.topology.zero_stage
+    states = checkpoint.optimizer_states(0, 0) if zero_stage else None
+    inner = torch_optimizer_state(checkpoint.topology, checkpoint.header, states)
+    plain = (bool, int, float, str, list, tuple, type(None))
+    return [
+        {
+            "tensors": len(members),
+            **{k: v for k, v in group.items() if k != "params" and isinstance(v, plain)},
+        }
+        for group, members in zip(inner["param_groups"], checkpoint.groups, strict=True)
+    ]
