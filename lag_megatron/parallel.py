@@ -156,6 +156,8 @@ def start_world(*, tensor: int) -> World:
     device = _device(local_rank)
     if not dist.is_initialized():
         if size == 1:
+            # A world of one needs no launcher, but DeepSpeed asks for what launchers set.
+            os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(local_rank)})
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             store: dict[str, Any] = {"store": dist.HashStore()}
         else:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from lag_megatron.checkpoint.describe import layers_in
+from lag_megatron.checkpoint.names import layers_in
 from lag_megatron.checkpoint.zero import ZeroCheckpoint, resolve
 from lag_megatron.errors import LagError, PlanError
 from lag_megatron.growth.layer_map import draw
@@ -30,7 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"layers {plan.source_layers} -> {plan.target_layers}: {draw(plan.layer_map)}")
         print(f"to write: {growth.bytes_to_write / 2**20:.1f} MiB")
         if options.dry_run:
-            growth.layout  # noqa: B018  # a plan that does not fit is refused here
             return 0
         grow_checkpoint(source.path, target, plan, progress=_progress)
         print(f'written: DeepSpeed loads it with load_checkpoint("{options.target}")')

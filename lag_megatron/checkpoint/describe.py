@@ -1,22 +1,14 @@
 """What a checkpoint is and whether it is sound, as plain values."""
 
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.boxes import numel
+from lag_megatron.checkpoint.names import layers_in
 from lag_megatron.checkpoint.tensor_parallel import whole_shape
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.checkpoint.zero_files import torch_optimizer_state
-
-LAYER = re.compile(r"^(?P<head>.*\blayers\.)(?P<layer>\d+)(?P<tail>\..+)$")
-
-
-def layers_in(names: Iterable[str]) -> list[int]:
-    """The numbers of the layers that parameters of these names belong to, rising."""
-    return sorted({int(match["layer"]) for name in names if (match := LAYER.match(name))})
 
 
 def looks_like_checkpoint(path: Path) -> bool:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lag_megatron.checkpoint.boxes import Box, Shape, whole
-from lag_megatron.checkpoint.describe import LAYER
 from lag_megatron.checkpoint.layout import State
+from lag_megatron.checkpoint.names import LAYER
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.fresh import Constant, Fresh, megatron_init
 from lag_megatron.growth.layer_map import LayerMap, LayerOrigin
