@@ -171,10 +171,8 @@ class Engine:
             CheckpointError: if it holds other parameters, in another order or of other shapes;
                 DeepSpeed itself would load permuted flat shards without a word.
         """
-        source = ZeroCheckpoint.open(checkpoint)
-        require_same_topology(source, self.topology)
-        groups = self.parameter_groups()
-        require_same_parameters(source, groups, tensor_rank=self.world.tensor_rank)
+        # Together: a rank that refused alone would leave the others waiting inside DeepSpeed.
+        self.world.from_each(lambda: self._require_fit(checkpoint))
         path, client_state = self._engine.load_checkpoint(
             str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False
         )
@@ -201,6 +199,12 @@ class Engine:
     def _trained(self) -> list[list[torch.nn.Parameter]]:
         decayed, others = _decay_split(self._engine.module)
         return [group for group in (decayed, others) if group]
+
+    def _require_fit(self, checkpoint: Path) -> None:
+        source = ZeroCheckpoint.open(checkpoint)
+        require_same_topology(source, self.topology)
+        groups = self.parameter_groups()
+        require_same_parameters(source, groups, tensor_rank=self.world.tensor_rank)
 
     def _gathered(self, parameter: torch.nn.Parameter) -> Any:
         """Make a parameter whole while it is written; replicas then take replica 0's."""

@@ -7,6 +7,7 @@ import datetime
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -185,6 +186,14 @@ def stop_world() -> None:
         dist.barrier()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        _remove_shared_memory()
+
+
+def _remove_shared_memory() -> None:
+    """DeepSpeed's CPU collectives leave 66 MiB a rank in /dev/shm for every port they used."""
+    port, local_rank = os.environ.get("MASTER_PORT"), os.environ.get("LOCAL_RANK")
+    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_{local_rank}"):
+        left.unlink(missing_ok=True)
 
 
 def _device(local_rank: int) -> torch.device:
