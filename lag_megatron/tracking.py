@@ -128,7 +128,7 @@ class Wandb:
         import wandb
 
         try:
-            self._run.log({key: value for key, value in row.items()})
+            self._run.log(dict(row))
         except (wandb.Error, OSError) as error:
             self._give_up(error)
 
@@ -147,7 +147,6 @@ class Wandb:
         self._run.define_metric("tokens")
         self._run.define_metric("train/*", step_metric="tokens")
         self._run.define_metric("val/*", step_metric="tokens")
-        self._run.define_metric("probe/*", step_metric="probe/step")
 
     def _give_up(self, error: BaseException) -> None:
         self._run = None

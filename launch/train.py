@@ -14,7 +14,6 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 # Megatron and torch warn at import about optional packages and their own deprecations.
 warnings.filterwarnings("ignore", module=r"(megatron|torch|deepspeed)(\.|$)")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
@@ -83,11 +82,10 @@ def _hostfile_ranks(path: str | None) -> int | None:
 
 
 def _train(config, options) -> int:
-    # deepspeed takes half a minute to build its CPU op the first time; say what is happening.
-    from lag_megatron.session import Request, train
-
     run_dir = options.run_dir or Path("runs") / Path(options.config).stem
     deepspeed_config(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    from lag_megatron.session import Request, train  # imports torch: seconds
+
     train(Request(config, Path(run_dir), options.resume))
     return 0
 

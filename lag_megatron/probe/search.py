@@ -65,6 +65,13 @@ def _conclude(recorder: Recorder, coordinator: Coordinator) -> Path:
     finished = [c for c in decision["candidates"] if c["status"] == "finished"]
     at_zero = min(finished, key=lambda c: c["curve"][0][1])
     chosen = next(c for c in finished if c["id"] == decision["chosen"])
+    prefix = f"growth{decision['growth']:02d}"
+    recorder.books.wandb.summary(
+        {
+            f"{prefix}/chosen": decision["chosen"],
+            f"{prefix}/probe_steps": decision["cost"]["probe_steps"],
+        }
+    )
     last = [c["curve"][-1][1] for c in finished]
     recorder.say(
         f"decision: {chosen['id']} has the lowest validation loss after {decision['lag']} steps: "

@@ -1,0 +1,114 @@
+"""The journal, the metrics, the run directory and W&B."""
+
+import multiprocessing
+
+import pytest
+from conftest import ROOT
+
+from lag_megatron import rundir
+from lag_megatron.config import TrackingConfig, load_config
+from lag_megatron.errors import RunError
+from lag_megatron.probe.journal import Journal
+from lag_megatron.tracking import Console, MetricsLog, Wandb, read_rows
+
+
+def test_a_journal_is_its_replay(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.append("stage_started", stage=0)
+    journal.append("probe_finished", growth=1, id="a", state=None)
+    journal.append("probe_finished", growth=1, id="b", state="x")
+    again = Journal(path)
+    assert again.events == journal.events
+    assert again.find("probe_finished", growth=1)["id"] == "b"
+    assert again.find("probe_finished", growth=1, id="a")["state"] is None
+    assert again.find("decision", growth=1) is None
+
+
+@pytest.mark.parametrize("torn", ['{"event": "dec', '{"event": "decision"}'])
+def test_a_torn_last_line_never_happened(torn, tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path).append("stage_started", stage=0)
+    whole = path.read_text()
+    path.write_text(whole + torn)
+    journal = Journal(path)
+    assert [e["event"] for e in journal.events] == ["stage_started"]
+    assert path.read_text() == whole
+    journal.append("decision", growth=1)
+    assert [e["event"] for e in Journal(path).events] == ["stage_started", "decision"]
+
+
+def test_a_broken_line_within_is_told(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"event": "a"}\nnonsense\n{"event": "b"}\n')
+    with pytest.raises(RunError, match=r"journal.jsonl:2"):
+        Journal(path)
+
+
+def test_metrics_after_a_step_are_dropped(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append({"step": 0, "val/loss": 5.0}, {"step": 1, "train/loss": 4.0})
+    log.append({"step": 2, "train/loss": 3.0}, {"step": 2, "val/loss": 2.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "train')
+    log.drop_after(1)
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1]
+    assert log.last("val/loss") == 5.0
+    with pytest.raises(KeyError):
+        log.last("nothing")
+
+
+def hold(path, started, release):
+    with rundir.acquire(rundir.RunDirectory(path)):
+        started.set()
+        release.wait(20)
+
+
+def test_a_run_directory_has_one_writer(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir, "_LOCK_PATIENCE_SECONDS", 0.2)
+    context = multiprocessing.get_context("fork")
+    started, release = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(tmp_path, started, release))
+    holder.start()
+    try:
+        assert started.wait(10)
+        with pytest.raises(RunError, match=f"pid {holder.pid}"):
+            rundir.acquire(rundir.RunDirectory(tmp_path))
+    finally:
+        release.set()
+        holder.join()
+    rundir.acquire(rundir.RunDirectory(tmp_path)).close()
+
+
+def test_what_may_differ_between_two_starts(tmp_path):
+    run = rundir.RunDirectory(tmp_path)
+    demo = ROOT / "configs" / "demo.yaml"
+    rundir.claim(run, load_config(demo))
+    rundir.claim(run, load_config(demo, overrides=["checkpoint.interval=7"]))
+    assert load_config(tmp_path / "config.yaml").checkpoint.interval == 7
+    for override in ("optimizer.lr=1.0", "data.seed=5", "growth.lag=0", "parallel.zero_stage=2"):
+        overrides = [override, *(["growth.rungs=[]"] if "lag" in override else [])]
+        with pytest.raises(RunError, match=override.split("=")[0].replace(".", r"\.")):
+            rundir.claim(run, load_config(demo, overrides=overrides))
+
+
+def test_tags_sort_by_step():
+    steps = [0, 9, 10, 99_999_999]
+    assert sorted(map(rundir.tag_of, steps)) == list(map(rundir.tag_of, steps))
+    assert [rundir.step_of(rundir.tag_of(step)) for step in steps] == steps
+
+
+def test_wandb_without_a_key_is_offline_and_says_how_to_sync(tmp_path, monkeypatch, capsys):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    run = Wandb(TrackingConfig(), folder=tmp_path, config={"a": 1}, console=Console())
+    run.log({"step": 1, "tokens": 10, "train/loss": 2.0})
+    run.finish(exit_code=0)
+    assert f"wandb sync {tmp_path}/wandb/offline-*" in capsys.readouterr().out
+    (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    identity = (tmp_path / "wandb_id").read_text()
+    assert record.stem == f"run-{identity}"
+    assert b"train/loss" in record.read_bytes()
