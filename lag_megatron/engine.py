@@ -64,7 +64,7 @@ class Engine:
     ) -> None:
         _quiet()
         self.config, self.world, self.num_layers = config, world, num_layers
-        settings = self._settings = deepspeed_config(config, world_size=world.size)
+        settings = deepspeed_config(config, world_size=world.size)
         groups = DeepSpeedGroups()
         deepspeed.init_distributed()
         seed_everywhere(config.seed)
@@ -92,15 +92,7 @@ class Engine:
     @property
     def topology(self) -> Topology:
         """How this engine's state is spread over ranks."""
-        parallel = self.config.parallel
-        zero = self._settings["zero_optimization"]
-        return Topology(
-            zero_stage=parallel.zero_stage,
-            data_size=self.world.data_size,
-            tensor_size=self.world.tensor_size,
-            precision=parallel.precision,
-            sub_group_size=int(zero.get("sub_group_size", DEFAULT_SUB_GROUP_SIZE)),
-        )
+        return topology_of(self.config, self.world)
 
     @property
     def bytes_on_disk(self) -> int:
@@ -233,6 +225,18 @@ class Engine:
     def _agree(self, stops: float) -> bool:
         # Tensor-parallel ranks may have been signalled at different steps.
         return self.world.any_rank(stops > 0) if self.world.tensor_size > 1 else stops > 0
+
+
+def topology_of(config: RunConfig, world: World) -> Topology:
+    """How DeepSpeed spreads a state of this configuration over the ranks."""
+    zero = deepspeed_config(config, world_size=world.size)["zero_optimization"]
+    return Topology(
+        zero_stage=config.parallel.zero_stage,
+        data_size=world.data_size,
+        tensor_size=world.tensor_size,
+        precision=config.parallel.precision,
+        sub_group_size=int(zero.get("sub_group_size", DEFAULT_SUB_GROUP_SIZE)),
+    )
 
 
 def mean(values: Sequence[float]) -> float:

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.compare import require_same_topology
+from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.config import RunConfig
-from lag_megatron.engine import Engine, mean
+from lag_megatron.engine import Engine, mean, topology_of
 from lag_megatron.errors import CheckpointError, RunError
 from lag_megatron.growth.pool import build_pool
 from lag_megatron.parallel import World
@@ -50,6 +52,9 @@ class Trainer:
             LagError: for a mistake of the user or the machine.
         """
         position = self.world.from_coordinator(self._find_position)
+        if position.checkpoint is not None:
+            topology = topology_of(self.config, self.world)
+            require_same_topology(ZeroCheckpoint.open(position.checkpoint), topology)
         self.world.from_coordinator(lambda: self._resume_metrics(position))
         for stage in range(position.stage, len(self.config.stages)):
             if stage > position.stage:

@@ -13,18 +13,21 @@ import xxhash
 from lag_megatron.config import DataConfig
 from lag_megatron.errors import DataError
 
+# A text file above the one size is cut into documents of the other.
+_LONG_FILE = 1 << 18
+_PIECE = 1 << 16
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A whole file, or one line of a JSON-lines file.
+    """A whole file, one line of a JSON-lines file, or a stretch of lines of a long text.
 
     Attributes:
         path: the file.
-        line: number of the line, from 1; 0 stands for the whole file.
-        offset: first byte of the line.
-        size: bytes of the line.
+        line: number of the first line, from 1; 0 stands for the whole file.
+        offset: first byte.
+        size: bytes.
     """
 
     path: Path
@@ -119,6 +122,8 @@ def _raw_documents(config: DataConfig) -> Iterator[tuple[Document, bytes]]:
         try:
             if config.source == "jsonl":
                 yield from _lines(path)
+            elif config.source == "text" and path.stat().st_size > _LONG_FILE:
+                yield from _pieces(path)
             else:
                 yield Document(path), path.read_bytes()
         except OSError as error:
@@ -169,6 +174,20 @@ def _lines(path: Path) -> Iterator[tuple[Document, bytes]]:
             if line.strip():
                 yield Document(path, line=number, offset=offset, size=len(line)), line
             offset += len(line)
+
+
+def _pieces(path: Path) -> Iterator[tuple[Document, bytes]]:
+    """A long text, cut at ends of lines: one file of a whole corpus can be shuffled and split."""
+    first, offset, lines, held = 1, 0, [], 0
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            lines.append(line)
+            held += len(line)
+            if held >= _PIECE:
+                yield Document(path, line=first, offset=offset, size=held), b"".join(lines)
+                first, offset, lines, held = number + 1, offset + held, [], 0
+    if lines:
+        yield Document(path, line=first, offset=offset, size=held), b"".join(lines)
 
 
 def _text_of(data: bytes, document: Document, text_key: str | None) -> str:

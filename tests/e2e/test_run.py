@@ -24,7 +24,8 @@ def rows_of(run_dir):
 
 
 def events_of(run_dir, name):
-    lines = (run_dir / "journal.jsonl").read_text().splitlines()
+    path = run_dir / "journal.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
     return [event for event in map(json.loads, lines) if event["event"] == name]
 
 

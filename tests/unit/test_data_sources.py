@@ -185,3 +185,14 @@ def test_tokenizer_files_that_cannot_be_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "padded"), [(1, 128), (128, 128), (129, 256), (4096, 4096)])
 def test_padded_vocab_size(size: int, padded: int) -> None:
     assert padded_vocab_size(size) == padded
+
+
+def test_a_long_text_file_is_many_documents(tmp_path):
+    lines = [f"line {number} of a long file\n" for number in range(20_000)]
+    path = tmp_path / "long.txt"
+    path.write_text("".join(lines))
+    corpus = open_corpus(DataConfig(source="text", paths=(str(path),)))
+    texts = [corpus.read(document) for document in corpus.documents]
+    assert len(texts) > 5
+    assert "".join(texts) == path.read_text()
+    assert all(text.endswith("\n") and len(text) < 70_000 for text in texts)
