@@ -31,7 +31,7 @@ from lag_megatron.config import RunConfig
 from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.errors import CheckpointError
 from lag_megatron.model import build_gpt, token_losses
-from lag_megatron.model.initialize import initialize_weights
+from lag_megatron.model.initialize import initialize_weights, mark_cut_parameters
 from lag_megatron.model.random_state import seed_everywhere, seed_step
 from lag_megatron.parallel import DeepSpeedGroups, World
 
@@ -56,11 +56,18 @@ class StepResult:
 class Engine:
     """A model of one depth under DeepSpeed, on all ranks of the world.
 
-    Building it is a collective call.  Weights depend on ``config.seed`` and the shape alone.
+    Building it is a collective call.  Weights depend on ``config.seed`` and the shape alone; an
+    engine whose state will be loaded need not draw any.
     """
 
     def __init__(
-        self, config: RunConfig, world: World, *, num_layers: int, vocab_size: int
+        self,
+        config: RunConfig,
+        world: World,
+        *,
+        num_layers: int,
+        vocab_size: int,
+        draw_weights: bool = True,
     ) -> None:
         _quiet()
         self.config, self.world, self.num_layers = config, world, num_layers
@@ -72,7 +79,9 @@ class Engine:
             model = build_gpt(
                 config.model, config.parallel, num_layers=num_layers, vocab_size=vocab_size
             )
-        initialize_weights(model, config, world, num_layers=num_layers, gathered=self._gathered)
+        mark_cut_parameters(model)
+        if draw_weights:
+            initialize_weights(model, config, world, num_layers=num_layers, gathered=self._gathered)
         # The learning rate is 0 until the first step sets it: DeepSpeed's 16-bit ZeRO-0 optimizer
         # takes a step while it is built.
         self._engine, *_ = deepspeed.initialize(
@@ -83,11 +92,6 @@ class Engine:
             dist_init_required=False,
         )
         self._forget_steps()
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters of this tensor-parallel rank."""
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self._engine.module.parameters())
 
     @property
     def topology(self) -> Topology:
@@ -122,7 +126,7 @@ class Engine:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         (labels,) = world.sum_over_data([sum(float(b["loss_mask"].sum()) for b in batches)])
-        loss_sum = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
         grad_norm = None
         for batch in batches:
             loss = token_losses(engine, self._move(batch)).sum()
@@ -131,8 +135,8 @@ class Engine:
             if batch is batches[-1]:
                 grad_norm = self._unpartitioned_grad_norm()
             engine.step()
-            loss_sum += float(loss.detach())
-        loss_sum, stops = world.sum_over_data([loss_sum, float(stop_asked)])
+            total += loss.detach()
+        loss_sum, stops = world.sum_over_data([float(total), float(stop_asked)])
         if grad_norm is None and (norm := engine.get_global_grad_norm()) is not None:
             grad_norm = float(norm)
         return StepResult(loss_sum / labels, grad_norm, self._agree(stops))

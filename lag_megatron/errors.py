@@ -6,7 +6,12 @@ Programs print the message without a traceback and exit with code 2.
 
 
 class LagError(ValueError):
-    """A mistake of the user or of the machine's state, as opposed to a bug."""
+    """A mistake of the user or of the machine's state, as opposed to a bug.
+
+    ``on_all_ranks`` says that every rank raises it, so that one message is enough.
+    """
+
+    on_all_ranks = False
 
 
 class ConfigError(LagError):

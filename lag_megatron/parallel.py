@@ -5,6 +5,7 @@ NCCL where CUDA is, gloo elsewhere.  Tensor-parallel ranks are neighbours, as in
 
 import datetime
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from lag_megatron.errors import LagError, RunError
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+# Ranks wait here while rank 0 tokenizes a corpus; a peer that dies is noticed at once all the same.
+CONTROL_TIMEOUT = datetime.timedelta(days=1)
 
 
 _PEAK_FLOPS = (("A100", 312e12), ("H100", 989e12), ("H200", 989e12))
@@ -32,6 +35,7 @@ class World:
         rank: index of this process, 0 is the coordinator.
         size: number of processes.
         device: where this process computes.
+        control: all ranks over gloo, for messages; it waits as long as the coordinator works.
         data_rank: index among the data-parallel replicas.
         data_size: number of data-parallel replicas.
         tensor_rank: index among the ranks that share a replica's tensors.
@@ -41,6 +45,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    control: dist.ProcessGroup
     data_rank: int
     data_size: int
     tensor_rank: int
@@ -63,55 +68,39 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        dist.barrier()
+        dist.barrier(group=self.control)
 
     def broadcast(self, value: Any) -> Any:
         """The coordinator's picklable ``value``, on every rank."""
         box = [value if self.is_coordinator else None]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable ``value``, by rank, on every rank."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.control)
         return values
 
     def from_coordinator(self, make: Callable[[], T]) -> T:
-        """What the coordinator makes, on every rank; its mistake is raised on every rank.
+        """What the coordinator makes, on every rank; what it raises is raised on every rank.
 
         Raises:
             LagError: the one that ``make`` raised.
+            RankError: for anything else that it raised.
         """
-        value: T | None = None
-        error: LagError | None = None
-        if self.is_coordinator:
-            try:
-                value = make()
-            except LagError as raised:
-                error = raised
-        value, error = self.broadcast((value, error))
-        if error is not None:
-            raise error
-        return value  # type: ignore[return-value]
+        outcome = _attempt(make) if self.is_coordinator else None
+        return _value(self.broadcast(outcome), rank=0)
 
     def from_each(self, make: Callable[[], T]) -> list[T]:
         """What each rank makes, by rank, on every rank.
 
         Raises:
             LagError: the first one that a rank's ``make`` raised, on every rank.
+            RankError: for anything else that a rank's ``make`` raised, on every rank.
         """
-        value: T | None = None
-        error: LagError | None = None
-        try:
-            value = make()
-        except LagError as raised:
-            error = raised
-        results = self.gather((value, error))
-        for _, error in results:
-            if error is not None:
-                raise error
-        return [value for value, _ in results]
+        outcomes = self.gather(_attempt(make))
+        return [_value(outcome, rank=rank) for rank, outcome in enumerate(outcomes)]
 
     def sum_over_data(self, values: Sequence[float]) -> list[float]:
         """Elementwise sum over the data-parallel replicas, in double precision."""
@@ -127,13 +116,46 @@ class World:
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank."""
-        tensor = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        tensor = torch.tensor(int(flag))
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
         return bool(tensor.item())
 
 
+class RankError(RuntimeError):
+    """A bug, or the machine's failure, on one rank, raised on all so that none waits for it."""
+
+
+def _attempt(make: Callable[[], Any]) -> tuple[Any, LagError | str | None]:
+    try:
+        return make(), None
+    except LagError as error:
+        error.on_all_ranks = True
+        return None, error
+    except Exception:  # raised again by _value, on every rank
+        return None, traceback.format_exc()
+
+
+def _value(outcome: tuple[Any, LagError | str | None], *, rank: int) -> Any:
+    value, error = outcome
+    if isinstance(error, str):
+        raise RankError(f"rank {rank} failed:\n{error}")
+    if error is not None:
+        error.on_all_ranks = True  # lost on the way: exceptions are pickled without attributes
+        raise error
+    return value
+
+
 def environment() -> tuple[int, int, int]:
-    """Rank, world size and local rank that the launcher set; (0, 1, 0) without one."""
+    """Rank, world size and local rank that the launcher set; (0, 1, 0) without one.
+
+    Raises:
+        RunError: if ranks were started without a word on which of a host's devices is whose.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" not in os.environ:
+        raise RunError(
+            "WORLD_SIZE is set, but LOCAL_RANK is not: every rank would take device 0. Start the "
+            "ranks with deepspeed or torchrun, or export LOCAL_RANK."
+        )
     return tuple(int(os.environ.get(k, d)) for k, d in _LAUNCHER_VARIABLES)  # type: ignore[return-value]
 
 
@@ -163,16 +185,19 @@ def start_world(*, tensor: int) -> World:
             store: dict[str, Any] = {"store": dist.HashStore()}
         else:
             store = {"init_method": "env://"}
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, **store
         )
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor, create_gloo_process_groups=False
+        )
     return World(
         rank=rank,
         size=size,
         device=device,
+        control=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from lag_megatron.config import RunConfig, dump_config, load_config
 from lag_megatron.errors import ConfigError, RunError
+from lag_megatron.files import write_atomically
 
 # What may differ between two starts of one run: nothing that changes its numbers.
 _FREE_KEYS = ("tracking", "checkpoint")
@@ -117,7 +118,7 @@ def claim(run: RunDirectory, config: RunConfig) -> None:
     """
     path = run.root / "config.yaml"
     if not path.exists():
-        _replace(path, dump_config(config))
+        write_atomically(path, dump_config(config))
         return
     try:
         before = load_config(path)
@@ -130,21 +131,12 @@ def claim(run: RunDirectory, config: RunConfig) -> None:
             f"{run.root}: holds a run with other settings: {', '.join(changed)}. Give another "
             "--run-dir, restore the settings, or remove the directory to start anew."
         )
-    _replace(path, dump_config(config))
+    write_atomically(path, dump_config(config))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a small JSON file so that a reader never sees a part of it."""
-    _replace(path, json.dumps(value, indent=1))
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(path.name + ".part")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    write_atomically(path, json.dumps(value, indent=1))
 
 
 def _differences(before: RunConfig, after: RunConfig) -> Iterator[str]:

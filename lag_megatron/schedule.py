@@ -35,14 +35,6 @@ def stage_ranges(stages: Sequence[StageConfig]) -> tuple[range, ...]:
     return tuple(ranges)
 
 
-def stage_of_step(step: int, stages: Sequence[StageConfig]) -> int:
-    """The stage that takes the optimizer step ``step``; the last one for any step after the end."""
-    for number, steps in enumerate(stage_ranges(stages)):
-        if step < steps.stop:
-            return number
-    return len(stages) - 1
-
-
 def tokens_per_step(config: RunConfig) -> int:
     """Tokens of one global batch."""
     return config.parallel.global_batch * config.model.seq_length

@@ -1,6 +1,7 @@
 """Starting and ending a run: everything around the stage loop."""
 
 import contextlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.parallel import World, environment, start_world, stop_world
 from lag_megatron.probe.journal import Journal
 from lag_megatron.probe.recorder import Books, Recorder
+from lag_megatron.probe.rewind import rewind
 from lag_megatron.probe.steps import Job
 from lag_megatron.report import write_report
 from lag_megatron.rundir import RunDirectory, acquire, claim, write_json
@@ -73,6 +75,8 @@ def _take(run: RunDirectory, request: Request, held: contextlib.ExitStack) -> bo
         raise RunError(f"{run.root}: cannot create: {error.strerror}.") from None
     held.callback(acquire(run).close)
     claim(run, request.config)
+    if request.resume not in ("auto", "never"):
+        rewind(run, request.resume)
     return Journal(run.journal).find("run_finished") is not None
 
 
@@ -96,13 +100,11 @@ def _train(world: World, run: RunDirectory, request: Request, stop: StopFlag) ->
     world.from_each(lambda: PreparedData.open(data.folder))
     vocab_size = world.from_coordinator(lambda: _vocab_size(config, data))
     job = Job(config, run, Feed(data, config, world), stop, vocab_size)
-    books = None
-    if world.is_coordinator:
-        write_json(run.root / "run.json", _facts(world, run, config, data, vocab_size))
-        books = _books(world, run, config, console)
+    world.from_coordinator(lambda: _note_facts(world, run, config, data, vocab_size))
+    books = _books(world, run, config, console) if world.is_coordinator else None
     recorder = Recorder(books)
     try:
-        Trainer(job, world, recorder, resume=request.resume).run()
+        Trainer(job, world, recorder).run()
         stopped = ""
     except Stopped as reason:
         stopped = str(reason)
@@ -141,10 +143,20 @@ def _vocab_size(config: RunConfig, data: PreparedData) -> int:
     return size
 
 
-def _facts(
+def _note_facts(
     world: World, run: RunDirectory, config: RunConfig, data: PreparedData, vocab_size: int
-) -> dict[str, object]:
-    return {
+) -> None:
+    """Write ``run.json``, and refuse to train on other text than the run began with."""
+    path, digest = run.root / "run.json", data.folder.name
+    before = json.loads(path.read_text()).get("data_digest") if path.exists() else digest
+    if before != digest:
+        raise RunError(
+            f"{path}: the text, or the tokenizer made from it, is not what this run began with "
+            f"({before} then, {digest} now): samples and token numbers would change under the "
+            "model. Restore the text, or give another --run-dir."
+        )
+    facts = {
+        "data_digest": digest,
         "name": run.name,
         "version": __version__,
         "world_size": world.size,
@@ -166,6 +178,7 @@ def _facts(
             "content_hash": data.content_hash,
         },
     }
+    write_json(path, facts)
 
 
 def _books(world: World, run: RunDirectory, config: RunConfig, console: Console) -> Books:

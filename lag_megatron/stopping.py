@@ -3,6 +3,7 @@
 A signalled rank only sets a flag; all ranks agree on it at the next step and save together.
 """
 
+import itertools
 import os
 import signal
 import threading
@@ -11,12 +12,14 @@ from pathlib import Path
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_PROGRAMS = frozenset({"deepspeed", "torchrun"})
+_MODULES = ("deepspeed.launcher", "torch.distributed")
 _GRACE_SECONDS = 20.0
 _POLL_SECONDS = 0.5
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved what it needs to go on."""
+    """The run was asked to stop; what it needs to go on is on disk."""
 
 
 class StopFlag:
@@ -43,7 +46,10 @@ class StopFlag:
 
     def _watch(self, launchers: dict[int, str]) -> None:
         """A launcher that was killed leaves its ranks running: end them."""
-        while all(_start_time(pid) == started for pid, started in launchers.items()):
+        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        while (launchers or os.getppid() > 1 or not launched) and all(
+            _start_time(pid) == started for pid, started in launchers.items()
+        ):
             time.sleep(_POLL_SECONDS)
         self._set("the launcher is gone")
         time.sleep(_GRACE_SECONDS)
@@ -61,8 +67,13 @@ def _launchers() -> dict[int, str]:
 
 
 def _is_launcher(pid: int) -> bool:
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-    return any(name in words for name in ("deepspeed", "torchrun", "torch/distributed", "torch.d"))
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    programs = {Path(word).name for word in words[:2]}
+    modules = {after for before, after in itertools.pairwise(words) if before == "-m"}
+    return bool(programs & _PROGRAMS) or any(name.startswith(_MODULES) for name in modules)
 
 
 def _parent(pid: int) -> int:

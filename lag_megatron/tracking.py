@@ -4,11 +4,12 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lag_megatron.config import TrackingConfig
+from lag_megatron.files import flush_to_disk, write_atomically
 
 Row = Mapping[str, float | int | str]
 
@@ -22,7 +23,7 @@ class MetricsLog:
     def append(self, *rows: Row) -> None:
         """Add lines."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(dict(row)) + "\n" for row in rows)
+            file.writelines(json.dumps(dict(row), allow_nan=False) + "\n" for row in rows)
 
     def last(self, key: str) -> float:
         """The newest value of a metric.
@@ -38,15 +39,12 @@ class MetricsLog:
     def flush_to_disk(self) -> None:
         """Make the lines survive a power cut; done before each checkpoint."""
         if self._path.exists():
-            with self._path.open("rb") as file:
-                os.fsync(file.fileno())
+            flush_to_disk(self._path)
 
     def drop_after(self, step: int) -> None:
         """Remove the lines of steps that a resumed run takes again, and a torn last line."""
         kept = [row for row in read_rows(self._path) if row["step"] <= step]
-        draft = self._path.with_name(self._path.name + ".part")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(draft, self._path)
+        write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -92,14 +90,17 @@ class Console:
 class Wandb:
     """One W&B run beside the run directory; its failure never stops training."""
 
-    def __init__(self, tracking: TrackingConfig, *, folder: Path, config: Any, console: Console):
-        self._console, self._run = console, None
+    def __init__(
+        self, tracking: TrackingConfig, *, folder: Path, config: Any, console: Console
+    ) -> None:
+        self._console = console
+        self._run: Any = None
         mode = _mode(tracking.wandb.mode)
         if mode == "disabled":
             return
         import wandb
 
-        try:
+        def begin() -> None:
             self._run = wandb.init(
                 project=tracking.wandb.project,
                 name=folder.name,
@@ -113,44 +114,41 @@ class Wandb:
                 settings=wandb.Settings(console="off", silent=True),
             )
             self._define()
-        except (wandb.Error, OSError) as error:
-            self._give_up(error)
-            return
-        if mode == "offline":
+
+        self._guarded(begin)
+        if mode == "offline" and self._run is not None:
             console.say(
                 f"W&B is offline (no API key). To upload later: wandb sync {folder}/wandb/offline-*"
             )
 
     def log(self, row: Row) -> None:
         """Mirror one row; ``tokens`` is the x-axis."""
-        if self._run is None:
-            return
-        import wandb
-
-        try:
-            self._run.log(dict(row))
-        except (wandb.Error, OSError) as error:
-            self._give_up(error)
+        if self._run is not None:
+            self._guarded(lambda: self._run.log(dict(row)))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set values of the run's summary."""
         if self._run is not None:
-            self._run.summary.update(dict(values))
+            self._guarded(lambda: self._run.summary.update(dict(values)))
 
     def finish(self, *, exit_code: int) -> None:
         """Close the run."""
         if self._run is not None:
-            self._run.finish(exit_code=exit_code)
+            self._guarded(lambda: self._run.finish(exit_code=exit_code))
+
+    def _guarded(self, action: Callable[[], object]) -> None:
+        import wandb
+
+        try:
+            action()
+        except (wandb.Error, OSError, RuntimeError, ValueError, TypeError) as error:
+            self._run = None
+            self._console.warn(f"W&B failed and is off for this run: {error}")
 
     def _define(self) -> None:
-        assert self._run is not None
         self._run.define_metric("tokens")
         self._run.define_metric("train/*", step_metric="tokens")
         self._run.define_metric("val/*", step_metric="tokens")
-
-    def _give_up(self, error: BaseException) -> None:
-        self._run = None
-        self._console.warn(f"W&B failed and is off for this run: {error}")
 
 
 def _mode(wanted: str) -> str:
@@ -169,5 +167,5 @@ def _run_id(folder: Path) -> str:
     """The id of this run directory's W&B run, kept so that a resumed run joins it."""
     path = folder / "wandb_id"
     if not path.exists():
-        path.write_text(secrets.token_hex(8))
+        write_atomically(path, secrets.token_hex(8))
     return path.read_text().strip()

@@ -1,5 +1,6 @@
 """The stage loop: train, grow, probe, decide, go on, and survive anything in between."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,10 @@ class Trainer:
         position = self.world.from_coordinator(self._find_position)
         if position.checkpoint is not None:
             topology = topology_of(self.config, self.world)
-            require_same_topology(ZeroCheckpoint.open(position.checkpoint), topology)
+            checkpoint = position.checkpoint
+            self.world.from_each(
+                lambda: require_same_topology(ZeroCheckpoint.open(checkpoint), topology)
+            )
         self.world.from_coordinator(lambda: self._resume_metrics(position))
         for stage in range(position.stage, len(self.config.stages)):
             if stage > position.stage:
@@ -66,18 +70,19 @@ class Trainer:
     # Finding the place
 
     def _find_position(self) -> Position:
-        """The newest committed state, or the one asked for (coordinator only)."""
+        """The newest committed state (coordinator only)."""
         run, journal = self.job.run, self.recorder.books.journal
-        if self._resume not in ("auto", "never"):
-            return self._find_tag(self._resume)
         self._refuse_lost_checkpoint()
         for stage in reversed(range(len(self.config.stages))):
             if tags := commit.committed(run.stage(stage)):
                 commit.check_sizes(tags[-1])
+                self._saved(tags[-1], stage, step_of(tags[-1].name))  # a kill may have come between
                 return Position(stage, tags[-1])
             decision = journal.find("decision", growth=stage)
             if decision is not None:
-                return Position(stage, run.root / decision["state"])
+                state = run.root / decision["state"]
+                commit.check_sizes(state)
+                return Position(stage, state)
         return Position(0, None)
 
     def _refuse_lost_checkpoint(self) -> None:
@@ -90,22 +95,10 @@ class Trainer:
                 "--resume TAG."
             )
 
-    def _find_tag(self, tag: str) -> Position:
-        there: list[str] = []
-        for stage in range(len(self.config.stages)):
-            for path in commit.committed(self.job.run.stage(stage)):
-                if path.name == tag:
-                    commit.check_sizes(path)
-                    return Position(stage, path)
-                there.append(path.name)
-        raise RunError(
-            f"--resume {tag}: no such committed checkpoint in {self.job.run.root}. "
-            f"There are: {', '.join(there) or 'none'}."
-        )
-
     def _resume_metrics(self, position: Position) -> None:
         """Forget what comes after the position, and say where the run goes on (coordinator)."""
-        self.recorder.books.metrics.drop_after(position.step)
+        nothing_yet = position.checkpoint is None
+        self.recorder.books.metrics.drop_after(-1 if nothing_yet else position.step)
         if position.checkpoint is None:
             self.recorder.say("fresh start: no checkpoint in the run directory")
             return
@@ -135,7 +128,7 @@ class Trainer:
         )
         if position.checkpoint != self._tag(stage, end):
             engine = self._engine_of(stage, position.checkpoint)
-            history = history_of(position.checkpoint) if position.checkpoint else []
+            history = self.world.from_coordinator(lambda: _history(position.checkpoint))
             if position.step == 0:
                 self._validate(engine, 0, stage)
             for step in range(position.step, end):
@@ -147,8 +140,8 @@ class Trainer:
 
     def _train_step(self, engine: Engine, step: int, stage: int, history: list[Any]) -> None:
         row, stop = self.job.step(engine, step, stage=stage)
+        self._refuse_divergence(row)
         self._note(row)
-        self._refuse_bad_loss(row)
         done = step + 1
         last = done == self._ranges[stage].stop
         if last or done % self.config.tracking.validation_interval == 0:
@@ -166,7 +159,11 @@ class Trainer:
             self._engine = None
         if self._engine is None:
             self._engine = Engine(
-                self.config, self.world, num_layers=layers, vocab_size=self.job.vocab_size
+                self.config,
+                self.world,
+                num_layers=layers,
+                vocab_size=self.job.vocab_size,
+                draw_weights=stage == 0 and checkpoint is None,
             )
         if checkpoint is not None:
             self._engine.load(checkpoint)
@@ -181,19 +178,25 @@ class Trainer:
         self.world.from_coordinator(lambda: self._saved(path, stage, step))
 
     def _saved(self, path: Path, stage: int, step: int) -> None:
+        commit.point_latest(path)
         relative = self.job.run.relative(path)
         self.recorder.happened("checkpoint", once={"path": relative}, stage=stage, step=step)
         for old in commit.committed(path.parent)[: -self.config.checkpoint.keep_last]:
             commit.remove(old)
 
-    def _refuse_bad_loss(self, row: MetricRow) -> None:
-        loss = float(row["train/loss"])
-        if loss != loss or loss == float("inf"):
-            raise RunError(
-                f"training loss is {loss} at step {row['step']}. The newest checkpoint is sound; "
-                "run again with a lower optimizer.lr or stronger optimizer.grad_clip, in another "
-                "--run-dir."
-            )
+    def _refuse_divergence(self, row: MetricRow) -> None:
+        """Before anything of this step is recorded or saved.
+
+        DeepSpeed takes no step on a gradient that is not finite under ZeRO, and a poisonous one
+        without; either way the run would go on and say that all is well.
+        """
+        for name in ("train/loss", "train/grad_norm"):
+            if not math.isfinite(float(row.get(name, 0.0))):
+                raise _agreed(
+                    f"{name} is {row[name]} at step {row['step']}; nothing of this step was saved. "
+                    "Go on from an older checkpoint with --resume TAG, or start another --run-dir "
+                    "with a lower optimizer.lr or a stronger optimizer.grad_clip."
+                )
 
     # Growing
 
@@ -228,7 +231,7 @@ class Trainer:
     def _mfu(self, row: MetricRow) -> float | None:
         """Model FLOPs utilisation of all GPUs; None on devices whose peak is not known."""
         peak = self.world.peak_flops
-        if peak is None:
+        if peak is None or self.config.parallel.precision != "bf16":
             return None
         flops = training_flops_per_token(
             self.config.model,
@@ -239,6 +242,8 @@ class Trainer:
 
     def _validate(self, engine: Engine, step: int, stage: int) -> None:
         loss = mean(self.job.evaluate(engine))
+        if not math.isfinite(loss):
+            raise _agreed(f"validation loss is {loss} at step {step}; the step was not saved.")
         self.recorder.measured(self.job.validation_row(step, stage=stage, loss=loss))
         self.recorder.say(
             f"stage {stage}  step {step:>6}/{self.config.total_steps}  val loss {loss:.4f}"
@@ -247,3 +252,14 @@ class Trainer:
     def _last_validation_loss(self) -> float:
         """From the metrics (coordinator only)."""
         return self.recorder.books.metrics.last("val/loss")
+
+
+def _agreed(message: str) -> RunError:
+    """An error that every rank finds, because all see the same numbers."""
+    error = RunError(message)
+    error.on_all_ranks = True
+    return error
+
+
+def _history(checkpoint: Path | None) -> list[Any]:
+    return history_of(checkpoint) if checkpoint is not None else []

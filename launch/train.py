@@ -34,9 +34,17 @@ def main(arguments: list[str] | None = None) -> int:
             return _dry_run(config, options)
         return _train(config, options)
     except LagError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or (_in_a_world() and not error.on_all_ranks):
+            where = "" if rank == "0" else f"[rank {rank}] "
+            print(f"{where}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def _in_a_world() -> bool:
+    """Whether ranks have met; before that all of them find the same mistakes."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,7 +1,8 @@
 """Checkpoints that are either whole or absent.
 
 A tag is written as ``<tag>.tmp``; each file is flushed to disk and hashed; then the manifest, the
-rename to ``<tag>`` and the pointer ``latest``.  A kill at any point leaves the state before.
+rename to ``<tag>`` and the pointer ``latest``.  A kill at any point leaves the state before or the
+new one; only ``latest`` may then lag behind, and whoever goes on from the tag sets it.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 import xxhash
 
 from lag_megatron.errors import CheckpointError
+from lag_megatron.files import flush_to_disk, write_atomically
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -52,7 +54,7 @@ def publish(path: Path, *, files: Mapping[str, Any], about: Mapping[str, Any]) -
     draft = temporary(path)
     manifest = {"format": MANIFEST_FORMAT, **about, "files": dict(sorted(files.items()))}
     write_atomically(draft / MANIFEST, json.dumps(manifest, indent=1))
-    _sync_folder(draft)
+    flush_to_disk(draft)
     os.rename(draft, path)
     point_latest(path)
 
@@ -62,22 +64,15 @@ def point_latest(path: Path) -> None:
     write_atomically(path.parent / "latest", path.name)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader sees the old text or the new one, never a part."""
-    draft = path.with_name(path.name + ".part")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    _sync_folder(path.parent)
-
-
 def remove(path: Path) -> None:
     """Delete a checkpoint, its manifest first: a half-deleted one is never taken for whole."""
     if path.is_dir():
         (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        raise CheckpointError(
+            f"{path}: cannot be deleted whole. Delete it by hand and run the same command again."
+        )
 
 
 def committed(folder: Path) -> list[Path]:
@@ -165,11 +160,3 @@ def require_space(folder: Path, *, needed: int, what: str) -> None:
             f"{folder}: {what} needs {needed / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB "
             "are free. Free some space or use another directory; nothing was written."
         )
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

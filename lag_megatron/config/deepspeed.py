@@ -10,6 +10,13 @@ from lag_megatron.config.schema import RunConfig
 from lag_megatron.errors import ConfigError
 
 AUTO = "auto"
+_UNREADABLE = (
+    "round_robin_gradients",
+    "parameter_alignment",
+    "elastic_checkpoint",
+    "offload_optimizer",
+    "offload_param",
+)
 
 
 def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
@@ -52,7 +59,10 @@ def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = "\n".join(f"  {p}" for p in problems)
         raise ConfigError(f"{count} in the DeepSpeed configuration\n{lines}")
-    defaults = {"steps_per_print": 10**9, "zero_allow_untested_optimizer": True}
+    defaults: dict[str, Any] = {"steps_per_print": 10**9, "zero_allow_untested_optimizer": True}
+    if parallel.precision == "bf16":
+        # Summing many replicas' gradients in bf16 would make the curve depend on their number.
+        defaults["communication_data_type"] = "fp32"
     return {**defaults, **_filled(ours, config.deepspeed)}
 
 
@@ -64,6 +74,8 @@ def _contradictions(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: st
                 f"deepspeed.{section}: the optimizer and its schedule are configured under "
                 "`optimizer:`. Remove the section."
             )
+    if path == "deepspeed":
+        problems += _refused(theirs)
     for key, value in theirs.items():
         if key not in ours or value == AUTO:
             continue
@@ -77,6 +89,23 @@ def _contradictions(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: st
                 f"{path}.{key}: {value!r} contradicts {ours[key]!r}, which follows from the "
                 'configuration. Write "auto" or make them equal.'
             )
+    return problems
+
+
+def _refused(theirs: Mapping[str, Any]) -> list[str]:
+    """Options whose checkpoints could not be grown, told now rather than weeks later."""
+    zero = theirs.get("zero_optimization") or {}
+    problems = [
+        f"deepspeed.zero_optimization.{option}: orders or stores shards in a way that cannot be "
+        "grown here. Remove it."
+        for option in _UNREADABLE
+        if isinstance(zero, Mapping) and zero.get(option) not in (None, False)
+    ]
+    if (theirs.get("data_types") or {}).get("grad_accum_dtype") not in (None, AUTO, "bf16"):
+        problems.append(
+            "deepspeed.data_types.grad_accum_dtype: changes the optimizer's checkpoint format to "
+            "one that cannot be grown here. Remove it."
+        )
     return problems
 
 

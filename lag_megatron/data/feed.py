@@ -25,10 +25,16 @@ class Feed:
             global_batch=batch,
             num_tokens=data.validation_tokens,
         )
+        self._validation_tokens = self._validation.num_batches * batch * model.seq_length
         rows = batch // world.data_size
         first = world.data_rank * rows
         size = config.parallel.micro_batch
         self._rows = [range(low, low + size) for low in range(first, first + rows, size)]
+
+    @property
+    def validation_tokens(self) -> int:
+        """Tokens of one evaluation, all ranks together."""
+        return self._validation_tokens
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global batch ``step``."""

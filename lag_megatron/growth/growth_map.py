@@ -122,7 +122,7 @@ def _block(
             name,
             num_layers=plan.target_layers,
             init_std=plan.init_std,
-            key=f"growth/{plan.seed}",
+            key=f"growth/{plan.seed}/{plan.source_layers}-{plan.target_layers}",
         )
     policy = moment_policy(plan, origin)
     if policy in ("zero", "borrow"):

@@ -12,6 +12,17 @@ from lag_megatron.growth.fresh import fill, megatron_init
 from lag_megatron.parallel import World
 
 
+def mark_cut_parameters(model: torch.nn.Module) -> None:
+    """Mark parameters that tensor parallelism cuts, as Megatron marks what it draws itself.
+
+    Without the mark gradient norms count the parts of a parameter as replicas of one.
+    """
+    for name, parameter in model.named_parameters():
+        dim = cut_dim(name)
+        if dim is not None and not getattr(parameter, "tensor_model_parallel", False):
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
+
+
 @torch.no_grad()
 def initialize_weights(
     model: torch.nn.Module,
@@ -37,10 +48,6 @@ def initialize_weights(
             init_std=config.model.init_std,
             key=f"init/{config.seed}",
         )
-        dim = cut_dim(name)
-        if dim is not None and not getattr(parameter, "tensor_model_parallel", False):
-            # Megatron marks what it draws itself; without the mark norms count parts as replicas.
-            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
         with gathered(parameter):
             shape = whole_shape(name, tuple(parameter.shape), tensor_size=world.tensor_size)
             for piece in pieces(

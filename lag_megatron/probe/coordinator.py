@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint import commit
+from lag_megatron.files import flush_to_disk
 from lag_megatron.probe.journal import Journal
 from lag_megatron.probe.probe import CURVE, TRAINING, Event, ProbeResult
 from lag_megatron.probe.steps import Job, MetricRow
 from lag_megatron.rundir import write_json
-from lag_megatron.schedule import tokens_per_step, training_flops_per_token
+from lag_megatron.schedule import (
+    tokens_per_step,
+    training_flops_per_token,
+    validation_flops_per_token,
+)
 from lag_megatron.selection import ProbeCost, ProbeRecord, build_decision
 from lag_megatron.tracking import read_rows
 
@@ -69,7 +74,11 @@ class Coordinator:
         event, run = self._event, self._job.run
         candidate = event.pool[index].id
         known = {"growth": event.number, "id": candidate, "step": result.steps}
-        for row in read_rows(run.probe(event.number, candidate) / CURVE):
+        folder = run.probe(event.number, candidate)
+        for path in (folder / CURVE, folder / TRAINING, folder):
+            if path.exists():
+                flush_to_disk(path)  # the journal must not know more than the disk
+        for row in read_rows(folder / CURVE):
             self._journal.append(
                 "probe_eval", **{**known, "step": row["step"]}, val_loss=row["val_loss"]
             )
@@ -118,6 +127,7 @@ class Coordinator:
         """Journal the decision, after which it stands; returns the winner's state."""
         event = self._event
         state = self._ending(decision["chosen"])["state"]  # type: ignore[index]
+        assert state is not None, f"{decision['chosen']} leads, but its state was not kept"
         if self._journal.find("decision", growth=event.number) is None:
             self._journal.append(
                 "decision", growth=event.number, chosen=decision["chosen"], state=state
@@ -162,14 +172,15 @@ class Coordinator:
         entries = [e for c in self._event.pool if (e := self._ending(c.id)) is not None]
         steps = sum(entry["step"] for entry in entries)
         tokens = steps * tokens_per_step(self._job.config)
-        flops = training_flops_per_token(
-            self._job.config.model,
-            num_layers=self._event.target_layers,
-            vocab_size=self._job.vocab_size,
-        )
+        shape = {"num_layers": self._event.target_layers, "vocab_size": self._job.vocab_size}
+        model = self._job.config.model
+        curves = [self._record_of(c.id).curve for c in self._event.pool]
+        validated = sum(map(len, curves)) * self._job.feed.validation_tokens
+        flops = tokens * training_flops_per_token(model, **shape)
+        flops += validated * validation_flops_per_token(model, **shape)
         return ProbeCost(
             probe_steps=steps,
             tokens=tokens,
-            flops=tokens * flops,
+            flops=flops,
             seconds=sum(entry["seconds"] for entry in entries),
         )

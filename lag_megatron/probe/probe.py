@@ -19,6 +19,7 @@ from lag_megatron.parallel import World
 from lag_megatron.probe.saving import save_engine
 from lag_megatron.probe.steps import Job, MetricRow
 from lag_megatron.rundir import tag_of
+from lag_megatron.schedule import tokens_per_step
 from lag_megatron.stopping import Stopped
 
 CURVE = "probe.jsonl"
@@ -83,8 +84,8 @@ def run_probe(
             engine,
             state,
             step=event.base_step + steps,
-            tokens=int(job.validation_row(event.base_step + steps, stage=0, loss=0.0)["tokens"]),
-            history=history_of(grown),
+            tokens=(event.base_step + steps) * tokens_per_step(job.config),
+            history=world.from_coordinator(lambda: history_of(grown)),
         )
     if state != grown:
         world.from_coordinator(lambda: commit.remove(grown))
@@ -100,12 +101,14 @@ def grow_together(world: World, base: Path, target: Path, plan: GrowthPlan) -> N
         draft.mkdir(parents=True)
 
     world.from_coordinator(prepare)
-    growth = Growth(ZeroCheckpoint.open(base), plan)
-    parts = world.from_each(
-        lambda: growth.write_rank(draft, tensor_rank=world.tensor_rank, data_rank=world.data_rank)
-    )
+
+    def write() -> dict[str, Any]:
+        growth = Growth(ZeroCheckpoint.open(base), plan)
+        return growth.write_rank(draft, tensor_rank=world.tensor_rank, data_rank=world.data_rank)
+
+    parts = world.from_each(write)
     files = {name: entry for part in parts for name, entry in part.items()}
-    world.from_coordinator(lambda: growth.publish(target, files))
+    world.from_coordinator(lambda: Growth(ZeroCheckpoint.open(base), plan).publish(target, files))
 
 
 def history_of(checkpoint: Path) -> list[Mapping[str, Any]]:
@@ -122,11 +125,14 @@ def _train(job: Job, engine: Engine, event: Event, logs: "_Logs") -> tuple[int, 
         while taken < rung:
             row, stop = job.step(engine, event.base_step + taken, stage=event.number)
             taken += 1
-            logs.trained(row)
             if stop:
                 raise Stopped(job.stop.why)
-            if failure := _failure(float(row["train/loss"]), growth, "training", taken):
+            failure = _failure(float(row["train/loss"]), growth, "training", taken)
+            if not math.isfinite(float(row.get("train/grad_norm", 0.0))):
+                failure = f"gradient norm is {row['train/grad_norm']} at step {taken}"
+            if failure:
                 return taken, loss, failure
+            logs.trained(row)
         batches = job.evaluate(engine)
         loss = mean(batches)
         if failure := _failure(loss, growth, "validation", taken):

@@ -1,5 +1,7 @@
 """Committed checkpoints of a live engine."""
 
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -9,10 +11,10 @@ import torch
 
 from lag_megatron import __version__
 from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.zero import files_of
+from lag_megatron.checkpoint.layout import Topology
+from lag_megatron.checkpoint.zero_files import model_file, optimizer_file
 from lag_megatron.config import RunConfig
 from lag_megatron.engine import Engine
-from lag_megatron.errors import CheckpointError
 from lag_megatron.parallel import World
 
 
@@ -29,7 +31,8 @@ def save_engine(
         history: the growth plans that led to this model, oldest first.
 
     Raises:
-        CheckpointError: if there is no room.
+        CheckpointError: if there is no room; where writing fails all the same, the rank ends with
+            its message and exit code 2.
     """
     world, config = engine.world, engine.config
     draft = commit.temporary(path)
@@ -47,7 +50,7 @@ def save_engine(
         return
     state = _client_state(config, step=step, tokens=tokens, history=history)
     world.from_each(lambda: _written(engine, draft, state))
-    files = _sealed(world, draft, files_of(engine.topology))
+    files = _sealed(world, draft, engine.topology)
     about = {
         "step": step,
         "versions": {"lag_megatron": __version__, "torch": torch.__version__},
@@ -70,15 +73,22 @@ def _written(engine: Engine, draft: Path, state: Mapping[str, Any]) -> None:
     try:
         engine.save(draft.parent, draft.name, client_state=state)
     except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its zip writer.
-        raise CheckpointError(
-            f"{draft}: cannot write the checkpoint: {str(error).splitlines()[0]}. The one before "
-            "is untouched. Free some space and run the same command again."
-        ) from error
+        # torch reports a full disk as a RuntimeError.  The other ranks wait inside DeepSpeed for
+        # this one; only its end releases them, through the launcher.
+        message = (
+            f"[rank {engine.world.rank}] CheckpointError: {draft}: cannot write the checkpoint: "
+            f"{str(error).splitlines()[0]}. The one before is untouched. Free some space and run "
+            "the same command again."
+        )
+        print(message, file=sys.stderr, flush=True)
+        os._exit(2)
 
 
-def _sealed(world: World, folder: Path, names: list[str]) -> dict[str, Any]:
-    """Manifest entries of all files, the work of hashing spread over the ranks."""
-    mine = names[world.rank :: world.size]
-    parts = world.from_each(lambda: {name: commit.seal(folder / name) for name in mine})
+def _sealed(world: World, folder: Path, topology: Topology) -> dict[str, Any]:
+    """Manifest entries of all files; each rank hashes its own, which others may not see yet."""
+    ranks = {"tensor_rank": world.tensor_rank, "data_rank": world.data_rank}
+    mine = [optimizer_file(topology, **ranks)]
+    if topology.zero_stage == 3 or world.data_rank == 0:
+        mine.append(model_file(topology, **ranks))
+    parts = world.from_each(lambda: {n: commit.seal(folder / n) for n in mine if n is not None})
     return {name: entry for part in parts for name, entry in part.items()}

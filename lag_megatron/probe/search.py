@@ -1,15 +1,15 @@
 """A growth event from its announcement to the winner's state; every rank takes part."""
 
 from pathlib import Path
-from typing import Any
 
 from lag_megatron.checkpoint import commit
 from lag_megatron.engine import Engine
 from lag_megatron.growth.layer_map import draw
 from lag_megatron.probe.coordinator import Coordinator
-from lag_megatron.probe.probe import Event, run_probe
+from lag_megatron.probe.probe import Event, ProbeResult, run_probe
 from lag_megatron.probe.recorder import Recorder
 from lag_megatron.probe.steps import Job
+from lag_megatron.stopping import Stopped
 
 
 def search(job: Job, engine: Engine, event: Event, recorder: Recorder) -> Path:
@@ -25,8 +25,13 @@ def search(job: Job, engine: Engine, event: Event, recorder: Recorder) -> Path:
     def coordinator() -> Coordinator:
         return Coordinator(job, recorder.books.journal, event)
 
+    def record(index: int, result: ProbeResult) -> None:
+        world.from_coordinator(lambda: coordinator().record(index, result))
+
     world.from_coordinator(lambda: _begin(job, engine, event, recorder, coordinator()))
     while True:
+        if world.any_rank(job.stop.asked):
+            raise Stopped(job.stop.why)
         turn = world.from_coordinator(lambda: coordinator().next_turn())
         if turn.index is None:
             return world.from_coordinator(lambda: _conclude(recorder, coordinator()))
@@ -37,11 +42,7 @@ def search(job: Job, engine: Engine, event: Event, recorder: Recorder) -> Path:
             f"probe {index + 1:>2}/{len(event.pool)}  {candidate.id:<18} "
             f"[{draw(candidate.plan.layer_map)}]  {outcome}  ({result.seconds:.1f} s)"
         )
-        _record(world, coordinator, index, result)
-
-
-def _record(world: Any, coordinator: Any, index: int, result: Any) -> None:
-    world.from_coordinator(lambda: coordinator().record(index, result))
+        record(index, result)
 
 
 def _begin(
@@ -61,6 +62,7 @@ def _begin(
 def _conclude(recorder: Recorder, coordinator: Coordinator) -> Path:
     decision, rows = coordinator.decide()
     recorder.measured(*rows)
+    recorder.about_to_save()  # the decision below must not outlive them
     state = coordinator.announce(decision)
     finished = [c for c in decision["candidates"] if c["status"] == "finished"]
     at_zero = min(finished, key=lambda c: c["curve"][0][1])

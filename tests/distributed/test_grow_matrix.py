@@ -36,7 +36,7 @@ def plan_of(event):
     )
 
 
-def fresh_weights(layers, init_std=0.02, seed=1234):
+def fresh_weights(source, layers, init_std=0.02, seed=1234):
     """Megatron-Core's initialisation of a model of ``layers`` layers, as a function of the name."""
 
     def make(name, shape):
@@ -46,7 +46,7 @@ def fresh_weights(layers, init_std=0.02, seed=1234):
             return torch.ones(shape)
         into_residual = "linear_proj" in name or "linear_fc2" in name
         std = init_std / math.sqrt(2 * layers) if into_residual else init_std
-        key = f"growth/{seed}/{name}"
+        key = f"growth/{seed}/{source}-{layers}/{name}"
         return torch.from_numpy(normal(Normal(std, key), 0, math.prod(shape))).view(shape)
 
     return make
@@ -155,7 +155,7 @@ def test_deepspeed_loads_what_was_grown(case, outcomes):
     assert steps == {3.0}
     for event, (_, options, _, layers, moments) in EVENTS.items():
         is_random = event == BORROWED or options.get("init") == "random"
-        fresh = fresh_weights(4) if is_random else None
+        fresh = fresh_weights(2, 4) if is_random else None
         expected = grow_full(source, layers, moments=moments, fresh=fresh)
         for tag in ("grown", "again"):
             found, steps = read_full(folder / event / tag, **case.topology)
@@ -235,7 +235,7 @@ def test_all_operators_of_the_paper_from_12_to_16_layers(tmp_path):
             source,
             layers,
             moments="borrow" if is_random else "copy",
-            fresh=fresh_weights(16) if is_random else None,
+            fresh=fresh_weights(12, 16) if is_random else None,
         )
         for tag in ("grown", "again"):
             found, steps = read_full(tmp_path / name / tag, **topology)

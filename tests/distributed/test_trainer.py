@@ -116,7 +116,7 @@ def test_an_event_without_survivors_says_why(tiny, tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run(tiny, tmp_path):
-    with pytest.raises(RunError, match="training loss is nan"):
+    with pytest.raises(RunError, match="is nan at step"):
         run_ranks(train, 2, tiny, tmp_path / "run", ["optimizer.lr=1e30", "optimizer.grad_clip=0"])
 
 
@@ -159,14 +159,111 @@ def test_a_damaged_checkpoint_is_refused(damage, halfway, tiny):
         run_ranks(train, 2, tiny, halfway, ["growth.max_loss=0.01"])
 
 
-def test_an_older_tag_can_be_asked_for(halfway, tiny):
-    before = losses_of(halfway, "train/loss")
+def test_a_tag_that_is_not_there_is_told(halfway, tiny):
     with pytest.raises(RunError, match="--resume step7"):
         run_ranks(train, 2, tiny, halfway, ["growth.max_loss=0.01"], "step7")
-    older = sorted((halfway / "stage00").glob("step*"))[0]
+
+
+def test_going_back_puts_aside_what_came_after(tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    run_ranks(train, 2, tiny, run_dir)
+    curve, decision = losses_of(run_dir, "train/loss"), decision_of(run_dir)
+    first = sorted((run_dir / "stage00").glob("step*"))[0].name
+    with pytest.raises(LagError, match="stop here"):
+        run_ranks(train, 2, tiny, run_dir, (), first, stop_in_growth)
+    assert (run_dir / "rewound" / "00" / "growth01" / "decision.json").is_file()
+    assert (run_dir / "rewound" / "00" / "stage01").is_dir()
+    run_ranks(train, 2, tiny, run_dir)
+    assert losses_of(run_dir, "train/loss") == curve
+    for each in (decision, ours := decision_of(run_dir)):
+        del each["cost"]["seconds"]
+    assert ours == decision
+
+
+def stop_in_growth():
+    from lag_megatron import trainer
+
+    def stop(*arguments):
+        raise LagError("stop here")
+
+    trainer.search = stop
+
+
+def test_other_text_under_a_run_is_refused(tiny, corpus, tmp_path):
+    import yaml
+
+    tree = yaml.safe_load(tiny.read_text())
+    mine = tmp_path / "text"
+    shutil.copytree(corpus, mine)
+    tree["data"]["paths"] = [str(mine)]
+    tiny.write_text(yaml.safe_dump(tree))
+    overrides = ["growth.max_loss=0.01"]
     with pytest.raises(RunError, match=r"growth\.max_loss"):
-        run_ranks(train, 2, tiny, halfway, ["growth.max_loss=0.01"], older.name)
-    assert losses_of(halfway, "train/loss") == before
+        run_ranks(train, 2, tiny, tmp_path / "run", overrides)
+    (mine / "more.txt").write_text("some words that were not there " * 50)
+    with pytest.raises(RunError, match="not what this run began with"):
+        run_ranks(train, 2, tiny, tmp_path / "run", overrides)
+
+
+def poisonous_gradient():
+    from lag_megatron import engine
+
+    honest = engine.token_losses
+
+    def losses(model, batch):
+        result = honest(model, batch)
+        if model.training and float(batch["tokens"].sum()) >= 0 and engine_steps(model) == 6:
+            result = result + (result - result).detach() / result.detach().new_zeros(1).sqrt()
+        return result
+
+    def engine_steps(model):
+        return model.global_steps
+
+    engine.token_losses = losses
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_a_gradient_that_is_not_finite_is_never_saved(zero_stage, tiny, tmp_path):
+    overrides = [f"parallel.zero_stage={zero_stage}", "checkpoint.interval=1"]
+    with pytest.raises(RunError, match="at step 7; nothing of this step was saved"):
+        run_ranks(train, 2, tiny, tmp_path / "run", overrides, "auto", poisonous_gradient)
+    assert newest_of(tmp_path / "run").name == "step00000006"
+    run_ranks(train, 2, tiny, tmp_path / "run", overrides)
+    losses = losses_of(tmp_path / "run", "train/loss")
+    assert all(math.isfinite(loss) for loss in losses.values())
+
+
+def broken_journal():
+    from lag_megatron.probe.journal import Journal
+
+    def append(self, event, **fields):
+        raise OSError(5, "Input/output error")
+
+    Journal.append = append
+
+
+def test_what_fails_on_rank_0_alone_ends_all_ranks(tiny, tmp_path):
+    with pytest.raises((OSError, RuntimeError), match="Input/output error"):
+        run_ranks(train, 2, tiny, tmp_path / "run", (), "auto", broken_journal, timeout=60)
+
+
+def disk_fills_up():
+    import torch
+
+    def save(*arguments, **options):
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed")
+
+    if torch.distributed.is_available():
+        import os
+
+        if os.environ["RANK"] == "1":
+            torch.save = save
+
+
+def test_a_rank_that_cannot_write_ends_with_its_message(tiny, tmp_path, capfd):
+    with pytest.raises(ChildProcessError):
+        run_ranks(train, 2, tiny, tmp_path / "run", (), "auto", disk_fills_up, timeout=60)
+    assert "[rank 1] CheckpointError" in capfd.readouterr().err
 
 
 def no_space():

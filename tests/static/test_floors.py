@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "lag_megatron"
 FLOORS = (
     ("errors", "config"),
-    ("schedule", "tracking", "selection"),
+    ("files", "schedule", "tracking", "rundir", "stopping", "selection"),
     ("checkpoint", "growth"),
     ("parallel", "model", "data", "kernels", "engine"),
     ("probe",),
-    ("trainer", "evaluate", "report", "dry_run"),
+    ("trainer", "session", "evaluate", "report", "dry_run"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MAX_FILE_LINES = 300
