@@ -21,7 +21,7 @@ setup(
         "tokenizers>=0.22,<1",
         "wandb>=0.31,<1",
         "numpy>=1.26,<3",
-        "scipy>=1.13,<2",
+        "scipy>=1.15,<2",
         "pydantic>=2.10,<3",
         "pyyaml>=6,<7",
         "safetensors>=0.5,<1",
@@ -35,6 +35,7 @@ setup(
         "dev": [
             "pytest>=9,<10",
             "pytest-timeout>=2.3,<3",
+            "psutil>=5.9,<8",
             "hypothesis>=6.100,<7",
             "ruff>=0.17,<0.18",
             "mypy>=2,<3",

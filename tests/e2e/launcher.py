@@ -77,3 +77,10 @@ def wait_for(path, text, process, *, count=1):
         time.sleep(0.02)
     kill_all(process)
     raise TimeoutError(f"{text!r} did not come into {path}")
+
+
+def ranks_of(process):
+    """The training processes below a launcher."""
+    script = str(ROOT / "launch" / "train.py")
+    family = psutil.Process(process.pid).children(recursive=True)
+    return [p for p in family if "--local_rank=" in " ".join(p.cmdline()) and script in p.cmdline()]

@@ -1,10 +1,11 @@
 """Longer kill tests: the demo itself, and kills at moments that nobody chose."""
 
 import random
+import signal
 import time
 
 import pytest
-from launcher import ROOT, kill_all, run, start, wait_for
+from launcher import ROOT, finish, kill_all, ranks_of, run, start, wait_for
 from test_run import decision_of, events_of, rows_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -29,6 +30,20 @@ def test_the_demo_killed_three_times_ends_as_if_nothing_had_happened(tmp_path):
         kill_all(process)
     run(demo, run_dir)
     assert_alike(run_dir, tmp_path / "undisturbed")
+
+
+def test_a_signal_in_a_probe_costs_that_probe_alone(tiny, tmp_path):
+    run(tiny, tmp_path / "undisturbed")
+    run_dir = tmp_path / "signalled"
+    process = start(tiny, run_dir)
+    wait_for(run_dir / "journal.jsonl", '"probe_started"', process, count=2)
+    for rank in ranks_of(process):
+        rank.send_signal(signal.SIGUSR1)
+    assert finish(process) == 0
+    run(tiny, run_dir)
+    assert_alike(run_dir, tmp_path / "undisturbed")
+    finished = [event["id"] for event in events_of(run_dir, "probe_finished")]
+    assert len(finished) == len(set(finished))
 
 
 @pytest.mark.parametrize("seed", range(3))

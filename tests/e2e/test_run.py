@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launcher import ROOT, finish, kill_all, run, start, wait_for
+from launcher import finish, kill_all, ranks_of, run, start, wait_for
 
 
 def decision_of(run_dir):
@@ -90,7 +90,7 @@ def test_a_signal_saves_and_ends_cleanly(number, tiny, tmp_path):
     run_dir = tmp_path / "signalled"
     process = start(tiny, run_dir, "--set", "stages=[{steps: 4000}]")
     wait_for(run_dir / "metrics.jsonl", '"step": 12,', process)
-    for rank in _ranks(process):
+    for rank in ranks_of(process):
         rank.send_signal(number)
     assert finish(process) == 0
     assert f"stopped (received {number.name})" in Path(f"{run_dir}.log").read_text()
@@ -104,7 +104,7 @@ def test_ranks_end_when_their_launcher_is_gone(tiny, tmp_path):
     run_dir = tmp_path / "orphaned"
     process = start(tiny, run_dir, "--set", "stages=[{steps: 4000}]")
     wait_for(run_dir / "metrics.jsonl", '"step": 6,', process)
-    ranks = _ranks(process)
+    ranks = ranks_of(process)
     launchers = [p for p in psutil.Process(process.pid).children(recursive=True) if p not in ranks]
     for launcher in [*launchers, psutil.Process(process.pid)]:
         launcher.kill()
@@ -125,9 +125,3 @@ def test_a_second_writer_is_refused(tiny, tmp_path):
     log = Path(f"{run_dir}.log").read_text()
     assert "lock: the run is being written by pid" in log
     assert "Traceback" not in log
-
-
-def _ranks(process):
-    script = str(ROOT / "launch" / "train.py")
-    family = psutil.Process(process.pid).children(recursive=True)
-    return [p for p in family if "--local_rank=" in " ".join(p.cmdline()) and script in p.cmdline()]
