@@ -97,12 +97,24 @@ def test_random_layers_are_named_by_seed_and_place():
     layer = "decoder.layers.2."
     assert sources(growth, layer + "norm.weight")["fp32"] == Constant(1.0)
     assert sources(growth, layer + "mlp.linear_fc1.weight")["fp32"] == Normal(
-        0.02, f"growth/7/{layer}mlp.linear_fc1.weight"
+        0.02, f"growth/7/3-4/{layer}mlp.linear_fc1.weight"
     )
     scaled = sources(growth, layer + "mlp.linear_fc2.weight")["fp32"]
     assert scaled.std == pytest.approx(0.02 / 8**0.5)
     other = depth_map(plan(init="random", seed=8), groups_of(3))
     assert sources(other, layer + "mlp.linear_fc1.weight")["fp32"].key.startswith("growth/8/")
+
+
+def test_two_events_of_one_run_draw_different_layers():
+    first = depth_map(plan(init="random"), groups_of(3))
+    second = depth_map(plan(source=4, target=5, init="random"), groups_of(4))
+    keys = [
+        block[0].sources["fp32"].key
+        for growth in (first, second)
+        for block in growth.blocks.values()
+        if isinstance(block[0].sources["fp32"], Normal)
+    ]
+    assert len(keys) == len(set(keys))
 
 
 def test_names_come_in_the_order_of_the_grown_model():

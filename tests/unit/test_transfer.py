@@ -205,7 +205,10 @@ def grown_tensors(groups, tensors, plan, state):
             if state == "fp32" and random:
                 value = torch.empty_like(value)
                 fresh = megatron_init(
-                    name, num_layers=plan.target_layers, init_std=0.02, key=f"growth/{plan.seed}"
+                    name,
+                    num_layers=plan.target_layers,
+                    init_std=0.02,
+                    key=f"growth/{plan.seed}/{plan.source_layers}-{plan.target_layers}",
                 )
                 fill(value, fresh, shape=tuple(value.shape), box=whole(tuple(value.shape)))
             elif origin.is_new and (
