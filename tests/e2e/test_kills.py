@@ -4,6 +4,7 @@ import random
 import signal
 import time
 
+import launcher
 import pytest
 from launcher import ROOT, finish, kill_all, ranks_of, run, start, wait_for
 from test_run import decision_of, events_of, rows_of
@@ -18,7 +19,8 @@ def assert_alike(run_dir, reference):
     assert last[0] == last[1]
 
 
-def test_the_demo_killed_three_times_ends_as_if_nothing_had_happened(tmp_path):
+def test_the_demo_killed_three_times_ends_as_if_nothing_had_happened(tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "PATIENCE_S", 900)
     demo = ROOT / "configs" / "demo.yaml"
     run(demo, tmp_path / "undisturbed")
     run_dir = tmp_path / "killed"
