@@ -1,4 +1,8 @@
-"""Say what a DeepSpeed checkpoint holds and whether it is sound: exit 0 if it is, 1 if not."""
+"""Say what a checkpoint holds and whether it is sound: exit 0 if it is, 1 if not.
+
+Takes DeepSpeed's ZeRO and universal checkpoints, Megatron-Core's torch_dist, torch's Distributed
+Checkpoints and transformers' directories.
+"""
 
 import argparse
 import json
@@ -6,9 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.describe import describe, looks_like_checkpoint
-from lag_megatron.checkpoint.zero import resolve
+from lag_megatron.checkpoint import commit, formats
 from lag_megatron.errors import CheckpointError, LagError
 
 UNVERIFIED = "unverified: there is no manifest to compare with, so damage cannot be ruled out"
@@ -17,68 +19,86 @@ UNVERIFIED = "unverified: there is no manifest to compare with, so damage cannot
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and print; 0 sound, 1 not, 2 for a user's error."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("path", type=Path, help="a tag directory, or one that holds `latest`")
+    parser.add_argument("path", type=Path, help="a checkpoint, or a folder that points to one")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--verify", action="store_true", help="read all files, compare checksums")
     options = parser.parse_args(arguments)
     try:
-        path = resolve(options.path)
-        if not looks_like_checkpoint(path):
-            raise CheckpointError(f"{path}: holds no checkpoint. Give a tag directory.")
+        path = formats.resolve(options.path)
+        formats.detect(path)
     except LagError as error:
         print(error, file=sys.stderr)
         return 2
-    facts, problems = _examine(path, verify=options.verify)
-    facts |= {"sound": not problems, "problems": problems}
+    facts = _examine(path, verify=options.verify)
+    problems = facts["problems"]
     print(json.dumps(facts, indent=1) if options.json else "\n".join(_lines(facts)))
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0
 
 
-def _examine(path: Path, *, verify: bool) -> tuple[dict[str, Any], list[str]]:
-    facts: dict[str, Any] = {"path": str(path)}
-    problems: list[str] = []
+def _examine(path: Path, *, verify: bool) -> dict[str, Any]:
+    facts: dict[str, Any] = {"path": str(path), "complete": False}
     try:
-        facts = describe(path)
+        facts = formats.describe_any(path)
+        problems = list(facts["problems"])
     except CheckpointError as error:
-        problems.append(str(error))
-    if verify and commit.is_committed(path):
+        problems = [str(error)]
+    if verify:
         try:
-            problems += commit.damages(path)
+            problems += formats.damages(path)
         except CheckpointError as error:
-            problems += [] if str(error) in problems else [str(error)]
-    elif verify:
-        problems.append(UNVERIFIED)
-    return facts, problems
+            problems.append(str(error))
+        if not commit.is_committed(path):
+            problems.append(UNVERIFIED)
+    problems = list(dict.fromkeys(problems))
+    return facts | {"sound": not problems, "problems": problems}
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
-    if "step" not in facts:
+    if "format" not in facts:
         return [facts["path"]]
-    at, count = facts["topology"], facts["files"]
+    at = facts["topology"]
+    ranks = [
+        f"{at[axis]} {axis.replace('_', '-')}"
+        for axis in ("data_parallel", "tensor_parallel", "pipeline_parallel")
+        if at.get(axis) is not None
+    ]
+    progress = [f"step {facts['step']}"] if facts["step"] is not None else []
+    progress += [f"{facts['tokens']:,} tokens"] if facts["tokens"] is not None else []
+    model = [f"{facts['layers']} layers"] if facts["layers"] is not None else []
+    model += [f"{facts['parameters']:,} parameters"] if facts["parameters"] is not None else []
+    marker = facts["marker"]
+    by = "manifest" if marker == commit.MANIFEST else marker
+    committed = "yes" if facts["committed"] else f"no {by}: unverified"
     lines = [
         facts["path"],
-        f"  format      {facts['format']}, {at['precision']}",
-        f"  ranks       {at['data_parallel']} data-parallel x "
-        f"{at['tensor_parallel']} tensor-parallel",
-        f"  progress    step {facts['step']}"
-        + (f", {facts['tokens']:,} tokens" if facts["tokens"] is not None else ""),
-        f"  model       {facts['layers']} layers, {facts['parameters']:,} parameters",
-        f"  files       {len(count)}, {facts['bytes'] / 2**20:.1f} MiB",
-        f"  committed   {'yes' if facts['committed'] else 'no manifest: unverified'}",
+        f"  format      {', '.join(filter(None, (facts['format'], at['precision'])))}",
+        f"  ranks       {' x '.join(ranks) or 'not recorded'}",
+        f"  progress    {', '.join(progress) or 'not recorded'}",
+        f"  model       {', '.join(model) or 'not known'}",
+        f"  files       {len(facts['files'])}, {facts['bytes'] / 2**20:.1f} MiB",
+        f"  committed   {committed if marker else 'not recorded'}",
+        f"  states      {' '.join(facts['optimizer_states']) or 'none'}",
     ]
-    for group in facts["optimizer"]:
-        shown = ("lr", "betas", "eps", "weight_decay")
-        values = " ".join(f"{k}={group[k]}" for k in shown if k in group)
-        lines.append(f"  optimizer   {group['tensors']} tensors: {values}")
-    for plan in facts["growth_history"]:
-        settings = " ".join(f"{k}={v}" for k, v in plan["options"].items())
-        lines.append(
-            f"  grown       {plan['source_layers']} -> {plan['target_layers']} layers by "
-            f"{plan['operator']} {settings} moments={plan['moments']} seed={plan['seed']}"
-        )
-    return lines
+    lines += map(_group_line, facts["optimizer"])
+    lines += [f"  note        {note}" for note in facts["notes"]]
+    return lines + [_growth_line(plan) for plan in facts["growth_history"]]
+
+
+def _group_line(group: dict[str, Any]) -> str:
+    shown = ("lr", "betas", "eps", "weight_decay")
+    values = " ".join(f"{k}={group[k]}" for k in shown if k in group)
+    count = "group" if group["tensors"] is None else f"{group['tensors']} tensors"
+    return f"  optimizer   {count}: {values}"
+
+
+def _growth_line(plan: dict[str, Any]) -> str:
+    settings = {**plan.get("options", {}), **{k: plan.get(k) for k in ("moments", "seed")}}
+    return (
+        f"  grown       {plan.get('source_layers')} -> {plan.get('target_layers')} layers by "
+        f"{plan.get('operator')} {' '.join(f'{k}={v}' for k, v in settings.items())}"
+    )
 
 
 if __name__ == "__main__":

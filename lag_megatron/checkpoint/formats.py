@@ -1,0 +1,111 @@
+"""Checkpoints of any kind: which one a directory holds, and what it says of itself.
+
+Reading one runs none of its code.  Files of ``torch.save`` are read ``weights_only`` (``pickles``,
+``megatron``).  That is not possible for ``.metadata`` of Distributed Checkpoints, so an unpickler
+with a list of names reads it (``dcp``).  Of safetensors the header is read (``hf``), and a
+``pytorch_model.bin`` is not opened.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lag_megatron.checkpoint import commit, dcp, describe, hf, megatron, universal
+from lag_megatron.checkpoint.layout import STATES
+from lag_megatron.checkpoint.zero import resolve as resolve_zero
+from lag_megatron.errors import CheckpointError
+
+ZERO, UNIVERSAL, MEGATRON, DCP, HF = "zero", "universal", "megatron", "dcp", "hf"
+_MEGATRON_POINTER = "latest_checkpointed_iteration.txt"
+_DESCRIBE: dict[str, Callable[[Path], dict[str, Any]]] = {
+    UNIVERSAL: universal.describe,
+    MEGATRON: megatron.describe,
+    DCP: megatron.describe,
+    HF: hf.describe,
+}
+_DAMAGES: dict[str, Callable[[Path], Iterator[str]]] = {
+    ZERO: universal.damages,  # both are files of torch.save
+    UNIVERSAL: universal.damages,
+    MEGATRON: megatron.damages,
+    DCP: megatron.damages,
+    HF: hf.damages,
+}
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint's own directory: ``path``, or the one that a pointer in it names.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    if not path.is_dir() or (path / "latest").is_file():
+        return resolve_zero(path)
+    for pointer, form in ((universal.POINTER, "{}"), (_MEGATRON_POINTER, "iter_{:0>7}")):
+        if (path / pointer).is_file():
+            text = (path / pointer).read_text().strip()
+            tag = path / (text if text == "release" else form.format(text))
+            if not text or not tag.is_dir():
+                raise CheckpointError(f"{path / pointer}: names {text!r}, but there is no {tag}.")
+            return tag
+    return path
+
+
+def detect(path: Path) -> str:
+    """Which kind of checkpoint a directory holds, sound or not.
+
+    Raises:
+        CheckpointError: if it holds none.
+    """
+    if universal.looks_universal(path):
+        return UNIVERSAL
+    if any(path.glob("*_states.pt")):
+        return ZERO
+    if (path / dcp.METADATA).is_file() or any(path.glob("*.distcp")):
+        return MEGATRON if megatron.is_megatron(path) else DCP
+    if megatron.is_megatron(path):  # its data is gone
+        return MEGATRON
+    if hf.looks_like_transformers(path):
+        return HF
+    if describe.looks_like_checkpoint(path):  # one of ours, of which only the manifest is left
+        return ZERO
+    raise CheckpointError(f"{path}: holds no checkpoint. Give a tag directory.")
+
+
+def describe_any(path: Path) -> dict[str, Any]:
+    """Facts of a checkpoint of any kind; ``problems`` say why it is not complete.
+
+    Raises:
+        CheckpointError: if it is too damaged to be read, or no checkpoint.
+    """
+    kind = detect(path)
+    if kind == ZERO:
+        facts = describe.describe(path)
+        extra = {"marker": commit.MANIFEST, "optimizer_states": list(STATES), "notes": []}
+        return {**facts, **extra, "problems": [], "complete": True}
+    if commit.is_committed(path):
+        commit.check_sizes(path)
+    facts = _DESCRIBE[kind](path)
+    files = {
+        str(file.relative_to(path)): file.stat().st_size
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+    return {
+        "path": str(path),
+        **facts,
+        "files": files,
+        "bytes": sum(files.values()),
+        "complete": not facts["problems"],
+    }
+
+
+def damages(path: Path) -> Iterator[str]:
+    """All damage that checksums show: the manifest's, or without one those within the files.
+
+    Raises:
+        CheckpointError: if there is too much of it to tell.
+    """
+    if commit.is_committed(path):
+        yield from commit.damages(path)
+    else:
+        yield from _DAMAGES[detect(path)](path)

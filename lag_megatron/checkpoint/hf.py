@@ -1,0 +1,216 @@
+"""Checkpoints of Hugging Face transformers: ``config.json`` and weights, without an optimizer.
+
+A safetensors file is eight bytes with the length of its header, the header as JSON, and the bytes
+of the tensors, so nothing in it can run code.  ``pytorch_model.bin`` is a pickle: it is named, but
+not opened; whoever reads it must do so ``weights_only``.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lag_megatron.checkpoint.boxes import Shape, numel
+from lag_megatron.checkpoint.zipcheck import damaged_records, has_checksums
+from lag_megatron.errors import CheckpointError
+
+CONFIG, TRAINER = "config.json", "trainer_state.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLED, _PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+_BITS = {"F4": 4, "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
+_BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
+_BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6}
+_PRECISION = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor in a safetensors file: where its bytes lie, counted from the file's beginning."""
+
+    dtype: str
+    shape: Shape
+    begin: int
+    end: int
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file, by name; the file's length is checked against them.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or cut short.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing. Restore it from a copy.")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+            raise CheckpointError(
+                f"{file}: damaged or cut short ({size} bytes): its header should have {length}. "
+                "Restore it from a copy."
+            )
+        text = stream.read(length)
+    try:
+        found = json.loads(text)
+        found.pop("__metadata__", None)
+        entries = {name: _entry(entry, 8 + length) for name, entry in found.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file}: damaged: its header cannot be read ({error}). Restore it from a copy."
+        ) from None
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
+        bits = numel(entry.shape) * _BITS.get(entry.dtype, 0)
+        if entry.begin != end or (bits and (entry.end - entry.begin) * 8 != bits):
+            raise CheckpointError(
+                f"{file}: damaged: {name} does not lie where it should. Restore it from a copy."
+            )
+        end = entry.end
+    if size != end:
+        raise CheckpointError(
+            f"{file}: {'cut short' if size < end else 'damaged'}: {size} bytes, expected {end}. "
+            "Restore it from a copy."
+        )
+    return entries
+
+
+def looks_like_transformers(path: Path) -> bool:
+    """Whether a folder holds at least something of a transformers model, sound or not."""
+    names = (_WEIGHTS, _INDEX, _PICKLED, _PICKLED_INDEX)
+    if any((path / name).is_file() for name in names) or any(path.glob("model-*.safetensors")):
+        return True
+    try:
+        return isinstance(_read_json(path / CONFIG).get("model_type"), str)
+    except CheckpointError:
+        return False
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Facts of a model's folder, and its problems; of the weights, headers are read."""
+    problems: list[str] = []
+    config, trainer = (_settings(path / name, problems) for name in (CONFIG, TRAINER))
+    if not (path / CONFIG).is_file():
+        problems.append(f"{CONFIG}: missing. Without it nobody can say what the weights are for")
+    tensors, problem = _tensors(path)
+    pickled = [] if tensors or problem else _pickled_files(path)
+    if not (tensors or problem or pickled):
+        problems.append(f"{path}: no weights: neither {_WEIGHTS} nor {_INDEX} nor {_PICKLED}")
+    problems += [*problem, *_pickle_problems(path, pickled)]
+    layers = {int(match[1]) for name in tensors if (match := _LAYER.search(name))}
+    said = next((config[k] for k in _LAYER_KEYS if isinstance(config.get(k), int)), None)
+    if layers and said is not None and len(layers) < said:
+        problems.append(f"{CONFIG}: says {said} layers, but the weights are of {len(layers)}")
+    precisions = {_PRECISION.get(entry.dtype, entry.dtype) for entry in tensors.values()}
+    architectures = config.get("architectures") or [config.get("model_type", "unknown model")]
+    return {
+        "format": f"Hugging Face transformers, {architectures[0]}",
+        "committed": None,
+        "marker": None,
+        "step": trainer.get("global_step"),
+        "tokens": trainer.get("num_input_tokens_seen") or None,
+        "topology": {
+            "zero_stage": None,
+            "data_parallel": None,
+            "tensor_parallel": None,
+            "precision": "+".join(sorted(precisions)) or None,
+        },
+        "parameters": sum(numel(e.shape) for e in tensors.values()) if tensors else None,
+        "layers": len(layers) if layers else said,
+        "optimizer": [],
+        "optimizer_states": [],
+        "growth_history": [],
+        "problems": problems,
+        "notes": [f"{name}: holds the weights as a pickle, not opened" for name in pickled],
+    }
+
+
+def damages(path: Path) -> Iterator[str]:
+    """Records of pickled weights that do not fit their checksums; safetensors has none."""
+    for file in sorted(path.glob("*.bin")):
+        if _is_zip(file):
+            for record in damaged_records(file):
+                yield f"{file.name}: {record} differs from its checksum"
+
+
+def _tensors(path: Path) -> tuple[dict[str, Entry], list[str]]:
+    """All tensors of the safetensors files, and what is wrong with those."""
+    index, problems = path / _INDEX, []
+    placed: Mapping[str, str] = {}
+    if index.is_file():
+        try:
+            placed = _read_json(index)["weight_map"]
+            files = sorted(set(placed.values()))
+        except (CheckpointError, LookupError, AttributeError, TypeError) as error:
+            return {}, [str(error) if isinstance(error, CheckpointError) else f"{index}: damaged"]
+    else:
+        files = [_WEIGHTS] if (path / _WEIGHTS).is_file() else []
+        shards = sorted(p.name for p in path.glob("model-*-of-*.safetensors"))
+        if shards and not files:
+            files, problems = shards, [f"{_INDEX}: missing, but {shards[0]} is part of several"]
+    tensors: dict[str, Entry] = {}
+    for name in files:
+        try:
+            found = read_header(path / name)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        gone = [tensor for tensor, file in placed.items() if file == name and tensor not in found]
+        if gone:
+            problems.append(f"{name}: lacks {gone[0]}, which {_INDEX} says it holds")
+        tensors |= found
+    return tensors, problems
+
+
+def _pickled_files(path: Path) -> list[str]:
+    if (path / _PICKLED_INDEX).is_file():
+        try:
+            return sorted(set(_read_json(path / _PICKLED_INDEX)["weight_map"].values()))
+        except (CheckpointError, LookupError, AttributeError, TypeError):
+            return []
+    return [_PICKLED] if (path / _PICKLED).is_file() else []
+
+
+def _pickle_problems(path: Path, names: list[str]) -> Iterator[str]:
+    for name in names:
+        file = path / name
+        if not file.is_file():
+            yield f"{file}: missing. Restore it from a copy."
+        elif _is_zip(file):  # what it lists is looked at, not what it pickles
+            try:
+                has_checksums(file)
+            except CheckpointError as error:
+                yield str(error)
+
+
+def _is_zip(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(2) == b"PK"
+
+
+def _entry(entry: Mapping[str, Any], start: int) -> Entry:
+    begin, end = entry["data_offsets"]
+    shape = tuple(int(size) for size in entry["shape"])
+    return Entry(str(entry["dtype"]), shape, start + int(begin), start + int(end))
+
+
+def _settings(file: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        return _read_json(file) if file.is_file() else {}
+    except CheckpointError as error:
+        problems.append(str(error))
+        return {}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}. Restore it from a copy.") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: damaged: holds no settings. Restore it from a copy.")
+    return found

@@ -1,0 +1,245 @@
+"""Megatron-Core's ``torch_dist`` checkpoints, and torch's own Distributed Checkpoints.
+
+Both are ``.metadata`` and data files (``dcp``).  Megatron-Core adds ``common.pt``, with what is not
+a tensor, and ``metadata.json``, which it writes last.  ``common.pt`` is read ``weights_only`` with
+the few classes that training arguments hold; if there are others it is left unread.
+"""
+
+import argparse
+import json
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lag_megatron.checkpoint import dcp
+from lag_megatron.checkpoint.boxes import numel
+from lag_megatron.checkpoint.dcp import Contents, StoredTensor
+from lag_megatron.checkpoint.names import layers_in
+from lag_megatron.checkpoint.zipcheck import damaged_records
+from lag_megatron.errors import CheckpointError
+
+CONFIG, COMMON = "metadata.json", "common.pt"
+_ENUMERATIONS = ("megatron.core.enums.ModelType", "megatron.core.transformer.enums.AttnBackend")
+_HYPER_PARAMETERS = ("lr", "betas", "eps", "weight_decay")
+_STATE_NAMES = {"param": "fp32", "fp32_param": "fp32"}
+_OPTIMIZER = re.compile(r"(^|\.)(optim|optimizer|optimizers)\.|^state\.|^chained_\d+\.")
+_MEGATRON_STATE = re.compile(r"optimizer\.state\.(?P<state>\w+)\.")
+_MOMENT = re.compile(r"\.(?P<state>param|exp_avg|exp_avg_sq)(\.|$)")
+_GROUP_ENTRY = re.compile(
+    rf"(?P<group>.*\bparam_groups\..+)\.(?P<key>{'|'.join(_HYPER_PARAMETERS)})$"
+)
+_STACKED = re.compile(r"(^|\.)layers\.(?!\d)")
+_PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_WRITER = re.compile(r"__(\d+)_\d+\.distcp$")
+
+
+class _Enumerated:
+    """Stands for a choice among Megatron's arguments."""
+
+    def __init__(self, *value: object) -> None:
+        self.value = value
+
+
+def is_megatron(path: Path) -> bool:
+    """Whether Megatron-Core wrote a directory, finished or not; else it is torch's format."""
+    if (path / COMMON).is_file():
+        return True
+    config = path / CONFIG
+    return config.is_file() and b"sharded_backend" in config.read_bytes()
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Facts of a directory, and its problems; no tensor is read.
+
+    Raises:
+        CheckpointError: if its metadata cannot be read, or another backend of Megatron wrote it.
+    """
+    megatron = is_megatron(path)
+    problems, notes = list(_finished(path) if megatron else ()), []
+    contents = dcp.read_metadata(path)
+    problems += dcp.problems(contents)
+    common: Mapping[str, Any] = {}
+    if megatron:
+        try:
+            common, note = read_common(path)
+            notes += [note] if note else []
+        except CheckpointError as error:
+            problems.append(str(error))
+    step = common.get("iteration") if megatron else _recorded_step(contents)
+    arguments = vars(common["args"]) if isinstance(common.get("args"), argparse.Namespace) else {}
+    parameters = model_tensors(contents)
+    ours = client_state(common)
+    return {
+        "format": _format(path, contents),
+        "committed": (path / CONFIG).is_file() if megatron else True,
+        "marker": CONFIG if megatron else dcp.METADATA,
+        "step": step if isinstance(step, int) else None,
+        "tokens": ours.get("tokens", _tokens(arguments)),
+        "topology": _topology(contents, parameters, arguments),
+        "parameters": sum(numel(tensor.shape) for tensor in parameters.values()),
+        "layers": layer_count(parameters),
+        "optimizer": _groups(common) if megatron else _recorded_groups(contents),
+        "optimizer_states": _states(contents),
+        "growth_history": list(ours.get("growth_history", [])),
+        "problems": problems,
+        "notes": notes,
+    }
+
+
+def damages(path: Path) -> Iterator[str]:
+    """Stored values and records of ``common.pt`` that do not fit their checksums.
+
+    Raises:
+        CheckpointError: if the metadata, or ``common.pt`` as a whole, cannot be read.
+    """
+    yield from dcp.damages(dcp.read_metadata(path))
+    if (path / COMMON).is_file():
+        for record in damaged_records(path / COMMON):
+            yield f"{COMMON}: {record} differs from its checksum"
+
+
+def read_common(path: Path) -> tuple[Mapping[str, Any], str]:
+    """The values of ``common.pt``, or why they were left unread.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    file = path / COMMON
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing. Restore it, or use another checkpoint.")
+    stand_ins = [(_Enumerated, name) for name in _ENUMERATIONS]
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+            found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = named[1] if named else "objects that are no plain values"
+        return {}, f"{COMMON}: left unread, because it holds {what}: step and settings are unknown"
+    except (RuntimeError, ValueError, EOFError, OSError, LookupError):
+        size = file.stat().st_size
+        raise CheckpointError(
+            f"{file}: damaged or cut short ({size} bytes). Restore it from a copy."
+        ) from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: holds no settings. Restore it from a copy.")
+    return found, ""
+
+
+def model_tensors(contents: Contents) -> dict[str, StoredTensor]:
+    """The tensors that are parameters, as far as names tell: neither optimizer nor extra state."""
+    return {
+        name: tensor
+        for name, tensor in contents.tensors.items()
+        if not _OPTIMIZER.search(name) and "rng_state" not in name and "_extra_state" not in name
+    }
+
+
+def client_state(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What our trainer stored among other programs' values; empty for others' checkpoints."""
+    found = values.get("lag")
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def layer_count(tensors: Mapping[str, StoredTensor]) -> int:
+    """Number of layers: numbered ones, or the prepended axis under which they are stacked."""
+    stacked = [t.shape[0] for name, t in tensors.items() if _STACKED.search(name) and t.shape]
+    return max([len(layers_in(tensors)), *stacked])
+
+
+def _finished(path: Path) -> Iterator[str]:
+    file = path / CONFIG
+    if not file.is_file():
+        yield f"{CONFIG}: missing. It is written last, so the checkpoint was not finished"
+        return
+    try:
+        backend = json.loads(file.read_text(encoding="utf-8"))["sharded_backend"]
+    except (ValueError, LookupError, TypeError) as error:
+        yield f"{CONFIG}: damaged: {error}"
+        return
+    if backend != "torch_dist":
+        raise CheckpointError(
+            f"{file}: sharded_backend {backend!r}, but only 'torch_dist' is understood here."
+        )
+
+
+def _format(path: Path, contents: Contents) -> str:
+    if is_megatron(path):
+        return "Megatron-Core torch_dist"
+    return " ".join(["torch DCP", *([contents.version] if contents.version else [])])
+
+
+def _topology(
+    contents: Contents, parameters: Mapping[str, StoredTensor], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Topology of the ranks that wrote it; None where nothing says."""
+    precisions = {_PRECISION.get(t.dtype, str(t.dtype)) for t in parameters.values()}
+    places = (place for _, place, _ in contents.places() if place is not None)
+    ranks = {match[1] for place in places if (match := _WRITER.search(place.file))}
+    return {
+        "zero_stage": None,
+        "data_parallel": arguments.get("data_parallel_size"),
+        "tensor_parallel": arguments.get("tensor_model_parallel_size"),
+        "pipeline_parallel": arguments.get("pipeline_model_parallel_size"),
+        "precision": "+".join(sorted(precisions)) or None,
+        "writers": len(ranks),
+    }
+
+
+def _tokens(arguments: Mapping[str, Any]) -> int | None:
+    samples, length = arguments.get("consumed_train_samples"), arguments.get("seq_length")
+    return samples * length if isinstance(samples, int) and isinstance(length, int) else None
+
+
+def _states(contents: Contents) -> list[str]:
+    """Which optimizer state there is, in the order masters, first and second moments, others."""
+    found = set()
+    for name in contents.tensors:
+        if not _OPTIMIZER.search(name):
+            continue
+        match = _MEGATRON_STATE.search(name) or _MOMENT.search(name)
+        if match and (state := match["state"]) != "step":
+            found.add(_STATE_NAMES.get(state, state))
+    known = ("fp32", "exp_avg", "exp_avg_sq")
+    return [*(s for s in known if s in found), *sorted(found - set(known))]
+
+
+def _groups(common: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Hyper-parameters of the parameter groups of Megatron's plain or wrapped optimizer."""
+    state: Any = common.get("optimizer")
+    while isinstance(state, dict) and "param_groups" not in state:
+        state = state.get("optimizer")
+    groups = state["param_groups"] if isinstance(state, dict) else []
+    return [
+        {"tensors": len(g["params"]) if isinstance(g.get("params"), list) else None}
+        | {key: g[key] for key in _HYPER_PARAMETERS if key in g}
+        for g in groups
+        if isinstance(g, dict)
+    ]
+
+
+def _recorded_step(contents: Contents) -> int | None:
+    for name in contents.objects:
+        if name.rpartition(".")[2] in ("step", "global_step", "iteration"):
+            value = contents.read_object(name)
+            if isinstance(value, int):
+                return value
+    return None
+
+
+def _recorded_groups(contents: Contents) -> list[dict[str, Any]]:
+    """Hyper-parameters of torch's parameter groups, which it stores one by one, as objects."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in contents.objects:
+        if match := _GROUP_ENTRY.match(name):
+            group = found.setdefault(match["group"], {})
+            group[match["key"]] = contents.read_object(name)
+    counted = Counter(json.dumps(group, sort_keys=True, default=str) for group in found.values())
+    flat = any(not group.rpartition(".")[2].isdigit() for group in found)
+    return [
+        {"tensors": count if flat else None} | json.loads(text) for text, count in counted.items()
+    ]

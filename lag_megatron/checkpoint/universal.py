@@ -1,0 +1,232 @@
+"""DeepSpeed's universal checkpoints: a folder of whole tensors for each parameter.
+
+``zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt``, ``zero/optimizer_state.pt`` and copies of
+the model files.  From ZeRO-1 and 2 a state's file holds ``{"param": tensor, "cat_dim": ...}``, from
+ZeRO-3 a bare flat tensor, and there is no ``step.pt``.  All are read ``weights_only`` through
+``pickles``, with stand-ins for DeepSpeed's own classes, and mapped rather than loaded.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lag_megatron.checkpoint import pickles
+from lag_megatron.checkpoint.boxes import numel
+from lag_megatron.checkpoint.layout import STATES
+from lag_megatron.checkpoint.names import layers_in
+from lag_megatron.checkpoint.zipcheck import damaged_records
+from lag_megatron.errors import CheckpointError
+
+FOLDER, POINTER, OPTIMIZER = "zero", "latest_universal", "optimizer_state.pt"
+
+
+@dataclass(frozen=True)
+class Universal:
+    """A universal checkpoint whose tensors are still on disk.
+
+    Attributes:
+        path: the tag directory.
+        header: the first model file.
+        parameters: folder of each parameter and buffer, by name.
+        shapes: trained parameters in flat order, each with one tensor rank's shape.
+        frozen: names of parameters without optimizer state.
+    """
+
+    path: Path
+    header: Mapping[str, Any] = field(repr=False)
+    parameters: dict[str, Path] = field(repr=False)
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    frozen: frozenset[str] = field(repr=False)
+
+    @staticmethod
+    def open(path: Path) -> "Universal":
+        """Read the headers and list the parameters.
+
+        Raises:
+            CheckpointError: if there is no header, or it cannot be read.
+        """
+        files = sorted(path.glob("mp_rank_*_model_states.pt"))  # one for each pipeline stage
+        files = files or sorted(path.glob("zero_pp_rank_0_mp_rank_*_model_states.pt"))
+        if not files:
+            raise CheckpointError(
+                f"{path}: no mp_rank_00_model_states.pt, which the conversion copies last: "
+                "it was not finished. Convert again."
+            )
+        headers = [pickles.load(file) for file in files]
+        shapes: dict[str, tuple[int, ...]] = {}
+        frozen: set[str] = set()
+        for file, header in zip(files, headers, strict=True):
+            groups = header.get("param_shapes") if isinstance(header, dict) else None
+            if not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
+                raise CheckpointError(f"{file}: no param_shapes, so DeepSpeed did not write it.")
+            for group in groups:
+                shapes |= {name: tuple(shape) for name, shape in group.items()}
+            frozen |= set(header.get("frozen_param_shapes") or ())
+        folders = {p.name: p for p in sorted((path / FOLDER).iterdir()) if p.is_dir()}
+        return Universal(path, headers[0], folders, shapes, frozenset(frozen))
+
+    @property
+    def model_ranks(self) -> int:
+        """Number of model files of one data-parallel rank: tensor- times pipeline-parallel."""
+        return int(self.header.get("mp_world_size", 1))
+
+    @property
+    def zero_stage(self) -> int | None:
+        """ZeRO stage of the ranks that wrote what was converted."""
+        config = self.header.get("ds_config") or {}
+        stage = (config.get("zero_optimization") or {}).get("stage")
+        return stage if isinstance(stage, int) else None
+
+    def state(self, name: str, state: str) -> Tensor:
+        """A parameter's whole ``fp32``, ``exp_avg``, ``exp_avg_sq`` or ``step``, mapped from disk.
+
+        Raises:
+            CheckpointError: if its file is missing, damaged or holds something else.
+        """
+        file = self.parameters[name] / f"{state}.pt"
+        found = pickles.load(file)
+        tensor = found.get("param") if isinstance(found, dict) else found
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{file}: holds no tensor. Convert again.")
+        return tensor
+
+
+def looks_universal(path: Path) -> bool:
+    """Whether a folder is a universal checkpoint's tag directory, sound or not."""
+    return (path / FOLDER).is_dir()
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Facts of a tag directory, and its problems; every file is mapped, no tensor is read.
+
+    Raises:
+        CheckpointError: if it has no header that can be read.
+    """
+    checkpoint = Universal.open(path)
+    header, problems = checkpoint.header, list(_model_file_problems(checkpoint))
+    groups, problem = _groups(checkpoint)
+    counts: dict[str, int] = {}
+    problems += [*problem, *_parameter_problems(checkpoint, counts)]
+    ours = header.get("lag") or {}
+    pointer = path.parent / POINTER
+    config = header.get("ds_config") or {}
+    degrees = header.get("checkpoint_parallel_dimensions") or {}
+    found = {s for s in STATES for p in checkpoint.parameters.values() if (p / f"{s}.pt").is_file()}
+    return {
+        "format": f"DeepSpeed {header.get('ds_version', 'of unknown version')}, universal",
+        "committed": pointer.is_file() and pointer.read_text().strip() == path.name,
+        "marker": POINTER,
+        "step": header.get("global_steps"),
+        "tokens": ours.get("tokens"),
+        "topology": {
+            "zero_stage": checkpoint.zero_stage,
+            "data_parallel": header.get("dp_world_size"),
+            "tensor_parallel": degrees.get("tp_degree", checkpoint.model_ranks),
+            "pipeline_parallel": degrees.get("pp_degree"),
+            "precision": next(
+                (p for p in ("bf16", "fp16") if (config.get(p) or {}).get("enabled")), "fp32"
+            ),
+        },
+        "parameters": sum(counts.values()),
+        "layers": len(layers_in([*checkpoint.shapes, *checkpoint.frozen])),
+        "optimizer": groups,
+        "optimizer_states": [state for state in STATES if state in found],
+        "growth_history": list(ours.get("growth_history", [])),
+        "problems": problems,
+        "notes": [],
+    }
+
+
+def damages(path: Path) -> Iterator[str]:
+    """Records that do not fit their checksums, and files that are no archives."""
+    for file in sorted(path.rglob("*.pt")):
+        name = file.relative_to(path)
+        try:
+            for record in damaged_records(file):
+                yield f"{name}: {record} differs from its checksum"
+        except CheckpointError:
+            yield f"{name}: damaged or cut short ({file.stat().st_size} bytes)"
+
+
+def _model_file_problems(checkpoint: Universal) -> Iterator[str]:
+    """Model files that are gone or damaged."""
+    names = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(checkpoint.model_ranks)]
+    if checkpoint.zero_stage == 3:
+        data_ranks = range(int(checkpoint.header.get("dp_world_size", 1)))
+        names = [f"zero_pp_rank_{rank}_{name}" for name in names for rank in data_ranks]
+    for name in names:
+        try:
+            pickles.load(checkpoint.path / name)
+        except CheckpointError as error:
+            yield str(error)
+
+
+def _groups(checkpoint: Universal) -> tuple[list[dict[str, Any]], list[str]]:
+    """Hyper-parameters of the parameter groups, and what keeps them from being read."""
+    try:
+        found = pickles.load(checkpoint.path / FOLDER / OPTIMIZER)
+    except CheckpointError as error:
+        return [], [str(error)]
+    groups = found.get("param_groups", []) if isinstance(found, dict) else []
+    listed = checkpoint.header["param_shapes"]
+    counts = [len(group) for group in listed] if len(listed) == len(groups) else []
+    plain = (bool, int, float, str, list, tuple, type(None))
+    return [
+        {"tensors": counts[number] if counts else None}
+        | {k: v for k, v in group.items() if k != "params" and isinstance(v, plain)}
+        for number, group in enumerate(groups)
+    ], []
+
+
+def _parameter_problems(checkpoint: Universal, counts: dict[str, int]) -> Iterator[str]:
+    """What is wrong with the parameters' folders; fills in each one's number of elements."""
+    for name in checkpoint.shapes:
+        if name not in checkpoint.parameters:
+            yield f"{FOLDER}/{name}: missing, but the model files list this parameter"
+    # Steps are not there after ZeRO-3, nor in files of older versions.
+    stepped = any((folder / "step.pt").is_file() for folder in checkpoint.parameters.values())
+    states = (*STATES, "step") if stepped else STATES
+    for name, folder in checkpoint.parameters.items():
+        present = {file.stem for file in folder.glob("*.pt")}
+        missing = [state for state in states if state not in present]
+        if present == {"fp32"} and not (name in checkpoint.shapes and _was_trained(folder)):
+            missing = []  # a frozen parameter, a buffer, or one that never had a gradient
+        yield from (f"{FOLDER}/{name}/{state}.pt: missing" for state in missing)
+        sizes: dict[str, int] = {}
+        for state in (state for state in states if state in present):
+            try:
+                sizes[state] = checkpoint.state(name, state).numel()
+            except CheckpointError as error:
+                yield str(error)
+        yield from _size_problems(checkpoint, name, sizes)
+        if "fp32" in sizes and (name in checkpoint.shapes or name in checkpoint.frozen):
+            counts[name] = sizes["fp32"]
+
+
+def _was_trained(folder: Path) -> bool:
+    """Whether the conversion took weights from an optimizer; else it copied them from the model."""
+    try:
+        found = pickles.load(folder / "fp32.pt")
+    except CheckpointError:
+        return True
+    return not isinstance(found, dict) or set(found) != {"param"}
+
+
+def _size_problems(checkpoint: Universal, name: str, sizes: dict[str, int]) -> Iterator[str]:
+    states = {state: count for state, count in sizes.items() if state != "step"}
+    if len(set(states.values())) > 1:
+        found = ", ".join(f"{state} {count}" for state, count in states.items())
+        yield f"{FOLDER}/{name}: its states differ in their numbers of elements: {found}"
+    if checkpoint.model_ranks > 1 or name not in checkpoint.shapes or "fp32" not in states:
+        return  # a rank's shape says nothing of the whole
+    expected, found_elements = numel(checkpoint.shapes[name]), states["fp32"]
+    # Rows that only pad the vocabulary are left out of a universal checkpoint.
+    padded = "original_vocab_size" in (checkpoint.header.get("universal_checkpoint_info") or {})
+    if found_elements != expected and not (padded and found_elements < expected):
+        yield (
+            f"{FOLDER}/{name}/fp32.pt: {found_elements} elements, "
+            f"but the model files give it {expected}"
+        )

@@ -1,0 +1,118 @@
+"""The checksums that ``torch.save`` leaves in its files, which no loader ever compares.
+
+Its files are zip archives, so every record has a CRC32, unless it was written with ``skip_data`` or
+without ``set_crc32_options``: then 0 stands there, which means that nothing is known.
+"""
+
+import io
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from lag_megatron.errors import CheckpointError
+
+_CHUNK = 1 << 20
+# Whatever zipfile raises where a flipped bit hits its structures rather than the data.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    RuntimeError,  # "encrypted", and NotImplementedError for unknown compression
+    ValueError,
+    struct.error,
+    OSError,
+)
+
+
+def damaged_records(path: Path, *, offset: int = 0, length: int | None = None) -> Iterator[str]:
+    """Names of the records whose bytes are not those that were written, in the file's order.
+
+    A record without a checksum is only looked up.  Memory does not depend on the file's size.
+
+    Args:
+        path: a file that ``torch.save`` wrote.
+        offset: where the archive begins, for files that hold several.
+        length: bytes of the archive; without it, up to the end of the file.
+
+    Raises:
+        CheckpointError: if it is no zip archive, which a file that was cut short is not either.
+    """
+    with _opened(path, offset, length) as archive:
+        for record in archive.infolist():
+            try:
+                with archive.open(record) as data:
+                    while record.CRC and data.read(_CHUNK):
+                        pass  # zipfile compares the checksum when it comes to the end
+            except _DAMAGE:
+                yield record.filename
+
+
+def has_checksums(path: Path, *, offset: int = 0, length: int | None = None) -> bool:
+    """Whether every record that holds anything has a checksum, so that no damage can hide.
+
+    Raises:
+        CheckpointError: as ``damaged_records``.
+    """
+    with _opened(path, offset, length) as archive:
+        return all(record.CRC for record in archive.infolist() if record.file_size)
+
+
+class _View(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        self._file, self._offset, self._length = file, offset, length
+        self._at = 0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """The position in the part."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to a position in the part."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise OSError(f"no position {base + offset}")
+        self._at = base + offset
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        """At most ``size`` bytes, none beyond the part."""
+        rest = max(self._length - self._at, 0)
+        self._file.seek(self._offset + self._at)
+        data = self._file.read(rest if size is None or size < 0 else min(size, rest))
+        self._at += len(data)
+        return data
+
+
+@contextmanager
+def _opened(path: Path, offset: int, length: int | None) -> Iterator[zipfile.ZipFile]:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: this file of the checkpoint is missing. Restore it, or use another tag."
+        )
+    with path.open("rb") as file:
+        rest = max(path.stat().st_size - offset, 0)
+        view = _View(file, offset, rest if length is None else min(length, rest))
+        try:
+            archive = zipfile.ZipFile(cast(BinaryIO, view))
+        except _DAMAGE as error:
+            where = f" at byte {offset}" if offset else ""
+            raise CheckpointError(
+                f"{path}: no zip archive{where}, which is what torch.save writes ({error}). "
+                f"Damaged or cut short ({path.stat().st_size} bytes): restore it from a copy."
+            ) from None
+        with archive:
+            yield archive
