@@ -188,7 +188,7 @@ def _growth(
 ) -> Iterator[str]:
     source, target = config.layers_of(stage - 1), config.layers_of(stage)
     yield f"{source} -> {target} layers before stage {stage}; a pool of {len(pool)}"
-    yield "layers from bottom to top, numbered from 1; * duplicate of, R random"
+    yield "layers from bottom to top, numbered from 1; * duplicate of, R random, z zero output"
     width = max(len(candidate.id) for candidate in pool)
     for candidate in pool:
         yield f"  {candidate.id:<{width}}  {draw(candidate.plan.layer_map)}"

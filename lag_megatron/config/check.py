@@ -3,7 +3,13 @@
 import math
 from collections.abc import Iterator
 
-from lag_megatron.config.schema import GrowthConfig, ModelConfig, ParallelConfig, RunConfig
+from lag_megatron.config.schema import (
+    GrowthConfig,
+    ModelConfig,
+    ParallelConfig,
+    PoolConfig,
+    RunConfig,
+)
 from lag_megatron.errors import ConfigError
 
 
@@ -168,7 +174,13 @@ def _stages(config: RunConfig) -> Iterator[str]:
             )
         elif layers > config.layers_of(number - 1):
             where = f"stages.{number}.growth" if stage.growth else "growth"
-            yield from _growth(config.growth_before(number), where, stage.steps)
+            growth = config.growth_before(number)
+            yield from _growth(growth, where, stage.steps)
+            if growth.pool.operator == "post_ln_identity" and config.model.norm_position == "pre":
+                yield (
+                    f"{where}.pool.operator: 'post_ln_identity' is for post-LN models, but "
+                    "model.norm_position is 'pre'. Take 'llama_pro'."
+                )
 
 
 def _growth(growth: GrowthConfig, where: str, steps: int) -> Iterator[str]:
@@ -185,5 +197,22 @@ def _growth(growth: GrowthConfig, where: str, steps: int) -> Iterator[str]:
             f"{where}.eval_steps: must lie between 0 and the lag {growth.lag} "
             f"(got {list(growth.eval_steps)})."
         )
-    if not growth.pool.init:
-        yield f"{where}.pool.init: at least one of duplicate, random is needed."
+    yield from _pool(growth.pool, f"{where}.pool")
+
+
+def _pool(pool: PoolConfig, where: str) -> Iterator[str]:
+    if not pool.init:
+        yield f"{where}.init: at least one of duplicate, random is needed."
+    if not pool.scale or any(not 0 <= scale <= 1 for scale in pool.scale):
+        yield f"{where}.scale: one or more numbers from 0 to 1 are needed (got {list(pool.scale)})."
+    if pool.operator == "lag" and pool.options:
+        yield (
+            f"{where}.options: the operator 'lag' takes index, block_size, init and scale beside "
+            f"operator (got {pool.options}). Move them there."
+        )
+    if pool.operator != "lag" and pool.scale != (1.0,):
+        yield (
+            f"{where}.scale: is an axis of the operator 'lag' (got {list(pool.scale)} for "
+            f"{pool.operator!r}). Leave it out; others take a scale under options, if they have "
+            "one."
+        )

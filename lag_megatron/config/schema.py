@@ -100,13 +100,30 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolConfig:
-    """Candidates of one growth event: the product of the given indices, block sizes and inits."""
+    """Candidates of one growth event.
+
+    With the operator ``lag`` they are the product of the given indices, block sizes, inits and
+    scales (factors on the new layers' branches); any other is a pool of one with its ``options``.
+    """
 
     __pydantic_config__ = FORBID
-    operator: Literal["lag", "last", "random_top"] = "lag"
+    operator: Literal[
+        "lag",
+        "last",
+        "random_top",
+        "progressive",
+        "g_stack",
+        "midas",
+        "interpolate",
+        "slices",
+        "llama_pro",
+        "post_ln_identity",
+    ] = "lag"
     index: Literal["all"] | int | tuple[int, ...] = "all"
     block_size: Literal["all"] | int | tuple[int, ...] = "all"
     init: tuple[Literal["duplicate", "random"], ...] = ("random", "duplicate")
+    scale: tuple[float, ...] = (1.0,)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,15 +7,23 @@ or freshly drawn.  Names and shapes are those of whole parameters, whatever the 
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from lag_megatron.checkpoint.boxes import Box, Shape, whole
-from lag_megatron.checkpoint.layout import State
+from lag_megatron.checkpoint.layout import STATES, State
 from lag_megatron.checkpoint.names import LAYER
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.fresh import Constant, Fresh, megatron_init
-from lag_megatron.growth.layer_map import LayerMap, LayerOrigin
+from lag_megatron.growth.fresh import Constant, Fresh, Normal, megatron_init
+from lag_megatron.growth.layer_map import Branch, LayerMap, LayerOrigin
 from lag_megatron.growth.plan import GrowthPlan, MomentPolicy
+
+# What follows the layer's number in the names of the projections back into the residual stream, and
+# of the norms of a post-LN layer.
+_BRANCH_OUTPUTS = (".self_attention.linear_proj.", ".mlp.linear_fc2.")
+_POST_NORMS: Mapping[Branch, str] = {
+    "attention": ".post_attn_layernorm.",
+    "mlp": ".post_mlp_layernorm.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,45 +52,79 @@ class GrowthMap:
 
     Attributes:
         groups: names and shapes of the grown parameters by parameter group, in flat order.
-        blocks: by grown parameter; they cover it and do not overlap.
+        blocks: by grown parameter, frozen ones included; they cover it and do not overlap.
         origins: for each grown parameter the old one whose place in DeepSpeed's lists it takes.
+        frozen: names and shapes of the grown parameters that are not trained; of their blocks only
+            ``fp32`` is ever asked for.
     """
 
     groups: Sequence[Mapping[str, Shape]]
     blocks: Mapping[str, tuple[Block, ...]]
     origins: Mapping[str, str]
+    frozen: Mapping[str, Shape] = field(default_factory=dict)
 
 
-def identity_map(groups: Sequence[Mapping[str, Shape]]) -> GrowthMap:
+def growth_map_of(
+    plan: GrowthPlan, groups: Sequence[Mapping[str, Shape]], frozen: Mapping[str, Shape]
+) -> GrowthMap:
+    """The map of any plan.
+
+    Args:
+        plan: what to do; ``identity`` takes models without layers, and layers that differ.
+        groups: names and whole shapes of the old trained parameters by parameter group.
+        frozen: those of the old parameters that are not trained.
+
+    Raises:
+        PlanError: if the plan does not fit the old model.
+    """
+    if plan.operator != "identity":
+        return depth_map(plan, groups, frozen=frozen)
+    if layers := _layers(_all_shapes(groups, frozen)):
+        _check_number(plan, layers)
+    return identity_map(groups, frozen=frozen)
+
+
+def identity_map(
+    groups: Sequence[Mapping[str, Shape]], *, frozen: Mapping[str, Shape] | None = None
+) -> GrowthMap:
     """The map that keeps everything: what saving under another topology needs."""
-    shapes = {name: shape for group in groups for name, shape in group.items()}
+    shapes = _all_shapes(groups, frozen or {})
     blocks = {name: (_copy_all(name, shape),) for name, shape in shapes.items()}
-    return GrowthMap(groups, blocks, {name: name for name in shapes})
+    return GrowthMap(groups, blocks, {name: name for name in shapes}, frozen or {})
 
 
-def depth_map(plan: GrowthPlan, groups: Sequence[Mapping[str, Shape]]) -> GrowthMap:
+def depth_map(
+    plan: GrowthPlan,
+    groups: Sequence[Mapping[str, Shape]],
+    *,
+    frozen: Mapping[str, Shape] | None = None,
+) -> GrowthMap:
     """The map of a plan that changes the list of layers.
 
     Args:
         plan: what to do.
-        groups: names and whole shapes of the old parameters by parameter group.
+        groups: names and whole shapes of the old trained parameters by parameter group.
+        frozen: those of the old parameters that are not trained; a new layer's are frozen where its
+            source's are.
 
     Raises:
-        PlanError: if the old model has another number of layers, or layers that differ.
+        PlanError: if the old model has another number of layers, layers that differ, or none of the
+            parameters that the plan changes.
     """
-    shapes = {name: shape for group in groups for name, shape in group.items()}
-    _check_layers(plan, shapes)
-    grown_groups: list[dict[str, Shape]] = []
+    _check_layers(plan, _all_shapes(groups, frozen or {}))
     blocks: dict[str, tuple[Block, ...]] = {}
     origins: dict[str, str] = {}
-    for group in groups:
+
+    def grow(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         grown: dict[str, Shape] = {}
-        for name, old, origin in grown_names(list(group), plan.layer_map):
-            grown[name] = group[old]
+        for name, old, origin in grown_names(list(shapes), plan.layer_map):
+            grown[name] = shapes[old]
             origins[name] = old
-            blocks[name] = (_block(plan, name, old, group[old], origin),)
-        grown_groups.append(grown)
-    return GrowthMap(grown_groups, blocks, origins)
+            blocks[name] = (_block(plan, name, shapes[old], old, origin),)
+        return grown
+
+    grown_groups = [grow(group) for group in groups]
+    return GrowthMap(grown_groups, blocks, origins, grow(frozen or {}))
 
 
 def grown_names(
@@ -105,58 +147,118 @@ def grown_names(
         by_layer.setdefault(int(match["layer"]), []).append(match)
     yield from ((name, name, None) for name in names[:first])
     for layer, origin in enumerate(layer_map):
-        for match in by_layer[origin.source]:
+        for match in by_layer.get(origin.source, ()):  # a layer may be wholly frozen, or trained
             yield f"{match['head']}{layer}{match['tail']}", match[0], origin
     yield from ((name, name, None) for name in names[last + 1 :])
 
 
+def moment_policy(plan: GrowthPlan, origin: LayerOrigin) -> MomentPolicy:
+    """The moment policy of a new layer.
+
+    ``auto`` copies for duplicates and borrows where the weights, or what their branches put out,
+    are not the source layer's: its gradients' direction means nothing there, their size does.
+    """
+    if plan.moments != "auto":
+        return plan.moments
+    return "copy" if origin.init == "duplicate" and origin.branch_scale > 0 else "borrow"
+
+
 def _block(
-    plan: GrowthPlan, name: str, old: str, shape: Shape, origin: LayerOrigin | None
+    plan: GrowthPlan, name: str, shape: Shape, old: str, origin: LayerOrigin | None
 ) -> Block:
     kept = _copy_all(old, shape)
-    if origin is None or not origin.is_new:
+    if origin is None:
         return kept
-    sources: dict[State, Source] = dict(kept.sources)
-    if origin.init == "random":
-        sources["fp32"] = megatron_init(
+    norm = next((branch for branch, part in _POST_NORMS.items() if part in name), None)
+    if norm in origin.plain_norms:
+        plain: Source = Constant(1.0 if name.endswith(".weight") else 0.0)
+        return Block(kept.box, dict.fromkeys(STATES, Constant(0.0)) | {"fp32": plain})
+    weights = _weights(plan, name, shape, old, origin)
+    sources: dict[State, Source] = {**kept.sources, "fp32": weights}
+    is_handed_over = norm is not None and bool(origin.plain_norms)
+    if origin.is_new and not is_handed_over:
+        policy = moment_policy(plan, origin)
+        if policy in ("zero", "borrow"):
+            sources["exp_avg"] = Constant(0.0)
+        if policy == "zero":
+            sources["exp_avg_sq"] = Constant(0.0)
+    return Block(kept.box, sources)
+
+
+def _weights(plan: GrowthPlan, name: str, shape: Shape, old: str, origin: LayerOrigin) -> Source:
+    source: Source = Copy(old, (0,) * len(shape))
+    if origin.is_new and origin.init == "random":
+        source = megatron_init(
             name,
             num_layers=plan.target_layers,
             init_std=plan.init_std,
             key=f"growth/{plan.seed}/{plan.source_layers}-{plan.target_layers}",
         )
-    policy = moment_policy(plan, origin)
-    if policy in ("zero", "borrow"):
-        sources["exp_avg"] = Constant(0.0)
-    if policy == "zero":
-        sources["exp_avg_sq"] = Constant(0.0)
-    return Block(kept.box, sources)
+    is_branch_output = any(part in name for part in _BRANCH_OUTPUTS)
+    return _scaled(source, origin.branch_scale) if is_branch_output else source
 
 
-def moment_policy(plan: GrowthPlan, origin: LayerOrigin) -> MomentPolicy:
-    """The moment policy of a new layer; ``auto`` copies for duplicates, borrows for random."""
-    if plan.moments != "auto":
-        return plan.moments
-    return "copy" if origin.init == "duplicate" else "borrow"
+def _scaled(source: Source, scale: float) -> Source:
+    if scale == 1.0:
+        return source
+    if scale == 0.0:  # exact: a product would turn some zeros into -0.0
+        return Constant(0.0)
+    if isinstance(source, Copy):
+        return replace(source, scale=source.scale * scale)
+    if isinstance(source, Normal):
+        return replace(source, std=source.std * scale)
+    return Constant(source.value * scale)
 
 
 def _copy_all(name: str, shape: Shape) -> Block:
-    source = Copy(name, (0,) * len(shape))
-    return Block(whole(shape), {"fp32": source, "exp_avg": source, "exp_avg_sq": source})
+    return Block(whole(shape), dict.fromkeys(STATES, Copy(name, (0,) * len(shape))))
 
 
-def _check_layers(plan: GrowthPlan, shapes: Mapping[str, Shape]) -> None:
+def _all_shapes(
+    groups: Sequence[Mapping[str, Shape]], frozen: Mapping[str, Shape]
+) -> dict[str, Shape]:
+    return {name: shape for group in (*groups, frozen) for name, shape in group.items()}
+
+
+def _layers(shapes: Mapping[str, Shape]) -> dict[int, dict[str, Shape]]:
+    """Shapes of each layer's parameters, by what follows the layer's number in their names."""
     layers: dict[int, dict[str, Shape]] = {}
     for name, shape in shapes.items():
         if match := LAYER.match(name):
             layers.setdefault(int(match["layer"]), {})[match["tail"]] = shape
+    return layers
+
+
+def _check_number(plan: GrowthPlan, layers: Mapping[int, object]) -> None:
     if sorted(layers) != list(range(plan.source_layers)):
         raise PlanError(
             f"the checkpoint has {len(layers)} layers, but the plan grows from "
             f"{plan.source_layers}. Give a plan for {len(layers)} layers."
         )
+
+
+def _check_layers(plan: GrowthPlan, shapes: Mapping[str, Shape]) -> None:
+    layers = _layers(shapes)
+    _check_number(plan, layers)
     different = [n for n, tensors in layers.items() if tensors != layers[0]]
     if different:
         raise PlanError(
             f"layer {different[0]} has other parameters than layer 0: only models whose layers "
             "are alike can be grown in depth."
         )
+    _check_names(plan, layers.get(0, {}))
+
+
+def _check_names(plan: GrowthPlan, layer: Mapping[str, Shape]) -> None:
+    """Refuse a plan that changes what it would not find: its layers would be left as they are."""
+    needed: dict[str, str] = {}
+    if any(origin.branch_scale != 1 for origin in plan.layer_map):
+        needed |= dict.fromkeys(_BRANCH_OUTPUTS, "it scales layers that are named as Megatron does")
+    if any(origin.plain_norms for origin in plan.layer_map):
+        needed |= dict.fromkeys(_POST_NORMS.values(), "it is for post-LN models")
+    for part, reason in needed.items():
+        if not any(part in tail for tail in layer):
+            raise PlanError(
+                f"operator {plan.operator!r} needs layers with {part.strip('.')}, but this model's "
+                f"have none: {reason}. Take another operator."
+            )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.layer_map import LayerMap
+from lag_megatron.growth.layer_map import LayerMap, hands_norms_over, norms_stay
 from lag_megatron.growth.operators import layer_map_of
 
 MomentPolicy = Literal["copy", "zero", "borrow"]
@@ -25,8 +25,9 @@ class GrowthPlan:
         source_layers: layers before.
         target_layers: layers after.
         moments: what the Adam moments of new layers become; ``auto`` copies those of duplicates
-            and borrows for random layers, so that no first update is taken with v = 0 under a
-            large step (it would be (1 - beta1) / sqrt(1 - beta2) times the learning rate).
+            and borrows for random layers and for those whose branches put out zeros, so that no
+            first update is taken with v = 0 under a large step (it would be
+            (1 - beta1) / sqrt(1 - beta2) times the learning rate).
         seed: key of freshly drawn weights.
         init_std: standard deviation of freshly drawn weights; projections back into the residual
             stream take ``init_std / sqrt(2 * target_layers)``, as Megatron-Core does.
@@ -53,6 +54,22 @@ class GrowthPlan:
     def layer_map(self) -> LayerMap:
         """The origin of each layer of the grown model."""
         return layer_map_of(self.operator, self.source_layers, self.target_layers, self.options)
+
+    def preserves_function(self, norm_position: str = "pre") -> bool:
+        """Whether the grown model computes what the old one did, read off the layer map.
+
+        Under pre-LN a new layer whose branches put out zeros is the identity (Gesmundo and Maile
+        2023, arXiv 2308.06103, "layer addition"; Wu et al. 2024, arXiv 2401.02415).  Under post-LN
+        (``norm_position="post"``) it is one if besides the affine part of the norm before it is
+        handed on (``post_ln_identity``; Shen et al. 2022, arXiv 2203.06211, have the problem).
+        """
+        layer_map = self.layer_map
+        kept = [o for o in layer_map if not o.is_new]
+        return (
+            [o.source for o in kept] == list(range(self.source_layers))
+            and all(o.branch_scale == (0 if o.is_new else 1) for o in layer_map)
+            and (hands_norms_over(layer_map) if norm_position == "post" else norms_stay(layer_map))
+        )
 
     @property
     def digest(self) -> str:

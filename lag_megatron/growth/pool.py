@@ -1,7 +1,7 @@
 """The pool of a growth event: every candidate that the configuration asks for."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,8 @@ class Candidate:
             "source_layers": plan.source_layers,
             "target_layers": plan.target_layers,
             "layer_map": [
-                {"source": o.source, "new": o.is_new, "init": o.init} for o in plan.layer_map
+                {"source": o.source, "new": o.is_new, "init": o.init, "scale": o.branch_scale}
+                for o in plan.layer_map
             ],
             "digest": plan.digest,
         }
@@ -57,25 +58,32 @@ def build_pool(
 
     pool = growth.pool
     if pool.operator != "lag":
-        return (Candidate(pool.operator, plan(pool.operator, {})),)
+        return (Candidate(pool.operator, plan(pool.operator, dict(pool.options))),)
     candidates = tuple(
-        Candidate(
-            f"i{index}-b{block_size}-{init}",
-            plan("lag", {"index": index, "block_size": block_size, "init": init}),
-        )
-        for index, block_size, init in _lag_options(pool, source_layers, target_layers)
+        Candidate(id_, plan("lag", options))
+        for id_, options in _lag_options(pool, source_layers, target_layers)
     )
     if not candidates:
-        raise PlanError("the pool is empty: give growth.pool at least one index, block and init.")
+        raise PlanError(
+            "the pool is empty: give growth.pool at least one index, block, init and scale."
+        )
     return candidates
 
 
 def _lag_options(
     pool: PoolConfig, source_layers: int, target_layers: int
-) -> Iterable[tuple[int, int, str]]:
+) -> Iterator[tuple[str, dict[str, object]]]:
+    """Ids and options of the product; a scale of 1 is the default and stays unsaid."""
     indices = _chosen(pool.index, feasible_indices(source_layers, target_layers))
     sizes = _chosen(pool.block_size, feasible_block_sizes(source_layers, target_layers))
-    return itertools.product(indices, sizes, dict.fromkeys(pool.init))
+    inits, scales = dict.fromkeys(pool.init), dict.fromkeys(pool.scale)
+    for index, size, init, scale in itertools.product(indices, sizes, inits, scales):
+        id_ = f"i{index}-b{size}-{init}"
+        options: dict[str, object] = {"index": index, "block_size": size, "init": init}
+        if scale == 1:
+            yield id_, options
+        else:
+            yield f"{id_}-s{str(scale).removesuffix('.0')}", {**options, "scale": scale}
 
 
 def _chosen(wanted: str | int | tuple[int, ...], feasible: Iterable[int]) -> Iterable[int]:

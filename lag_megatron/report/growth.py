@@ -108,7 +108,8 @@ def _candidates(
 
 
 def _origin(layer: Mapping[str, Any]) -> LayerOrigin:
-    return LayerOrigin(layer["source"], layer["new"], layer["init"])
+    scale = layer.get("scale", 1.0)  # pools of earlier versions had no scaled layers
+    return LayerOrigin(layer["source"], layer["new"], layer["init"], scale)
 
 
 def _ranks(losses: Mapping[str, float | None]) -> dict[str, int]:

@@ -181,6 +181,8 @@ def test_missing_keys():
             "growth.pool.init=random",
             "growth.pool.init: must be a list of 'duplicate' or 'random' (got 'random').",
         ),
+        ("growth.pool.scale=1", "growth.pool.scale: must be a list of numbers (got 1)."),
+        ("growth.pool.options=x", "growth.pool.options: must be a mapping (got 'x')."),
         (
             "growth.pool.index=foo",
             "growth.pool.index: must be 'all', a whole number or a list of whole numbers "
@@ -365,7 +367,12 @@ def test_evaluation_steps():
 
 
 def test_dump_round_trip(tmp_path):
-    run = config("stages[1].growth={lag: 9}", "growth.pool.index=[0, 2]", "deepspeed.x.y=[1]")
+    run = config(
+        "stages[1].growth={lag: 9}",
+        "growth.pool.index=[0, 2]",
+        "deepspeed.x.y=[1]",
+        "growth.pool.scale=[1, 0]",
+    )
     path = write(tmp_path / "a.yaml", dump_config(run))
     assert load_config(path) == run
 
@@ -570,6 +577,29 @@ def _default(path):
             ["growth.pool.init=[]"],
             "growth.pool.init: at least one of duplicate, random is needed.",
         ),
+        (
+            ["growth.pool.scale=[]"],
+            "growth.pool.scale: one or more numbers from 0 to 1 are needed (got []).",
+        ),
+        (
+            ["growth.pool.scale=[1, 1.5]"],
+            "growth.pool.scale: one or more numbers from 0 to 1 are needed (got [1.0, 1.5]).",
+        ),
+        (
+            ["growth.pool.operator=post_ln_identity"],
+            "growth.pool.operator: 'post_ln_identity' is for post-LN models, but "
+            "model.norm_position is 'pre'. Take 'llama_pro'.",
+        ),
+        (
+            ["growth.pool.options={index: 3}"],
+            "growth.pool.options: the operator 'lag' takes index, block_size, init and scale "
+            "beside operator (got {'index': 3}). Move them there.",
+        ),
+        (
+            ["growth.pool={operator: last, scale: [0.5]}"],
+            "growth.pool.scale: is an axis of the operator 'lag' (got [0.5] for 'last'). Leave it "
+            "out; others take a scale under options, if they have one.",
+        ),
     ],
 )
 def test_contradictions(overrides, line):
@@ -590,6 +620,8 @@ def test_contradictions(overrides, line):
         ["stages=[{steps: 1}]", "growth.lag=500"],
         ["stages[0].num_layers=4"],
         ["data={source: jsonl, paths: [x]}"],
+        ["growth.pool.scale=[0, 0.5, 1]"],
+        ["growth.pool={operator: slices, options: {layers: '0-3,2-3'}}"],
     ],
     ids=str,
 )

@@ -139,10 +139,14 @@ def test_operators_have_a_docstring(name):
     ],
 )
 def test_impossible_depths(source, target, message):
-    options = {"index": 0, "block_size": 1, "init": "random"}
-    for name in OPERATORS:
+    options = {
+        "lag": {"index": 0, "block_size": 1, "init": "random"},
+        "slices": {"layers": [0]},
+    }
+    only_lag = "Largest" in message
+    for name in ("lag", "last", "random_top") if only_lag else set(OPERATORS) - {"identity"}:
         with pytest.raises(PlanError, match=message):
-            layer_map_of(name, source, target, options if name == "lag" else {})
+            layer_map_of(name, source, target, options.get(name, {}))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +160,8 @@ def test_impossible_depths(source, target, message):
         ({"index": True}, "index must be a whole number .got True"),
         ({"block_size": 2.0}, r"block_size must be a whole number .got 2\.0"),
         ({"init": "zero"}, "init must be duplicate or random .got 'zero'"),
-        ({"width": 3}, "no option width. Its options: block_size, index, init"),
+        ({"width": 3}, "no option width. Its options: block_size, index, init, scale"),
+        ({"scale": 1.5}, r"scale must be a number from 0 to 1 .got 1\.5"),
     ],
 )
 def test_wrong_options(options, message):
@@ -166,12 +171,14 @@ def test_wrong_options(options, message):
 
 
 def test_unknown_operator_missing_and_superfluous_options():
-    with pytest.raises(PlanError, match=r"unknown operator 'lga'\. Known: lag, last, random_top"):
+    with pytest.raises(PlanError, match=r"unknown operator 'lga'\. Known: identity, lag, last"):
         layer_map_of("lga", 12, 16, {})
     with pytest.raises(PlanError, match="'lag' needs the option block_size, init"):
         layer_map_of("lag", 12, 16, {"index": 0})
-    with pytest.raises(PlanError, match=r"'last' has no option index\. Its options: none"):
+    with pytest.raises(PlanError, match=r"'last' has no option index\. Its options: scale"):
         layer_map_of("last", 12, 16, {"index": 0})
+    with pytest.raises(PlanError, match=r"'llama_pro' has no option scale\. Its options: none"):
+        layer_map_of("llama_pro", 12, 16, {"scale": 0})
 
 
 LAG = {"index": 4, "block_size": 2, "init": "random"}
@@ -282,11 +289,43 @@ def test_pool_choices():
     assert len(twice) == 1
 
 
-@pytest.mark.parametrize("operator", ["last", "random_top"])
-def test_a_fixed_operator_is_a_pool_of_one(operator):
-    (only,) = pool_of(operator=operator)
+def test_scale_is_an_axis_of_the_pool():
+    pool = pool_of(index=8, block_size=4, scale=(1.0, 0.5, 0.0, 0.5))
+    assert [c.id for c in pool] == [
+        *("i8-b4-random", "i8-b4-random-s0.5", "i8-b4-random-s0"),
+        *("i8-b4-duplicate", "i8-b4-duplicate-s0.5", "i8-b4-duplicate-s0"),
+    ]
+    assert [c.plan.options.get("scale") for c in pool] == 2 * [None, 0.5, 0.0]
+    assert [c.plan.layer_map[-1].branch_scale for c in pool] == 2 * [1.0, 0.5, 0.0]
+    assert [c.id for c in pool_of(index=8, block_size=4, scale=(0.25,))] == [
+        "i8-b4-random-s0.25", "i8-b4-duplicate-s0.25",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("operator", "options"),
+    [
+        ("last", {}),
+        ("last", {"scale": 0.5}),
+        ("random_top", {}),
+        ("midas", {}),
+        ("interpolate", {}),
+        ("slices", {"layers": "0-7,4-11"}),
+        ("llama_pro", {}),
+        ("post_ln_identity", {"after": [0, 0, 5, 11]}),
+    ],
+)
+def test_a_fixed_operator_is_a_pool_of_one(operator, options):
+    (only,) = pool_of(operator=operator, options=options)
     assert only.id == operator
-    assert only.plan.operator == operator
+    assert (only.plan.operator, only.plan.options) == (operator, options)
+
+
+def test_options_of_a_fixed_operator_are_checked_with_the_plan():
+    with pytest.raises(PlanError, match="'midas' has no option layers"):
+        pool_of(operator="midas", options={"layers": "0-7"})
+    with pytest.raises(PlanError, match="layers lists 8 layers, but the target has 16"):
+        pool_of(operator="slices", options={"layers": "0-7"})
 
 
 @pytest.mark.parametrize(
@@ -298,6 +337,8 @@ def test_a_fixed_operator_is_a_pool_of_one(operator):
         ({"index": ()}, "the pool is empty"),
         ({"block_size": ()}, "the pool is empty"),
         ({"init": ()}, "the pool is empty"),
+        ({"scale": ()}, "the pool is empty"),
+        ({"scale": (2.0,)}, "scale must be a number from 0 to 1"),
     ],
 )
 def test_impossible_pools(pool, message):
@@ -316,5 +357,11 @@ def test_description_of_a_candidate_is_plain_json():
     assert entry["id"] == "i3-b3-random"
     assert (entry["operator"], entry["index"], entry["block_size"]) == ("lag", 3, 3)
     assert (entry["init"], entry["source_layers"], entry["target_layers"]) == ("random", 6, 9)
-    assert entry["layer_map"][6] == {"source": 3, "new": True, "init": "random"}
-    assert entry["layer_map"][0] == {"source": 0, "new": False, "init": "duplicate"}
+    assert entry["layer_map"][6] == {
+        "source": 3, "new": True, "init": "random", "scale": 1.0,
+    }  # fmt: skip
+    assert entry["layer_map"][0] == {
+        "source": 0, "new": False, "init": "duplicate", "scale": 1.0,
+    }  # fmt: skip
+    (scaled,) = pool_of(6, 9, index=3, block_size=3, init=("duplicate",), scale=(0.5,))
+    assert scaled.describe()["scale"] == scaled.describe()["layer_map"][6]["scale"] == 0.5

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lag_megatron.checkpoint.boxes import whole
 from lag_megatron.checkpoint.layout import STATES, Topology, make_layout
 from lag_megatron.checkpoint.tensor_parallel import local_shape
-from lag_megatron.growth.fresh import fill, megatron_init
+from lag_megatron.growth.fresh import Normal, fill, megatron_init
 from lag_megatron.growth.growth_map import Block, Copy, depth_map, identity_map
 from lag_megatron.growth.plan import GrowthPlan
 from lag_megatron.growth.transfer import Move, Side, plan_rank
@@ -201,8 +201,13 @@ def grown_tensors(groups, tensors, plan, state):
             name = old.replace(mark, f".layers.{layer}.")
             value = tensors[old]
             random = origin.is_new and origin.init == "random"
-            policy = {"auto": "borrow" if random else "copy"}.get(plan.moments, plan.moments)
-            if state == "fp32" and random:
+            scale = plan.options.get("scale", 1.0) if origin.is_new else 1.0
+            is_output = "linear_proj" in name or "linear_fc2" in name
+            borrows = random or scale == 0
+            policy = {"auto": "borrow" if borrows else "copy"}.get(plan.moments, plan.moments)
+            if state == "fp32" and is_output and scale == 0:
+                value = torch.zeros_like(value)
+            elif state == "fp32" and random:
                 value = torch.empty_like(value)
                 fresh = megatron_init(
                     name,
@@ -210,7 +215,11 @@ def grown_tensors(groups, tensors, plan, state):
                     init_std=0.02,
                     key=f"growth/{plan.seed}/{plan.source_layers}-{plan.target_layers}",
                 )
+                if is_output and isinstance(fresh, Normal):
+                    fresh = dataclasses.replace(fresh, std=fresh.std * scale)
                 fill(value, fresh, shape=tuple(value.shape), box=whole(tuple(value.shape)))
+            elif state == "fp32" and is_output:
+                value = value * scale
             elif origin.is_new and (
                 (state == "exp_avg" and policy in ("zero", "borrow"))
                 or (state == "exp_avg_sq" and policy == "zero")
@@ -231,6 +240,7 @@ def plans(draw, layers):
             "index": draw(st.integers(0, layers - new)),
             "block_size": draw(st.sampled_from(sizes)),
             "init": draw(st.sampled_from(["duplicate", "random"])),
+            **draw(st.sampled_from([{}, {"scale": 0.3}, {"scale": 0.0}])),
         },
         source_layers=layers,
         target_layers=target,

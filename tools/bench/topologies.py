@@ -5,15 +5,15 @@ python tools/bench/topologies.py [--config configs/demo.yaml] [--steps 20] [--js
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from figures import write_figures
 
 ROOT = Path(__file__).resolve().parents[2]
 TOPOLOGIES = ((0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2), (3, 2))
@@ -39,7 +39,7 @@ def main() -> int:
     if options.json:
         figures = {f"{name}_max_abs_difference": value for name, value in worst.items()}
         figures |= {f"{name}_last_loss": curve[-1] for name, curve in curves.items()}
-        _write(options.json, figures)
+        write_figures(options.json, figures)
     return 0
 
 
@@ -83,13 +83,6 @@ def _print_table(curves: dict[str, list[float]]) -> None:
     steps = len(next(iter(curves.values())))
     for step in range(0, steps, max(1, steps // SHOWN)):
         print(f"{step + 1:>4}  " + "  ".join(f"{curve[step]:10.6f}" for curve in curves.values()))
-
-
-def _write(path: Path, figures: dict[str, float]) -> None:
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, "date": date, "figures": figures}, indent=1))
 
 
 if __name__ == "__main__":

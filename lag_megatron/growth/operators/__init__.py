@@ -9,12 +9,31 @@ from collections.abc import Callable, Mapping
 
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.layer_map import LayerMap
-from lag_megatron.growth.operators.depth import lag, last, random_top
+from lag_megatron.growth.operators.depth import (
+    g_stack,
+    identity,
+    interpolate,
+    lag,
+    last,
+    midas,
+    progressive,
+    random_top,
+    slices,
+)
+from lag_megatron.growth.operators.inserted import llama_pro, post_ln_identity
 
 OPERATORS: Mapping[str, Callable[..., LayerMap]] = {
+    "identity": identity,
     "lag": lag,
     "last": last,
     "random_top": random_top,
+    "progressive": progressive,
+    "g_stack": g_stack,
+    "midas": midas,
+    "interpolate": interpolate,
+    "slices": slices,
+    "llama_pro": llama_pro,
+    "post_ln_identity": post_ln_identity,
 }
 
 

@@ -1,0 +1,70 @@
+"""Operators that insert layers which compute nothing yet: the grown model is the old function."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from lag_megatron.errors import PlanError
+from lag_megatron.growth.layer_map import (
+    Branch,
+    LayerMap,
+    LayerOrigin,
+    map_of_sources,
+    require_more_layers,
+)
+from lag_megatron.growth.operators.depth import require_even_blocks
+from lag_megatron.growth.operators.options import layer_list
+
+
+def llama_pro(source_layers: int, target_layers: int) -> LayerMap:
+    """Block expansion (Wu et al. 2024, arXiv 2401.02415, LLaMA Pro), for pre-LN models.
+
+    After each of P = target - source groups of old layers comes a copy of the group's last layer
+    whose branches put out zeros.
+    """
+    after = _evenly_spread("llama_pro", source_layers, target_layers)
+    sources = sorted([*range(source_layers), *after])
+    return map_of_sources(sources, branch_scale=0.0)
+
+
+def post_ln_identity(source_layers: int, target_layers: int, *, after: Any = None) -> LayerMap:
+    """Insertion that keeps the function of a post-LN model.
+
+    A zero-output layer is no identity under post-LN, where its norms act on the residual stream
+    (Vaswani et al. 2017: x -> LN(x + f(x))).  Staged training (Shen et al. 2022, arXiv 2203.06211)
+    makes such a layer an identity by its norms' weights; here, for new layers N1..Nk after l, the
+    affine part of l's second norm moves to Nk's second norm, and all norms from there up to it are
+    plain.  A plain norm of normalised values changes them only by the order of its eps.
+
+    Option ``after`` lists old layers, 0-based, one per new layer; one that repeats gets several.
+    By default they are spread as ``llama_pro`` does.
+    """
+    if after is None:
+        counts = Counter(_evenly_spread("post_ln_identity", source_layers, target_layers))
+    else:
+        new = require_more_layers(source_layers, target_layers)
+        places = layer_list("post_ln_identity", "after", after, source_layers=source_layers)
+        if len(places) != new:
+            raise PlanError(
+                f"operator 'post_ln_identity': after lists {len(places)} layers, but {new} are "
+                f"new. Name one old layer for each new one."
+            )
+        counts = Counter(places)
+    return tuple(
+        origin for layer in range(source_layers) for origin in _chain(layer, counts[layer])
+    )
+
+
+def _chain(layer: int, new_layers: int) -> Iterator[LayerOrigin]:
+    """An old layer and the new ones after it, the last of which takes its second norm."""
+    yield LayerOrigin(layer, is_new=False, plain_norms=("mlp",) if new_layers else ())
+    for number in range(1, new_layers + 1):
+        plain: tuple[Branch, ...] = ("attention", "mlp") if number < new_layers else ("attention",)
+        yield LayerOrigin(layer, is_new=True, branch_scale=0.0, plain_norms=plain)
+
+
+def _evenly_spread(operator: str, source_layers: int, target_layers: int) -> list[int]:
+    """The last layers of ``target - source`` equal groups of old layers."""
+    new_layers = require_even_blocks(operator, source_layers, target_layers)
+    group = source_layers // new_layers
+    return list(range(group - 1, source_layers, group))
