@@ -23,17 +23,23 @@ if not torch.cuda.is_available():
 import deepspeed
 from torch import Tensor
 
-from lag_megatron.checkpoint.compare import require_same_parameters, require_same_topology
-from lag_megatron.checkpoint.layout import DEFAULT_SUB_GROUP_SIZE, Topology, make_layout
+from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.compare import require_same_parameters
+from lag_megatron.checkpoint.integrity import require_sound
+from lag_megatron.checkpoint.layout import Layout, Topology, make_layout
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero_files import files_of, files_of_rank
 from lag_megatron.checkpoint.zero_write import bytes_of
 from lag_megatron.config import RunConfig
 from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.errors import CheckpointError
+from lag_megatron.growth.materialize import Growth, resharding
+from lag_megatron.live import LiveState
 from lag_megatron.model import build_gpt, token_losses
 from lag_megatron.model.initialize import initialize_weights, mark_cut_parameters
+from lag_megatron.model.parameter_groups import adamw, decay_split
 from lag_megatron.model.random_state import seed_everywhere, seed_step
-from lag_megatron.parallel import DeepSpeedGroups, World
+from lag_megatron.parallel import DeepSpeedGroups, World, topology_of
 
 Batch = dict[str, Tensor]
 
@@ -86,7 +92,7 @@ class Engine:
         # takes a step while it is built.
         self._engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=_adamw(model, config, fused=world.device.type == "cuda"),
+            optimizer=adamw(model, config.optimizer, fused=world.device.type == "cuda"),
             config=settings,
             mpu=groups,
             dist_init_required=False,
@@ -99,10 +105,19 @@ class Engine:
         return topology_of(self.config, self.world)
 
     @property
+    def layout(self) -> Layout:
+        """Where the state of each parameter lies."""
+        return make_layout(self.parameter_groups(), self.topology)
+
+    @property
     def bytes_on_disk(self) -> int:
         """Size of a checkpoint of this engine, all ranks together."""
-        groups = self.parameter_groups()
-        return bytes_of(self.topology, make_layout(groups, self.topology))
+        return bytes_of(self.topology, self.layout)
+
+    @property
+    def live(self) -> LiveState:
+        """The tensors that hold this rank's part of the state."""
+        return LiveState(self._engine, self.layout, self.topology, self.world.place)
 
     def destroy(self) -> None:
         """Free the model and its optimizer, so that a larger one can take their place."""
@@ -163,18 +178,37 @@ class Engine:
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Take over the state of ``checkpoint`` (a tag folder) and return its client state.
 
+        One of another number of ranks, ZeRO stage or tensor-parallel size is spread anew in place;
+        DeepSpeed's own loader takes none.
+
         Raises:
-            CheckpointError: if it holds other parameters, in another order or of other shapes;
-                DeepSpeed itself would load permuted flat shards without a word.
+            CheckpointError: if it is damaged, or holds other parameters, in another order or of
+                other shapes; DeepSpeed itself would load all that without a word.
         """
         # Together: a rank that refused alone would leave the others waiting inside DeepSpeed.
-        self.world.from_each(lambda: self._require_fit(checkpoint))
+        kept = self.world.from_each(lambda: self._require_fit(checkpoint))
+        if not all(kept):
+            growth = resharding(ZeroCheckpoint.open(checkpoint), self.topology)
+            self.live.become(growth)
+            return growth.client_state
         path, client_state = self._engine.load_checkpoint(
             str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False
         )
         if path is None:
             raise CheckpointError(f"{checkpoint}: DeepSpeed found no checkpoint there.")
         return dict(client_state["lag"])
+
+    def grow_from(self, growth: Growth) -> None:
+        """Become, in place, what a growth makes of its source, which may lie on any topology.
+
+        The same as writing the grown checkpoint and loading it, bit for bit; nothing is written.
+
+        Raises:
+            CheckpointError: if the source is damaged, or grows into another model than this.
+            PlanError: if the growth ends at another topology.
+        """
+        self.world.from_each(lambda: self.live.require(growth))
+        self.live.become(growth)
 
     def parameter_groups(self) -> list[dict[str, tuple[int, ...]]]:
         """Names and this rank's shapes of the optimizer's parameters, by group, in flat order."""
@@ -193,14 +227,23 @@ class Engine:
 
     @property
     def _trained(self) -> list[list[torch.nn.Parameter]]:
-        decayed, others = _decay_split(self._engine.module)
+        decayed, others = decay_split(self._engine.module)
         return [group for group in (decayed, others) if group]
 
-    def _require_fit(self, checkpoint: Path) -> None:
-        source = ZeroCheckpoint.open(checkpoint)
-        require_same_topology(source, self.topology)
-        groups = self.parameter_groups()
-        require_same_parameters(source, groups, tensor_rank=self.world.tensor_rank)
+    def _require_fit(self, checkpoint: Path) -> bool:
+        """Refuse what cannot be taken over; whether it is spread as this engine is."""
+        source, world = ZeroCheckpoint.open(checkpoint), self.world
+        same = source.topology == self.topology
+        if same:
+            found = source.parameter_groups(world.tensor_rank)
+            require_same_parameters(checkpoint, found, self.parameter_groups())
+            mine = files_of_rank(self.topology, **world.place)
+        else:
+            self.live.require(resharding(source, self.topology))
+            mine = files_of(source.topology)[world.rank :: world.size]
+        if commit.is_committed(checkpoint):
+            require_sound(checkpoint, mine)
+        return same
 
     def _gathered(self, parameter: torch.nn.Parameter) -> Any:
         """Make a parameter whole while it is written; replicas then take replica 0's."""
@@ -231,45 +274,9 @@ class Engine:
         return self.world.any_rank(stops > 0) if self.world.tensor_size > 1 else stops > 0
 
 
-def topology_of(config: RunConfig, world: World) -> Topology:
-    """How DeepSpeed spreads a state of this configuration over the ranks."""
-    zero = deepspeed_config(config, world_size=world.size)["zero_optimization"]
-    return Topology(
-        zero_stage=config.parallel.zero_stage,
-        data_size=world.data_size,
-        tensor_size=world.tensor_size,
-        precision=config.parallel.precision,
-        sub_group_size=int(zero.get("sub_group_size", DEFAULT_SUB_GROUP_SIZE)),
-    )
-
-
 def mean(values: Sequence[float]) -> float:
     """Mean of per-batch losses; batches are equally large."""
     return math.fsum(values) / len(values)
-
-
-def _decay_split(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
-    """Matrices, which decay, and vectors (biases and norms), which do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
-    others = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    return decayed, others
-
-
-def _adamw(model: torch.nn.Module, config: RunConfig, *, fused: bool) -> torch.optim.Optimizer:
-    options = config.optimizer
-    decayed, others = _decay_split(model)
-    groups = [
-        {"params": decayed, "weight_decay": options.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=0.0,
-        betas=options.betas,
-        eps=options.eps,
-        fused=fused or None,
-    )
 
 
 @contextlib.contextmanager

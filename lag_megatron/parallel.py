@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from lag_megatron.checkpoint.layout import DEFAULT_SUB_GROUP_SIZE, Rank, Topology
+from lag_megatron.config import RunConfig
+from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.errors import LagError, RunError
 
 T = TypeVar("T")
@@ -55,6 +58,11 @@ class World:
     def is_coordinator(self) -> bool:
         """Whether this process decides, writes the journal and talks to the user."""
         return self.rank == 0
+
+    @property
+    def place(self) -> Rank:
+        """This process's tensor-parallel and data-parallel rank."""
+        return {"tensor_rank": self.tensor_rank, "data_rank": self.data_rank}
 
     @property
     def device_name(self) -> str:
@@ -243,3 +251,15 @@ class DeepSpeedGroups:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(parallel_state, name)
+
+
+def topology_of(config: RunConfig, world: World) -> Topology:
+    """How DeepSpeed spreads a state of this configuration over the ranks."""
+    zero = deepspeed_config(config, world_size=world.size)["zero_optimization"]
+    return Topology(
+        zero_stage=config.parallel.zero_stage,
+        data_size=world.data_size,
+        tensor_size=world.tensor_size,
+        precision=config.parallel.precision,
+        sub_group_size=int(zero.get("sub_group_size", DEFAULT_SUB_GROUP_SIZE)),
+    )

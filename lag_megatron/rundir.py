@@ -14,8 +14,15 @@ from lag_megatron.config import RunConfig, dump_config, load_config
 from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.files import write_atomically
 
-# What may differ between two starts of one run: nothing that changes its numbers.
-_FREE_KEYS = ("tracking", "checkpoint")
+# What may differ between two starts of one run: nothing that changes its numbers beyond rounding.
+_FREE_KEYS = (
+    "tracking",
+    "checkpoint",
+    "parallel.tensor",
+    "parallel.zero_stage",
+    "parallel.micro_batch",
+    "parallel.world_size",
+)
 _LOCK_PATIENCE_SECONDS = 40
 
 
@@ -149,7 +156,8 @@ def _differences(before: RunConfig, after: RunConfig) -> Iterator[str]:
 def _unequal(before: Any, after: Any, path: str) -> Iterator[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         for key in before.keys() | after.keys():
-            if path or key not in _FREE_KEYS:
-                yield from _unequal(before.get(key), after.get(key), f"{path}.{key}".lstrip("."))
+            inner = f"{path}.{key}".lstrip(".")
+            if inner not in _FREE_KEYS:
+                yield from _unequal(before.get(key), after.get(key), inner)
     elif before != after:
         yield f"{path} ({before!r} there, {after!r} now)"

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.compare import require_same_topology
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.config import RunConfig
-from lag_megatron.engine import Engine, mean, topology_of
+from lag_megatron.engine import Engine, mean
 from lag_megatron.errors import CheckpointError, RunError
 from lag_megatron.growth.pool import build_pool
-from lag_megatron.parallel import World
+from lag_megatron.parallel import World, topology_of
 from lag_megatron.probe.probe import Event, history_of
 from lag_megatron.probe.recorder import Recorder
 from lag_megatron.probe.saving import save_engine
@@ -53,12 +52,6 @@ class Trainer:
             LagError: for a mistake of the user or the machine.
         """
         position = self.world.from_coordinator(self._find_position)
-        if position.checkpoint is not None:
-            topology = topology_of(self.config, self.world)
-            checkpoint = position.checkpoint
-            self.world.from_each(
-                lambda: require_same_topology(ZeroCheckpoint.open(checkpoint), topology)
-            )
         self.world.from_coordinator(lambda: self._resume_metrics(position))
         for stage in range(position.stage, len(self.config.stages)):
             if stage > position.stage:
@@ -103,6 +96,10 @@ class Trainer:
             self.recorder.say("fresh start: no checkpoint in the run directory")
             return
         tokens = position.step * tokens_per_step(self.config)
+        before = ZeroCheckpoint.open(position.checkpoint).topology
+        now = topology_of(self.config, self.world)
+        if before != now:
+            self.recorder.say(f"spreading the state anew: {before} before, {now} now")
         self.recorder.say(
             f"resumed from {self.job.run.relative(position.checkpoint)}: stage {position.stage}, "
             f"step {position.step}, {tokens:,} tokens"

@@ -8,7 +8,7 @@ new one; only ``latest`` may then lag behind, and whoever goes on from the tag s
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path / MANIFEST}: format {found!r} is not {MANIFEST_FORMAT}; "
             "written by another version of this program."
         )
+    if not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{path / MANIFEST}: damaged: no list of files. Use another tag.")
     return manifest
 
 
@@ -130,11 +132,13 @@ def check_sizes(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def damages(path: Path) -> Iterator[str]:
-    """Every file whose content is not what the manifest says, with the reason."""
+def damages(path: Path, names: Collection[str] | None = None) -> Iterator[str]:
+    """Every file, or of ``names``, whose content is not what the manifest says, with the reason."""
     manifest = read_manifest(path)
     for name, entry in manifest["files"].items():
         file = path / name
+        if names is not None and name not in names:
+            continue
         if not file.is_file():
             yield f"{name}: missing"
         elif file.stat().st_size != entry["size"]:

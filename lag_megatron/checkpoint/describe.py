@@ -24,11 +24,7 @@ def describe(path: Path) -> dict[str, Any]:
     """
     checkpoint = ZeroCheckpoint.open(path)
     topology, state = checkpoint.topology, checkpoint.client_state
-    for tensor_rank in range(topology.tensor_size):
-        for data_rank in range(topology.data_size):
-            checkpoint.model_states(tensor_rank, data_rank)
-            if topology.zero_stage:
-                checkpoint.optimizer_states(tensor_rank, data_rank)
+    checkpoint.check_every_file()
     shapes = checkpoint.layout.shapes
     files = {p.name: p.stat().st_size for p in sorted(path.iterdir()) if p.is_file()}
     return {

@@ -6,8 +6,10 @@ tensor-parallel ranks of a checkpoint share one layout.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, TypedDict
+
+from torch import Tensor
 
 from lag_megatron.checkpoint.boxes import Shape, numel
 
@@ -39,6 +41,13 @@ class Topology:
     tensor_size: int
     precision: Literal["fp32", "bf16", "fp16"]
     sub_group_size: int = DEFAULT_SUB_GROUP_SIZE
+
+
+class Rank(TypedDict):
+    """Which rank of a topology."""
+
+    tensor_rank: int
+    data_rank: int
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -74,6 +83,7 @@ class Layout:
         filled: elements of each buffer that belong to parameters; for ZeRO-3, whose padding lies
             between parameters, the same as ``lengths``.
         subgroups: ZeRO-3's buffers, as (parameter group, names) in the order of their keys.
+        shapes: of every parameter, all groups together.
     """
 
     groups: Sequence[Group]
@@ -81,11 +91,11 @@ class Layout:
     lengths: Mapping[Container, int]
     filled: Mapping[Container, int]
     subgroups: Sequence[tuple[int, tuple[str, ...]]] = ()
+    shapes: Mapping[str, Shape] = field(init=False)
 
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """Shape of every parameter, all groups together."""
-        return {name: shape for group in self.groups for name, shape in group.items()}
+    def __post_init__(self) -> None:
+        shapes = {name: shape for group in self.groups for name, shape in group.items()}
+        object.__setattr__(self, "shapes", shapes)
 
     def keys(self, data_rank: int) -> list[int]:
         """Numbers of the buffers that a data-parallel rank holds."""
@@ -98,6 +108,79 @@ class Layout:
                 if segment.container.data_rank == data_rank:
                     yield name, segment
 
+    def held(self, data_rank: int) -> dict[Container, tuple[tuple[str, Segment], ...]]:
+        """What each buffer of a data-parallel rank holds, in the order of its elements."""
+        held: dict[Container, list[tuple[str, Segment]]] = {}
+        for name, segment in self.of_rank(data_rank):
+            held.setdefault(segment.container, []).append((name, segment))
+        return {
+            container: tuple(sorted(held.get(container, ()), key=lambda part: part[1].offset))
+            for container in sorted(self.lengths)
+            if container.data_rank == data_rank
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class GroupState:
+    """What the optimizer keeps for a whole parameter group.
+
+    Attributes:
+        settings: its hyper-parameters.
+        counters: entries of its state beside the moments: the number of steps taken.
+    """
+
+    settings: Mapping[str, Any]
+    counters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A run of elements to be filled: a buffer of optimizer state, a weight, or a part of one.
+
+    Attributes:
+        state: which values; those of weights are the masters', in the precision of the buffer.
+        segments: what lies there, rising; ``offset`` counts from the beginning of the region.
+            Elements between them are padding and become 0.
+        length: elements.
+        trained: whether the optimizer has these parameters; the others have weights alone.
+        forward: whether these are the weights of the forward pass, which follow the masters.
+    """
+
+    state: State
+    segments: tuple[tuple[str, Segment], ...]
+    length: int
+    trained: bool = True
+    forward: bool = False
+
+    def pieces(self, size: int) -> Iterator["Region"]:
+        """The region in parts of at most ``size`` elements, in order."""
+        first = 0
+        for begin in range(0, self.length, size):
+            end = min(begin + size, self.length)
+            held: list[tuple[str, Segment]] = []
+            while first < len(self.segments):
+                name, segment = self.segments[first]
+                low = max(segment.offset, begin)
+                high = min(segment.offset + segment.length, end)
+                if low < high:
+                    start = segment.start + low - segment.offset
+                    part = replace(segment, start=start, length=high - low, offset=low - begin)
+                    held.append((name, part))
+                if segment.offset + segment.length > end:
+                    break
+                first += 1
+            yield replace(self, segments=tuple(held), length=end - begin)
+
+
+class Fill(Protocol):
+    """Makes the values of regions."""
+
+    def expect(self, region: Region) -> None:
+        """Told which region comes next, so that reading can begin."""
+
+    def __call__(self, region: Region, buffer: Tensor) -> None:
+        """Write the region's values into a flat buffer of its length, in any precision."""
+
 
 def make_layout(groups: Sequence[Group], topology: Topology) -> Layout:
     """The layout that DeepSpeed gives these parameter groups under this topology."""
@@ -106,6 +189,13 @@ def make_layout(groups: Sequence[Group], topology: Topology) -> Layout:
     if topology.zero_stage == 3:
         return _per_parameter(groups, topology)
     return _flat(groups, topology.data_size)
+
+
+def frozen_layout(shapes: Group, topology: Topology) -> Layout:
+    """Where parameters that are not trained lie: whole, or under ZeRO-3 each cut evenly."""
+    if topology.zero_stage != 3:
+        return whole_parameters(shapes)
+    return _per_parameter([shapes], replace(topology, sub_group_size=1))
 
 
 def whole_parameters(shapes: Mapping[str, Shape]) -> Layout:

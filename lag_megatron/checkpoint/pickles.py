@@ -10,10 +10,14 @@ import mmap
 import os
 import pickle
 import shutil
+import threading
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from lag_megatron.errors import CheckpointError
 
@@ -54,6 +58,14 @@ STAND_INS: dict[type, str] = {
 }
 
 
+# What torch's readers raise where a flipped bit hits the pickle or the archive around it.
+_DAMAGE = (RuntimeError, ValueError, EOFError, OSError, LookupError, TypeError, AttributeError,
+           AssertionError)  # fmt: skip
+
+# torch keeps what is safe, how to map and what to skip in globals, which threads would share.
+_TORCH_SETTINGS = threading.RLock()
+
+
 def load(path: Path, *, writable: bool = False) -> Any:
     """The objects in a file, tensors mapped from disk rather than read.
 
@@ -71,6 +83,7 @@ def load(path: Path, *, writable: bool = False) -> Any:
     flags = mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE
     try:
         with (
+            _TORCH_SETTINGS,
             torch.serialization.safe_globals(list(STAND_INS.items())),
             torch.serialization.set_default_mmap_options(flags),
         ):
@@ -80,7 +93,7 @@ def load(path: Path, *, writable: bool = False) -> Any:
             f"{path}: holds objects that no DeepSpeed checkpoint has ({_cause(error)}). "
             "Reading them could run code, so it was left alone. Use another tag."
         ) from None
-    except (RuntimeError, ValueError, EOFError, OSError, LookupError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(
             f"{path}: damaged or cut short ({path.stat().st_size} bytes): {_cause(error)}. "
             "Restore it from a copy, or use another tag."
@@ -94,13 +107,14 @@ def create(path: Path, objects: Any) -> Any:
     reserved first, because writing to a mapped hole on a full disk kills the process.
 
     Returns:
-        the same objects with tensors that lie in the file; every one has to be written.
+        the same objects with tensors that lie in the file; every one has to be written, small ones
+        through the tensor, large ones at their ``byte_offsets``.
 
     Raises:
         CheckpointError: if the disk is full.
     """
     try:
-        with torch.serialization.skip_data():
+        with _TORCH_SETTINGS, torch.serialization.skip_data():
             torch.save(objects, path, pickle_module=_Pickling)
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
@@ -113,6 +127,39 @@ def create(path: Path, objects: Any) -> Any:
             "Free some space and run the same command again; nothing was changed."
         ) from None
     return load(path, writable=True)
+
+
+def byte_offsets(path: Path, tensors: Iterable[Tensor]) -> list[int]:
+    """Where in a mapped file the values of its tensors begin.
+
+    Args:
+        path: the file.
+        tensors: all of those that it holds.
+    """
+    listed = list(tensors)
+    starts = [t.untyped_storage().data_ptr() for t in listed if t.numel()]
+    if not starts:
+        return [0] * len(listed)
+    # The archive keeps one record for each storage, and the mapping keeps their distances.
+    base = min(starts) - min(_records(path))
+    return [t.data_ptr() - base if t.numel() else 0 for t in listed]
+
+
+def _records(path: Path) -> list[int]:
+    """Where the bytes of every tensor's record begin."""
+    begins: list[int] = []
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for info in archive.infolist():
+            if "/data/" in info.filename and info.file_size:
+                # The local header ends with two lengths, then the name and the padding.
+                file.seek(info.header_offset + 26)
+                lengths = file.read(4)
+                name, extra = (
+                    int.from_bytes(lengths[:2], "little"),
+                    int.from_bytes(lengths[2:], "little"),
+                )
+                begins.append(info.header_offset + 30 + name + extra)
+    return begins
 
 
 def _cause(error: Exception) -> str:

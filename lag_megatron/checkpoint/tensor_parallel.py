@@ -5,8 +5,9 @@ embeddings by vocabulary.  ``linear_qkv`` is stored by query group, so a plain c
 whole; the gate and up halves of a gated ``linear_fc1`` are cut each for itself.
 """
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from lag_megatron.checkpoint.boxes import Box, Shape, whole
@@ -31,6 +32,7 @@ class Piece:
     local: Shape
 
 
+@functools.cache
 def cut_dim(name: str) -> int | None:
     """The dimension along which a parameter is cut, or None where every rank has all of it."""
     for pattern, dim in CUTS:
@@ -47,11 +49,29 @@ def whole_shape(name: str, local: Shape, *, tensor_size: int) -> Shape:
     return (*local[:dim], local[dim] * tensor_size, *local[dim + 1 :])
 
 
-def local_shape(name: str, shape: Shape, *, tensor_size: int) -> Shape:
-    """Shape of one rank's part of a whole parameter."""
+def is_gated(shapes: Mapping[str, Shape]) -> bool:
+    """Whether fc1 holds a gate and an up half: then it has twice the rows that fc2 has columns."""
+    for name, shape in shapes.items():
+        if name.endswith("mlp.linear_fc1.weight"):
+            return shape[0] == 2 * shapes[name.replace("linear_fc1", "linear_fc2")][1]
+    return False
+
+
+def local_shape(name: str, shape: Shape, *, tensor_size: int, gated: bool = False) -> Shape:
+    """Shape of one rank's part of a whole parameter.
+
+    Raises:
+        ValueError: if the parameter cannot be cut into that many equal parts.
+    """
     dim = cut_dim(name)
     if dim is None:
         return shape
+    parts = 2 if gated and GATED.search(name) else 1
+    if shape[dim] % (parts * tensor_size):
+        raise ValueError(
+            f"{name} of shape {shape} cannot be cut into {tensor_size} equal parts along "
+            f"dimension {dim}. Choose a tensor-parallel size that divides it."
+        )
     return (*shape[:dim], shape[dim] // tensor_size, *shape[dim + 1 :])
 
 

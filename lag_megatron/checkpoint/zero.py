@@ -12,52 +12,48 @@ from typing import Any
 
 from torch import Tensor
 
-from lag_megatron.checkpoint import commit, pickles
-from lag_megatron.checkpoint.boxes import Shape
+from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.layout import (
-    DEFAULT_SUB_GROUP_SIZE,
     STATES,
     Container,
     Group,
+    GroupState,
     Layout,
     State,
     Topology,
+    frozen_layout,
     make_layout,
 )
+from lag_megatron.checkpoint.loss_scale import LossScale
+from lag_megatron.checkpoint.paging import read_only_on_demand
 from lag_megatron.checkpoint.zero_files import (
     files_of,
+    group_states,
     model_file,
     optimizer_file,
     state_buffer,
     step_counts,
+    torch_optimizer_state,
+)
+from lag_megatron.checkpoint.zero_header import (
+    aliases,
+    frozen_shapes,
+    join_subgroups,
+    read_header,
+    resolve,
+    trained_groups,
+)
+from lag_megatron.checkpoint.zero_load import (
+    load_states,
+    refuse_bf16_optimizer,
+    require_same_list,
+    require_same_places,
 )
 from lag_megatron.errors import CheckpointError
 
 __all__ = ["ZeroCheckpoint", "files_of", "resolve"]
 
-# Options of DeepSpeed that change the order or padding of flat buffers in ways not handled here.
-_UNKNOWN_ORDERS = ("round_robin_gradients", "parameter_alignment")
-_FOREIGN = "not written by DeepSpeed, or by a version that is not understood here."
-
-
-def resolve(path: Path) -> Path:
-    """The tag directory: ``path`` itself, or the one that its ``latest`` names.
-
-    Raises:
-        CheckpointError: if there is no checkpoint.
-    """
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint directory.")
-    latest = path / "latest"
-    if not latest.is_file():
-        return path
-    tag = latest.read_text().strip()
-    if not (path / tag).is_dir():
-        raise CheckpointError(
-            f"{latest}: names the tag {tag!r}, but {path / tag} does not exist. "
-            f"Tags there: {', '.join(sorted(p.name for p in path.iterdir() if p.is_dir()))}."
-        )
-    return path / tag
+_UNDERSTOOD = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True)
@@ -84,17 +80,14 @@ class ZeroCheckpoint:
         """
         if commit.is_committed(path):
             commit.check_sizes(path)
-        header, name = _first_header(path)
-        try:
-            topology = _topology(path, header, name)
-        except KeyError as error:
-            raise CheckpointError(f"{path / name}: has no entry {error}: {_FOREIGN}") from None
+        header, topology = read_header(path)
         missing = [f for f in files_of(topology) if not (path / f).is_file()]
         if missing:
             raise CheckpointError(
                 f"{path}: {len(missing)} of {len(files_of(topology))} files are missing "
                 f"({', '.join(missing[:3])}). Restore them, or use another tag."
             )
+        _refuse_strangers(path, topology)
         return ZeroCheckpoint(path, topology, header)
 
     @property
@@ -117,6 +110,16 @@ class ZeroCheckpoint:
         """Where everything lies."""
         return make_layout(self.groups, self.topology)
 
+    @cached_property
+    def frozen(self) -> Layout:
+        """Where the parameters lie that the optimizer does not train."""
+        return frozen_layout(frozen_shapes(self.header, self.layout.shapes), self.topology)
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Further names of parameters that the model uses twice, with the name of the owner."""
+        return aliases(self.header)
+
     def parameter_groups(self, tensor_rank: int) -> list[Group]:
         """Names and shapes as one tensor rank's file gives them.
 
@@ -124,14 +127,39 @@ class ZeroCheckpoint:
             CheckpointError: if the file does not say in which order its parameters lie.
         """
         header = self._load(model_file(self.topology, tensor_rank=tensor_rank, data_rank=0))
-        if self.topology.zero_stage == 0:
-            return _unpartitioned_groups(self.path, header)
-        listed: list[Group] = [
-            {n: tuple(shape) for n, shape in g.items()} for g in header["param_shapes"]
-        ]
+        listed = trained_groups(self.path, header)
         if self.topology.zero_stage != 3:
             return listed
-        return _join_subgroups(listed, self._load(self._optimizer_file(tensor_rank, 0)))
+        return join_subgroups(listed, self._load(self._optimizer_file(tensor_rank, 0)))
+
+    @cached_property
+    def group_states(self) -> list[GroupState]:
+        """What the optimizer keeps for each parameter group."""
+        states = self.optimizer_states(0, 0) if self.topology.zero_stage else None
+        return group_states(self.topology, self.header, states)
+
+    def loss_scale(self, precision: str) -> LossScale:
+        """What gradients are multiplied by when training goes on in a precision."""
+        if precision != "fp16":
+            return LossScale()
+        if self.topology.precision != "fp16":
+            return LossScale.initial((self.header.get("ds_config") or {}).get("fp16") or {})
+        if self.topology.zero_stage == 0:
+            return LossScale.of_entries(self.header["optimizer"])
+        optimizer = self.optimizer_states(0, 0)["optimizer_state_dict"]
+        return LossScale.of_object(optimizer["loss_scaler"])
+
+    def check_every_file(self) -> None:
+        """Read every file's header: of this layout, this optimizer and this step.
+
+        Raises:
+            CheckpointError: naming the first that is not, or that is cut short.
+        """
+        for tensor_rank in range(self.topology.tensor_size):
+            for data_rank in range(self.topology.data_size):
+                self.model_states(tensor_rank, data_rank)
+                if self.topology.zero_stage:
+                    self.optimizer_states(tensor_rank, data_rank)
 
     def model_states(self, tensor_rank: int, data_rank: int) -> Any:
         """The objects of a model file, of the same step as all others."""
@@ -141,8 +169,10 @@ class ZeroCheckpoint:
         states = self._load(name)
         if states.get("global_steps") != self.step:
             raise self._other_step(name, states.get("global_steps"), self.step)
-        if self.topology.zero_stage == 0 and name not in self._checked:
-            self._check_buffers(name, states, None, 0)
+        if name not in self._checked:
+            require_same_list(self.path / name, states, self.header)
+            if self.topology.zero_stage == 0:
+                self._check_buffers(name, states, None, 0)
             self._checked.add(name)
         return states
 
@@ -151,7 +181,10 @@ class ZeroCheckpoint:
         name = self._optimizer_file(tensor_rank, data_rank)
         states = self._load(name)
         if name not in self._checked:
+            refuse_bf16_optimizer(self.path / name, states)
             self._check_buffers(name, None, states, data_rank)
+            require_same_places(self.path / name, states, self.layout.held(data_rank))
+            self._refuse_other_optimizers(name, states)
             first = self._load(self._optimizer_file(0, 0))
             counts = [step_counts(self.topology, s) for s in (states, first)]
             if counts[0] != counts[1]:
@@ -168,17 +201,30 @@ class ZeroCheckpoint:
             else self.optimizer_states(tensor_rank, container.data_rank)
         )
         names = list(self.layout.shapes)
-        return state_buffer(self.topology, model, states, container.key, state, names)
+        buffer = state_buffer(self.topology, model, states, container.key, state, names)
+        return read_only_on_demand(buffer)
+
+    def frozen_buffer(self, tensor_rank: int, container: Container) -> Tensor:
+        """The flat values of one parameter that is not trained, or of a rank's part of it."""
+        name = list(self.frozen.shapes)[container.key]
+        model = self.model_states(tensor_rank, container.data_rank)
+        where = "frozen_param_fragments" if self.topology.zero_stage == 3 else "module"
+        values = model[where][name]
+        expected = self.frozen.lengths[container]
+        if values.numel() != expected:
+            raise CheckpointError(
+                f"{self.path}: the part of the frozen parameter {name} on rank "
+                f"{container.data_rank} has {values.numel()} elements, expected {expected}. "
+                "Restore the checkpoint, or use another tag."
+            )
+        return values.view(-1)  # type: ignore[no-any-return]
 
     def _optimizer_file(self, tensor_rank: int, data_rank: int) -> str:
         return str(optimizer_file(self.topology, tensor_rank=tensor_rank, data_rank=data_rank))
 
     def _load(self, name: str) -> Any:
         if name not in self._files:
-            states = pickles.load(self.path / name)
-            if not isinstance(states, dict) or "ds_version" not in states:
-                raise CheckpointError(f"{self.path / name}: {_FOREIGN}")
-            self._files[name] = states
+            self._files[name] = load_states(self.path / name)
         return self._files[name]
 
     @cached_property
@@ -194,6 +240,14 @@ class ZeroCheckpoint:
             f"{self.path / name}: of step {found}, but the first file is of step {expected}: "
             "files of different checkpoints are mixed. Restore the right one, or use another tag."
         )
+
+    def _refuse_other_optimizers(self, file: str, states: Any) -> None:
+        for entry in torch_optimizer_state(self.topology, None, states)["state"].values():
+            if unknown := sorted(set(entry) - set(_UNDERSTOOD)):
+                raise CheckpointError(
+                    f"{self.path / file}: the optimizer keeps {', '.join(unknown)} beside Adam's "
+                    "moments, and it is not understood here how that would grow."
+                )
 
     def _check_buffers(self, file: str, model: Any, states: Any, data_rank: int) -> None:
         layout = self.layout
@@ -215,60 +269,16 @@ class ZeroCheckpoint:
                     )
 
 
-def _first_header(path: Path) -> tuple[Mapping[str, Any], str]:
-    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
-        if (path / name).is_file():
-            header = pickles.load(path / name)
-            if not isinstance(header, dict) or "ds_version" not in header:
-                raise CheckpointError(f"{path / name}: {_FOREIGN}")
-            return header, name
-    raise CheckpointError(
-        f"{path}: not a DeepSpeed checkpoint: neither mp_rank_00_model_states.pt nor "
-        "zero_pp_rank_0_mp_rank_00_model_states.pt is there. Give a tag directory, or a directory "
-        "with a file `latest`."
+def _refuse_strangers(path: Path, topology: Topology) -> None:
+    """Shards that no rank of this topology wrote are left over from another save, or mixed in."""
+    strangers = sorted(
+        {p.name for p in path.glob("*_states.pt")} - set(files_of(topology)),
+        key=lambda name: (len(name), name),
     )
-
-
-def _topology(path: Path, header: Mapping[str, Any], name: str) -> Topology:
-    config = header.get("ds_config") or {}
-    zero = config.get("zero_optimization") or {}
-    for option in _UNKNOWN_ORDERS:
-        if zero.get(option):
-            raise CheckpointError(
-                f"{path}: written with zero_optimization.{option}, which orders flat buffers in a "
-                "way that is not understood here. Save it without that option."
-            )
-    dimensions = header.get("checkpoint_parallel_dimensions") or {}
-    if dimensions.get("pp_degree", 1) != 1:
-        raise CheckpointError(f"{path}: pipeline-parallel checkpoints are not understood here.")
-    enabled = [p for p in ("bf16", "fp16") if (config.get(p) or {}).get("enabled")]
-    return Topology(
-        zero_stage=3 if name.startswith("zero_pp") else int(zero.get("stage", 0)),
-        data_size=int(header["dp_world_size"]),
-        tensor_size=int(header["mp_world_size"]),
-        precision=enabled[0] if enabled else "fp32",  # type: ignore[arg-type]
-        sub_group_size=int(zero.get("sub_group_size") or DEFAULT_SUB_GROUP_SIZE),
-    )
-
-
-def _unpartitioned_groups(path: Path, header: Mapping[str, Any]) -> list[Group]:
-    listed = (header.get("lag") or {}).get("parameter_groups")
-    if listed is None:
+    if strangers:
         raise CheckpointError(
-            f"{path}: a ZeRO-0 checkpoint keeps its optimizer state by number, and this one does "
-            "not say which parameter has which. Resume it under ZeRO-1, save, and use that."
+            f"{path}: holds {len(strangers)} files ({', '.join(strangers[:3])}) that do not belong "
+            f"to a ZeRO-{topology.zero_stage} checkpoint of {topology.data_size} data-parallel x "
+            f"{topology.tensor_size} tensor-parallel ranks: saves of different worlds are mixed. "
+            "Move them away if they are older, or use another tag."
         )
-    module = header["module"]
-    return [{name: tuple(module[name].shape) for name in group} for group in listed]
-
-
-def _join_subgroups(listed: list[Group], states: Any) -> list[Group]:
-    """ZeRO-3 lists shapes by sub-group; join those of one parameter group again."""
-    groups: list[Group] = []
-    inner = states["optimizer_state_dict"]["optimizer_state_dict"]["param_groups"]
-    for group in inner:
-        members: dict[str, Shape] = {}
-        for key in group["params"]:
-            members |= listed[key]
-        groups.append(members)
-    return groups

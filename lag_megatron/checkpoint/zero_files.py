@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lag_megatron.checkpoint.layout import State, Topology
+from lag_megatron.checkpoint.layout import STATES, GroupState, State, Topology
 
 _FLAT_MASTERS = "single_partition_of_fp32_groups"
 
@@ -24,16 +24,24 @@ def optimizer_file(topology: Topology, *, tensor_rank: int, data_rank: int) -> s
     return f"{prefix}zero_pp_rank_{data_rank}_mp_rank_{tensor_rank:02d}_optim_states.pt"
 
 
+def files_of_rank(topology: Topology, *, tensor_rank: int, data_rank: int) -> list[str]:
+    """Names of the files that a rank writes."""
+    ranks = {"tensor_rank": tensor_rank, "data_rank": data_rank}
+    optimizer = optimizer_file(topology, **ranks)
+    names = [optimizer] if optimizer else []
+    if topology.zero_stage == 3 or data_rank == 0:
+        names.append(model_file(topology, **ranks))
+    return names
+
+
 def files_of(topology: Topology) -> list[str]:
     """Names of all files of a checkpoint."""
-    names: dict[str, None] = {}
-    for tensor_rank in range(topology.tensor_size):
-        for data_rank in range(topology.data_size):
-            names[model_file(topology, tensor_rank=tensor_rank, data_rank=data_rank)] = None
-            name = optimizer_file(topology, tensor_rank=tensor_rank, data_rank=data_rank)
-            if name:
-                names[name] = None
-    return list(names)
+    return [
+        name
+        for tensor_rank in range(topology.tensor_size)
+        for data_rank in range(topology.data_size)
+        for name in files_of_rank(topology, tensor_rank=tensor_rank, data_rank=data_rank)
+    ]
 
 
 def state_buffer(
@@ -71,3 +79,15 @@ def step_counts(topology: Topology, states: Any) -> list[int]:
     """Adam's step counter of each buffer."""
     entries = torch_optimizer_state(topology, None, states)["state"]
     return [int(entry.get("step", 0)) for entry in entries.values()]
+
+
+def group_states(topology: Topology, model: Any, states: Any) -> list[GroupState]:
+    """What the optimizer keeps for each parameter group, in a rank's loaded files."""
+    inner = torch_optimizer_state(topology, model, states)
+    return [
+        GroupState(
+            {key: value for key, value in group.items() if key != "params"},
+            {k: v for k, v in inner["state"][group["params"][0]].items() if k not in STATES},
+        )
+        for group in inner["param_groups"]
+    ]

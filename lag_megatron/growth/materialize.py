@@ -1,100 +1,112 @@
-"""Growing a sharded checkpoint: each target rank runs its own copies, mapped file to mapped file.
+"""A plan bound to a checkpoint: everything about the grown one is known, nothing is written."""
 
-No process holds the model: source shards are mapped, target shards are mapped, and fresh values are
-drawn in small pieces.
-"""
-
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lag_megatron import __version__
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.boxes import Shape
+from lag_megatron.checkpoint.draft import Draft
 from lag_megatron.checkpoint.layout import (
-    STATES,
-    Container,
     Group,
     Layout,
-    Segment,
-    State,
     Topology,
+    frozen_layout,
     make_layout,
-    whole_parameters,
 )
-from lag_megatron.checkpoint.tensor_parallel import local_shape, whole_shape
+from lag_megatron.checkpoint.names import LAYER, layers_in
+from lag_megatron.checkpoint.tensor_parallel import is_gated, local_shape, whole_shape
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
-from lag_megatron.checkpoint.zero_write import RankWriter, bytes_of
-from lag_megatron.errors import CheckpointError, PlanError
-from lag_megatron.growth.fresh import fill
-from lag_megatron.growth.growth_map import GrowthMap, depth_map, grown_names
+from lag_megatron.checkpoint.zero_write import bytes_of, write_rank
+from lag_megatron.errors import PlanError
+from lag_megatron.files import flush_to_disk
+from lag_megatron.growth.fill import Filler, Source
+from lag_megatron.growth.growth_map import GrowthMap, grown_names, growth_map_of
 from lag_megatron.growth.plan import GrowthPlan
-from lag_megatron.growth.transfer import Move, Place, Side, plan_rank
-
-Rank = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Growth:
-    """A plan bound to a source checkpoint: everything is known, nothing is written.
+    """What a plan makes of a checkpoint, under any topology.
 
     Attributes:
         source: the checkpoint to grow; it is never changed.
         plan: what to do.
+        target: how the grown checkpoint is spread; the source's topology by default.
 
     Raises:
-        PlanError: when the plan does not fit the checkpoint.
+        PlanError: when the plan or the topology does not fit the checkpoint.
     """
 
     source: ZeroCheckpoint
     plan: GrowthPlan
+    target: Topology | None = None
 
     @property
     def topology(self) -> Topology:
-        """The topology of the grown checkpoint, the same as the source's."""
-        return self.source.topology
+        """How the grown checkpoint is spread."""
+        return self.target or self.source.topology
 
     @cached_property
     def growth_map(self) -> GrowthMap:
         """What each grown parameter is made of."""
-        return depth_map(self.plan, self._whole_groups)
+        return growth_map_of(self.plan, self._whole_groups, self._whole(self.source.frozen.shapes))
 
     @cached_property
     def layout(self) -> Layout:
-        """Where everything will lie."""
-        size = self.topology.tensor_size
-        groups = [
-            {n: local_shape(n, s, tensor_size=size) for n, s in group.items()}
-            for group in self.growth_map.groups
-        ]
-        return make_layout(groups, self.topology)
+        """Where the trained parameters will lie."""
+        return make_layout([self._local(g) for g in self.growth_map.groups], self.topology)
+
+    @cached_property
+    def frozen(self) -> Layout:
+        """Where the others will lie."""
+        return frozen_layout(self._local(self.growth_map.frozen), self.topology)
 
     @property
     def bytes_to_write(self) -> int:
         """Size of the grown checkpoint's tensors, all ranks together."""
-        return bytes_of(self.topology, self.layout)
+        return bytes_of(self.topology, self.layout, self.frozen)
 
-    def write_rank(self, folder: Path, *, tensor_rank: int, data_rank: int) -> dict[str, Any]:
-        """Write one rank's files into ``folder`` and return their manifest entries by name."""
-        writer = RankWriter(
-            folder,
+    def filler(self, *, tensor_rank: int, source: Source | None = None) -> Filler:
+        """What makes the values of one target tensor rank, from the source or its twin."""
+        return Filler(
+            self.growth_map,
+            source or self.source,
             self.topology,
-            self.layout,
+            (self.layout, self.frozen),
+            shapes=self._whole_shapes,
+            gated=self._gated,
+            tensor_rank=tensor_rank,
+        )
+
+    def write_rank(
+        self,
+        folder: Path,
+        *,
+        tensor_rank: int,
+        data_rank: int,
+        written: Callable[[int], object] = lambda count: None,
+        flush: Callable[[Path], object] = flush_to_disk,
+    ) -> dict[str, Any]:
+        """Write one rank's files into ``folder`` and return their manifest entries by name.
+
+        ``written`` is told the number of bytes after each piece, ``flush`` called with each
+        finished file, to bring it to the disk.
+        """
+        return write_rank(
+            folder,
+            self.draft,
+            self.filler(tensor_rank=tensor_rank),
             tensor_rank=tensor_rank,
             data_rank=data_rank,
-            template=self.source,
-            origins=self._module_origins(tensor_rank),
-            client_state=self.client_state,
+            written=written,
+            flush=flush,
         )
-        self._write_states(writer)
-        self._write_weights(writer)
-        return writer.finish()
 
     def publish(self, path: Path, files: Mapping[str, Any]) -> None:
         """Commit the grown checkpoint once all its ranks are written."""
@@ -105,7 +117,25 @@ class Growth:
         if not commit.is_committed(path):
             return False
         manifest = commit.read_manifest(path)
-        return all(manifest.get(k) == self._about[k] for k in ("step", "plan_digest", "source"))
+        return all(manifest.get(k) == v for k, v in self._about.items() if k != "versions")
+
+    @cached_property
+    def draft(self) -> Draft:
+        """What has to be written."""
+        names = {name: name for name in self.source.header["module"]}
+        if self.plan.operator != "identity":
+            names = {new: old for new, old, _ in grown_names(list(names), self.plan.layer_map)}
+        return Draft(
+            topology=self.topology,
+            layout=self.layout,
+            frozen=self.frozen,
+            template=self.source,
+            names=names,
+            aliases=self._aliases(names),
+            entries={"lag": self.client_state},
+            groups=self.source.group_states,
+            loss_scale=self.source.loss_scale(self.topology.precision),
+        )
 
     @cached_property
     def _about(self) -> dict[str, Any]:
@@ -116,6 +146,7 @@ class Growth:
             "step": self.source.step,
             "plan": asdict(self.plan),
             "plan_digest": self.plan.digest,
+            "topology": asdict(self.topology),
             "source": source,
             "versions": {"lag_megatron": __version__, "torch": torch.__version__},
         }
@@ -124,7 +155,9 @@ class Growth:
     def client_state(self) -> dict[str, Any]:
         """The trainer's entries of the source, brought up to date."""
         state = self.source.client_state
-        history = [*state.get("growth_history", []), asdict(self.plan)]
+        history = list(state.get("growth_history", []))
+        if self.plan.operator != "identity":
+            history.append(asdict(self.plan))
         return {
             **state,
             "num_layers": self.plan.target_layers,
@@ -132,147 +165,92 @@ class Growth:
             "growth_history": history,
         }
 
+    def _aliases(self, names: Mapping[str, str]) -> dict[str, str]:
+        """Aliases of the grown model: of a parameter of the same layer, or of one in none."""
+        grown: dict[str, str] = {}
+        for new, old in names.items():
+            owner = self.source.aliases.get(old)
+            if owner is None:
+                continue
+            here, there = LAYER.match(new), LAYER.match(owner)
+            if there is None:
+                grown[new] = owner
+            elif here and LAYER.match(old)["layer"] == there["layer"]:  # type: ignore[index]
+                grown[new] = f"{there['head']}{here['layer']}{there['tail']}"
+            elif new == old and self.plan.operator == "identity":
+                grown[new] = owner
+            else:
+                raise PlanError(
+                    f"{self.source.path}: {old} is the same tensor as {owner} in another layer; "
+                    "models whose layers share parameters cannot be grown in depth."
+                )
+        return grown
+
     @cached_property
     def _whole_groups(self) -> list[Group]:
-        size = self.source.topology.tensor_size
-        return [
-            {name: whole_shape(name, shape, tensor_size=size) for name, shape in group.items()}
-            for group in self.source.groups
-        ]
+        return [self._whole(group) for group in self.source.groups]
+
+    @cached_property
+    def _whole_shapes(self) -> dict[str, Shape]:
+        old = [*self._whole_groups, self._whole(self.source.frozen.shapes)]
+        return {name: shape for group in old for name, shape in group.items()}
 
     @cached_property
     def _gated(self) -> bool:
-        """Whether fc1 holds a gate and an up half: then it has twice the rows fc2 has columns."""
-        shapes = {name: shape for group in self._whole_groups for name, shape in group.items()}
-        for name, shape in shapes.items():
-            if name.endswith("mlp.linear_fc1.weight"):
-                down = shapes[name.replace("linear_fc1", "linear_fc2")]
-                return shape[0] == 2 * down[1]
-        return False
+        return is_gated(self._whole_shapes)
 
-    @cached_property
-    def _source_side(self) -> Side:
-        shapes = {name: shape for group in self._whole_groups for name, shape in group.items()}
-        return Side(self.source.layout, self.source.topology, shapes, self._gated)
+    def _whole(self, shapes: Group) -> Group:
+        size = self.source.topology.tensor_size
+        return {name: whole_shape(name, s, tensor_size=size) for name, s in shapes.items()}
 
-    def _target_side(self, layout: Layout) -> Side:
-        groups = self.growth_map.groups
-        shapes = {name: shape for group in groups for name, shape in group.items()}
-        return Side(layout, self.topology, shapes, self._gated)
-
-    def _module_origins(self, tensor_rank: int) -> dict[str, str]:
-        module = self.source.model_states(tensor_rank, 0)["module"]
-        return {name: old for name, old, _ in grown_names(list(module), self.plan.layer_map)}
-
-    def _write_states(self, writer: RankWriter) -> None:
-        containers = set(writer.containers())
-        segments = [(n, s) for n, s in self.layout.of_rank(writer.data_rank)
-                    if s.container in containers]  # fmt: skip
-        for state in STATES:
-            targets = {c: writer.buffer(c, state) for c in containers}
-            for container, buffer in targets.items():
-                buffer[self.layout.filled[container] :].zero_()
-            self._run(self.layout, state, segments, targets, writer.tensor_rank)
-
-    def _write_weights(self, writer: RankWriter) -> None:
-        """The forward weights are the fp32 masters, rounded to their precision."""
-        layout = whole_parameters(self.layout.shapes)
-        targets: dict[Container, Tensor] = {}
-        segments: list[tuple[str, Segment]] = []
-        for name, parts in layout.segments.items():
-            weight = writer.weight(name)
-            if weight is not None:
-                targets[parts[0].container] = weight
-                segments += [(name, part) for part in parts]
-        self._run(layout, "fp32", segments, targets, writer.tensor_rank)
-
-    def _run(
-        self,
-        layout: Layout,
-        state: State,
-        segments: Sequence[tuple[str, Segment]],
-        targets: Mapping[Container, Tensor],
-        tensor_rank: int,
-    ) -> None:
-        steps = plan_rank(
-            self.growth_map,
-            self._source_side,
-            self._target_side(layout),
-            state,
-            segments=segments,
-            tensor_rank=tensor_rank,
-        )
-        sources: dict[tuple[int, Container], Tensor] = {}
-        for step in steps:
-            view = _view(targets[step.target.container], step.target, step.shape)
-            if isinstance(step, Move):
-                key = (step.tensor_rank, step.source.container)
-                if key not in sources:
-                    sources[key] = self.source.buffer(*key, state)
-                _copy(view, _view(sources[key], step.source, step.shape), step.scale)
-            else:
-                fill(view, step.fresh, shape=step.whole, box=step.box)
+    def _local(self, shapes: Group) -> dict[str, Shape]:
+        size = self.topology.tensor_size
+        groups = (self.source.client_state.get("model") or {}).get("num_query_groups", size)
+        if groups % size:
+            raise PlanError(
+                f"{self.source.path}: tensor-parallel size {size} does not divide the model's "
+                f"{groups} query groups, which stay whole. Choose a size that does."
+            )
+        try:
+            return {
+                name: local_shape(name, shape, tensor_size=size, gated=self._gated)
+                for name, shape in shapes.items()
+            }
+        except ValueError as error:
+            raise PlanError(f"{self.source.path}: {error}") from None
 
 
-def grow_checkpoint(
-    source: Path,
-    target: Path,
-    plan: GrowthPlan,
+def resharding(source: ZeroCheckpoint, target: Topology) -> Growth:
+    """The growth that changes nothing but where everything lies."""
+    layers = len(layers_in([*source.layout.shapes, *source.frozen.shapes]))
+    plan = GrowthPlan(operator="identity", source_layers=layers, target_layers=layers)
+    return Growth(source, plan, target)
+
+
+def retarget(
+    source: Topology,
     *,
-    progress: Callable[[Iterable[Rank]], Iterable[Rank]] = iter,
-) -> Growth:
-    """Grow a whole checkpoint in this process, rank by rank, and commit it.
-
-    Args:
-        source: tag directory.
-        target: tag directory to come; it must not exist.
-        plan: what to do.
-        progress: wraps the iteration over ranks, e.g. ``tqdm``.
+    world_size: int | None = None,
+    tensor_size: int | None = None,
+    zero_stage: int | None = None,
+    precision: str | None = None,
+) -> Topology:
+    """The source's topology with what is given replaced; ``world_size`` counts all ranks.
 
     Raises:
-        PlanError: when the plan does not fit the checkpoint or the target exists.
-        CheckpointError: when the source is damaged or the disk too small.
+        PlanError: if the ranks do not divide into tensor-parallel groups.
     """
-    growth = Growth(ZeroCheckpoint.open(source), plan)
-    needed = growth.bytes_to_write
-    draft = commit.temporary(target)
-    if target.exists():
-        if not growth.was_published(target):
-            raise PlanError(f"{target}: exists already. Name another target or remove it.")
-        commit.point_latest(target)  # killed between the two, or asked for twice
-        return growth
-    try:
-        commit.remove(draft)
-        draft.mkdir(parents=True)
-        commit.require_space(draft, needed=needed, what="the grown checkpoint")
-        growth.publish(target, _write_all(growth, draft, progress))
-    except OSError as error:
-        commit.remove(draft)
-        raise CheckpointError(
-            f"{target}: cannot write there: {error.strerror}. Name another target."
-        ) from None
-    except BaseException:
-        commit.remove(draft)
-        raise
-    return growth
-
-
-def _write_all(
-    growth: Growth, folder: Path, progress: Callable[[Iterable[Rank]], Iterable[Rank]]
-) -> dict[str, Any]:
-    topology = growth.topology
-    ranks = list(itertools.product(range(topology.tensor_size), range(topology.data_size)))
-    files: dict[str, Any] = {}
-    for tensor_rank, data_rank in progress(ranks):
-        files |= growth.write_rank(folder, tensor_rank=tensor_rank, data_rank=data_rank)
-    return files
-
-
-def _view(buffer: Tensor, place: Place, shape: Shape) -> Tensor:
-    return buffer.as_strided(shape, place.strides, buffer.storage_offset() + place.offset)
-
-
-def _copy(target: Tensor, source: Tensor, scale: float) -> None:
-    target.copy_(source)
-    if scale != 1.0:
-        target.mul_(scale)
+    tensor = source.tensor_size if tensor_size is None else tensor_size
+    world = source.data_size * source.tensor_size if world_size is None else world_size
+    if tensor < 1 or world < 1 or world % tensor:
+        raise PlanError(
+            f"{world} ranks cannot be split into tensor-parallel groups of {tensor}. Give a "
+            f"--world-size that {tensor} divides, or another --tensor-parallel."
+        )
+    return replace(
+        source,
+        data_size=world // tensor,
+        tensor_size=tensor,
+        zero_stage=source.zero_stage if zero_stage is None else zero_stage,
+        precision=source.precision if precision is None else precision,  # type: ignore[arg-type]
+    )

@@ -3,6 +3,8 @@
 Everything is computed from names, shapes and lengths; no tensor is opened.
 """
 
+import bisect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -85,6 +87,10 @@ def plan_rank(
     moves: list[Move] = []
     draws: list[Draw] = []
     for name, segment in segments:
+        same = _same_part(growth, source, target, name, state)
+        if same is not None:
+            moves += _flat_moves(source, same, segment, tensor_rank)
+            continue
         local = target.layout.shapes[name]
         for part in interval_boxes(local, segment.start, segment.length):
             for piece in target.pieces(name, tensor_rank):
@@ -105,6 +111,41 @@ def plan_rank(
                     else:
                         draws.append(Draw(place, box.shape, origin, target.shapes[name], box))
     return [*_joined(moves), *draws]
+
+
+def _same_part(
+    growth: GrowthMap, source: Side, target: Side, name: str, state: State
+) -> Copy | None:
+    """The whole old parameter that this one is, if its ranks hold the same parts of both.
+
+    Then nothing need be known of its shape: what depth growth does to all but fresh layers.
+    """
+    block, *others = growth.blocks[name]
+    origin = block.sources[state]
+    if others or not isinstance(origin, Copy) or any(origin.low):
+        return None
+    if source.shapes[origin.parameter] != target.shapes[name]:
+        return None
+    same_cut = source.topology.tensor_size == target.topology.tensor_size
+    return origin if same_cut or cut_dim(name) is None else None
+
+
+def _flat_moves(source: Side, origin: Copy, segment: Segment, tensor_rank: int) -> Iterator[Move]:
+    """Copies of a segment from the same elements of an old parameter."""
+    end = segment.start + segment.length
+    holder = tensor_rank % source.topology.tensor_size
+    parts = source.layout.segments[origin.parameter]
+    first = bisect.bisect_right(parts, segment.start, key=lambda part: part.start) - 1
+    for part in itertools.takewhile(lambda part: part.start < end, parts[max(first, 0) :]):
+        low, high = max(segment.start, part.start), min(end, part.start + part.length)
+        if low < high:
+            yield Move(
+                Place(segment.container, segment.offset + low - segment.start, (1,)),
+                Place(part.container, part.offset + low - part.start, (1,)),
+                holder,
+                (high - low,),
+                origin.scale,
+            )
 
 
 def _place(segment: Segment, local: Shape, box: Box) -> Place:

@@ -13,7 +13,6 @@ from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig
 from lag_megatron.engine import Engine, mean
 from lag_megatron.growth.materialize import Growth
-from lag_megatron.growth.plan import GrowthPlan
 from lag_megatron.growth.pool import Candidate
 from lag_megatron.parallel import World
 from lag_megatron.probe.saving import save_engine
@@ -72,9 +71,8 @@ def run_probe(
     started = time.perf_counter()
     world = engine.world
     folder = job.run.probe(event.number, candidate.id)
-    grown = folder / tag_of(event.base_step)
-    grow_together(world, event.base, grown, candidate.plan)
-    engine.load(grown)
+    world.from_coordinator(lambda: _empty(folder))
+    growth = _grow_in_place(engine, event.base, candidate)
     logs = _Logs(folder, world)
     steps, loss, failure = _train(job, engine, event, logs)
     state: Path | None = None
@@ -85,30 +83,27 @@ def run_probe(
             state,
             step=event.base_step + steps,
             tokens=(event.base_step + steps) * tokens_per_step(job.config),
-            history=world.from_coordinator(lambda: history_of(grown)),
+            history=growth.client_state["growth_history"],
+            growth=growth,
         )
-    if state != grown:
-        world.from_coordinator(lambda: commit.remove(grown))
     return ProbeResult(steps, loss, time.perf_counter() - started, state, failure)
 
 
-def grow_together(world: World, base: Path, target: Path, plan: GrowthPlan) -> None:
-    """Grow a checkpoint with each rank writing its own files, and commit it."""
-    draft = commit.temporary(target)
+def _grow_in_place(engine: Engine, base: Path, candidate: Candidate) -> Growth:
+    opened: list[Growth] = []
 
-    def prepare() -> None:
-        commit.remove(target.parent)
-        draft.mkdir(parents=True)
+    def open_base() -> None:
+        opened.append(Growth(ZeroCheckpoint.open(base), candidate.plan, engine.topology))
 
-    world.from_coordinator(prepare)
+    engine.world.from_each(open_base)  # a rank that failed alone would leave the others waiting
+    engine.grow_from(opened[0])
+    return opened[0]
 
-    def write() -> dict[str, Any]:
-        growth = Growth(ZeroCheckpoint.open(base), plan)
-        return growth.write_rank(draft, tensor_rank=world.tensor_rank, data_rank=world.data_rank)
 
-    parts = world.from_each(write)
-    files = {name: entry for part in parts for name, entry in part.items()}
-    world.from_coordinator(lambda: Growth(ZeroCheckpoint.open(base), plan).publish(target, files))
+def _empty(folder: Path) -> None:
+    """Forget what a probe that was cut short left."""
+    commit.remove(folder)
+    folder.mkdir(parents=True)
 
 
 def history_of(checkpoint: Path) -> list[Mapping[str, Any]]:

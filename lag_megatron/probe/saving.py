@@ -12,14 +12,21 @@ import torch
 from lag_megatron import __version__
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.layout import Topology
-from lag_megatron.checkpoint.zero_files import model_file, optimizer_file
+from lag_megatron.checkpoint.zero_files import files_of_rank
 from lag_megatron.config import RunConfig
 from lag_megatron.engine import Engine
+from lag_megatron.growth.materialize import Growth
 from lag_megatron.parallel import World
 
 
 def save_engine(
-    engine: Engine, path: Path, *, step: int, tokens: int, history: list[Mapping[str, Any]]
+    engine: Engine,
+    path: Path,
+    *,
+    step: int,
+    tokens: int,
+    history: list[Mapping[str, Any]],
+    growth: Growth | None = None,
 ) -> None:
     """Save the engine's state as the tag directory ``path``, whole or not at all.
 
@@ -29,6 +36,8 @@ def save_engine(
         step: optimizer steps taken in the whole run.
         tokens: tokens seen in the whole run.
         history: the growth plans that led to this model, oldest first.
+        growth: what the state began as, if it was grown in place: then each rank writes its own
+            files without DeepSpeed.
 
     Raises:
         CheckpointError: if there is no room; where writing fails all the same, the rank ends with
@@ -49,8 +58,13 @@ def save_engine(
     if not world.from_coordinator(prepare):
         return
     state = _client_state(config, step=step, tokens=tokens, history=history)
-    world.from_each(lambda: _written(engine, draft, state))
-    files = _sealed(world, draft, engine.topology)
+    if growth is None:
+        world.from_each(lambda: _written(engine, draft, state))
+        parts = world.from_each(lambda: _sealed(world, draft, engine.topology))
+    else:
+        world.from_coordinator(lambda: draft.mkdir())
+        parts = world.from_each(lambda: engine.live.write(draft, growth, client_state=state))
+    files = {name: entry for part in parts for name, entry in part.items()}
     about = {
         "step": step,
         "versions": {"lag_megatron": __version__, "torch": torch.__version__},
@@ -85,10 +99,6 @@ def _written(engine: Engine, draft: Path, state: Mapping[str, Any]) -> None:
 
 
 def _sealed(world: World, folder: Path, topology: Topology) -> dict[str, Any]:
-    """Manifest entries of all files; each rank hashes its own, which others may not see yet."""
-    ranks = {"tensor_rank": world.tensor_rank, "data_rank": world.data_rank}
-    mine = [optimizer_file(topology, **ranks)]
-    if topology.zero_stage == 3 or world.data_rank == 0:
-        mine.append(model_file(topology, **ranks))
-    parts = world.from_each(lambda: {n: commit.seal(folder / n) for n in mine if n is not None})
-    return {name: entry for part in parts for name, entry in part.items()}
+    """Manifest entries of this rank's files; it hashes its own, which others may not see yet."""
+    mine = files_of_rank(topology, **world.place)
+    return {name: commit.seal(folder / name) for name in mine}

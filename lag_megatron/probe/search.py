@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.integrity import require_sound
 from lag_megatron.engine import Engine
 from lag_megatron.growth.layer_map import draw
+from lag_megatron.parallel import World
 from lag_megatron.probe.coordinator import Coordinator
 from lag_megatron.probe.probe import Event, ProbeResult, run_probe
 from lag_megatron.probe.recorder import Recorder
@@ -28,6 +30,7 @@ def search(job: Job, engine: Engine, event: Event, recorder: Recorder) -> Path:
     def record(index: int, result: ProbeResult) -> None:
         world.from_coordinator(lambda: coordinator().record(index, result))
 
+    world.from_each(lambda: _require_sound_base(world, event.base))
     world.from_coordinator(lambda: _begin(job, engine, event, recorder, coordinator()))
     while True:
         if world.any_rank(job.stop.asked):
@@ -39,18 +42,23 @@ def search(job: Job, engine: Engine, event: Event, recorder: Recorder) -> Path:
         result = run_probe(job, engine, event, candidate, to_beat=turn.to_beat)
         outcome = result.failure or f"val loss {result.val_loss:.4f} after {result.steps} steps"
         recorder.say(
-            f"probe {index + 1:>2}/{len(event.pool)}  {candidate.id:<18} "
+            f"probe {index + 1:>2}/{len(event.pool)}  {candidate.id:<22} "
             f"[{draw(candidate.plan.layer_map)}]  {outcome}  ({result.seconds:.1f} s)"
         )
         record(index, result)
 
 
+def _require_sound_base(world: World, base: Path) -> None:
+    """Every candidate grows from the base, so a flipped bit there would be in all; ranks share."""
+    names = sorted(commit.check_sizes(base)["files"])
+    require_sound(base, names[world.rank :: world.size])
+
+
 def _begin(
     job: Job, engine: Engine, event: Event, recorder: Recorder, coordinator: Coordinator
 ) -> None:
-    commit.check_sizes(event.base)
-    # At most: the best state so far, the grown one, and the one being saved.
-    commit.require_space(job.run.root, needed=3 * engine.bytes_on_disk, what="probing candidates")
+    # At most: the best state so far and the one being saved.
+    commit.require_space(job.run.root, needed=2 * engine.bytes_on_disk, what="probing candidates")
     coordinator.begin()
     recorder.say(
         f"growth {event.number}: {event.source_layers} -> {event.target_layers} layers, "

@@ -13,7 +13,7 @@ from conftest import PICO_VOCABULARY, pico_config, random_batches, run_ranks
 from full_state import STATES, differences, grow_full, read_full, tree_differences
 
 from lag_megatron.growth.fresh import Normal, normal
-from lag_megatron.growth.materialize import grow_checkpoint
+from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
 
 DUPLICATE, RANDOM, ZEROED, BORROWED = "duplicate", "random", "zeroed", "borrowed"

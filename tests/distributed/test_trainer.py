@@ -278,12 +278,27 @@ def test_a_full_disk_is_told_before_it_is_written_to(tiny, tmp_path):
     assert not list((tmp_path / "full" / "run").glob("stage*/step*"))
 
 
-def test_another_number_of_ranks_is_refused(tiny, tmp_path):
-    overrides = ["checkpoint.interval=2", "growth.max_loss=0.01"]
-    with pytest.raises(RunError):
-        run_ranks(train, 2, tiny, tmp_path / "run", overrides)
-    with pytest.raises(CheckpointError, match="data-parallel ranks 2"):
-        run_ranks(train, 1, tiny, tmp_path / "run", overrides)
+def test_a_run_goes_on_on_other_ranks(reference, tiny, tmp_path, capfd):
+    settings = ["model.dropout=0.0", "checkpoint.interval=2"]
+    with pytest.raises(RunError, match="at step 7"):
+        run_ranks(train, 2, tiny, tmp_path / "run", settings, "auto", poisonous_gradient)
+    assert newest_of(tmp_path / "run").name == "step00000006"
+    spread = [*settings, "parallel.zero_stage=3", "parallel.tensor=2", "parallel.micro_batch=1"]
+    run_ranks(train, 4, tiny, tmp_path / "run", spread)
+    assert "spreading the state anew" in capfd.readouterr().out
+    for key in ("train/loss", "val/loss"):
+        ours, theirs = losses_of(tmp_path / "run", key), losses_of(reference, key)
+        assert ours.keys() == theirs.keys()
+        assert max(abs(ours[step] - theirs[step]) for step in ours) < 2e-5
+    assert decision_of(tmp_path / "run")["chosen"] == decision_of(reference)["chosen"]
+
+
+def test_a_run_does_not_go_on_with_other_numbers(tiny, tmp_path):
+    with pytest.raises(RunError, match="at step 7"):
+        run_ranks(train, 2, tiny, tmp_path / "run", (), "auto", poisonous_gradient)
+    for change in ("parallel.global_batch=16", "parallel.precision=bf16", "seed=1"):
+        with pytest.raises(RunError, match=f"other settings: {change.partition('=')[0]}"):
+            run_ranks(train, 2, tiny, tmp_path / "run", [change])
 
 
 def test_llama_shape_runs_on_one_rank(tiny, tmp_path):

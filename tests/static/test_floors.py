@@ -15,7 +15,7 @@ FLOORS = (
     ("errors", "config"),
     ("files", "schedule", "tracking", "rundir", "stopping", "selection"),
     ("checkpoint", "growth"),
-    ("parallel", "model", "data", "kernels", "engine"),
+    ("parallel", "model", "data", "kernels", "live", "engine"),
     ("probe",),
     ("trainer", "session", "evaluate", "report", "dry_run"),
 )

@@ -12,7 +12,7 @@ from lag_megatron.checkpoint import commit, zero_files
 from lag_megatron.checkpoint.layout import Topology
 from lag_megatron.checkpoint.zero import ZeroCheckpoint, resolve
 from lag_megatron.errors import CheckpointError, PlanError
-from lag_megatron.growth.materialize import grow_checkpoint
+from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
 
 MODEL = "mp_rank_00_model_states.pt"

@@ -23,7 +23,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
-from lag_megatron.growth.materialize import grow_checkpoint
+from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
 
 source, target, further = map(Path, sys.argv[1:])

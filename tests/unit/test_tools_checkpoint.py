@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+from full_state import tree_differences
 
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
@@ -56,6 +58,46 @@ def test_dry_run_writes_nothing(checkpoint, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "1 1* 2" in printed
     assert "to write: 0." in printed
+    assert "time at this disk's rate: " in printed
+    assert "preserves the function: no" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_topology_without_growth_and_back_gives_the_same_files(
+    checkpoint, tmp_path, capsys
+):
+    there = ("--world-size", 6, "--tensor-parallel", 2, "--zero-stage", 3, "--precision", "bf16")
+    assert grow(checkpoint, tmp_path / "a", *there, "--workers", 3) == 0
+    printed = capsys.readouterr().out
+    assert "ranks ZeRO-1, 2 data-parallel x 1 tensor-parallel, fp32 -> " in printed
+    assert "-> ZeRO-3, 3 data-parallel x 2 tensor-parallel, bf16" in printed
+    moved = ZeroCheckpoint.open(tmp_path / "a" / "step3")
+    assert (moved.topology.data_size, moved.topology.tensor_size) == (3, 2)
+    assert moved.client_state["growth_history"] == []
+    back = ("--world-size", 2, "--tensor-parallel", 1, "--zero-stage", 1, "--precision", "fp32")
+    assert grow(tmp_path / "a", tmp_path / "b", *back) == 0
+    for path in sorted(checkpoint.glob("*.pt")):
+        one, other = (
+            torch.load(f, weights_only=False) for f in (path, tmp_path / "b" / "step3" / path.name)
+        )
+        one.pop("lag", None), other.pop("lag", None)
+        one.pop("ds_config"), other.pop("ds_config")
+        assert tree_differences(one, other) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--world-size", 3, "--tensor-parallel", 2), "3 ranks cannot be split into"),
+        (("--world-size", 0), "0 ranks cannot be split"),
+        (("--world-size", 8, "--tensor-parallel", 8), "does not divide the model's 4 query groups"),
+        (("--world-size", 2, "--workers", 0), "--workers 0: expected at least 1"),
+        (("--operator", "identity", "--layers", 3), "identity"),
+    ],
+)
+def test_impossible_topologies_are_refused(checkpoint, tmp_path, capsys, arguments, message):
+    assert grow(checkpoint, tmp_path / "out", *arguments) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -85,7 +127,7 @@ def test_options_reach_the_plan(checkpoint, tmp_path):
     [
         ((), "--operator is missing"),
         (("--operator", "lag"), "--layers is missing"),
-        (("--operator", "lagg", "--layers", 3), "unknown operator 'lagg'. Known: lag,"),
+        (("--operator", "lagg", "--layers", 3), "unknown operator 'lagg'. Known: identity, lag,"),
         (("--operator", "lag", "--layers", 3), "needs the option"),
         ((*LAG, "--layers", 2), "cannot grow 2 layers to 2"),
         ((*LAG, "--layers", 5), "Largest target: 4"),

@@ -1,0 +1,32 @@
+"""Reading exactly what is needed of a mapped file, no more and ahead of its use.
+
+Left alone, the kernel reads around each page that is touched: megabytes on disks set up for long
+reads, so that ranks which need neighbouring parts of a shard would each read the other's too.
+"""
+
+import ctypes
+import mmap
+
+from torch import Tensor
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def read_only_on_demand(tensor: Tensor) -> Tensor:
+    """Turn the kernel's reading around off for the pages of a mapped tensor, and return it."""
+    _advise(tensor.data_ptr(), tensor.numel() * tensor.element_size(), mmap.MADV_RANDOM)
+    return tensor
+
+
+def read_ahead(tensor: Tensor, offset: int, count: int) -> None:
+    """Begin to read elements ``offset .. offset + count`` of a flat mapped tensor."""
+    width = tensor.element_size()
+    _advise(tensor.data_ptr() + offset * width, count * width, mmap.MADV_WILLNEED)
+
+
+def _advise(address: int, length: int, advice: int) -> None:
+    """Advice is that: where the kernel takes none, reading is slower and no less right."""
+    begin = address - address % mmap.PAGESIZE
+    if length:
+        _libc.madvise(begin, address + length - begin, advice)

@@ -1,0 +1,143 @@
+"""What the first file of a ZeRO checkpoint says about all of them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lag_megatron.checkpoint.boxes import Shape, numel
+from lag_megatron.checkpoint.layout import DEFAULT_SUB_GROUP_SIZE, Group, Topology
+from lag_megatron.checkpoint.zero_load import FOREIGN, load_states
+from lag_megatron.errors import CheckpointError
+
+# Options of DeepSpeed that change the order or padding of flat buffers in ways not handled here.
+_UNKNOWN_ORDERS = ("round_robin_gradients", "parameter_alignment")
+_FIRST_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+
+
+def resolve(path: Path) -> Path:
+    """The tag directory: ``path`` itself, or the one that its ``latest`` names.
+
+    Raises:
+        CheckpointError: if there is no checkpoint.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint directory.")
+    latest = path / "latest"
+    if not latest.is_file():
+        return path
+    tag = latest.read_text().strip()
+    if not (path / tag).is_dir():
+        raise CheckpointError(
+            f"{latest}: names the tag {tag!r}, but {path / tag} does not exist. "
+            f"Tags there: {', '.join(sorted(p.name for p in path.iterdir() if p.is_dir()))}."
+        )
+    return path / tag
+
+
+def read_header(path: Path) -> tuple[Mapping[str, Any], Topology]:
+    """The objects of a tag directory's first model file, and the topology that they tell.
+
+    Raises:
+        CheckpointError: if it is not a DeepSpeed checkpoint, or one of a kind not understood.
+    """
+    for name in _FIRST_FILES:
+        if (path / name).is_file():
+            header = load_states(path / name)
+            try:
+                return header, _topology(path, header, name)
+            except KeyError as error:
+                raise CheckpointError(f"{path / name}: has no entry {error}: {FOREIGN}") from None
+    raise CheckpointError(
+        f"{path}: not a DeepSpeed checkpoint: neither {' nor '.join(_FIRST_FILES)} is there. "
+        "Give a tag directory, or a directory with a file `latest`."
+    )
+
+
+def _topology(path: Path, header: Mapping[str, Any], name: str) -> Topology:
+    config = header.get("ds_config") or {}
+    zero = config.get("zero_optimization") or {}
+    for option in _UNKNOWN_ORDERS:
+        if zero.get(option):
+            raise CheckpointError(
+                f"{path}: written with zero_optimization.{option}, which orders flat buffers in a "
+                "way that is not understood here. Save it without that option."
+            )
+    dimensions = header.get("checkpoint_parallel_dimensions") or {}
+    if dimensions.get("pp_degree", 1) != 1:
+        raise CheckpointError(f"{path}: pipeline-parallel checkpoints are not understood here.")
+    enabled = [p for p in ("bf16", "fp16") if (config.get(p) or {}).get("enabled")]
+    return Topology(
+        zero_stage=3 if name.startswith("zero_pp") else int(zero.get("stage", 0)),
+        data_size=int(header["dp_world_size"]),
+        tensor_size=int(header["mp_world_size"]),
+        precision=enabled[0] if enabled else "fp32",  # type: ignore[arg-type]
+        sub_group_size=int(zero.get("sub_group_size") or DEFAULT_SUB_GROUP_SIZE),
+    )
+
+
+def trained_groups(path: Path, header: Mapping[str, Any]) -> list[Group]:
+    """Names and shapes of the optimizer's parameters, as one file lists them.
+
+    Raises:
+        CheckpointError: if it does not say in which order its parameters lie.
+    """
+    if header.get("param_shapes") is not None:
+        return [{n: tuple(shape) for n, shape in g.items()} for g in header["param_shapes"]]
+    listed = (header.get("lag") or {}).get("parameter_groups")
+    if listed is None:
+        raise CheckpointError(
+            f"{path}: a ZeRO-0 checkpoint keeps its optimizer state by number, and this one does "
+            "not say which parameter has which. Resume it under ZeRO-1, save, and use that."
+        )
+    module = header["module"]
+    return [{name: tuple(module[name].shape) for name in group} for group in listed]
+
+
+def join_subgroups(listed: list[Group], states: Any) -> list[Group]:
+    """ZeRO-3 lists shapes by sub-group; join those of one parameter group again."""
+    groups: list[Group] = []
+    inner = states["optimizer_state_dict"]["optimizer_state_dict"]["param_groups"]
+    for group in inner:
+        members: dict[str, Shape] = {}
+        for key in group["params"]:
+            members |= listed[key]
+        groups.append(members)
+    return groups
+
+
+def aliases(header: Mapping[str, Any]) -> dict[str, str]:
+    """Further names of parameters that a model uses twice, with the name that owns the values.
+
+    DeepSpeed lists them in the first rank's file and under ZeRO alone; elsewhere, two names of one
+    storage show it.
+    """
+    listed = dict(header.get("shared_params") or {})
+    owners: dict[tuple[int, int], str] = {}
+    for name, tensor in header["module"].items():
+        if isinstance(tensor, Tensor) and tensor.numel():
+            place = (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()))
+            owner = owners.setdefault(place, name)
+            if owner != name:
+                listed.setdefault(name, owner)
+    return listed
+
+
+def frozen_shapes(header: Mapping[str, Any], trained: Mapping[str, Shape]) -> Group:
+    """Names and shapes of parameters that the optimizer does not train.
+
+    ZeRO 2 and 3 list them.  Below, whatever in the module is neither trained, nor a buffer, nor
+    another name of a parameter, is one.
+    """
+    listed = header.get("frozen_param_shapes")
+    if listed is not None:
+        shapes = {name: tuple(shape) for name, shape in listed.items()}
+    else:
+        known = {*trained, *(header.get("buffer_names") or ()), *aliases(header)}
+        shapes = {
+            name: tuple(value.shape)
+            for name, value in header["module"].items()
+            if isinstance(value, Tensor) and name not in known
+        }
+    return {name: shape for name, shape in shapes.items() if numel(shape)}

@@ -1,0 +1,102 @@
+"""Opening DeepSpeed's files, and refusing those that do not belong together."""
+
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lag_megatron.checkpoint import pickles
+from lag_megatron.checkpoint.layout import Container, Segment
+from lag_megatron.errors import CheckpointError
+
+FOREIGN = "not written by DeepSpeed, or by a version that is not understood here."
+
+
+def load_states(file: Path) -> Any:
+    """The objects of a model or optimizer file, tensors mapped from disk.
+
+    Their pickle is compared with its checksum before: torch does not, and a flipped bit there makes
+    other objects.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged or none of DeepSpeed's.
+    """
+    if file.is_file():
+        _require_sound_pickle(file)
+    states = pickles.load(file)
+    if not isinstance(states, dict) or "ds_version" not in states:
+        raise CheckpointError(f"{file}: {FOREIGN}")
+    return states
+
+
+def _require_sound_pickle(file: Path) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for record in archive.infolist():
+                if record.filename.endswith("/data.pkl") and record.CRC:  # 0: none was written
+                    archive.read(record)
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError,
+            ValueError) as e:  # fmt: skip
+        raise CheckpointError(
+            f"{file}: damaged or cut short ({file.stat().st_size} bytes): {e}. "
+            "Restore it from a copy, or use another tag."
+        ) from None
+
+
+def refuse_bf16_optimizer(file: Path, states: Any) -> None:
+    """Refuse a shard of DeepSpeed's BF16_Optimizer, whose masters are padded.
+
+    Raises:
+        CheckpointError: if it is one.
+    """
+    optimizer = states.get("optimizer_state_dict") or {}
+    if "single_partition_of_fp32_groups" in optimizer and "zero_stage" not in optimizer:
+        raise CheckpointError(
+            f"{file}: written by DeepSpeed's BF16_Optimizer, whose layout is not understood here. "
+            "Resume it without data_types.grad_accum_dtype: fp32, save, and use that."
+        )
+
+
+def require_same_list(file: Path, states: Any, first: Any) -> None:
+    """Refuse a model file that lists other parameters, or in another order, than the first one.
+
+    Raises:
+        CheckpointError: if it does.
+    """
+    if states.get("param_shapes") != first.get("param_shapes"):
+        raise CheckpointError(
+            f"{file}: its param_shapes list other parameters, or in another order, than the first "
+            "model file's: files of different checkpoints are mixed, or one is damaged. "
+            "Restore the right one, or use another tag."
+        )
+
+
+def require_same_places(
+    file: Path, states: Any, held: Mapping[Container, Sequence[tuple[str, Segment]]]
+) -> None:
+    """Refuse an optimizer file that says itself that its buffers hold something else.
+
+    ZeRO 1 and 2 write down which part of which parameter lies where.  DeepSpeed's loader does not
+    look at that, so it takes shards that were swapped.  ZeRO-3's files say nothing of the kind.
+
+    Raises:
+        CheckpointError: naming the first parameter that lies elsewhere.
+    """
+    listed = states["optimizer_state_dict"].get("param_slice_mappings") or ()
+    for places, parts in zip(listed, held.values(), strict=False):
+        found = {name: (place.numel, place.start) for name, place in places.items()}
+        expected = {name: (part.length, part.offset) for name, part in parts if part.length}
+        for name in [*expected, *found]:
+            if found.get(name) != expected.get(name):
+                raise CheckpointError(
+                    f"{file}: it is not this rank's shard: for {name} it names "
+                    f"{_place(found.get(name))}, but the order of parameters in the model file "
+                    f"gives {_place(expected.get(name))}. Files are swapped or of different "
+                    "checkpoints. Restore the right one, or use another tag."
+                )
+
+
+def _place(place: tuple[int, int] | None) -> str:
+    return "no element" if place is None else f"{place[0]} elements from {place[1]} on"

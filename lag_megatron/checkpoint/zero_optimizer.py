@@ -1,0 +1,145 @@
+"""The optimizer's objects in DeepSpeed's forms, with room where masters and moments will go.
+
+Hyper-parameters and counters come from a template checkpoint of any ZeRO stage.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lag_megatron.checkpoint import pickles
+from lag_megatron.checkpoint.boxes import Shape
+from lag_megatron.checkpoint.draft import Draft, Room, deepspeed_config
+from lag_megatron.checkpoint.layout import Region, Segment, State
+
+_MOMENTS: tuple[State, ...] = ("exp_avg", "exp_avg_sq")
+
+
+def optimizer_objects(draft: Draft, *, data_rank: int, room: Room) -> dict[str, Any]:
+    """The objects of a rank's optimizer file (ZeRO 1 to 3)."""
+    template, topology = draft.template, draft.topology
+    old: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
+    if template.topology.zero_stage:
+        old = template.optimizer_states(0, 0)
+        if _keeps_form(draft):
+            optimizer = dict(old["optimizer_state_dict"])
+    optimizer |= {
+        "loss_scaler": draft.loss_scale.as_object(),
+        "dynamic_loss_scale": draft.loss_scale.dynamic,
+        "overflow": False,
+    }
+    build = _by_subgroup if topology.zero_stage == 3 else _by_group
+    optimizer |= build(draft, data_rank, room)
+    version = draft.template.header["ds_version"]
+    return {"ds_version": version, **old, "ds_config": deepspeed_config(draft),
+            "optimizer_state_dict": optimizer}  # fmt: skip
+
+
+def unpartitioned_optimizer(draft: Draft, room: Room) -> dict[str, Any]:
+    """The optimizer's state as a ZeRO-0 model file keeps it: by number of the parameter."""
+    layout, numbers = draft.layout, iter(range(len(draft.layout.shapes)))
+    segments = list(layout.segments.items())
+    groups: list[dict[str, Any]] = []
+    masters: list[list[Tensor]] = []
+    state: dict[int, Any] = {}
+    for number, group in enumerate(layout.groups):
+        members = [next(numbers) for _ in group]
+        groups.append({**draft.groups[number].settings, "params": members})
+        masters.append([])
+        for key, shape in zip(members, group.values(), strict=True):
+            name, (segment,) = segments[key]
+            held = ((name, segment),)
+            state[key] = _entry(draft.groups[number].counters, held, segment.length, room, shape)
+            if draft.topology.precision != "fp32":
+                masters[-1].append(room(Region("fp32", held, segment.length), shape))
+    grown = {"state": state, "param_groups": groups}
+    if draft.topology.precision == "fp32":
+        return grown
+    return {
+        **draft.loss_scale.as_entries(),
+        "optimizer_state_dict": grown,
+        "fp32_groups": masters,
+    }
+
+
+def _keeps_form(draft: Draft) -> bool:
+    """Whether the template's optimizer is of the same class: ZeRO 1 and 2 share one."""
+    forms = {draft.template.topology.zero_stage == 3, draft.topology.zero_stage == 3}
+    return len(forms) == 1
+
+
+def _entry(
+    counters: Mapping[str, Any],
+    held: Sequence[tuple[str, Segment]],
+    length: int,
+    room: Room,
+    shape: Shape | None = None,
+) -> dict[str, Any]:
+    # Cloned: entries that shared one step counter would each advance it for all.
+    kept = {k: v.clone() if isinstance(v, Tensor) else v for k, v in counters.items()}
+    return kept | {m: room(Region(m, tuple(held), length), shape) for m in _MOMENTS}
+
+
+def _by_group(draft: Draft, data_rank: int, room: Room) -> dict[str, Any]:
+    """ZeRO 1 and 2: one buffer for each parameter group."""
+    topology, layout = draft.topology, draft.layout
+    held = layout.held(data_rank)
+    state: dict[int, Any] = {}
+    masters: list[Tensor] = []
+    paddings: list[int] = []
+    slices: list[OrderedDict[str, Any]] = []
+    for (container, parts), group in zip(held.items(), draft.groups, strict=True):
+        length, filled = layout.lengths[container], layout.filled[container]
+        state[container.key] = _entry(group.counters, parts, length, room)
+        masters.append(room(Region("fp32", parts, filled)))
+        paddings.append(length - filled)
+        slices.append(
+            OrderedDict((n, pickles.FragmentAddress(s.length, s.offset)) for n, s in parts)
+        )
+    groups = [{**group.settings, "params": [key]} for key, group in enumerate(draft.groups)]
+    return {
+        "base_optimizer_state": {"state": state, "param_groups": groups},
+        "single_partition_of_fp32_groups": masters,
+        "zero_stage": pickles.ZeroStage(topology.zero_stage),
+        "clip_grad": _clip(draft),
+        "group_paddings": paddings,
+        "param_alignment_paddings": [[0] * len(group) for group in layout.groups],
+        "partition_count": [topology.data_size] * len(layout.groups),
+        "ds_version": draft.template.header["ds_version"],
+        "param_slice_mappings": slices,
+    }
+
+
+def _by_subgroup(draft: Draft, data_rank: int, room: Room) -> dict[str, Any]:
+    """ZeRO-3: buffers filled with parts of parameters up to a size."""
+    layout = draft.layout
+    group_of = [group for group, _ in layout.subgroups]
+    state: dict[int, Any] = {}
+    masters: list[Tensor] = []
+    for container, parts in layout.held(data_rank).items():
+        length = layout.lengths[container]
+        state[container.key] = _entry(
+            draft.groups[group_of[container.key]].counters, parts, length, room
+        )
+        masters.append(room(Region("fp32", parts, length)))
+    groups = [
+        {**group.settings, "params": [key for key, g in enumerate(group_of) if g == number]}
+        for number, group in enumerate(draft.groups)
+    ]
+    return {
+        "zero_stage": pickles.ZeroStage.weights,
+        "optimizer_state_dict": {"state": state, "param_groups": groups},
+        "fp32_flat_groups": masters,
+        "partition_count": draft.topology.data_size,
+    }
+
+
+def _clip(draft: Draft) -> float:
+    """The bound of the gradient norm, which ZeRO 1 and 2 take from their checkpoint."""
+    template = draft.template
+    if template.topology.zero_stage in (1, 2):
+        return template.optimizer_states(0, 0)["optimizer_state_dict"]["clip_grad"]  # type: ignore[no-any-return]
+    return float((template.header.get("ds_config") or {}).get("gradient_clipping") or 0.0)

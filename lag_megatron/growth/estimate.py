@@ -1,0 +1,84 @@
+"""What growing a checkpoint offline will take, told before it begins."""
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lag_megatron.checkpoint.boxes import numel
+from lag_megatron.checkpoint.draft import DTYPES
+from lag_megatron.checkpoint.layout import STATES
+from lag_megatron.checkpoint.stream import PIECE_BYTES
+from lag_megatron.growth.fresh import Normal
+from lag_megatron.growth.growth_map import Copy
+from lag_megatron.growth.materialize import Growth
+
+_BYTES = 4
+_TRIAL_BYTES = 1 << 26
+# What drawing takes beside the buffer: a few arrays of doubles for 2**18 elements.
+_DRAWING_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes and seconds.
+
+    Attributes:
+        read: bytes of the source that are needed, each counted once.
+        write: bytes of tensors of the target.
+        memory: anonymous memory of all workers above that of the idle program, in bytes.
+        seconds: at the rate at which this disk took a trial file; None if it was not tried.
+    """
+
+    read: int
+    write: int
+    memory: int
+    seconds: float | None
+
+
+def estimate(growth: Growth, *, workers: int, folder: Path | None = None) -> Estimate:
+    """What this growth will take.
+
+    Args:
+        growth: what is to be done.
+        workers: threads that write.
+        folder: where the target will be; a trial file without a name is written on its disk.
+    """
+    shapes = {**growth.source.layout.shapes, **growth.source.frozen.shapes}
+    width = DTYPES[growth.source.topology.precision].itemsize
+    used = {
+        (state, origin.parameter)
+        for name, blocks in growth.growth_map.blocks.items()
+        for block in blocks
+        for state, origin in block.sources.items()
+        if isinstance(origin, Copy) and (state == STATES[0] or name not in growth.frozen.shapes)
+    }
+    read = sum(
+        numel(shapes[name]) * (width if name in growth.source.frozen.shapes else _BYTES)
+        for _, name in used
+    ) * growth.source.topology.tensor_size  # fmt: skip
+    draws = any(
+        isinstance(origin, Normal)
+        for blocks in growth.growth_map.blocks.values()
+        for block in blocks
+        for origin in block.sources.values()
+    )
+    memory = workers * (PIECE_BYTES + (_DRAWING_BYTES if draws else 0))
+    write = growth.bytes_to_write
+    seconds = None if folder is None else write / _write_rate(folder)
+    return Estimate(read, write, memory, seconds)
+
+
+def _write_rate(folder: Path) -> float:
+    """Bytes a second at which the disk of a folder, or of its nearest parent, takes a file."""
+    while not folder.is_dir():
+        folder = folder.parent
+    data = os.urandom(PIECE_BYTES)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        started = time.perf_counter()
+        for _ in range(_TRIAL_BYTES // PIECE_BYTES):
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        return _TRIAL_BYTES / (time.perf_counter() - started)

@@ -1,0 +1,132 @@
+"""Making the values of any run of elements of a grown training state.
+
+This is the one path that every sink shares: shards on disk, and the tensors of a live engine.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lag_megatron.checkpoint.boxes import Shape
+from lag_megatron.checkpoint.layout import Container, Layout, Region, State, Topology
+from lag_megatron.checkpoint.paging import read_ahead
+from lag_megatron.growth.fresh import fill
+from lag_megatron.growth.growth_map import GrowthMap
+from lag_megatron.growth.transfer import Draw, Move, Place, Side, plan_rank
+
+
+class Source(Protocol):
+    """A training state that can be read: a checkpoint, or what a live engine holds of one."""
+
+    @property
+    def topology(self) -> Topology:
+        """How it is spread."""
+
+    @property
+    def layout(self) -> Layout:
+        """Where the trained parameters lie."""
+
+    @property
+    def frozen(self) -> Layout:
+        """Where the others lie."""
+
+    def buffer(self, tensor_rank: int, container: Container, state: State) -> Tensor:
+        """A flat buffer of optimizer state."""
+
+    def frozen_buffer(self, tensor_rank: int, container: Container) -> Tensor:
+        """The flat values of a parameter that is not trained."""
+
+
+class Filler:
+    """Fills regions of one target tensor rank from a source, by a growth map.
+
+    Args:
+        growth: what each new element is made of.
+        source: where old ones are read.
+        topology: of the target.
+        layouts: of the target's trained and frozen parameters; only their shapes matter.
+        shapes: whole shapes of all old parameters.
+        gated: whether fc1 holds a gate and an up half.
+        tensor_rank: of the target.
+    """
+
+    def __init__(
+        self,
+        growth: GrowthMap,
+        source: Source,
+        topology: Topology,
+        layouts: tuple[Layout, Layout],
+        *,
+        shapes: Mapping[str, Shape],
+        gated: bool,
+        tensor_rank: int,
+    ) -> None:
+        self._growth, self._source, self._tensor_rank = growth, source, tensor_rank
+        grown = {n: s for group in (*growth.groups, growth.frozen) for n, s in group.items()}
+        old = (source.layout, source.frozen)
+        self._sides = {
+            trained: (
+                Side(there, source.topology, shapes, gated),
+                Side(here, topology, grown, gated),
+            )
+            for trained, there, here in zip((True, False), old, layouts, strict=True)
+        }
+        self._buffers: dict[tuple[bool, int, Container, State], Tensor] = {}
+
+    def sides(self, *, trained: bool) -> tuple[Side, Side]:
+        """Source and target, as plans see them, of trained or of frozen parameters."""
+        return self._sides[trained]
+
+    def expect(self, region: Region) -> None:
+        """Begin to read from disk what the region needs."""
+        for step in self._plan(region):
+            if isinstance(step, Move):
+                buffer = self._read(region, step.tensor_rank, step.source.container)
+                strides = step.source.strides
+                last = sum((n - 1) * s for n, s in zip(step.shape, strides, strict=True))
+                read_ahead(buffer, step.source.offset, last + 1)
+
+    def __call__(self, region: Region, buffer: Tensor) -> None:
+        """Write the region's values; ``buffer`` is flat and of its length, in any precision."""
+        if sum(segment.length for _, segment in region.segments) < region.length:
+            buffer.zero_()
+        for step in self._plan(region):
+            view = _view(buffer, step.target, step.shape)
+            if isinstance(step, Move):
+                there = self._read(region, step.tensor_rank, step.source.container)
+                _copy(view, _view(there, step.source, step.shape), step.scale)
+            else:
+                fill(view, step.fresh, shape=step.whole, box=step.box)
+
+    def _plan(self, region: Region) -> list[Move | Draw]:
+        return plan_rank(
+            self._growth,
+            *self.sides(trained=region.trained),
+            region.state,
+            segments=region.segments,
+            tensor_rank=self._tensor_rank,
+        )
+
+    def _read(self, region: Region, tensor_rank: int, container: Container) -> Tensor:
+        key = (region.trained, tensor_rank, container, region.state)
+        if key not in self._buffers:
+            self._buffers[key] = (
+                self._source.buffer(tensor_rank, container, region.state)
+                if region.trained
+                else self._source.frozen_buffer(tensor_rank, container)
+            )
+        return self._buffers[key]
+
+
+def _view(buffer: Tensor, place: Place, shape: Shape) -> Tensor:
+    return buffer.as_strided(shape, place.strides, buffer.storage_offset() + place.offset)
+
+
+def _copy(target: Tensor, source: Tensor, scale: float) -> None:
+    if scale == 1.0:
+        target.copy_(source)
+    else:
+        # Rounded once, whatever the target's precision: as a scaled master would be.
+        target.copy_(torch.mul(source, scale))

@@ -1,0 +1,212 @@
+"""The training state inside a running DeepSpeed engine, by the same containers as on disk.
+
+It can be overwritten in place, through the path that writes shards, and read to be written out.
+Nothing is allocated and no address changes, so process groups, buffers and captured graphs stay.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lag_megatron.checkpoint.compare import require_same_parameters
+from lag_megatron.checkpoint.layout import (
+    STATES,
+    Container,
+    GroupState,
+    Layout,
+    Rank,
+    Region,
+    State,
+    Topology,
+)
+from lag_megatron.checkpoint.loss_scale import LossScale
+from lag_megatron.checkpoint.zero_write import write_rank
+from lag_megatron.errors import PlanError
+from lag_megatron.growth.materialize import Growth
+
+# What DeepSpeed counts, under the same names in its engine and in its checkpoints.
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
+
+class LiveState:
+    """One rank's part of the state.
+
+    Args:
+        engine: DeepSpeed's.
+        layout: where the trained parameters lie under ``topology``.
+        topology: of the engine.
+        place: of this rank.
+    """
+
+    def __init__(self, engine: Any, layout: Layout, topology: Topology, place: Rank) -> None:
+        self._engine, self._layout, self._topology = engine, layout, topology
+        self._place = place
+
+    def require(self, growth: Growth) -> None:
+        """Refuse a growth that ends at another model or topology, before anything is touched.
+
+        Raises:
+            PlanError: if it ends at another topology.
+            CheckpointError: if it ends at other parameters, naming them, or is damaged.
+        """
+        if growth.topology != self._topology:
+            raise PlanError(
+                f"the growth ends at {growth.topology}, but this engine has {self._topology}."
+            )
+        require_same_parameters(growth.source.path, growth.layout.groups, self._layout.groups)
+
+    def become(self, growth: Growth) -> None:
+        """Take over masters, moments and counters, then the weights that follow the masters.
+
+        Replicas call this together: they exchange their parts of the weights.
+        """
+        source, optimizer = growth.source, self._engine.optimizer
+        groups = source.group_states
+        for number, master in self._numbered_masters():
+            self._moments(master)["step"].fill_(groups[number].counters["step"])
+        fill = growth.filler(tensor_rank=self._place["tensor_rank"])
+        for region, tensor in self._regions():
+            fill(region, tensor)
+        self._refresh_weights()
+        scale = source.loss_scale(self._topology.precision)
+        if self._topology.zero_stage:
+            vars(optimizer.loss_scaler).update(vars(scale.as_object()))
+        elif self._topology.precision != "fp32":
+            vars(optimizer.loss_scale_config).update(scale.as_entries())
+        for counter in _COUNTERS:
+            setattr(self._engine, counter, source.header[counter])
+
+    def write(
+        self, folder: Path, growth: Growth, *, client_state: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Write this rank's files of a state that began as ``growth``; no collective call.
+
+        Returns:
+            their manifest entries; commit is the caller's.
+        """
+        entries = {counter: getattr(self._engine, counter) for counter in _COUNTERS}
+        draft = replace(
+            growth.draft,
+            entries={**entries, "lag": {**growth.client_state, **client_state}},
+            groups=self._group_states(),
+            loss_scale=self._loss_scale(),
+        )
+        return write_rank(folder, draft, self, **self._place)
+
+    def expect(self, region: Region) -> None:
+        """Nothing has to be read: the state is in memory."""
+
+    def __call__(self, region: Region, buffer: Tensor) -> None:
+        """Read a region of this rank's part, for a file of this rank."""
+        if sum(segment.length for _, segment in region.segments) < region.length:
+            buffer.zero_()
+        for name, segment in region.segments:
+            there, start = self._find(name, region, segment.container, segment.start)
+            part = there[start : start + segment.length]
+            buffer[segment.offset : segment.offset + segment.length].copy_(part)
+
+    def _group_states(self) -> list[GroupState]:
+        """What the optimizer keeps for each parameter group."""
+        first: dict[int, Tensor] = {}
+        for number, master in self._numbered_masters():
+            first.setdefault(number, master)
+        return [
+            GroupState(
+                {key: value for key, value in group.items() if key != "params"},
+                {"step": self._moments(first[number])["step"].detach().cpu().clone()},
+            )
+            for number, group in enumerate(self._inner.param_groups)
+        ]
+
+    def _loss_scale(self) -> LossScale:
+        """What gradients are multiplied by."""
+        optimizer = self._engine.optimizer
+        if self._topology.zero_stage:
+            return LossScale.of_object(optimizer.loss_scaler)
+        if self._topology.precision == "fp32":
+            return LossScale()
+        return LossScale.of_entries(vars(optimizer.loss_scale_config))
+
+    def _find(
+        self, name: str, region: Region, container: Container, start: int
+    ) -> tuple[Tensor, int]:
+        """The live buffer with element ``start`` of a parameter, and where it stands there."""
+        if region.forward:
+            return self._weights[name].detach().view(-1), start
+        for segment in self._layout.segments[name]:
+            if segment.container == container:
+                buffer = self._buffer(self._masters[container.key], region.state)
+                return buffer, segment.offset + start - segment.start
+        raise LookupError(f"{name} has no part in buffer {container.key}")
+
+    def _regions(self) -> Iterator[tuple[Region, Tensor]]:
+        data_rank = self._place["data_rank"] if self._topology.zero_stage else 0
+        for container, held in self._layout.held(data_rank).items():
+            for state in STATES:
+                tensor = self._buffer(self._masters[container.key], state)
+                yield Region(state, held, self._layout.lengths[container]), tensor
+
+    def _numbered_masters(self) -> Iterator[tuple[int, Tensor]]:
+        """Each buffer of masters with the number of its parameter group."""
+        stage, layout = self._topology.zero_stage, self._layout
+        if stage == 0:
+            group_of = [number for number, group in enumerate(layout.groups) for _ in group]
+        elif stage == 3:
+            group_of = [number for number, _ in layout.subgroups]
+        else:
+            group_of = list(range(len(layout.groups)))
+        yield from zip(group_of, self._masters, strict=True)
+
+    def _buffer(self, master: Tensor, state: State) -> Tensor:
+        tensor = master if state == "fp32" else self._moments(master)[state]
+        return tensor.detach().view(-1)
+
+    def _moments(self, master: Tensor) -> dict[str, Tensor]:
+        """A buffer's optimizer state; torch makes it at the first step, which may not have been."""
+        state: dict[str, Tensor] = self._inner.state[master]
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = torch.zeros_like(master, memory_format=torch.preserve_format)
+        return state
+
+    @property
+    def _inner(self) -> Any:
+        """The torch optimizer."""
+        optimizer = self._engine.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
+
+    @property
+    def _weights(self) -> dict[str, Tensor]:
+        return dict(self._engine.module.named_parameters())
+
+    @property
+    def _masters(self) -> list[Tensor]:
+        optimizer = self._engine.optimizer
+        if self._topology.zero_stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        if self._topology.zero_stage in (1, 2):
+            return list(optimizer.single_partition_of_fp32_groups)
+        if self._topology.precision == "fp32":
+            return [p for group in optimizer.param_groups for p in group["params"]]
+        return [p for group in optimizer.fp32_groups for p in group]
+
+    def _refresh_weights(self) -> None:
+        """Bring the forward weights up to the masters, as DeepSpeed does after its own step."""
+        optimizer = self._engine.optimizer
+        if self._topology.zero_stage == 3:
+            for number in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(number)
+            if kept_whole := optimizer.persistent_parameters:
+                kept_whole[0].partition(kept_whole)
+                kept_whole[0].all_gather(kept_whole)
+        elif self._topology.zero_stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self._topology.precision != "fp32":
+            for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                for weight, master in zip(weights, masters, strict=True):
+                    weight.data.copy_(master.data)

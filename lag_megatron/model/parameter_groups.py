@@ -1,0 +1,33 @@
+"""Which parameters decay, and the optimizer that is told so."""
+
+from typing import Any
+
+import torch
+
+from lag_megatron.config import OptimizerConfig
+
+
+def decay_split(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
+    """Matrices, which decay, and vectors (biases and norms), which do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
+    others = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    return decayed, others
+
+
+def adamw(
+    model: torch.nn.Module, options: OptimizerConfig, *, fused: bool
+) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices alone; its learning rate is 0 until a step sets it."""
+    decayed, others = decay_split(model)
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=0.0,
+        betas=options.betas,
+        eps=options.eps,
+        fused=fused or None,
+    )

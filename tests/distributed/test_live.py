@@ -1,0 +1,114 @@
+"""A live engine overwritten in place equals one that loads the grown checkpoint, bit for bit."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import PICO_VOCABULARY, pico_config, random_batches, run_ranks, train_and_save
+from full_state import tree_differences
+
+from lag_megatron.growth.plan import GrowthPlan
+
+PLANS = {
+    "duplicate": GrowthPlan(
+        operator="lag",
+        options={"index": 0, "block_size": 1, "init": "duplicate"},
+        source_layers=2,
+        target_layers=4,
+    ),
+    "random": GrowthPlan(
+        operator="lag",
+        options={"index": 0, "block_size": 2, "init": "random"},
+        source_layers=2,
+        target_layers=4,
+    ),
+    "scaled": GrowthPlan(operator="last", options={"scale": 0.3}, source_layers=2, target_layers=4),
+}
+
+
+def config_of(stage, precision, tensor, layers=2):
+    config = pico_config(zero_stage=stage, precision=precision, tensor=tensor, num_layers=layers)
+    parallel = dataclasses.replace(config.parallel, global_batch=12)
+    return dataclasses.replace(config, parallel=parallel)
+
+
+def probe(engine, config, world, first=3, count=2):
+    return [
+        engine.train_step(random_batches(config, world, step), step=step, lr=1e-2, stop_asked=False)
+        for step in range(first, first + count)
+    ]
+
+
+def switch(config, base, folder):
+    """On each rank: what differs between a candidate from disk and one grown in place."""
+    from lag_megatron.checkpoint.zero import ZeroCheckpoint
+    from lag_megatron.engine import Engine
+    from lag_megatron.growth.materialize import Growth
+    from lag_megatron.growth.offline import grow_checkpoint
+    from lag_megatron.parallel import start_world, stop_world
+
+    world = start_world(tensor=config.parallel.tensor)
+    engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)
+    losses = {}
+    for name, plan in PLANS.items():
+        growth = Growth(ZeroCheckpoint.open(base), plan, engine.topology)
+        if world.is_coordinator:
+            grow_checkpoint(base, folder / name, plan, topology=engine.topology)
+        world.barrier()
+        engine.load(folder / name)
+        engine.save(folder, f"{name}-loaded", client_state={})
+        loaded = probe(engine, config, world)
+        engine.grow_from(growth)  # over a state that has moved on
+        engine.save(folder, f"{name}-grown", client_state={})
+        grown = probe(engine, config, world)
+        engine.save(folder, f"{name}-saved", client_state={})
+        written = folder / f"{name}-written"
+        written.mkdir(exist_ok=True)
+        world.barrier()
+        files = engine.live.write(written, growth, client_state={})
+        assert all((written / file).stat().st_size == e["size"] for file, e in files.items())
+        losses[name] = ([r.loss for r in loaded], [r.loss for r in grown])
+        world.barrier()
+        engine.load(written)
+        assert probe(engine, config, world, 5, 1)[0].loss > 0
+    stop_world()
+    return losses
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A checkpoint of another number of ranks than the engine has."""
+    folder = tmp_path_factory.mktemp("base")
+    run_ranks(train_and_save, 3, config_of(1, "fp32", 1), folder)
+    return folder / "step3"
+
+
+CASES = [
+    *((stage, "fp32", 1) for stage in range(4)),
+    *((stage, "bf16", 1) for stage in (0, 2, 3)),
+    *((stage, "fp32", 2) for stage in (0, 1)),
+]
+
+
+@pytest.mark.parametrize(("stage", "precision", "tensor"), CASES)
+def test_in_place_equals_disk(stage, precision, tensor, base, tmp_path):
+    config = config_of(stage, precision, tensor, layers=4)
+    results = run_ranks(switch, 2, config, base, tmp_path)
+    for losses in results:
+        for name, (loaded, grown) in losses.items():
+            assert loaded == grown, name
+    assert len({tuple(pair[1]) for pair in results[0].values()}) == len(PLANS)
+    for name in PLANS:
+        assert same_files(tmp_path / f"{name}-loaded", tmp_path / f"{name}-grown") > 0
+        assert same_files(tmp_path / f"{name}-saved", tmp_path / f"{name}-written") > 0
+
+
+def same_files(one, other):
+    """How many files of two tag folders hold the same objects; it has to be all of them."""
+    names = sorted(path.name for path in one.glob("*.pt"))
+    assert names == sorted(path.name for path in other.glob("*.pt"))
+    for name in names:
+        pair = [torch.load(folder / name, weights_only=False) for folder in (one, other)]
+        found = [d for d in tree_differences(*pair) if not d.startswith(("/lag/", "/ds_config"))]
+        assert found == [], (one.name, other.name, name)
+    return len(names)

@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Growth on shards: its rate, memory and reading, and what a switch in a live engine costs.
+
+python tools/bench/growth.py [--json FILE] [--scratch FOLDER] [--workers N]
+
+Everything stands beside what it is compared with, in one run; medians of five rounds after one to
+warm up, checksums included.  Needs 8 GiB of disk and about five minutes.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import synthetic
+import torch
+from figures import write_figures
+from live_switch import switch_figures
+from offline_growth import against_gathering, copy_ratio, read_ratio, worker_memory
+
+from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.growth.materialize import retarget
+from lag_megatron.parallel import World, start_world, stop_world
+
+# Layers of 512 hidden units for each size of state, in GiB.
+SIZES = {"0.5": 12, "1": 24, "2": 48}
+RANKS = 4
+HIDDEN, VOCABULARY = 512, 1024
+BOUNDS = {
+    "copy_ratio": ">= 0.7",
+    "worker_anon_mb": "<= 64",
+    "read_ratio": "<= 1.05",
+    "gather_speedup": ">= 5",
+    "gather_memory_ratio": f">= {RANKS}",
+    "switch_step_ratio": "<= 0.10",
+    "switch_reload_speedup": ">= 15",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="on the disk to be measured")
+    parser.add_argument("--workers", type=int, default=2, metavar="N")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    world = start_world(tensor=1)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        figures = _offline(world, Path(folder), options.workers)
+        figures |= switch_figures(world, Path(folder))
+    stop_world()
+    for name, value in figures.items():
+        print(f"{name:<28} {value:10.3f}   {BOUNDS.get(name, '')}")
+    if options.json:
+        write_figures(options.json, figures)
+    return 0
+
+
+def _offline(world: World, scratch: Path, workers: int) -> dict[str, float]:
+    seed = synthetic.seed_checkpoint(world, scratch / "seed", hidden=HIDDEN, vocabulary=VOCABULARY)
+    topology = retarget(ZeroCheckpoint.open(seed).topology, world_size=RANKS, precision="bf16")
+    figures: dict[str, float] = {}
+    for size, layers in SIZES.items():
+        folder = scratch / size
+        source = synthetic.stack(seed, folder, layers=layers, topology=topology)
+        plan = synthetic.a_third_more(layers)
+        found = copy_ratio(source, plan, folder, workers=workers)
+        found["worker_anon_mb"] = worker_memory(source, plan, folder)
+        found["read_ratio"] = read_ratio(source, plan, folder)
+        if size == "1":
+            figures |= against_gathering(source, plan, folder, workers=workers)
+        figures |= {f"{name}_{size}gib": value for name, value in found.items()}
+    figures["copy_ratio"] = min(figures[f"copy_ratio_{size}gib"] for size in SIZES)
+    for name in ("worker_anon_mb", "read_ratio"):
+        figures[name] = max(figures[f"{name}_{size}gib"] for size in SIZES)
+    return figures
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
