@@ -189,7 +189,7 @@ class Engine:
         kept = self.world.from_each(lambda: self._require_fit(checkpoint))
         if not all(kept):
             growth = resharding(ZeroCheckpoint.open(checkpoint), self.topology)
-            self.live.become(growth)
+            self.grow_from(growth)
             return growth.client_state
         path, client_state = self._engine.load_checkpoint(
             str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False
@@ -207,8 +207,10 @@ class Engine:
             CheckpointError: if the source is damaged, or grows into another model than this.
             PlanError: if the growth ends at another topology.
         """
-        self.world.from_each(lambda: self.live.require(growth))
-        self.live.become(growth)
+        live = self.live
+        self.world.from_each(lambda: live.require(growth))
+        self.world.from_each(lambda: live.overwrite(growth))
+        live.refresh()
 
     def parameter_groups(self) -> list[dict[str, tuple[int, ...]]]:
         """Names and this rank's shapes of the optimizer's parameters, by group, in flat order."""

@@ -1,7 +1,7 @@
 """The training state inside a running DeepSpeed engine, by the same containers as on disk.
 
-It can be overwritten in place, through the path that writes shards, and read to be written out.
-Nothing is allocated and no address changes, so process groups, buffers and captured graphs stay.
+It can be overwritten in place, through the path that writes shards, and read to be written out.  No
+address changes, so process groups, buffers and captured graphs stay.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,17 +19,19 @@ from lag_megatron.checkpoint.layout import (
     GroupState,
     Layout,
     Rank,
-    Region,
     State,
     Topology,
 )
 from lag_megatron.checkpoint.loss_scale import LossScale
+from lag_megatron.checkpoint.regions import Region
 from lag_megatron.checkpoint.zero_write import write_rank
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.materialize import Growth
 
 # What DeepSpeed counts, under the same names in its engine and in its checkpoints.
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+# The hyper-parameters that DeepSpeed's loader takes from a checkpoint.
+_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 
 
 class LiveState:
@@ -58,20 +60,31 @@ class LiveState:
                 f"the growth ends at {growth.topology}, but this engine has {self._topology}."
             )
         require_same_parameters(growth.source.path, growth.layout.groups, self._layout.groups)
+        expected = [self._layout.lengths[c] for c in self._layout.held(self._data_rank)]
+        found = [master.numel() for master in self._masters]
+        if found != expected or not all(master.is_contiguous() for master in self._masters):
+            raise PlanError(
+                f"DeepSpeed's buffers have {found} elements, expected {expected}: this version of "
+                "DeepSpeed cuts them in a way that is not understood here."
+            )
 
-    def become(self, growth: Growth) -> None:
-        """Take over masters, moments and counters, then the weights that follow the masters.
+    def overwrite(self, growth: Growth) -> None:
+        """Take over masters, moments, counters and hyper-parameters; no collective call.
 
-        Replicas call this together: they exchange their parts of the weights.
+        What fails here has spoilt the state: load one before going on.
+
+        Raises:
+            CheckpointError: if a file of the source turns out to be damaged.
         """
         source, optimizer = growth.source, self._engine.optimizer
         groups = source.group_states
         for number, master in self._numbered_masters():
             self._moments(master)["step"].fill_(groups[number].counters["step"])
+        for group, taken in zip(self._inner.param_groups, groups, strict=True):
+            group.update({k: taken.settings[k] for k in _SETTINGS if k in taken.settings})
         fill = growth.filler(tensor_rank=self._place["tensor_rank"])
         for region, tensor in self._regions():
             fill(region, tensor)
-        self._refresh_weights()
         scale = source.loss_scale(self._topology.precision)
         if self._topology.zero_stage:
             vars(optimizer.loss_scaler).update(vars(scale.as_object()))
@@ -79,6 +92,22 @@ class LiveState:
             vars(optimizer.loss_scale_config).update(scale.as_entries())
         for counter in _COUNTERS:
             setattr(self._engine, counter, source.header[counter])
+
+    def refresh(self) -> None:
+        """Bring the forward weights up to the masters, together with all replicas."""
+        optimizer = self._engine.optimizer
+        if self._topology.zero_stage == 3:
+            optimizer._partition_all_parameters()
+            for number in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(number)
+            if kept_whole := optimizer.persistent_parameters:
+                kept_whole[0].all_gather(kept_whole)
+        elif self._topology.zero_stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self._topology.precision != "fp32":
+            for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                for weight, master in zip(weights, masters, strict=True):
+                    weight.data.copy_(master.data)
 
     def write(
         self, folder: Path, growth: Growth, *, client_state: Mapping[str, Any]
@@ -137,18 +166,20 @@ class LiveState:
         """The live buffer with element ``start`` of a parameter, and where it stands there."""
         if region.forward:
             return self._weights[name].detach().view(-1), start
-        for segment in self._layout.segments[name]:
-            if segment.container == container:
-                buffer = self._buffer(self._masters[container.key], region.state)
-                return buffer, segment.offset + start - segment.start
-        raise LookupError(f"{name} has no part in buffer {container.key}")
+        (segment,) = self._layout.overlapping(name, start, 1)
+        buffer = self._buffer(self._masters[container.key], region.state)
+        return buffer, segment.offset + start - segment.start
 
     def _regions(self) -> Iterator[tuple[Region, Tensor]]:
-        data_rank = self._place["data_rank"] if self._topology.zero_stage else 0
-        for container, held in self._layout.held(data_rank).items():
+        for container, held in self._layout.held(self._data_rank).items():
             for state in STATES:
                 tensor = self._buffer(self._masters[container.key], state)
                 yield Region(state, held, self._layout.lengths[container]), tensor
+
+    @property
+    def _data_rank(self) -> int:
+        """Whose buffers of the layout these are; without ZeRO every replica has all."""
+        return self._place["data_rank"] if self._topology.zero_stage else 0
 
     def _numbered_masters(self) -> Iterator[tuple[int, Tensor]]:
         """Each buffer of masters with the number of its parameter group."""
@@ -169,7 +200,12 @@ class LiveState:
         """A buffer's optimizer state; torch makes it at the first step, which may not have been."""
         state: dict[str, Tensor] = self._inner.state[master]
         if "exp_avg" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            # Fused kernels read the count where the parameters are.
+            fused = any(
+                group.get("fused") or group.get("capturable") for group in self._inner.param_groups
+            )
+            place = master.device if fused else torch.device("cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=place)
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[moment] = torch.zeros_like(master, memory_format=torch.preserve_format)
         return state
@@ -194,19 +230,3 @@ class LiveState:
         if self._topology.precision == "fp32":
             return [p for group in optimizer.param_groups for p in group["params"]]
         return [p for group in optimizer.fp32_groups for p in group]
-
-    def _refresh_weights(self) -> None:
-        """Bring the forward weights up to the masters, as DeepSpeed does after its own step."""
-        optimizer = self._engine.optimizer
-        if self._topology.zero_stage == 3:
-            for number in range(len(optimizer.fp32_partitioned_groups_flat)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(number)
-            if kept_whole := optimizer.persistent_parameters:
-                kept_whole[0].partition(kept_whole)
-                kept_whole[0].all_gather(kept_whole)
-        elif self._topology.zero_stage in (1, 2):
-            optimizer.update_lp_params()
-        elif self._topology.precision != "fp32":
-            for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-                for weight, master in zip(weights, masters, strict=True):
-                    weight.data.copy_(master.data)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from lag_megatron.checkpoint.integrity import is_verifiable
 from lag_megatron.checkpoint.layout import Topology
 from lag_megatron.checkpoint.names import layers_in
 from lag_megatron.checkpoint.zero import ZeroCheckpoint, resolve
@@ -41,6 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
         target = options.target / source.path.resolve().name
         growth = Growth(source, plan, topology)
         _announce(growth, target, options)
+        if not is_verifiable(source.path):
+            print(
+                f"{source.path}: unverified, it has no checksums for all it holds", file=sys.stderr
+            )
         if options.dry_run:
             return 0
         with tqdm(
@@ -81,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--zero-stage", type=int, choices=(0, 1, 2, 3), help="DeepSpeed's ZeRO stage")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="of the forward weights")
     add("--workers", type=int, default=DEFAULT_WORKERS, metavar="N", help="shards at a time")
-    add("--dry-run", action="store_true", help="show what would be done and write nothing")
+    add("--dry-run", action="store_true", help="show what would be done and leave nothing behind")
     return parser
 
 
@@ -96,11 +101,12 @@ def _announce(growth: Growth, target: Path, options: argparse.Namespace) -> None
         growth, workers=options.workers, folder=options.target if options.dry_run else None
     )
     print(f"to read: {takes.read / 2**20:.1f} MiB, to write: {takes.write / 2**20:.1f} MiB")
-    if takes.seconds is not None:
+    if options.dry_run:
         norm = (growth.source.client_state.get("model") or {}).get("norm_position", "pre")
         keeps = "yes" if plan.preserves_function(norm) else "no"
         print(f"memory of {options.workers} workers: {takes.memory / 2**20:.0f} MiB")
-        print(f"time at this disk's rate: {takes.seconds:.1f} s")
+        told = "unknown, it takes no file" if takes.seconds is None else f"{takes.seconds:.1f} s"
+        print(f"time at this disk's rate: {told}")
         print(f"preserves the function: {keeps}")
 
 

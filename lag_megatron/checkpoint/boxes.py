@@ -47,6 +47,11 @@ class Box:
         """Row-major position of the corner in an array of ``shape``."""
         return sum(a * s for a, s in zip(self.low, strides_of(shape), strict=True))
 
+    def span_in(self, shape: Shape) -> tuple[int, int]:
+        """Row-major position of the first element, and how many there are up to the last one."""
+        last = sum((n - 1) * s for n, s in zip(self.shape, strides_of(shape), strict=True))
+        return self.offset_in(shape), last + 1
+
 
 def whole(shape: Shape) -> Box:
     """The box that covers an array."""

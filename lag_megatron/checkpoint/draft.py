@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint.layout import GroupState, Layout, Region, Topology
+from lag_megatron.checkpoint.layout import DEFAULT_SUB_GROUP_SIZE, GroupState, Layout, Topology
 from lag_megatron.checkpoint.loss_scale import LossScale
+from lag_megatron.checkpoint.regions import Region
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,6 +63,9 @@ def deepspeed_config(draft: Draft) -> dict[str, Any]:
     """DeepSpeed's configuration with the stage and the precision of the new checkpoint."""
     config = dict(draft.template.header.get("ds_config") or {})
     zero = {**(config.get("zero_optimization") or {}), "stage": draft.topology.zero_stage}
+    size = draft.topology.sub_group_size
+    if int(zero.get("sub_group_size") or DEFAULT_SUB_GROUP_SIZE) != size:
+        zero["sub_group_size"] = size  # the layout was cut by it
     config["zero_optimization"] = zero
     for precision in ("bf16", "fp16"):
         enabled = draft.topology.precision == precision

@@ -1,10 +1,10 @@
 """Whether the content of a checkpoint's files is what was written."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.zipcheck import damaged_records
+from lag_megatron.checkpoint.zipcheck import damaged_records, has_checksums
 from lag_megatron.errors import CheckpointError
 
 
@@ -20,19 +20,31 @@ def require_sound(path: Path, names: Collection[str] | None = None) -> None:
         names: the files to look at; all of them by default.
 
     Raises:
-        CheckpointError: naming every damaged file.
+        CheckpointError: naming every damaged file, or one that cannot be read.
     """
-    if commit.is_committed(path):
-        found = list(commit.damages(path, names))
-    else:
-        listed = sorted(p.name for p in path.glob("*.pt")) if names is None else sorted(names)
-        found = [
-            f"{name}: {record}: content differs from its checksum"
-            for name in listed
-            for record in damaged_records(path / name)
-        ]
+    try:
+        found = list(_damages(path, names))
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or path}: cannot read: {error.strerror or error}. "
+            "Restore it from a copy, or use another tag."
+        ) from None
     if found:
         raise CheckpointError(
             f"{path}: damaged: {'; '.join(found[:3])}{' ...' if len(found) > 3 else ''}. "
             "Restore it from a copy, or use another tag."
         )
+
+
+def is_verifiable(path: Path) -> bool:
+    """Whether every byte of a tag directory has a checksum, so that no damage can hide."""
+    return commit.is_committed(path) or all(map(has_checksums, path.glob("*.pt")))
+
+
+def _damages(path: Path, names: Collection[str] | None) -> Iterator[str]:
+    if commit.is_committed(path):
+        yield from commit.damages(path, names)
+        return
+    for name in sorted(p.name for p in path.glob("*.pt")) if names is None else sorted(names):
+        for record in damaged_records(path / name):
+            yield f"{name}: {record}: content differs from its checksum"

@@ -5,11 +5,11 @@ the same rules that DeepSpeed cut it by.  Shapes here are those of one tensor-pa
 tensor-parallel ranks of a checkpoint share one layout.
 """
 
+import bisect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, TypedDict
-
-from torch import Tensor
+from typing import Any, Literal, TypedDict
 
 from lag_megatron.checkpoint.boxes import Shape, numel
 
@@ -73,6 +73,45 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class EvenParts(Mapping[str, tuple[Segment, ...]]):
+    """ZeRO-3's segments, computed when asked for: a list would grow with the number of ranks.
+
+    Attributes:
+        data_size: ranks that each parameter is cut into.
+        slots: by parameter: its size, and the number and offset of its part in every rank's buffer.
+    """
+
+    data_size: int
+    slots: Mapping[str, tuple[int, int, int]]
+
+    def __getitem__(self, name: str) -> tuple[Segment, ...]:
+        size = self.slots[name][0]
+        return tuple(self.overlapping(name, 0, size)) if size else ()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.slots)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def overlapping(self, name: str, start: int, length: int) -> Iterator[Segment]:
+        """The segments that hold elements ``start .. start + length``, in order."""
+        part = -(-self.slots[name][0] // self.data_size)
+        for rank in range(start // part, (start + length - 1) // part + 1):
+            if (segment := self.on_rank(name, rank)) is not None:
+                yield segment
+
+    def on_rank(self, name: str, rank: int) -> Segment | None:
+        """A rank's segment; the last ranks may have none."""
+        size, key, offset = self.slots[name]
+        part = -(-size // self.data_size)
+        start = rank * part
+        if start >= size:
+            return None
+        return Segment(start, min(part, size - start), Container(rank, key), offset)
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """Segments of every parameter, in flat order.
 
@@ -103,10 +142,27 @@ class Layout:
 
     def of_rank(self, data_rank: int) -> Iterator[tuple[str, Segment]]:
         """Every parameter's segments on one data-parallel rank."""
+        if isinstance(self.segments, EvenParts):
+            for name in self.segments:
+                if (part := self.segments.on_rank(name, data_rank)) is not None:
+                    yield name, part
+            return
         for name, segments in self.segments.items():
             for segment in segments:
                 if segment.container.data_rank == data_rank:
                     yield name, segment
+
+    def overlapping(self, name: str, start: int, length: int) -> Iterator[Segment]:
+        """The segments of a parameter that hold elements ``start .. start + length``, in order."""
+        if isinstance(self.segments, EvenParts):
+            yield from self.segments.overlapping(name, start, length)
+            return
+        parts = self.segments[name]
+        first = bisect.bisect_right(parts, start, key=lambda part: part.start) - 1
+        for part in itertools.islice(parts, max(first, 0), None):
+            if part.start >= start + length:
+                return
+            yield part
 
     def held(self, data_rank: int) -> dict[Container, tuple[tuple[str, Segment], ...]]:
         """What each buffer of a data-parallel rank holds, in the order of its elements."""
@@ -131,55 +187,6 @@ class GroupState:
 
     settings: Mapping[str, Any]
     counters: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """A run of elements to be filled: a buffer of optimizer state, a weight, or a part of one.
-
-    Attributes:
-        state: which values; those of weights are the masters', in the precision of the buffer.
-        segments: what lies there, rising; ``offset`` counts from the beginning of the region.
-            Elements between them are padding and become 0.
-        length: elements.
-        trained: whether the optimizer has these parameters; the others have weights alone.
-        forward: whether these are the weights of the forward pass, which follow the masters.
-    """
-
-    state: State
-    segments: tuple[tuple[str, Segment], ...]
-    length: int
-    trained: bool = True
-    forward: bool = False
-
-    def pieces(self, size: int) -> Iterator["Region"]:
-        """The region in parts of at most ``size`` elements, in order."""
-        first = 0
-        for begin in range(0, self.length, size):
-            end = min(begin + size, self.length)
-            held: list[tuple[str, Segment]] = []
-            while first < len(self.segments):
-                name, segment = self.segments[first]
-                low = max(segment.offset, begin)
-                high = min(segment.offset + segment.length, end)
-                if low < high:
-                    start = segment.start + low - segment.offset
-                    part = replace(segment, start=start, length=high - low, offset=low - begin)
-                    held.append((name, part))
-                if segment.offset + segment.length > end:
-                    break
-                first += 1
-            yield replace(self, segments=tuple(held), length=end - begin)
-
-
-class Fill(Protocol):
-    """Makes the values of regions."""
-
-    def expect(self, region: Region) -> None:
-        """Told which region comes next, so that reading can begin."""
-
-    def __call__(self, region: Region, buffer: Tensor) -> None:
-        """Write the region's values into a flat buffer of its length, in any precision."""
 
 
 def make_layout(groups: Sequence[Group], topology: Topology) -> Layout:
@@ -244,23 +251,17 @@ def _flat(groups: Sequence[Group], data_size: int) -> Layout:
 def _per_parameter(groups: Sequence[Group], topology: Topology) -> Layout:
     """ZeRO-3: each parameter is cut evenly and padded; buffers are filled up to a size."""
     data_size = topology.data_size
-    segments: dict[str, tuple[Segment, ...]] = {}
+    slots: dict[str, tuple[int, int, int]] = {}
     lengths: dict[Container, int] = {}
     subgroups = list(_split_groups(groups, topology))
     for key, (group, names) in enumerate(subgroups):
         offset = 0
         for name in names:
             size = numel(groups[group][name])
-            part = -(-size // data_size)
-            segments[name] = tuple(
-                Segment(rank * part, min(size, (rank + 1) * part) - rank * part,
-                        Container(rank, key), offset)
-                for rank in range(data_size)
-                if rank * part < size
-            )  # fmt: skip
-            offset += part
+            slots[name] = (size, key, offset)
+            offset += -(-size // data_size)
         lengths.update({Container(rank, key): offset for rank in range(data_size)})
-    return Layout(groups, segments, lengths, lengths, subgroups)
+    return Layout(groups, EvenParts(data_size, slots), lengths, lengths, subgroups)
 
 
 def _split_groups(

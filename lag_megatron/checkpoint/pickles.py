@@ -135,14 +135,22 @@ def byte_offsets(path: Path, tensors: Iterable[Tensor]) -> list[int]:
     Args:
         path: the file.
         tensors: all of those that it holds.
+
+    Raises:
+        CheckpointError: if the file's records are not those tensors'.
     """
     listed = list(tensors)
-    starts = [t.untyped_storage().data_ptr() for t in listed if t.numel()]
-    if not starts:
-        return [0] * len(listed)
+    storages = [t.untyped_storage() for t in listed]
+    starts = {s.data_ptr() for s in storages if s.nbytes()}
+    records = sorted(_records(path))
     # The archive keeps one record for each storage, and the mapping keeps their distances.
-    base = min(starts) - min(_records(path))
-    return [t.data_ptr() - base if t.numel() else 0 for t in listed]
+    base = min(starts) - records[0] if starts and records else 0
+    if sorted(start - base for start in starts) != records:
+        raise CheckpointError(
+            f"{path}: torch wrote {len(records)} tensors in a way that is not understood here, so "
+            "no value was written. This version of torch is not supported."
+        )
+    return [t.data_ptr() - base if s.nbytes() else 0 for t, s in zip(listed, storages, strict=True)]
 
 
 def _records(path: Path) -> list[int]:

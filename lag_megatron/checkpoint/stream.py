@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import xxhash
 
-from lag_megatron.checkpoint.layout import Fill, Region
+from lag_megatron.checkpoint.regions import Fill, Region
 
 # Large enough that planning a piece costs little beside copying it, small enough for the cache.
 PIECE_BYTES = 1 << 20

@@ -46,14 +46,13 @@ from lag_megatron.checkpoint.zero_header import (
 from lag_megatron.checkpoint.zero_load import (
     load_states,
     refuse_bf16_optimizer,
+    require_adam,
     require_same_list,
     require_same_places,
 )
 from lag_megatron.errors import CheckpointError
 
 __all__ = ["ZeroCheckpoint", "files_of", "resolve"]
-
-_UNDERSTOOD = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True)
@@ -173,6 +172,7 @@ class ZeroCheckpoint:
             require_same_list(self.path / name, states, self.header)
             if self.topology.zero_stage == 0:
                 self._check_buffers(name, states, None, 0)
+                require_adam(self.path / name, torch_optimizer_state(self.topology, states, None))
             self._checked.add(name)
         return states
 
@@ -184,7 +184,7 @@ class ZeroCheckpoint:
             refuse_bf16_optimizer(self.path / name, states)
             self._check_buffers(name, None, states, data_rank)
             require_same_places(self.path / name, states, self.layout.held(data_rank))
-            self._refuse_other_optimizers(name, states)
+            require_adam(self.path / name, torch_optimizer_state(self.topology, None, states))
             first = self._load(self._optimizer_file(0, 0))
             counts = [step_counts(self.topology, s) for s in (states, first)]
             if counts[0] != counts[1]:
@@ -217,7 +217,7 @@ class ZeroCheckpoint:
                 f"{container.data_rank} has {values.numel()} elements, expected {expected}. "
                 "Restore the checkpoint, or use another tag."
             )
-        return values.view(-1)  # type: ignore[no-any-return]
+        return values.contiguous().view(-1)  # type: ignore[no-any-return]
 
     def _optimizer_file(self, tensor_rank: int, data_rank: int) -> str:
         return str(optimizer_file(self.topology, tensor_rank=tensor_rank, data_rank=data_rank))
@@ -240,14 +240,6 @@ class ZeroCheckpoint:
             f"{self.path / name}: of step {found}, but the first file is of step {expected}: "
             "files of different checkpoints are mixed. Restore the right one, or use another tag."
         )
-
-    def _refuse_other_optimizers(self, file: str, states: Any) -> None:
-        for entry in torch_optimizer_state(self.topology, None, states)["state"].values():
-            if unknown := sorted(set(entry) - set(_UNDERSTOOD)):
-                raise CheckpointError(
-                    f"{self.path / file}: the optimizer keeps {', '.join(unknown)} beside Adam's "
-                    "moments, and it is not understood here how that would grow."
-                )
 
     def _check_buffers(self, file: str, model: Any, states: Any, data_rank: int) -> None:
         layout = self.layout

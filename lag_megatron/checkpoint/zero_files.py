@@ -56,7 +56,7 @@ def state_buffer(
     else:
         masters = "fp32_flat_groups" if topology.zero_stage == 3 else _FLAT_MASTERS
         buffer = states["optimizer_state_dict"][masters][key]
-    return buffer.view(-1)
+    return buffer.contiguous().view(-1)
 
 
 def torch_optimizer_state(topology: Topology, model: Any, states: Any) -> Any:

@@ -1,17 +1,17 @@
 """Opening DeepSpeed's files, and refusing those that do not belong together."""
 
-import struct
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.layout import Container, Segment
+from lag_megatron.checkpoint.zipcheck import DAMAGE
 from lag_megatron.errors import CheckpointError
 
 FOREIGN = "not written by DeepSpeed, or by a version that is not understood here."
+_ADAM = {"exp_avg", "exp_avg_sq", "step"}
 
 
 def load_states(file: Path) -> Any:
@@ -37,8 +37,7 @@ def _require_sound_pickle(file: Path) -> None:
             for record in archive.infolist():
                 if record.filename.endswith("/data.pkl") and record.CRC:  # 0: none was written
                     archive.read(record)
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError,
-            ValueError) as e:  # fmt: skip
+    except DAMAGE as e:
         raise CheckpointError(
             f"{file}: damaged or cut short ({file.stat().st_size} bytes): {e}. "
             "Restore it from a copy, or use another tag."
@@ -57,6 +56,31 @@ def refuse_bf16_optimizer(file: Path, states: Any) -> None:
             f"{file}: written by DeepSpeed's BF16_Optimizer, whose layout is not understood here. "
             "Resume it without data_types.grad_accum_dtype: fp32, save, and use that."
         )
+
+
+def require_adam(file: Path, inner: Any) -> None:
+    """Refuse an optimizer state that is more than Adam's, or not of one step in a group.
+
+    Args:
+        file: where it was read.
+        inner: the torch optimizer's ``state_dict``.
+
+    Raises:
+        CheckpointError: naming what is not understood.
+    """
+    for entry in inner["state"].values():
+        if unknown := sorted(set(entry) - _ADAM):
+            raise CheckpointError(
+                f"{file}: the optimizer keeps {', '.join(unknown)} beside Adam's moments, and it "
+                "is not understood here how that would grow."
+            )
+    for number, group in enumerate(inner["param_groups"]):
+        steps = {int(inner["state"][member].get("step", 0)) for member in group["params"]}
+        if len(steps) > 1:
+            raise CheckpointError(
+                f"{file}: the parameters of group {number} have taken {sorted(steps)} steps, but "
+                "ZeRO keeps one count for a group. Train all of them for the same steps."
+            )
 
 
 def require_same_list(file: Path, states: Any, first: Any) -> None:

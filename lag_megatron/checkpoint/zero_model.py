@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.boxes import Shape
 from lag_megatron.checkpoint.draft import DTYPES, Draft, Room, deepspeed_config
-from lag_megatron.checkpoint.layout import Region, whole_parameters
+from lag_megatron.checkpoint.layout import whole_parameters
+from lag_megatron.checkpoint.regions import Region
 from lag_megatron.checkpoint.zero_optimizer import unpartitioned_optimizer
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.boxes import Shape
 from lag_megatron.checkpoint.draft import Draft, Room, deepspeed_config
-from lag_megatron.checkpoint.layout import Region, Segment, State
+from lag_megatron.checkpoint.layout import Segment, State
+from lag_megatron.checkpoint.regions import Region
 
 _MOMENTS: tuple[State, ...] = ("exp_avg", "exp_avg_sq")
 

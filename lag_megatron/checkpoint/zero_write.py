@@ -9,11 +9,13 @@ from torch import Tensor
 from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.boxes import numel
 from lag_megatron.checkpoint.draft import DTYPES, Draft, Room
-from lag_megatron.checkpoint.layout import Fill, Layout, Topology
+from lag_megatron.checkpoint.layout import Layout, Topology
+from lag_megatron.checkpoint.regions import Fill
 from lag_megatron.checkpoint.stream import Span, write_spans
 from lag_megatron.checkpoint.zero_files import model_file, optimizer_file
 from lag_megatron.checkpoint.zero_model import model_objects
 from lag_megatron.checkpoint.zero_optimizer import optimizer_objects
+from lag_megatron.errors import CheckpointError
 from lag_megatron.files import flush_to_disk
 
 _BYTES_OF_STATE = 12
@@ -39,7 +41,7 @@ def write_rank(
         flush: called with each finished file, to bring it to the disk.
 
     Raises:
-        CheckpointError: when the disk is full; nothing of the file stays then.
+        CheckpointError: when a file cannot be written; nothing of it stays then.
     """
     ranks = {"tensor_rank": tensor_rank, "data_rank": data_rank}
     topology = draft.topology
@@ -48,14 +50,12 @@ def write_rank(
         room = Room()
         objects = model_objects(draft, **ranks, room=room)
         name = model_file(topology, **ranks)
-        entries[name] = _write(folder / name, objects, room, fill, written)
-        flush(folder / name)
+        entries[name] = _write(folder / name, objects, room, fill, written, flush)
     optimizer = optimizer_file(topology, **ranks)
     if optimizer is not None:
         room = Room()
         objects = optimizer_objects(draft, data_rank=data_rank, room=room)
-        entries[optimizer] = _write(folder / optimizer, objects, room, fill, written)
-        flush(folder / optimizer)
+        entries[optimizer] = _write(folder / optimizer, objects, room, fill, written, flush)
     return entries
 
 
@@ -71,8 +71,28 @@ def bytes_of(topology: Topology, layout: Layout, frozen: Layout | None = None) -
 
 
 def _write(
-    path: Path, objects: Any, room: Room, fill: Fill, written: Callable[[int], object]
+    path: Path,
+    objects: Any,
+    room: Room,
+    fill: Fill,
+    written: Callable[[int], object],
+    flush: Callable[[Path], object],
 ) -> dict[str, Any]:
+    spans = _laid_out(path, objects, room)
+    try:
+        entry = write_spans(path, spans, fill, written=written)
+        flush(path)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path}: cannot write: {error.strerror or error}. What was there before is untouched. "
+            "Free some space, or use another disk, and run the same command again."
+        ) from None
+    return entry
+
+
+def _laid_out(path: Path, objects: Any, room: Room) -> list[Span]:
+    """Create the file with all but its large values, which are still to be written."""
     mapped = pickles.create(path, objects)
     pairs = list(_tensors(objects, mapped))
     offsets = pickles.byte_offsets(path, [there for _, there in pairs])
@@ -83,7 +103,7 @@ def _write(
             there.copy_(here)
         elif region.length:
             spans[offset] = Span(offset, here.dtype, region)  # once, where two names share it
-    return write_spans(path, list(spans.values()), fill, written=written)
+    return list(spans.values())
 
 
 def _tensors(tree: Any, mapped: Any) -> Iterator[tuple[Tensor, Tensor]]:

@@ -17,7 +17,7 @@ from lag_megatron.errors import CheckpointError
 
 _CHUNK = 1 << 20
 # Whatever zipfile raises where a flipped bit hits its structures rather than the data.
-_DAMAGE = (
+DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
     EOFError,
@@ -47,7 +47,7 @@ def damaged_records(path: Path, *, offset: int = 0, length: int | None = None) -
                 with archive.open(record) as data:
                     while record.CRC and data.read(_CHUNK):
                         pass  # zipfile compares the checksum when it comes to the end
-            except _DAMAGE:
+            except DAMAGE:
                 yield record.filename
 
 
@@ -108,7 +108,7 @@ def _opened(path: Path, offset: int, length: int | None) -> Iterator[zipfile.Zip
         view = _View(file, offset, rest if length is None else min(length, rest))
         try:
             archive = zipfile.ZipFile(cast(BinaryIO, view))
-        except _DAMAGE as error:
+        except DAMAGE as error:
             where = f" at byte {offset}" if offset else ""
             raise CheckpointError(
                 f"{path}: no zip archive{where}, which is what torch.save writes ({error}). "

@@ -28,7 +28,7 @@ class Estimate:
         read: bytes of the source that are needed, each counted once.
         write: bytes of tensors of the target.
         memory: anonymous memory of all workers above that of the idle program, in bytes.
-        seconds: at the rate at which this disk took a trial file; None if it was not tried.
+        seconds: at the rate at which this disk took a trial file; None if it took none.
     """
 
     read: int
@@ -66,19 +66,25 @@ def estimate(growth: Growth, *, workers: int, folder: Path | None = None) -> Est
     )
     memory = workers * (PIECE_BYTES + (_DRAWING_BYTES if draws else 0))
     write = growth.bytes_to_write
-    seconds = None if folder is None else write / _write_rate(folder)
-    return Estimate(read, write, memory, seconds)
+    rate = None if folder is None else _write_rate(folder)
+    return Estimate(read, write, memory, write / rate if rate else None)
 
 
-def _write_rate(folder: Path) -> float:
-    """Bytes a second at which the disk of a folder, or of its nearest parent, takes a file."""
+def _write_rate(folder: Path) -> float | None:
+    """Bytes a second at which the disk of a folder, or of its nearest parent, takes a file.
+
+    None where it takes none, which the growth itself would say.
+    """
     while not folder.is_dir():
         folder = folder.parent
     data = os.urandom(PIECE_BYTES)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        started = time.perf_counter()
-        for _ in range(_TRIAL_BYTES // PIECE_BYTES):
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        return _TRIAL_BYTES / (time.perf_counter() - started)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            started = time.perf_counter()
+            for _ in range(_TRIAL_BYTES // PIECE_BYTES):
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            return _TRIAL_BYTES / (time.perf_counter() - started)
+    except OSError:
+        return None

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lag_megatron.checkpoint.boxes import Shape
-from lag_megatron.checkpoint.layout import Container, Layout, Region, State, Topology
+from lag_megatron.checkpoint.layout import Container, Layout, State, Topology
 from lag_megatron.checkpoint.paging import read_ahead
+from lag_megatron.checkpoint.regions import Region
 from lag_megatron.growth.fresh import fill
 from lag_megatron.growth.growth_map import GrowthMap
 from lag_megatron.growth.transfer import Draw, Move, Place, Side, plan_rank

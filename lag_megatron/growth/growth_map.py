@@ -139,6 +139,12 @@ def grown_names(
     if not inside:
         yield from ((name, name, None) for name in names)
         return
+    heads = sorted({match["head"] for match in matches if match})
+    if len(heads) > 1:
+        raise PlanError(
+            f"the model has {len(heads)} stacks of layers ({', '.join(heads)}); only models with "
+            "one can be grown in depth."
+        )
     first, last = inside[0], inside[-1]
     by_layer: dict[int, list[re.Match[str]]] = {}
     for match in matches[first : last + 1]:

@@ -1,5 +1,6 @@
 """A plan bound to a checkpoint: everything about the grown one is known, nothing is written."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from lag_megatron.checkpoint.layout import (
     make_layout,
 )
 from lag_megatron.checkpoint.names import LAYER, layers_in
-from lag_megatron.checkpoint.tensor_parallel import is_gated, local_shape, whole_shape
+from lag_megatron.checkpoint.tensor_parallel import cut_dim, is_gated, local_shape, whole_shape
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.checkpoint.zero_write import bytes_of, write_rank
 from lag_megatron.errors import PlanError
@@ -113,11 +114,16 @@ class Growth:
         commit.publish(path, files=files, about=self._about)
 
     def was_published(self, path: Path) -> bool:
-        """Whether ``path`` is this growth's result, made by an earlier run."""
+        """Whether ``path`` is this growth's result, made by an earlier run.
+
+        Raises:
+            CheckpointError: if it was, but files of it are gone or cut short since.
+        """
         if not commit.is_committed(path):
             return False
-        manifest = commit.read_manifest(path)
-        return all(manifest.get(k) == v for k, v in self._about.items() if k != "versions")
+        about = json.loads(json.dumps(self._about))  # as it stands in a manifest
+        manifest = commit.check_sizes(path)
+        return all(manifest.get(k) == v for k, v in about.items() if k != "versions")
 
     @cached_property
     def draft(self) -> Draft:
@@ -139,9 +145,10 @@ class Growth:
 
     @cached_property
     def _about(self) -> dict[str, Any]:
-        source: dict[str, Any] = {"path": str(self.source.path.absolute())}
-        if commit.is_committed(self.source.path):
-            source["digest"] = commit.digest(commit.read_manifest(self.source.path))
+        source = {
+            "path": str(self.source.path.absolute()),
+            "digest": commit.digest_of(self.source.path),
+        }
         return {
             "step": self.source.step,
             "plan": asdict(self.plan),
@@ -211,6 +218,8 @@ class Growth:
                 f"{self.source.path}: tensor-parallel size {size} does not divide the model's "
                 f"{groups} query groups, which stay whole. Choose a size that does."
             )
+        if size != self.source.topology.tensor_size:
+            self._refuse_unknown_cuts(shapes)
         try:
             return {
                 name: local_shape(name, shape, tensor_size=size, gated=self._gated)
@@ -218,6 +227,16 @@ class Growth:
             }
         except ValueError as error:
             raise PlanError(f"{self.source.path}: {error}") from None
+
+    def _refuse_unknown_cuts(self, shapes: Group) -> None:
+        """A matrix of a layer that no rule cuts may still have been cut, by other rules."""
+        for name, shape in shapes.items():
+            if LAYER.match(name) and len(shape) > 1 and cut_dim(name) is None:
+                raise PlanError(
+                    f"{self.source.path}: it is not known how tensor parallelism cuts {name}, so "
+                    f"the {self.source.topology.tensor_size} tensor-parallel ranks cannot become "
+                    f"{self.topology.tensor_size}. Keep their number."
+                )
 
 
 def resharding(source: ZeroCheckpoint, target: Topology) -> Growth:

@@ -1,8 +1,9 @@
 """Growing a whole checkpoint in one process, several target shards at a time."""
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ def grow_checkpoint(
 ) -> Growth:
     """Grow a whole checkpoint and commit it.
 
-    The source's files are compared with their checksums meanwhile; nothing is committed unless all
-    of them are sound.
+    The source's files are compared with their checksums meanwhile, as far as they have any;
+    nothing is committed unless all of them are sound.
 
     Args:
         source: tag directory.
@@ -62,7 +63,8 @@ def grow_checkpoint(
     except OSError as error:
         commit.remove(draft)
         raise CheckpointError(
-            f"{target}: cannot write there: {error.strerror}. Name another target."
+            f"{error.filename or target}: cannot write there: {error.strerror or error}. "
+            "Name another target."
         ) from None
     except BaseException:
         commit.remove(draft)
@@ -76,26 +78,43 @@ def _write_all(
     topology = growth.topology
     ranks = itertools.product(range(topology.tensor_size), range(topology.data_size))
     growth.draft  # noqa: B018  # planned once here, not once in each thread
-    files: dict[str, Any] = {}
-    with _single_threaded_torch(), _pool(1) as aside, _pool(workers) as pool:
+    failed = threading.Event()
+
+    def note(count: int) -> None:
+        if failed.is_set():
+            raise _Abandoned
+        written(count)
+
+    with _single_threaded_torch(), _pool(1) as disk, _pool(1) as checker, _pool(workers) as pool:
         # Beside the writing: the source is compared with its checksums, and finished files go to
         # the disk while the next are made.
-        waited = [aside.submit(require_sound, growth.source.path)]
-
-        def flush(path: Path) -> None:
-            waited.append(aside.submit(flush_to_disk, path))
-
+        flushed: list[Future[None]] = []
+        checked = checker.submit(require_sound, growth.source.path)
         shards = [
             pool.submit(
-                growth.write_rank, folder, tensor_rank=t, data_rank=d, written=written, flush=flush
+                growth.write_rank,
+                folder,
+                tensor_rank=tensor_rank,
+                data_rank=data_rank,
+                written=note,
+                flush=lambda path: flushed.append(disk.submit(flush_to_disk, path)),
             )
-            for t, d in ranks
+            for tensor_rank, data_rank in ranks
         ]
-        for shard in as_completed(shards):
-            files |= shard.result()
-        for done in waited:
-            done.result()
-    return files
+        tasks: list[Future[Any]] = [checked, *shards]
+        try:
+            for task in as_completed(tasks):
+                task.result()
+        except BaseException:
+            failed.set()  # the others end at their next piece
+            raise
+        for waited in flushed:
+            waited.result()
+    return {name: entry for shard in shards for name, entry in shard.result().items()}
+
+
+class _Abandoned(Exception):
+    """Ends a worker after another one has failed."""
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 Everything is computed from names, shapes and lengths; no tensor is opened.
 """
 
-import bisect
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -134,9 +132,7 @@ def _flat_moves(source: Side, origin: Copy, segment: Segment, tensor_rank: int) 
     """Copies of a segment from the same elements of an old parameter."""
     end = segment.start + segment.length
     holder = tensor_rank % source.topology.tensor_size
-    parts = source.layout.segments[origin.parameter]
-    first = bisect.bisect_right(parts, segment.start, key=lambda part: part.start) - 1
-    for part in itertools.takewhile(lambda part: part.start < end, parts[max(first, 0) :]):
+    for part in source.layout.overlapping(origin.parameter, segment.start, segment.length):
         low, high = max(segment.start, part.start), min(end, part.start + part.length)
         if low < high:
             yield Move(
@@ -166,7 +162,7 @@ def _moves(
             if box is None:
                 continue
             held = box.move(piece.box.low, piece.local)
-            for segment in source.layout.segments[name]:
+            for segment in source.layout.overlapping(name, *held.span_in(local)):
                 for part in interval_boxes(local, segment.start, segment.length):
                     overlap = part.meet(held)
                     if overlap is None:

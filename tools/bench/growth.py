@@ -9,6 +9,7 @@ warm up, checksums included.  Needs 8 GiB of disk and about five minutes.
 
 import argparse
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import synthetic
@@ -50,9 +51,26 @@ def main() -> int:
     stop_world()
     for name, value in figures.items():
         print(f"{name:<28} {value:10.3f}   {BOUNDS.get(name, '')}")
+    print("\ncomputed from these rates, 12 -> 16 layers' worth of growth, bf16, tensor parallel 8:")
+    print("\n".join(_extrapolated(figures)))
     if options.json:
         write_figures(options.json, figures)
     return 0
+
+
+def _extrapolated(figures: dict[str, float]) -> Iterator[str]:
+    """What larger models would take if every rank had this machine's rates."""
+    yield "| model | ranks | GB a rank | written, s | written with weights, s | in place, s |"
+    yield "|---|--:|--:|--:|--:|--:|"
+    write, switch = figures["grow_gb_s_2gib"], figures["switch_gb_s"]
+    for name, parameters in (("7B", 7.0), ("70B", 70.0)):
+        grown = parameters * 4 / 3
+        for ranks in (64, 512):
+            state, weights = 12 * grown / ranks, 2 * grown / 8
+            yield (
+                f"| {name} -> {grown:.1f}B | {ranks} | {state:.2f} | {state / write:.1f} | "
+                f"{(state + weights) / write:.1f} | {state / switch:.2f} |"
+            )
 
 
 def _offline(world: World, scratch: Path, workers: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """A candidate switched in a live engine against a training step, and against reloading."""
 
+import math
 import shutil
 import statistics
 import time
@@ -48,12 +49,14 @@ def switch_figures(world: World, scratch: Path) -> dict[str, float]:
         synthetic.train_step(engine, number)  # the first step of an engine is not like the others
         for folder in (scratch / "saved", grown.parent):
             shutil.rmtree(folder)
+    state = 12 * sum(math.prod(s) for group in engine.parameter_groups() for s in group.values())
     engine.destroy()
     step, switch, reload = (statistics.median(values[1:]) for values in seconds.values())
     return {
         "switch_step_ratio": switch / step,
         "switch_reload_speedup": reload / switch,
         "switch_seconds": switch,
+        "switch_gb_s": state / switch / 1e9,
         "step_seconds": step,
     }
 

@@ -1,0 +1,58 @@
+"""What a writer asks for: runs of elements to be filled."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from lag_megatron.checkpoint.layout import Segment, State
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A run of elements to be filled: a buffer of optimizer state, a weight, or a part of one.
+
+    Attributes:
+        state: which values; those of weights are the masters', in the precision of the buffer.
+        segments: what lies there, rising; ``offset`` counts from the beginning of the region.
+            Elements between them are padding and become 0.
+        length: elements.
+        trained: whether the optimizer has these parameters; the others have weights alone.
+        forward: whether these are the weights of the forward pass, which follow the masters.
+    """
+
+    state: State
+    segments: tuple[tuple[str, Segment], ...]
+    length: int
+    trained: bool = True
+    forward: bool = False
+
+    def pieces(self, size: int) -> Iterator["Region"]:
+        """The region in parts of at most ``size`` elements, in order."""
+        first = 0
+        for begin in range(0, self.length, size):
+            end = min(begin + size, self.length)
+            held: list[tuple[str, Segment]] = []
+            while first < len(self.segments):
+                name, segment = self.segments[first]
+                low = max(segment.offset, begin)
+                high = min(segment.offset + segment.length, end)
+                if low < high:
+                    start = segment.start + low - segment.offset
+                    part = replace(segment, start=start, length=high - low, offset=low - begin)
+                    held.append((name, part))
+                if segment.offset + segment.length > end:
+                    break
+                first += 1
+            yield replace(self, segments=tuple(held), length=end - begin)
+
+
+class Fill(Protocol):
+    """Makes the values of regions."""
+
+    def expect(self, region: Region) -> None:
+        """Told which region comes next, so that reading can begin."""
+
+    def __call__(self, region: Region, buffer: Tensor) -> None:
+        """Write the region's values into a flat buffer of its length, in any precision."""
