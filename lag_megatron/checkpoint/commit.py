@@ -19,7 +19,7 @@ from lag_megatron.files import flush_to_disk, write_atomically
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
 def temporary(path: Path) -> Path:
@@ -37,9 +37,10 @@ def seal(path: Path) -> dict[str, Any]:
 def checksum(path: Path) -> str:
     """The xxh3-128 checksum of a file as hex digits."""
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+    room = memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(room):
+            digest.update(room[:count])
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Reading exactly what is needed of a mapped file, no more and ahead of its use.
+"""When pages travel between files and the disk: what is read, and how soon it is written.
 
 Left alone, the kernel reads around each page that is touched: megabytes on disks set up for long
 reads, so that ranks which need neighbouring parts of a shard would each read the other's too.
@@ -11,6 +11,8 @@ from torch import Tensor
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 def read_only_on_demand(tensor: Tensor) -> Tensor:
@@ -23,6 +25,11 @@ def read_ahead(tensor: Tensor, offset: int, count: int) -> None:
     """Begin to read elements ``offset .. offset + count`` of a flat mapped tensor."""
     width = tensor.element_size()
     _advise(tensor.data_ptr() + offset * width, count * width, mmap.MADV_WILLNEED)
+
+
+def write_behind(file: int, offset: int, length: int) -> None:
+    """Begin to bring bytes of an open file to the disk, so that flushing it will not take long."""
+    _libc.sync_file_range(file, offset, length, _SYNC_FILE_RANGE_WRITE)
 
 
 def _advise(address: int, length: int, advice: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import xxhash
 
+from lag_megatron.checkpoint.paging import write_behind
 from lag_megatron.checkpoint.regions import Fill, Region
 
 # Large enough that planning a piece costs little beside copying it, small enough for the cache.
@@ -54,7 +55,7 @@ def write_spans(
     digest = xxhash.xxh3_128()
     room = torch.empty(PIECE_BYTES, dtype=torch.uint8)
     with path.open("r+b", buffering=0) as file:
-        at = 0
+        at = begun = 0
         for span in sorted(spans, key=lambda s: s.offset):
             _hash_bytes(file.fileno(), digest, at, span.offset)
             at = span.offset
@@ -66,6 +67,9 @@ def write_spans(
                 digest.update(data)
                 at += len(data)
                 written(len(data))
+                if at - begun >= _WINDOW_BYTES:
+                    write_behind(file.fileno(), begun, at - begun)
+                    begun = at
         size = os.fstat(file.fileno()).st_size
         _hash_bytes(file.fileno(), digest, at, size)
     return {"size": size, "xxh3_128": digest.hexdigest()}

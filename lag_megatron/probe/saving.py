@@ -65,10 +65,7 @@ def save_engine(
         world.from_coordinator(lambda: draft.mkdir())
         parts = world.from_each(lambda: engine.live.write(draft, growth, client_state=state))
     files = {name: entry for part in parts for name, entry in part.items()}
-    about = {
-        "step": step,
-        "versions": {"lag_megatron": __version__, "torch": torch.__version__},
-    }
+    about = {"step": step, "versions": {"lag_megatron": __version__, "torch": torch.__version__}}
     world.from_coordinator(lambda: commit.publish(path, files=files, about=about))
 
 

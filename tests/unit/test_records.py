@@ -83,10 +83,11 @@ def test_a_run_directory_has_one_writer(tmp_path, monkeypatch):
 def test_what_may_differ_between_two_starts(tmp_path):
     run = rundir.RunDirectory(tmp_path)
     demo = ROOT / "configs" / "demo.yaml"
+    spread = ["parallel.zero_stage=2", "parallel.tensor=2", "parallel.micro_batch=4"]
     rundir.claim(run, load_config(demo))
-    rundir.claim(run, load_config(demo, overrides=["checkpoint.interval=7"]))
+    rundir.claim(run, load_config(demo, overrides=["checkpoint.interval=7", *spread]))
     assert load_config(tmp_path / "config.yaml").checkpoint.interval == 7
-    for override in ("optimizer.lr=1.0", "data.seed=5", "growth.lag=0", "parallel.zero_stage=2"):
+    for override in ("optimizer.lr=1.0", "data.seed=5", "growth.lag=0", "seed=3"):
         overrides = [override, *(["growth.rungs=[]"] if "lag" in override else [])]
         with pytest.raises(RunError, match=override.split("=")[0].replace(".", r"\.")):
             rundir.claim(run, load_config(demo, overrides=overrides))
