@@ -53,7 +53,7 @@ class LiveState:
 
         Raises:
             PlanError: if it ends at another topology.
-            CheckpointError: if it ends at other parameters, naming them, or is damaged.
+            CheckpointError: if it ends at other parameters, naming them.
         """
         if growth.topology != self._topology:
             raise PlanError(

@@ -10,6 +10,7 @@ from lag_megatron.checkpoint.boxes import numel
 from lag_megatron.checkpoint.draft import DTYPES
 from lag_megatron.checkpoint.layout import STATES
 from lag_megatron.checkpoint.stream import PIECE_BYTES
+from lag_megatron.checkpoint.tensor_parallel import cut_dim
 from lag_megatron.growth.fresh import Normal
 from lag_megatron.growth.growth_map import Copy
 from lag_megatron.growth.materialize import Growth
@@ -54,10 +55,13 @@ def estimate(growth: Growth, *, workers: int, folder: Path | None = None) -> Est
         for state, origin in block.sources.items()
         if isinstance(origin, Copy) and (state == STATES[0] or name not in growth.frozen.shapes)
     }
+    tensor_size = growth.source.topology.tensor_size
     read = sum(
-        numel(shapes[name]) * (width if name in growth.source.frozen.shapes else _BYTES)
+        numel(shapes[name])
+        * (width if name in growth.source.frozen.shapes else _BYTES)
+        * (1 if cut_dim(name) is None else tensor_size)
         for _, name in used
-    ) * growth.source.topology.tensor_size  # fmt: skip
+    )
     draws = any(
         isinstance(origin, Normal)
         for blocks in growth.growth_map.blocks.values()

@@ -4,7 +4,6 @@ This is the one path that every sink shares: shards on disk, and the tensors of 
 """
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,31 +12,10 @@ from lag_megatron.checkpoint.boxes import Shape
 from lag_megatron.checkpoint.layout import Container, Layout, State, Topology
 from lag_megatron.checkpoint.paging import read_ahead
 from lag_megatron.checkpoint.regions import Region
+from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.growth.fresh import fill
 from lag_megatron.growth.growth_map import GrowthMap
 from lag_megatron.growth.transfer import Draw, Move, Place, Side, plan_rank
-
-
-class Source(Protocol):
-    """A training state that can be read: a checkpoint, or what a live engine holds of one."""
-
-    @property
-    def topology(self) -> Topology:
-        """How it is spread."""
-
-    @property
-    def layout(self) -> Layout:
-        """Where the trained parameters lie."""
-
-    @property
-    def frozen(self) -> Layout:
-        """Where the others lie."""
-
-    def buffer(self, tensor_rank: int, container: Container, state: State) -> Tensor:
-        """A flat buffer of optimizer state."""
-
-    def frozen_buffer(self, tensor_rank: int, container: Container) -> Tensor:
-        """The flat values of a parameter that is not trained."""
 
 
 class Filler:
@@ -56,7 +34,7 @@ class Filler:
     def __init__(
         self,
         growth: GrowthMap,
-        source: Source,
+        source: ZeroCheckpoint,
         topology: Topology,
         layouts: tuple[Layout, Layout],
         *,

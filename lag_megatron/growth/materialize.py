@@ -26,7 +26,7 @@ from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.checkpoint.zero_write import bytes_of, write_rank
 from lag_megatron.errors import PlanError
 from lag_megatron.files import flush_to_disk
-from lag_megatron.growth.fill import Filler, Source
+from lag_megatron.growth.fill import Filler
 from lag_megatron.growth.growth_map import GrowthMap, grown_names, growth_map_of
 from lag_megatron.growth.plan import GrowthPlan
 
@@ -73,11 +73,11 @@ class Growth:
         """Size of the grown checkpoint's tensors, all ranks together."""
         return bytes_of(self.topology, self.layout, self.frozen)
 
-    def filler(self, *, tensor_rank: int, source: Source | None = None) -> Filler:
-        """What makes the values of one target tensor rank, from the source or its twin."""
+    def filler(self, *, tensor_rank: int) -> Filler:
+        """What makes the values of one target tensor rank."""
         return Filler(
             self.growth_map,
-            source or self.source,
+            self.source,
             self.topology,
             (self.layout, self.frozen),
             shapes=self._whole_shapes,
