@@ -1,6 +1,7 @@
 """The journal, the metrics, the run directory and W&B."""
 
 import multiprocessing
+import time
 
 import pytest
 from conftest import ROOT
@@ -112,4 +113,7 @@ def test_wandb_without_a_key_is_offline_and_says_how_to_sync(tmp_path, monkeypat
     (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     identity = (tmp_path / "wandb_id").read_text()
     assert record.stem == f"run-{identity}"
-    assert b"train/loss" in record.read_bytes()
+    deadline = time.monotonic() + 30  # W&B's own process may write after finish() has returned
+    while b"train/loss" not in record.read_bytes():
+        assert time.monotonic() < deadline, record.read_bytes()
+        time.sleep(0.05)
