@@ -53,14 +53,12 @@ class GrowthMap:
     Attributes:
         groups: names and shapes of the grown parameters by parameter group, in flat order.
         blocks: by grown parameter, frozen ones included; they cover it and do not overlap.
-        origins: for each grown parameter the old one whose place in DeepSpeed's lists it takes.
         frozen: names and shapes of the grown parameters that are not trained; of their blocks only
             ``fp32`` is ever asked for.
     """
 
     groups: Sequence[Mapping[str, Shape]]
     blocks: Mapping[str, tuple[Block, ...]]
-    origins: Mapping[str, str]
     frozen: Mapping[str, Shape] = field(default_factory=dict)
 
 
@@ -90,7 +88,7 @@ def identity_map(
     """The map that keeps everything: what saving under another topology needs."""
     shapes = _all_shapes(groups, frozen or {})
     blocks = {name: (_copy_all(name, shape),) for name, shape in shapes.items()}
-    return GrowthMap(groups, blocks, {name: name for name in shapes}, frozen or {})
+    return GrowthMap(groups, blocks, frozen or {})
 
 
 def depth_map(
@@ -113,18 +111,16 @@ def depth_map(
     """
     _check_layers(plan, _all_shapes(groups, frozen or {}))
     blocks: dict[str, tuple[Block, ...]] = {}
-    origins: dict[str, str] = {}
 
     def grow(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         grown: dict[str, Shape] = {}
         for name, old, origin in grown_names(list(shapes), plan.layer_map):
             grown[name] = shapes[old]
-            origins[name] = old
             blocks[name] = (_block(plan, name, shapes[old], old, origin),)
         return grown
 
     grown_groups = [grow(group) for group in groups]
-    return GrowthMap(grown_groups, blocks, origins, grow(frozen or {}))
+    return GrowthMap(grown_groups, blocks, grow(frozen or {}))
 
 
 def grown_names(
