@@ -4,7 +4,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lag_megatron.config import ParallelConfig, RunConfig, data_parallel_size, dump_config
+from lag_megatron.config import (
+    ParallelConfig,
+    RunConfig,
+    data_parallel_size,
+    dump_config,
+    require_groups,
+)
 from lag_megatron.errors import ConfigError
 from lag_megatron.growth.layer_map import draw
 from lag_megatron.growth.pool import Candidate, build_pool
@@ -13,10 +19,12 @@ from lag_megatron.schedule import (
     parameter_count,
     stage_flops,
     stage_ranges,
+    state_bytes_per_parameter,
     tokens_per_step,
     training_flops_per_token,
     validation_flops_per_token,
 )
+from lag_megatron.selection import planned
 
 VOCAB_MULTIPLE = 128
 CURVE_WIDTH = 72
@@ -31,6 +39,7 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
         ConfigError: if the ranks or the batch do not divide.
         PlanError: if a growth of the configuration is impossible.
     """
+    require_groups(config, world_size=world_size)
     replicas = data_parallel_size(config.parallel, world_size=world_size)
     vocab_size, origin = estimate_vocab_size(config)
     pools = growth_pools(config)
@@ -82,22 +91,6 @@ def estimate_vocab_size(config: RunConfig) -> tuple[int, str]:
     if tokenizer.type == "file" and tokenizer.path and Path(tokenizer.path).is_file():
         return _rounded(_tokenizer_size(Path(tokenizer.path))), f"read from {tokenizer.path}"
     return _rounded(tokenizer.vocab_size), "an estimate from data.tokenizer.vocab_size"
-
-
-def state_bytes_per_parameter(parallel: ParallelConfig, *, replicas: int) -> dict[str, float]:
-    """Bytes that one rank keeps for each parameter of its tensor-parallel share.
-
-    ZeRO shares optimizer states from stage 1, gradients from stage 2 and weights from stage 3
-    among ``replicas`` ranks (Rajbhandari et al. 2020, section 5).
-    """
-    stage = parallel.zero_stage
-    width = 4 if parallel.precision == "fp32" else 2
-    master = 0 if width == 4 and stage == 0 else 4
-    return {
-        "weights": width / (replicas if stage >= 3 else 1),
-        "gradients": width / (replicas if stage >= 2 else 1),
-        "optimizer": (master + 8) / (replicas if stage >= 1 else 1),
-    }
 
 
 def _rounded(vocab_size: int) -> int:
@@ -207,13 +200,14 @@ def _lag_cost(config: RunConfig, stage: int, *, candidates: int, vocab_size: int
     per_evaluation = config.data.validation_tokens * validation_flops_per_token(
         model, num_layers=layers, vocab_size=vocab_size
     )
-    extra = (candidates - 1) * growth.lag
+    steps, kept = _probe_steps(config, stage, candidates=candidates)
+    extra = steps - kept
     evaluations = candidates * len(growth.evaluation_steps())
     run = _run_flops(config, vocab_size)
     continuation = stage_flops(config, stage, vocab_size=vocab_size)
     yield (
-        f"Rule {growth.rule}, lag {growth.lag}: {candidates} x {growth.lag} = "
-        f"{candidates * growth.lag:,} probe steps; the winner's {growth.lag} go on, so LAG costs"
+        f"{_rule(config, stage, candidates)} = {steps:,} probe steps; the winner's {kept} go on, "
+        "so LAG costs"
     )
     yield (
         f"  {extra:,} extra steps = {extra / config.total_steps:.1%} of the run's, "
@@ -225,11 +219,43 @@ def _lag_cost(config: RunConfig, stage: int, *, candidates: int, vocab_size: int
         f"{training / continuation:.1%} of the stage's;"
     )
     yield f"  {validation:.3e} FLOPs in {evaluations:,} evaluations = {validation / run:.1%}."
+    if growth.rule == "halving" and not growth.exhaustive:
+        yield (
+            f"  More, up to {candidates} x {growth.last_rung} steps, where rankings are not yet "
+            "stable at a rung; fewer evaluations of those that stop."
+        )
+
+
+def _rule(config: RunConfig, stage: int, candidates: int) -> str:
+    """The rule in words, with who trains how far."""
+    growth = config.growth_before(stage)
+    if growth.exhaustive:
+        return f"Exhaustive: {candidates} x {config.stages[stage].steps}"
+    last = growth.last_rung
+    if growth.lag == "auto":
+        return f"Rule {growth.rule}, lag auto, at most {candidates} x {last}"
+    if growth.rule == "lag":
+        return f"Rule lag, lag {last}: {candidates} x {last}"
+    parts = [f"{left} to step {rung}" for rung, left in planned(growth, candidates=candidates)]
+    return f"Rule halving, eta {growth.eta}: {', '.join(parts)}"
+
+
+def _probe_steps(config: RunConfig, stage: int, *, candidates: int) -> tuple[int, int]:
+    """Probe steps of all candidates, and the winner's, which are the run's own."""
+    growth = config.growth_before(stage)
+    if growth.exhaustive:
+        return candidates * config.stages[stage].steps, config.stages[stage].steps
+    steps = before = 0
+    for rung, left in planned(growth, candidates=candidates):
+        steps += left * (rung - before)
+        before = rung
+    return steps, before
 
 
 def _total_cost(config: RunConfig, pools: Mapping[int, Sequence[Candidate]]) -> Iterator[str]:
     candidates = sum(len(pool) for pool in pools.values())
-    extra = sum((len(pool) - 1) * config.growth_before(s).lag for s, pool in pools.items())
+    costs = [_probe_steps(config, stage, candidates=len(pool)) for stage, pool in pools.items()]
+    extra = sum(steps - kept for steps, kept in costs)
     yield (
         f"{len(pools)} growths, {candidates} candidates: {extra:,} extra steps = "
         f"{extra / config.total_steps:.1%} of the run's"

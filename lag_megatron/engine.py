@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from lag_megatron.model.random_state import seed_everywhere, seed_step
 from lag_megatron.parallel import DeepSpeedGroups, World, topology_of
 
 Batch = dict[str, Tensor]
+Flag = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Engine:
         _quiet()
         self.config, self.world, self.num_layers = config, world, num_layers
         settings = deepspeed_config(config, world_size=world.size)
-        groups = DeepSpeedGroups()
+        groups = DeepSpeedGroups(world)
         deepspeed.init_distributed()
         seed_everywhere(config.seed)
         with _sharded_construction(config, settings, groups):
@@ -128,12 +129,12 @@ class Engine:
             torch.cuda.empty_cache()
 
     def train_step(
-        self, batches: Sequence[Batch], *, step: int, lr: float, stop_asked: bool
+        self, batches: Sequence[Batch], *, step: int, lr: float, stop_asked: Flag = bool
     ) -> StepResult:
         """One optimizer step on this rank's micro-batches of global batch ``step``.
 
         The loss is the sum over the labels of the global batch divided by their number, so that
-        accumulation, world size and masking do not change it.
+        accumulation, world size and masking do not change it.  ``stop_asked`` is looked at last.
         """
         world, engine = self.world, self._engine
         engine.train()
@@ -151,7 +152,7 @@ class Engine:
                 grad_norm = self._unpartitioned_grad_norm()
             engine.step()
             total += loss.detach()
-        loss_sum, stops = world.sum_over_data([float(total), float(stop_asked)])
+        loss_sum, stops = world.sum_over_data([float(total), float(stop_asked())])
         if grad_norm is None and (norm := engine.get_global_grad_norm()) is not None:
             grad_norm = float(norm)
         return StepResult(loss_sum / labels, grad_norm, self._agree(stops))

@@ -61,8 +61,8 @@ class LiveState:
             )
         require_same_parameters(growth.source.path, growth.layout.groups, self._layout.groups)
         expected = [self._layout.lengths[c] for c in self._layout.held(self._data_rank)]
-        found = [master.numel() for master in self._masters]
-        if found != expected or not all(master.is_contiguous() for master in self._masters):
+        found = [master.numel() for master in self.masters]
+        if found != expected or not all(master.is_contiguous() for master in self.masters):
             raise PlanError(
                 f"DeepSpeed's buffers have {found} elements, expected {expected}: this version of "
                 "DeepSpeed cuts them in a way that is not understood here."
@@ -167,13 +167,13 @@ class LiveState:
         if region.forward:
             return self._weights[name].detach().view(-1), start
         (segment,) = self._layout.overlapping(name, start, 1)
-        buffer = self._buffer(self._masters[container.key], region.state)
+        buffer = self._buffer(self.masters[container.key], region.state)
         return buffer, segment.offset + start - segment.start
 
     def _regions(self) -> Iterator[tuple[Region, Tensor]]:
         for container, held in self._layout.held(self._data_rank).items():
             for state in STATES:
-                tensor = self._buffer(self._masters[container.key], state)
+                tensor = self._buffer(self.masters[container.key], state)
                 yield Region(state, held, self._layout.lengths[container]), tensor
 
     @property
@@ -190,7 +190,7 @@ class LiveState:
             group_of = [number for number, _ in layout.subgroups]
         else:
             group_of = list(range(len(layout.groups)))
-        yield from zip(group_of, self._masters, strict=True)
+        yield from zip(group_of, self.masters, strict=True)
 
     def _buffer(self, master: Tensor, state: State) -> Tensor:
         tensor = master if state == "fp32" else self._moments(master)[state]
@@ -221,7 +221,8 @@ class LiveState:
         return dict(self._engine.module.named_parameters())
 
     @property
-    def _masters(self) -> list[Tensor]:
+    def masters(self) -> list[Tensor]:
+        """This rank's buffers of fp32 weights, which the optimizer steps on."""
         optimizer = self._engine.optimizer
         if self._topology.zero_stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)

@@ -5,26 +5,31 @@ NCCL where CUDA is, gloo elsewhere.  Tensor-parallel ranks are neighbours, as in
 
 import datetime
 import os
+import socket
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from megatron.core import parallel_state
 
+from lag_megatron import heartbeat
 from lag_megatron.checkpoint.layout import DEFAULT_SUB_GROUP_SIZE, Rank, Topology
 from lag_megatron.config import RunConfig
 from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.errors import LagError, RunError
+from lag_megatron.rendezvous import meet, remove_shared_memory
 
 T = TypeVar("T")
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
-# Ranks wait here while rank 0 tokenizes a corpus; a peer that dies is noticed at once all the same.
-CONTROL_TIMEOUT = datetime.timedelta(days=1)
+DEFAULT_TIMEOUT = 300.0
+# The heartbeat says which rank is lost; a collective knows only that it waited, so it waits longer.
+HEAD_START = datetime.timedelta(seconds=10)
+# Ranks wait here while rank 0 tokenizes a corpus; the heartbeat ends them when a rank is lost.
+CONTROL_TIMEOUT = datetime.timedelta(days=30)
 
 
 _PEAK_FLOPS = (("A100", 312e12), ("H100", 989e12), ("H200", 989e12))
@@ -32,13 +37,14 @@ _PEAK_FLOPS = (("A100", 312e12), ("H100", 989e12), ("H200", 989e12))
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among all of the run.
+    """This process among those that train one model: all of the run, or those of a probe group.
 
     Attributes:
-        rank: index of this process, 0 is the coordinator.
+        rank: index of this process, 0 is the coordinator, or a probe group's leader.
         size: number of processes.
         device: where this process computes.
         control: all ranks over gloo, for messages; it waits as long as the coordinator works.
+        data_group: the ranks that hold the same part of each tensor.
         data_rank: index among the data-parallel replicas.
         data_size: number of data-parallel replicas.
         tensor_rank: index among the ranks that share a replica's tensors.
@@ -49,6 +55,7 @@ class World:
     size: int
     device: torch.device
     control: dist.ProcessGroup
+    data_group: dist.ProcessGroup
     data_rank: int
     data_size: int
     tensor_rank: int
@@ -56,7 +63,7 @@ class World:
 
     @property
     def is_coordinator(self) -> bool:
-        """Whether this process decides, writes the journal and talks to the user."""
+        """Whether this process decides, writes and talks for all."""
         return self.rank == 0
 
     @property
@@ -81,7 +88,7 @@ class World:
     def broadcast(self, value: Any) -> Any:
         """The coordinator's picklable ``value``, on every rank."""
         box = [value if self.is_coordinator else None]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        dist.broadcast_object_list(box, group=self.control, group_src=0)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -98,7 +105,7 @@ class World:
             RankError: for anything else that it raised.
         """
         outcome = _attempt(make) if self.is_coordinator else None
-        return _value(self.broadcast(outcome), rank=0)
+        return self._value(self.broadcast(outcome), rank=0)
 
     def from_each(self, make: Callable[[], T]) -> list[T]:
         """What each rank makes, by rank, on every rank.
@@ -108,12 +115,23 @@ class World:
             RankError: for anything else that a rank's ``make`` raised, on every rank.
         """
         outcomes = self.gather(_attempt(make))
-        return [_value(outcome, rank=rank) for rank, outcome in enumerate(outcomes)]
+        return [self._value(outcome, rank=rank) for rank, outcome in enumerate(outcomes)]
+
+    def _value(self, outcome: tuple[Any, LagError | str | None], *, rank: int) -> Any:
+        value, error = outcome
+        if isinstance(error, str):
+            raise RankError(f"rank {rank} failed:\n{error}")
+        if error is not None:
+            # Lost on the way: exceptions are pickled without attributes.  Of a part of the ranks
+            # the first one tells; of all, rank 0.
+            error.on_all_ranks = self.size == dist.get_world_size() or not self.is_coordinator
+            raise error
+        return value
 
     def sum_over_data(self, values: Sequence[float]) -> list[float]:
         """Elementwise sum over the data-parallel replicas, in double precision."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(tensor, group=self.data_group)
         return list(tensor.tolist())
 
     def sum_over_tensor(self, value: float) -> float:
@@ -137,20 +155,9 @@ def _attempt(make: Callable[[], Any]) -> tuple[Any, LagError | str | None]:
     try:
         return make(), None
     except LagError as error:
-        error.on_all_ranks = True
         return None, error
     except Exception:  # raised again by _value, on every rank
         return None, traceback.format_exc()
-
-
-def _value(outcome: tuple[Any, LagError | str | None], *, rank: int) -> Any:
-    value, error = outcome
-    if isinstance(error, str):
-        raise RankError(f"rank {rank} failed:\n{error}")
-    if error is not None:
-        error.on_all_ranks = True  # lost on the way: exceptions are pickled without attributes
-        raise error
-    return value
 
 
 def environment() -> tuple[int, int, int]:
@@ -170,63 +177,68 @@ def environment() -> tuple[int, int, int]:
 _LAUNCHER_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
-def start_world(*, tensor: int) -> World:
+def local_ranks(size: int) -> int:
+    """How many of the world's ranks are on this host, as far as the launcher says."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or size)
+
+
+def start_world(*, tensor: int, timeout: float = DEFAULT_TIMEOUT) -> World:
     """Join the process groups that the launcher's environment describes.
 
-    Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a world of one).
+    Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a world of one).  A rank that is
+    silent for ``timeout`` seconds ends all others; so does one that is alive but does not come to
+    a collective.
 
     Raises:
-        RunError: if the ranks do not divide into tensor-parallel groups.
+        RunError: if the ranks do not divide into tensor-parallel groups, or do not all come.
     """
     rank, size, local_rank = environment()
-    if size % tensor:
+    if size % tensor or local_ranks(size) % tensor:
         raise RunError(
-            f"parallel.tensor: {tensor} does not divide the world of {size} ranks. "
-            f"Start a multiple of {tensor} ranks."
+            f"parallel.tensor: {tensor} does not divide the world of {size} ranks, or the "
+            f"{local_ranks(size)} of this host: its groups must not lie across hosts. Start a "
+            f"multiple of {tensor} ranks on each."
         )
     device = _device(local_rank)
+    wait = datetime.timedelta(seconds=timeout) + HEAD_START
+    # DeepSpeed makes its groups without a time-out; torch then takes these two.
+    c10d.default_pg_timeout = wait
+    vars(c10d)["default_pg_nccl_timeout"] = wait
     if not dist.is_initialized():
-        if size == 1:
-            # A world of one needs no launcher, but DeepSpeed asks for what launchers set.
-            os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(local_rank)})
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            store: dict[str, Any] = {"store": dist.HashStore()}
-        else:
-            store = {"init_method": "env://"}
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, **store
-        )
+        store = meet(rank, size, local_rank)
+        store.set_timeout(wait)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor, create_gloo_process_groups=False
+            tensor_model_parallel_size=tensor,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=wait / datetime.timedelta(minutes=1),
         )
-    return World(
+    world = World(
         rank=rank,
         size=size,
         device=device,
         control=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
+        data_group=parallel_state.get_data_parallel_group(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
     )
+    hosts = world.gather(socket.gethostname())
+    heartbeat.start(rank, hosts, limit=timeout, broadcast=world.broadcast)
+    return world
 
 
 def stop_world() -> None:
     """Leave the process groups; the barrier keeps fast ranks from tearing slow ones down."""
     if dist.is_initialized():
+        heartbeat.stop()
         dist.barrier()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-        _remove_shared_memory()
-
-
-def _remove_shared_memory() -> None:
-    """DeepSpeed's CPU collectives leave 66 MiB a rank in /dev/shm for every port they used."""
-    port, local_rank = os.environ.get("MASTER_PORT"), os.environ.get("LOCAL_RANK")
-    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_{local_rank}"):
-        left.unlink(missing_ok=True)
+        remove_shared_memory()
 
 
 def _device(local_rank: int) -> torch.device:
@@ -237,7 +249,7 @@ def _device(local_rank: int) -> torch.device:
 
 
 class DeepSpeedGroups:
-    """Megatron-Core's groups under the names that DeepSpeed asks its ``mpu`` for.
+    """The groups of a world under the names that DeepSpeed asks its ``mpu`` for.
 
     Megatron-Core 0.16 says ``tensor_model_parallel`` where DeepSpeed says ``model_parallel``.
     """
@@ -248,6 +260,25 @@ class DeepSpeedGroups:
         parallel_state.get_tensor_model_parallel_world_size
     )
     get_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """The ranks that reduce their gradients together."""
+        return self._world.data_group
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank's index among them."""
+        return self._world.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Their number."""
+        return self._world.data_size
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Their indices among all processes."""
+        return dist.get_process_group_ranks(self._world.data_group)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(parallel_state, name)

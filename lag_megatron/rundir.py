@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +23,11 @@ _FREE_KEYS = (
     "parallel.zero_stage",
     "parallel.micro_batch",
     "parallel.world_size",
+    "parallel.timeout",
+    "growth.probe_groups",
+    "growth.rung_timeout",
+    "stages.*.growth.probe_groups",
+    "stages.*.growth.rung_timeout",
 )
 _LOCK_PATIENCE_SECONDS = 40
 
@@ -157,7 +163,10 @@ def _unequal(before: Any, after: Any, path: str) -> Iterator[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         for key in before.keys() | after.keys():
             inner = f"{path}.{key}".lstrip(".")
-            if inner not in _FREE_KEYS:
+            if not any(fnmatch(inner, free) for free in _FREE_KEYS):
                 yield from _unequal(before.get(key), after.get(key), inner)
+    elif path == "stages" and len(before) == len(after):
+        for number, (old, new) in enumerate(zip(before, after, strict=True)):
+            yield from _unequal(old, new, f"{path}.{number}")
     elif before != after:
         yield f"{path} ({before!r} there, {after!r} now)"

@@ -3,7 +3,13 @@
 import math
 from collections.abc import Sequence
 
-from lag_megatron.config import ModelConfig, OptimizerConfig, RunConfig, StageConfig
+from lag_megatron.config import (
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    StageConfig,
+)
 
 
 def lr_at(step: int, optimizer: OptimizerConfig, *, total_steps: int) -> float:
@@ -58,6 +64,22 @@ def parameter_count(
     embeddings = vocab_size * hidden * (1 if model.tied_embeddings else 2)
     positions = model.seq_length * hidden if model.positions == "learned" else 0
     return (num_layers * cut + embeddings) // tensor + num_layers * whole + positions + norm
+
+
+def state_bytes_per_parameter(parallel: ParallelConfig, *, replicas: int) -> dict[str, float]:
+    """Bytes that one rank keeps for each parameter of its tensor-parallel share.
+
+    ZeRO shares optimizer states from stage 1, gradients from stage 2 and weights from stage 3
+    among ``replicas`` ranks (Rajbhandari et al. 2020, section 5).
+    """
+    stage = parallel.zero_stage
+    width = 4 if parallel.precision == "fp32" else 2
+    master = 0 if width == 4 and stage == 0 else 4
+    return {
+        "weights": width / (replicas if stage >= 3 else 1),
+        "gradients": width / (replicas if stage >= 2 else 1),
+        "optimizer": (master + 8) / (replicas if stage >= 1 else 1),
+    }
 
 
 def training_flops_per_token(model: ModelConfig, *, num_layers: int, vocab_size: int) -> int:

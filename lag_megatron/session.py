@@ -2,11 +2,11 @@
 
 import contextlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lag_megatron import __version__
-from lag_megatron.config import RunConfig, data_parallel_size, dump_config
+from lag_megatron.config import RunConfig, require_groups
 from lag_megatron.data import Feed, PreparedData, padded_vocab_size, prepare_data
 from lag_megatron.dry_run import growth_pools
 from lag_megatron.errors import ConfigError, RunError
@@ -19,8 +19,9 @@ from lag_megatron.report import write_report
 from lag_megatron.rundir import RunDirectory, acquire, claim, write_json
 from lag_megatron.schedule import parameter_count
 from lag_megatron.stopping import StopFlag, Stopped
-from lag_megatron.tracking import Console, MetricsLog, Wandb, read_rows
+from lag_megatron.tracking import Console, MetricsLog, read_rows
 from lag_megatron.trainer import Trainer
+from lag_megatron.wandb_mirror import Wandb
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +47,10 @@ def train(request: Request) -> None:
         LagError: for a mistake of the user or of the machine, before anything is damaged.
     """
     config = request.config
-    data_parallel_size(config.parallel, world_size=environment()[1])
+    require_groups(config, world_size=environment()[1])
     growth_pools(config)  # an impossible growth is refused before anything starts
     stop = StopFlag()
-    world = start_world(tensor=config.parallel.tensor)
+    world = start_world(tensor=config.parallel.tensor, timeout=config.parallel.timeout)
     run = RunDirectory(request.run_dir.resolve())
     with contextlib.ExitStack() as held:
         finished = world.from_coordinator(lambda: _take(run, request, held))
@@ -59,6 +60,7 @@ def train(request: Request) -> None:
         elif world.is_coordinator:
             Console().say(f"{run.root}: this run has finished.")
             Console().say(f"report: {write_report(run.root)}")
+    world.barrier()  # the report, and W&B's last words, may take longer than parallel.timeout
     stop_world()
 
 
@@ -184,7 +186,5 @@ def _note_facts(
 def _books(world: World, run: RunDirectory, config: RunConfig, console: Console) -> Books:
     journal = Journal(run.journal)
     journal.append("run_started", world_size=world.size, resumed=bool(read_rows(run.metrics)))
-    wandb = Wandb(
-        config.tracking, folder=run.root, config={"config": dump_config(config)}, console=console
-    )
+    wandb = Wandb(config.tracking, folder=run.root, config=asdict(config), console=console)
     return Books(journal, MetricsLog(run.metrics), wandb, console)

@@ -38,9 +38,10 @@ class StopFlag:
         return self.reason or "another rank was asked to stop"
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._set(f"received {signal.Signals(number).name}")
+        self.ask(f"received {signal.Signals(number).name}")
 
-    def _set(self, reason: str) -> None:
+    def ask(self, reason: str) -> None:
+        """Let this process end at its next step."""
         if not self.asked:
             self.asked, self.reason = True, reason
 
@@ -51,7 +52,7 @@ class StopFlag:
             _start_time(pid) == started for pid, started in launchers.items()
         ):
             time.sleep(_POLL_SECONDS)
-        self._set("the launcher is gone")
+        self.ask("the launcher is gone")
         time.sleep(_GRACE_SECONDS)
         os._exit(1)  # blocked in a collective whose other side has ended
 

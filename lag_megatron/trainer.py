@@ -11,8 +11,12 @@ from lag_megatron.config import RunConfig
 from lag_megatron.engine import Engine, mean
 from lag_megatron.errors import CheckpointError, RunError
 from lag_megatron.growth.pool import build_pool
+from lag_megatron.mirror import show_event
 from lag_megatron.parallel import World, topology_of
-from lag_megatron.probe.probe import Event, history_of
+from lag_megatron.probe.conclusion import drop_losers
+from lag_megatron.probe.event import Event
+from lag_megatron.probe.group import ProbeGroup
+from lag_megatron.probe.groups import count_groups, part_of
 from lag_megatron.probe.recorder import Recorder
 from lag_megatron.probe.saving import save_engine
 from lag_megatron.probe.search import search
@@ -75,6 +79,8 @@ class Trainer:
             if decision is not None:
                 state = run.root / decision["state"]
                 commit.check_sizes(state)
+                if not self.config.growth_before(stage).exhaustive:
+                    drop_losers(run, stage, winner=state)  # a kill may have come between
                 return Position(stage, state)
         return Position(0, None)
 
@@ -111,7 +117,21 @@ class Trainer:
         if self.config.layers_of(stage) == self.config.layers_of(stage - 1):
             return base
         event = self._event(stage, base)
-        return search(self.job, self._engine_of(stage, None), event, self.recorder)
+        state = self._search(event)
+        self.world.from_coordinator(
+            lambda: show_event(self.recorder.books.wandb, self.job.run, event)
+        )
+        return state
+
+    def _search(self, event: Event) -> Path:
+        """The winner's state; groups of a part of the ranks have engines of their own."""
+        count = count_groups(self.job, self.world, event)
+        if count == 1:
+            group = ProbeGroup(self.job, self._engine_of(event.number, None), event, count=1)
+            return search(self.world, group, self.recorder)
+        self._drop_engine()
+        with part_of(self.job, self.world, event, count) as group:
+            return search(self.world, group, self.recorder)
 
     # Training a stage
 
@@ -152,8 +172,7 @@ class Trainer:
         """An engine of this stage's depth that holds the state ``checkpoint``."""
         layers = self.config.layers_of(stage)
         if self._engine is not None and self._engine.num_layers != layers:
-            self._engine.destroy()
-            self._engine = None
+            self._drop_engine()
         if self._engine is None:
             self._engine = Engine(
                 self.config,
@@ -165,6 +184,11 @@ class Trainer:
         if checkpoint is not None:
             self._engine.load(checkpoint)
         return self._engine
+
+    def _drop_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = None
 
     def _save(self, engine: Engine, stage: int, step: int, history: list[Any]) -> None:
         """Commit a checkpoint, unless this step's is there already."""
@@ -207,9 +231,17 @@ class Trainer:
             seed=self.config.seed,
             init_std=self.config.model.init_std,
         )
-        loss = self.world.from_coordinator(self._last_validation_loss)
-        step = self._ranges[stage].start
-        return Event(stage, base, step, loss, source, target, growth, pool)
+        return Event(
+            number=stage,
+            base=base,
+            base_step=self._ranges[stage].start,
+            base_val_loss=self.world.from_coordinator(self._last_validation_loss),
+            source_layers=source,
+            target_layers=target,
+            stage_steps=len(self._ranges[stage]),
+            growth=growth,
+            pool=pool,
+        )
 
     # Measuring
 
@@ -259,4 +291,7 @@ def _agreed(message: str) -> RunError:
 
 
 def _history(checkpoint: Path | None) -> list[Any]:
-    return history_of(checkpoint) if checkpoint is not None else []
+    """The growth plans that led to a checkpoint."""
+    if checkpoint is None:
+        return []
+    return list(ZeroCheckpoint.open(checkpoint).client_state.get("growth_history", []))

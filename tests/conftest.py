@@ -130,7 +130,7 @@ def train_and_save(config, folder, *, steps=3, tag="step3", client_state=None):
     layers = config.model.num_layers
     engine = Engine(config, world, num_layers=layers, vocab_size=PICO_VOCABULARY)
     for step in range(steps):
-        engine.train_step(random_batches(config, world, step), step=step, lr=1e-2, stop_asked=False)
+        engine.train_step(random_batches(config, world, step), step=step, lr=1e-2)
     draft = commit.temporary(folder / tag)
     state = {"step": steps, "tokens": steps * 32, **(client_state or {})}
     engine.save(folder, draft.name, client_state=state)
@@ -291,7 +291,7 @@ def tiny_tree(corpus):
         "optimizer": {"lr": 3e-3, "schedule": {"warmup_steps": 4}},
         "parallel": {"zero_stage": 1, "micro_batch": 2, "global_batch": 8},
         "stages": [{"steps": 10}, {"steps": 10, "num_layers": 3}],
-        "growth": {"lag": 3, "rungs": [1, 3]},
+        "growth": {"rule": "lag", "lag": 3, "rungs": [1, 3]},
         "checkpoint": {"interval": 4},
         "tracking": {"validation_interval": 5, "log_interval": 1, "wandb": {"mode": "disabled"}},
     }

@@ -7,6 +7,7 @@ new one; only ``latest`` may then lag behind, and whoever goes on from the tag s
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from lag_megatron.files import flush_to_disk, write_atomically
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 _CHUNK = 1 << 20
+_REMOVED = ".removed-"
 
 
 def temporary(path: Path) -> Path:
@@ -67,13 +69,21 @@ def point_latest(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint, its manifest first: a half-deleted one is never taken for whole."""
-    if path.is_dir():
+    for left in path.parent.glob(f"{_REMOVED}*"):  # of an earlier process
+        shutil.rmtree(left, ignore_errors=True)
+    if not path.is_dir():
+        return
+    aside = path.with_name(f"{_REMOVED}{path.name}-{secrets.token_hex(4)}")
+    try:
         (path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
-    if path.exists():
+        os.rename(path, aside)
+    except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be deleted whole. Delete it by hand and run the same command again."
-        )
+            f"{path}: cannot be deleted: {error.strerror}. Delete it by hand and run the same "
+            "command again."
+        ) from None
+    # On NFS files that a process still maps stay there as .nfs…; then so does the folder, for now.
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def committed(folder: Path) -> list[Path]:

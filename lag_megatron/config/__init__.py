@@ -1,6 +1,6 @@
 """Typed, strict configuration."""
 
-from lag_megatron.config.check import data_parallel_size
+from lag_megatron.config.check import data_parallel_size, require_groups
 from lag_megatron.config.load import dump_config, load_config, parse_config
 from lag_megatron.config.schema import (
     CheckpointConfig,
@@ -30,4 +30,5 @@ __all__ = [
     "dump_config",
     "load_config",
     "parse_config",
+    "require_groups",
 ]

@@ -53,6 +53,25 @@ def data_parallel_size(parallel: ParallelConfig, *, world_size: int) -> int:
     return replicas
 
 
+def require_groups(config: RunConfig, *, world_size: int) -> None:
+    """Refuse probe groups that cannot share a world evenly, before anything is trained.
+
+    Raises:
+        ConfigError: if some event's number of groups does not divide the data-parallel replicas.
+    """
+    replicas = data_parallel_size(config.parallel, world_size=world_size)
+    for stage in range(1, len(config.stages)):
+        wanted = config.growth_before(stage).probe_groups
+        grows = config.layers_of(stage) > config.layers_of(stage - 1)
+        if grows and wanted != "auto" and (wanted > replicas or replicas % wanted):
+            where = f"stages.{stage}.growth" if config.stages[stage].growth else "growth"
+            divisors = [count for count in range(1, replicas + 1) if replicas % count == 0]
+            raise ConfigError(
+                f"{where}.probe_groups: {wanted} groups cannot share {replicas} data-parallel "
+                f"replicas evenly. Take one of {divisors}, or auto."
+            )
+
+
 def _positive(config: RunConfig) -> Iterator[str]:
     model, parallel = config.model, config.parallel
     values = {
@@ -69,6 +88,7 @@ def _positive(config: RunConfig) -> Iterator[str]:
         "parallel.tensor": parallel.tensor,
         "parallel.micro_batch": parallel.micro_batch,
         "parallel.global_batch": parallel.global_batch,
+        "parallel.timeout": parallel.timeout,
         "parallel.world_size": 1 if parallel.world_size is None else parallel.world_size,
         "optimizer.lr": config.optimizer.lr,
         "optimizer.eps": config.optimizer.eps,
@@ -184,20 +204,49 @@ def _stages(config: RunConfig) -> Iterator[str]:
 
 
 def _growth(growth: GrowthConfig, where: str, steps: int) -> Iterator[str]:
-    if growth.lag < 0:
-        yield f"{where}.lag: must not be negative (got {growth.lag})."
-    if growth.lag > steps:
-        yield f"{where}.lag: {growth.lag} is longer than the stage that follows ({steps} steps)."
     if list(growth.rungs) != sorted(set(growth.rungs)) or any(r <= 0 for r in growth.rungs):
         yield f"{where}.rungs: must be positive and strictly rising (got {list(growth.rungs)})."
-    elif growth.rungs and growth.rungs[-1] != growth.lag:
-        yield f"{where}.rungs: the last rung {growth.rungs[-1]} must be the lag {growth.lag}."
-    if any(not 0 <= step <= growth.lag for step in growth.eval_steps):
+    elif growth.lag == "auto" and len(growth.rungs) < 3:
         yield (
-            f"{where}.eval_steps: must lie between 0 and the lag {growth.lag} "
-            f"(got {list(growth.eval_steps)})."
+            f"{where}.rungs: lag auto looks for the phase transition at the rungs, so at least "
+            f"three are needed (got {list(growth.rungs)})."
         )
+    elif growth.lag != "auto" and growth.rungs and growth.rungs[-1] != growth.lag:
+        yield f"{where}.rungs: the last rung {growth.rungs[-1]} must be the lag {growth.lag}."
+    elif growth.last_rung < 0:
+        yield f"{where}.lag: must not be negative (got {growth.lag})."
+    elif growth.last_rung > steps:
+        name = "rungs" if growth.lag == "auto" else "lag"
+        yield (
+            f"{where}.{name}: {growth.last_rung} is longer than the stage that follows "
+            f"({steps} steps)."
+        )
+    else:
+        last, end = ("stage's end", steps) if growth.exhaustive else ("lag", growth.last_rung)
+        if any(not 0 <= step <= end for step in growth.eval_steps):
+            yield (
+                f"{where}.eval_steps: must lie between 0 and the {last} {end} "
+                f"(got {list(growth.eval_steps)})."
+            )
+    yield from _halving(growth, where)
     yield from _pool(growth.pool, f"{where}.pool")
+
+
+def _halving(growth: GrowthConfig, where: str) -> Iterator[str]:
+    if growth.eta < 2:
+        yield f"{where}.eta: must be 2 or more (got {growth.eta})."
+    if not -1 <= growth.min_rank_correlation <= 1:
+        yield (
+            f"{where}.min_rank_correlation: must lie between -1 and 1 "
+            f"(got {growth.min_rank_correlation})."
+        )
+    if growth.probe_groups != "auto" and growth.probe_groups < 1:
+        yield f"{where}.probe_groups: must be 1 or more, or auto (got {growth.probe_groups})."
+    if growth.rung_timeout is not None and not 0 < growth.rung_timeout < math.inf:
+        yield (
+            f"{where}.rung_timeout: must be above 0 seconds, or null for no limit "
+            f"(got {growth.rung_timeout})."
+        )
 
 
 def _pool(pool: PoolConfig, where: str) -> Iterator[str]:

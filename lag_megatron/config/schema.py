@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FORBID = {"extra": "forbid"}
+# Where, before a rung, candidates are evaluated once more, to see whether their ranking is stable.
+GUARD_SHARE = 0.8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +98,7 @@ class ParallelConfig:
     global_batch: int = 32
     precision: Literal["fp32", "bf16"] = "fp32"
     world_size: int | None = None
+    timeout: float = 300.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,27 +133,56 @@ class PoolConfig:
 class GrowthConfig:
     """What is tried at a growth event and how the winner is chosen.
 
-    ``eta``, ``min_rank_correlation`` and ``rung_value`` are read by rules that stop candidates
-    early; the rule ``lag`` has one rung, and evaluates at 0, at ``rungs`` and at ``eval_steps``.
+    The rule ``lag`` trains every candidate to the lag.  ``halving`` lets the best ``1 / eta`` of
+    the candidates go on from each rung, unless the rankings at 0.8 of the rung and at it correlate
+    below ``min_rank_correlation``.  With ``lag: auto`` the rungs are where the phase transition is
+    looked for.  ``rung_value`` is what candidates are compared by: the loss of the last evaluation,
+    the mean of those in the second half before it, or the loss of an average of the weights.
+
+    Attributes:
+        eval_steps: more steps after growth at which candidates are evaluated.
+        exhaustive: train every candidate to the end of the stage, for research.
+        probe_groups: how many candidates are probed at a time, each on its part of the ranks.
+        rung_timeout: seconds after which a group without progress ends; null is no limit.
+        max_loss: a candidate with a larger loss, in nats, has lost.
     """
 
     __pydantic_config__ = FORBID
     pool: PoolConfig = field(default_factory=PoolConfig)
-    rule: Literal["lag"] = "lag"
-    lag: int = 200
+    rule: Literal["lag", "halving"] = "halving"
+    lag: int | Literal["auto"] = 200
     rungs: tuple[int, ...] = ()
     eta: int = 3
     min_rank_correlation: float = 0.8
-    rung_value: Literal["last"] = "last"
+    rung_value: Literal["last", "mean", "ema"] = "last"
     eval_steps: tuple[int, ...] = ()
-    exhaustive: Literal[False] = False
-    probe_groups: Literal[1] = 1
+    exhaustive: bool = False
+    probe_groups: int | Literal["auto"] = 1
+    rung_timeout: float | None = None
     moments: Literal["auto", "copy", "zero", "borrow"] = "auto"
     max_loss: float = 20.0
 
+    @property
+    def last_rung(self) -> int:
+        """The step after growth at which the rule decides at the latest."""
+        return self.rungs[-1] if self.lag == "auto" else self.lag
+
+    def rung_steps(self) -> tuple[int, ...]:
+        """Steps after growth at which candidates are compared, the last rung included.
+
+        ``halving`` without ``rungs`` takes a quarter and a half of the lag.
+        """
+        if self.rule == "lag" and self.lag != "auto":
+            return (self.last_rung,)
+        quarters = (-(-self.last_rung // 4), -(-self.last_rung // 2))
+        return tuple(sorted({*(self.rungs or quarters), self.last_rung}))
+
     def evaluation_steps(self) -> tuple[int, ...]:
-        """Steps after growth at which a probe is evaluated, 0 and the lag included."""
-        return tuple(sorted({0, *self.rungs, *self.eval_steps, self.lag}))
+        """Steps after growth at which a probe is evaluated, 0 and the last rung included."""
+        earlier = {round(GUARD_SHARE * rung) for rung in self.rung_steps()}
+        if self.rule == "lag" and self.lag != "auto" and self.rung_value != "mean":
+            earlier = set()
+        return tuple(sorted({0, *earlier, *self.rungs, *self.eval_steps, *self.rung_steps()}))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

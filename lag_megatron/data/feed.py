@@ -1,8 +1,9 @@
 """This rank's part of every global batch."""
 
+import copy
 from collections.abc import Iterator
 
-from lag_megatron.config import RunConfig
+from lag_megatron.config import ParallelConfig, RunConfig
 from lag_megatron.data.batches import Batch, TrainingData, ValidationData
 from lag_megatron.data.prepared import PreparedData
 from lag_megatron.parallel import World
@@ -26,10 +27,14 @@ class Feed:
             num_tokens=data.validation_tokens,
         )
         self._validation_tokens = self._validation.num_batches * batch * model.seq_length
-        rows = batch // world.data_size
-        first = world.data_rank * rows
-        size = config.parallel.micro_batch
-        self._rows = [range(low, low + size) for low in range(first, first + rows, size)]
+        self._parallel = config.parallel
+        self._rows = _rows_of(config.parallel, world)
+
+    def on(self, world: World) -> "Feed":
+        """The same global batches, cut for the ranks of another world."""
+        other = copy.copy(self)
+        other._rows = _rows_of(self._parallel, world)
+        return other
 
     @property
     def validation_tokens(self) -> int:
@@ -44,3 +49,10 @@ class Feed:
         """This rank's micro-batches of each batch of the fixed validation set."""
         for number in range(self._validation.num_batches):
             yield [self._validation.batch(number, rows) for rows in self._rows]
+
+
+def _rows_of(parallel: ParallelConfig, world: World) -> list[range]:
+    """Rows of the global batch that each micro-batch of this rank takes."""
+    rows = parallel.global_batch // world.data_size
+    first, size = world.data_rank * rows, parallel.micro_batch
+    return [range(low, low + size) for low in range(first, first + rows, size)]

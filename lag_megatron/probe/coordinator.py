@@ -1,45 +1,51 @@
-"""The coordinator's knowledge of a growth event: what is done, what is next, who won.
+"""The coordinator of a growth event: who trains what next, who goes on, who has won.
 
-It runs on rank 0.  Everything it knows it can read again from the journal and the candidates'
-files, so a kill costs at most the probe that was running.
+It lives on rank 0 and serves all probe groups; a lock makes their questions take turns.  Everything
+it knows it can read again from the journal and the candidates' files, so a kill costs at most what
+was being trained.
 """
 
-import math
-from dataclasses import dataclass
+import importlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import commit
-from lag_megatron.files import flush_to_disk
+from lag_megatron.probe.conclusion import conclude, drop_losers, metrics_of
+from lag_megatron.probe.event import Event, Progress, Turn
 from lag_megatron.probe.journal import Journal
-from lag_megatron.probe.probe import CURVE, TRAINING, Event, ProbeResult
+from lag_megatron.probe.ledger import Entry, Ledger
 from lag_megatron.probe.steps import Job, MetricRow
 from lag_megatron.rundir import write_json
-from lag_megatron.schedule import (
-    tokens_per_step,
-    training_flops_per_token,
-    validation_flops_per_token,
-)
-from lag_megatron.selection import ProbeCost, ProbeRecord, build_decision
-from lag_megatron.tracking import read_rows
+from lag_megatron.selection import judge, rung_value
 
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What all ranks do next: probe candidate ``index``, or, for None, decide."""
-
-    index: int | None
-    to_beat: float
+_POLL_SECONDS = 0.5
+Told = Callable[[Entry, Progress, int], object]
 
 
 class Coordinator:
-    """Replays, hands out and records the probes of one event."""
+    """Replays, hands out and records the probes of one event.
 
-    def __init__(self, job: Job, journal: Journal, event: Event) -> None:
-        self._job, self._journal, self._event = job, journal, event
+    Args:
+        told: called after each progress with the candidate, the progress and the group.
+    """
+
+    def __init__(self, job: Job, journal: Journal, event: Event, told: Told) -> None:
+        self._job, self._journal, self._event, self._told = job, journal, event, told
+        self._ledger = Ledger(job.run, journal, event)
+        self._changed = threading.Condition()
+        self._busy = 0.0
+        self.on_stop: Callable[[str], object] = lambda reason: None
+        self._stop = ""
+        self._winner_needs_state = ""
+        self._held: dict[int, int | None] = {}  # by group
+        # It takes a second to come, which no group need wait for at the first rung.
+        threading.Thread(target=importlib.import_module, args=("scipy.stats",)).start()
 
     def begin(self) -> None:
-        """Announce the event, once."""
+        """Announce the event, once, and tidy up what a kill left half done."""
         event, growth = self._event, self._event.growth
         folder = self._job.run.growth(event.number)
         folder.mkdir(exist_ok=True)
@@ -56,45 +62,63 @@ class Coordinator:
                 target_layers=event.target_layers,
                 rule=growth.rule,
                 lag=growth.lag,
+                rungs=list(event.rungs),
                 pool=[c.id for c in event.pool],
             )
-        self._drop_states(keep=self._best()[1])
+        self._ledger.stop_losers()
+        for entry in self._ledger.alive:
+            if reason := entry.folder.failure():
+                self._ledger.failed(entry, reason)
+        if not self._over:
+            self._drop_states()
 
-    def next_turn(self) -> Turn:
-        """The first candidate without a result, or the decision."""
-        best, _ = self._best()
-        for index, candidate in enumerate(self._event.pool):
-            if self._ending(candidate.id) is None:
-                self._journal.append("probe_started", growth=self._event.number, id=candidate.id)
-                return Turn(index, best)
-        return Turn(None, best)
+    def ask(self, group: int, holds: int | None, *, stopped: Callable[[], str]) -> Turn:
+        """The next turn of a group; waits while all work is being done by others.
 
-    def record(self, index: int, result: ProbeResult) -> None:
-        """Write down how a probe ended, and delete the state that it beat."""
-        event, run = self._event, self._job.run
-        candidate = event.pool[index].id
-        known = {"growth": event.number, "id": candidate, "step": result.steps}
-        folder = run.probe(event.number, candidate)
-        for path in (folder / CURVE, folder / TRAINING, folder):
-            if path.exists():
-                flush_to_disk(path)  # the journal must not know more than the disk
-        for row in read_rows(folder / CURVE):
-            self._journal.append(
-                "probe_eval", **{**known, "step": row["step"]}, val_loss=row["val_loss"]
-            )
-        if result.failure:
-            self._journal.append(
-                "probe_failed", **known, reason=result.failure, seconds=result.seconds
-            )
-            return
-        self._journal.append(
-            "probe_finished",
-            **known,
-            val_loss=result.val_loss,
-            seconds=result.seconds,
-            state=run.relative(result.state) if result.state else None,
-        )
-        self._drop_states(keep=self._best()[1])
+        Args:
+            group: who asks.
+            holds: the candidate whose state the group has, and so can go on with at once.
+            stopped: looked at while waiting: why this process is to end, or nothing.
+        """
+        with self._attention():
+            while True:
+                if self._stop and not self._over:  # an end that all groups see alike
+                    return Turn(stop=self._stop)
+                turn = self._next_turn(group, holds)
+                if turn is not None:
+                    return turn
+                waiting = time.perf_counter()
+                self._changed.wait(_POLL_SECONDS)
+                self._busy -= time.perf_counter() - waiting
+                if reason := stopped():
+                    self._end(reason)
+
+    def may_win(self, progress: Progress) -> bool:
+        """Whether the state of a candidate that has just come to a rung can be needed."""
+        with self._attention():
+            rung = self._event.decides_at
+            if self._event.growth.exhaustive or progress.rung != rung:
+                return True
+            mine = self._ledger.entries[progress.candidate]
+            if mine.id == self._winner_needs_state:
+                return True
+            mine.take_in(progress.evaluations)
+            others = [e for e in self._ledger.alive if e.reached >= rung and e is not mine]
+            return all(self._order(mine) < self._order(other) for other in others)
+
+    def record(self, group: int, progress: Progress) -> None:
+        """Write down how far a candidate has come, and delete the states that it beat."""
+        with self._attention():
+            entry = self._ledger.progressed(progress, group=group)
+            if not progress.failure and progress.rung == self._event.decides_at:
+                self._ledger.finished(entry)
+                self._drop_states()
+            self._told(entry, progress, group)
+
+    def stop(self, reason: str) -> None:
+        """Every group saves what it has and ends."""
+        with self._attention():
+            self._end(reason)
 
     def decide(self) -> tuple[dict[str, Any], list[MetricRow]]:
         """Write ``decision.json``; also the metrics of the winner's steps, which are the run's.
@@ -102,85 +126,137 @@ class Coordinator:
         Raises:
             RunError: when every candidate failed.
         """
-        event, run = self._event, self._job.run
-        decision = build_decision(
-            {c.id: self._record_of(c.id) for c in event.pool},
-            pool=[c.id for c in event.pool],
-            growth=event.number,
-            rule=event.growth.rule,
-            lag=event.growth.lag,
-            base_val_loss=event.base_val_loss,
-            cost=self._cost(),
-        )
-        write_json(run.growth(event.number) / "decision.json", decision)
-        folder = run.probe(event.number, decision["chosen"])
-        rows: list[MetricRow] = list(read_rows(folder / TRAINING))
-        for row in read_rows(folder / CURVE):
-            if row["step"]:
-                step = event.base_step + row["step"]
-                rows.append(
-                    self._job.validation_row(step, stage=event.number, loss=row["val_loss"])
-                )
-        return decision, sorted(rows, key=lambda row: (row["step"], "val/loss" in row))
+        decision = conclude(self._job, self._event, self._ledger, coordinator_seconds=self._busy)
+        write_json(self._job.run.growth(self._event.number) / "decision.json", decision)
+        winner = self._ledger.entry(decision["chosen"])
+        return decision, metrics_of(self._job, self._event, winner)
 
     def announce(self, decision: dict[str, Any]) -> Path:
         """Journal the decision, after which it stands; returns the winner's state."""
+        winner = self._ledger.entry(decision["chosen"])
+        assert winner.state is not None, f"{winner.id} has won, but its state was not kept"
+        state = self._job.run.relative(winner.state)
+        number = self._event.number
+        if self._journal.find("decision", growth=number) is None:
+            self._journal.append("decision", growth=number, chosen=winner.id, state=state)
+        if not self._event.growth.exhaustive:
+            drop_losers(self._job.run, number, winner=winner.state)
+        return winner.state
+
+    def _end(self, reason: str) -> None:
+        if not self._stop:
+            self._stop = reason
+            self.on_stop(reason)
+
+    # Handing out
+
+    def _next_turn(self, group: int, holds: int | None) -> Turn | None:
+        """None while there is nothing to do but wait for other groups."""
+        while not self._over:
+            rung = self._rung
+            waiting = [e for e in self._ledger.alive if e.reached < rung]
+            free = [e for e in waiting if e.group is None]
+            if free:
+                entry = self._choice(free, group, holds)
+                self._ledger.started(entry, group=group, rung=rung)
+                return Turn(entry.index, rung, max(entry.reached, 0), entry.attempts)
+            if waiting:
+                return None
+            self._finish_rung(rung)
+        return Turn()
+
+    def _choice(self, free: list[Entry], group: int, holds: int | None) -> Entry:
+        """What the group holds; else what nobody does; else the first."""
+        self._held[group] = holds
+        elsewhere = set(self._held.values()) - {holds}
+        mine = [entry for entry in free if entry.index == holds]
+        others = [entry for entry in free if entry.index not in elsewhere]
+        entry = (mine or others or free)[0]
+        self._held[group] = entry.index
+        return entry
+
+    def _finish_rung(self, rung: int) -> None:
+        """All that are left have come to the rung: who goes on?"""
+        alive = self._ledger.alive
+        self._winner_needs_state = ""
+        if self._event.growth.exhaustive:
+            for entry in alive:
+                if not entry.has_state:
+                    entry.reached = -1  # deleted since; it is trained again
+            return
+        if self._decided and self._winner not in alive:
+            self._ledger.retract()
+        if not self._decided:
+            curves = {e.id: e.evaluations for e in self._ledger.entries}
+            ids = [entry.id for entry in alive]
+            self._ledger.decided(judge(self._event.growth, rung, curves, alive=ids))
+        if self._decided:
+            winner = self._winner
+            if not winner.has_state:  # lost with a group that died, or deleted
+                winner.reached, self._winner_needs_state = -1, winner.id
+                return
+            for entry in alive:
+                self._ledger.finished(entry)
+        self._drop_states()
+
+    @property
+    def _winner(self) -> Entry:
+        return self._ledger.entry(self._ledger.verdicts[-1].goes_on[0])
+
+    @property
+    def _decided(self) -> bool:
+        verdicts = self._ledger.verdicts
+        return bool(verdicts) and verdicts[-1].decided
+
+    @property
+    def _rung(self) -> int:
+        """The rung that candidates are being brought to."""
+        if self._decided:
+            return self._ledger.verdicts[-1].rung
+        return self._event.rungs[len(self._ledger.verdicts)]
+
+    @property
+    def _over(self) -> bool:
+        """Whether nothing is left to train."""
+        alive = self._ledger.alive
+        if not alive:
+            return True
+        if self._event.growth.exhaustive:
+            return all(e.reached >= self._rung and e.has_state for e in alive)
+        return (
+            self._decided
+            and all(e.reached >= self._rung for e in alive)
+            and self._winner in alive
+            and self._winner.has_state
+        )
+
+    def _order(self, entry: Entry) -> tuple[float, int]:
+        """By value at the deciding rung; earlier in the pool wins ties."""
+        growth, rung = self._event.growth, self._event.decides_at
+        assert rung is not None
+        value = rung_value(growth.rung_value, entry.evaluations, rung)
+        return (float("inf") if value is None else value, entry.index)
+
+    def _drop_states(self) -> None:
+        """Delete what cannot win any more."""
         event = self._event
-        state = self._ending(decision["chosen"])["state"]  # type: ignore[index]
-        assert state is not None, f"{decision['chosen']} leads, but its state was not kept"
-        if self._journal.find("decision", growth=event.number) is None:
-            self._journal.append(
-                "decision", growth=event.number, chosen=decision["chosen"], state=state
-            )
-        return self._job.run.root / state
+        if event.growth.exhaustive:
+            return
+        at_end = [e for e in self._ledger.alive if e.reached == event.decides_at]
+        # A winner that was trained again stays it, whatever rounding did to its loss.
+        best = self._winner if self._decided else min(at_end, key=self._order, default=None)
+        for entry in self._ledger.entries:
+            lost = entry.status in ("stopped", "failed") or (entry in at_end and entry is not best)
+            if lost and entry.group is None:
+                entry.folder.keep_only(None)
 
-    def _ending(self, candidate: str) -> dict[str, Any] | None:
-        for event in ("probe_finished", "probe_failed"):
-            entry = self._journal.find(event, growth=self._event.number, id=candidate)
-            if entry is not None:
-                return entry
-        return None
-
-    def _best(self) -> tuple[float, Path | None]:
-        """Lowest loss at the lag so far and its state; earlier candidates win ties."""
-        best, state = math.inf, None
-        for candidate in self._event.pool:
-            entry = self._ending(candidate.id)
-            if entry and entry["event"] == "probe_finished" and entry["val_loss"] < best:
-                best, state = entry["val_loss"], self._job.run.root / entry["state"]
-        return best, state
-
-    def _drop_states(self, *, keep: Path | None) -> None:
-        for candidate in self._event.pool:
-            for state in self._job.run.probe(self._event.number, candidate.id).glob("step*"):
-                if state != keep and state.is_dir():
-                    commit.remove(state)
-
-    def _record_of(self, candidate: str) -> ProbeRecord:
-        entry = self._ending(candidate)
-        assert entry is not None, candidate
-        rows = read_rows(self._job.run.probe(self._event.number, candidate) / CURVE)
-        return ProbeRecord(
-            status="failed" if entry["event"] == "probe_failed" else "finished",
-            reason=entry.get("reason", ""),
-            steps=entry["step"],
-            curve=tuple((row["step"], row["val_loss"]) for row in rows),
-            batches=tuple(rows[-1]["val_loss_batches"]) if rows else (),
-        )
-
-    def _cost(self) -> ProbeCost:
-        entries = [e for c in self._event.pool if (e := self._ending(c.id)) is not None]
-        steps = sum(entry["step"] for entry in entries)
-        tokens = steps * tokens_per_step(self._job.config)
-        shape = {"num_layers": self._event.target_layers, "vocab_size": self._job.vocab_size}
-        model = self._job.config.model
-        curves = [self._record_of(c.id).curve for c in self._event.pool]
-        validated = sum(map(len, curves)) * self._job.feed.validation_tokens
-        flops = tokens * training_flops_per_token(model, **shape)
-        flops += validated * validation_flops_per_token(model, **shape)
-        return ProbeCost(
-            probe_steps=steps,
-            tokens=tokens,
-            flops=flops,
-            seconds=sum(entry["seconds"] for entry in entries),
-        )
+    @contextmanager
+    def _attention(self) -> Iterator[None]:
+        """One question at a time; the time that answers take is part of the search's cost."""
+        with self._changed:
+            started = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._busy += time.perf_counter() - started
+                self._changed.notify_all()

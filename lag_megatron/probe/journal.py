@@ -3,6 +3,7 @@
 After a kill the coordinator's knowledge is the replay of this file.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -27,12 +28,25 @@ class Journal:
         return list(self._events)
 
     def append(self, event: str, **fields: Any) -> None:
-        """Write one event and wait until it is on disk."""
+        """Write one event and wait until it is on disk.
+
+        Raises:
+            RunError: if that cannot be done; no part of the event stays.
+        """
         entry = {"event": event, "time": time.time(), **fields}
-        with self._path.open("ab") as file:
-            file.write(json.dumps(entry).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        whole = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("ab") as file:
+                file.write(json.dumps(entry).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):  # a torn last line is dropped when it is read
+                os.truncate(self._path, whole)
+            raise RunError(
+                f"{self._path}: cannot be written: {error.strerror}. Mend that and run the same "
+                "command again."
+            ) from error
         self._events.append(entry)
 
     def find(self, event: str, **fields: Any) -> Event | None:

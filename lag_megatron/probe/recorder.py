@@ -5,7 +5,8 @@ from typing import Any
 
 from lag_megatron.probe.journal import Journal
 from lag_megatron.probe.steps import MetricRow
-from lag_megatron.tracking import Console, MetricsLog, Wandb
+from lag_megatron.tracking import Console, MetricsLog
+from lag_megatron.wandb_mirror import Wandb
 
 
 @dataclass(frozen=True, slots=True)

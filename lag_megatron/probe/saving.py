@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lag_megatron import __version__
+from lag_megatron.averaging import WeightAverage
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.layout import Topology
 from lag_megatron.checkpoint.zero_files import files_of_rank
@@ -27,6 +28,7 @@ def save_engine(
     tokens: int,
     history: list[Mapping[str, Any]],
     growth: Growth | None = None,
+    average: WeightAverage | None = None,
 ) -> None:
     """Save the engine's state as the tag directory ``path``, whole or not at all.
 
@@ -38,6 +40,7 @@ def save_engine(
         history: the growth plans that led to this model, oldest first.
         growth: what the state began as, if it was grown in place: then each rank writes its own
             files without DeepSpeed.
+        average: to be saved with a state that was grown in place.
 
     Raises:
         CheckpointError: if there is no room; where writing fails all the same, the rank ends with
@@ -63,10 +66,24 @@ def save_engine(
         parts = world.from_each(lambda: _sealed(world, draft, engine.topology))
     else:
         world.from_coordinator(lambda: draft.mkdir())
-        parts = world.from_each(lambda: engine.live.write(draft, growth, client_state=state))
+        parts = world.from_each(lambda: _written_live(engine, draft, growth, state, average))
     files = {name: entry for part in parts for name, entry in part.items()}
     about = {"step": step, "versions": {"lag_megatron": __version__, "torch": torch.__version__}}
     world.from_coordinator(lambda: commit.publish(path, files=files, about=about))
+
+
+def _written_live(
+    engine: Engine,
+    draft: Path,
+    growth: Growth,
+    state: Mapping[str, Any],
+    average: WeightAverage | None,
+) -> dict[str, Any]:
+    """Manifest entries of this rank's files."""
+    entries = engine.live.write(draft, growth, client_state=state)
+    if average is not None:
+        entries |= average.save(draft, rank=engine.world.rank, size=engine.world.size)
+    return entries
 
 
 def _client_state(

@@ -32,7 +32,7 @@ class Job:
         started = time.perf_counter()
         lr = lr_at(step, config.optimizer, total_steps=config.total_steps)
         result = engine.train_step(
-            self.feed.micro_batches(step), step=step, lr=lr, stop_asked=self.stop.asked
+            self.feed.micro_batches(step), step=step, lr=lr, stop_asked=lambda: self.stop.asked
         )
         tokens = tokens_per_step(config)
         row: MetricRow = {

@@ -6,18 +6,31 @@ from lag_megatron.report.content import blocks
 from lag_megatron.report.data import report_data
 from lag_megatron.report.html import to_html
 from lag_megatron.report.markdown import to_markdown
+from lag_megatron.report.plots import draw_figures, plots_available, write_figures
+from lag_megatron.report.recorded import record_search, write_search
 
-__all__ = ["report_data", "write_report"]
+__all__ = [
+    "plots_available",
+    "record_search",
+    "report_data",
+    "write_figures",
+    "write_report",
+    "write_search",
+]
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write ``report.html`` and ``report.md`` into the run directory and return the former's path.
+    """Write ``report.html``, ``report.md`` and ``figures/*.png``; returns the first's path.
 
     Raises:
         RunError: if it is no run directory or a file in it is damaged.
     """
     data = report_data(run_dir)
-    content = list(blocks(data))
+    pictures = None
+    if plots_available():
+        folder = run_dir / "figures"
+        pictures = {event["growth"]: draw_figures(event, folder) for event in data["growth"]}
+    content = list(blocks(data, pictures))
     (run_dir / "report.md").write_text(to_markdown(content), encoding="utf-8")
     page = run_dir / "report.html"
     page.write_text(to_html(content, title=f"{data['name']}: report"), encoding="utf-8")

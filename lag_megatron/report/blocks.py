@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,4 +58,18 @@ class Figure:
     caption: str
 
 
-Block = Heading | Text | Facts | Table | Figure
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A PNG file in the run directory's ``figures``; ``name`` says which kind.
+
+    Markdown links it; HTML holds a copy of it, except where it shows the same as a drawing and
+    ``in_html`` is false.
+    """
+
+    path: Path
+    caption: str
+    name: str
+    in_html: bool = True
+
+
+Block = Heading | Text | Facts | Table | Figure | Image

@@ -6,8 +6,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.report.growth import growth_data
-from lag_megatron.report.read import Json, RunFiles, finite, read_run
+from lag_megatron.report.analysis import analysis_of_nothing
+from lag_megatron.report.growth import growth_data, growth_settings
+from lag_megatron.report.read import GrowthFiles, Json, RunFiles, finite, read_run
+from lag_megatron.report.recorded import search_of
+from lag_megatron.report.rules import RULES, own_outcome
 from lag_megatron.schedule import parameter_count, stage_ranges, tokens_per_step
 
 TRAIN, VAL, SPEED = "train/loss", "val/loss", "train/tokens_per_second"
@@ -17,12 +20,17 @@ def report_data(run_dir: Path) -> Json:
     """Every number of the report, read from the files of a run directory alone.
 
     Losses are in nats a token; steps are optimizer steps, those of a growth counted from growth.
+    The analysis of the last growth event stands at the top, too.
 
     Raises:
         RunError: if it is no run directory or a file in it is damaged.
     """
     files = read_run(run_dir)
     stages = _stages(files)
+    growths = [
+        {**growth_data(files, growth), "rules": _rules(files, growth)} for growth in files.growths
+    ]
+    last = growths[-1]["analysis"] if growths else analysis_of_nothing()
     return {
         "name": files.run.get("name") or files.path.resolve().name,
         "device": files.run.get("device"),
@@ -36,7 +44,8 @@ def report_data(run_dir: Path) -> Json:
         "stages": stages,
         "train_loss": series(files.metrics, TRAIN),
         "val_loss": series(files.metrics, VAL),
-        "growth": [growth_data(files, growth) for growth in files.growths],
+        "growth": growths,
+        **last,
     }
 
 
@@ -56,6 +65,15 @@ def last_event(files: RunFiles, *, event: str, **match: object) -> Json | None:
         if line.get("event") == event and all(line.get(k) == v for k, v in match.items()):
             return line
     return None
+
+
+def _rules(files: RunFiles, growth: GrowthFiles) -> list[Json]:
+    """Both rules on the curves of an exhaustive run, where each had all of them to judge by."""
+    if not growth.decision or not growth_settings(files, growth).exhaustive:
+        return []
+    search = search_of(files, growth)
+    outcomes = [own_outcome(search, rule) for rule in RULES]
+    return [outcome for outcome in outcomes if outcome is not None]
 
 
 def _status(files: RunFiles) -> Json:

@@ -1,9 +1,12 @@
 """The numbers of one growth event: rankings, regret, evidence and cost."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from lag_megatron.config import GrowthConfig
 from lag_megatron.growth.layer_map import LayerOrigin, draw
+from lag_megatron.report.analysis import analysis_of
 from lag_megatron.report.read import GrowthFiles, Json, RunFiles, finite
 from lag_megatron.schedule import stage_flops
 from lag_megatron.selection import (
@@ -16,14 +19,17 @@ from lag_megatron.selection import (
     spearman,
 )
 
+ENDINGS = ("failed", "stopped", "finished")
+VERDICT = ("rung", "rank_correlation", "transition", "goes_on", "stopped")
+
 
 def growth_data(files: RunFiles, growth: GrowthFiles) -> Json:
     """What was grown, what the probes gave, who won and what it cost."""
     started = _event(files, growth, "growth_started")
-    stage = int(started.get("stage", growth.growth))
-    config = files.config.growth_before(min(stage, len(files.config.stages) - 1))
+    stage = _stage(files, growth)
+    config = growth_settings(files, growth)
     decision = growth.decision or {}
-    lag: int = {"lag": config.lag, **started, **decision}["lag"]
+    lag = _lag(config, growth)
     records = {c["id"]: _record(files, growth, c["id"]) for c in growth.pool}
     alive = {id_: r["curve"] for id_, r in records.items() if r["status"] != "failed"}
     first, last = losses_at(alive, step=0), losses_at(alive, step=lag)
@@ -38,13 +44,54 @@ def growth_data(files: RunFiles, growth: GrowthFiles) -> Json:
         "target_layers": growth.pool[0]["target_layers"] if growth.pool else None,
         "rule": decision.get("rule", started.get("rule", config.rule)),
         "lag": lag,
+        "exhaustive": config.exhaustive,
+        "rung_value": decision.get("rung_value", config.rung_value),
+        "min_rank_correlation": config.min_rank_correlation,
         "base_val_loss": base,
         "chosen": chosen,
         "ties": decision.get("ties", []),
+        "phase_transition": decision.get("phase_transition"),
+        "rungs": _rungs(files, growth),
         "candidates": _candidates(growth, records, first, last, chosen),
         "evidence": _evidence(first, last),
-        "cost": _cost(files, growth, stage=stage, records=records),
+        "cost": _cost(files, growth, lag=lag, records=records),
+        "analysis": analysis_of(
+            growth.pool,
+            alive,
+            lag=lag,
+            base_val_loss=base,
+            chosen=chosen,
+            scores=growth.scores,
+        ),
     }
+
+
+def growth_settings(files: RunFiles, growth: GrowthFiles) -> GrowthConfig:
+    """The configuration of that event."""
+    stage = min(_stage(files, growth), len(files.config.stages) - 1)
+    return files.config.growth_before(stage)
+
+
+def _stage(files: RunFiles, growth: GrowthFiles) -> int:
+    return int(_event(files, growth, "growth_started").get("stage", growth.growth))
+
+
+def _lag(config: GrowthConfig, growth: GrowthFiles) -> int:
+    """The decision's lag; before it, the configured one, or where ``auto`` ends at the latest."""
+    decided = (growth.decision or {}).get("lag")
+    return decided if isinstance(decided, int) else config.last_rung
+
+
+def _rungs(files: RunFiles, growth: GrowthFiles) -> list[Json]:
+    """The verdicts at the rungs, the decision's or, before there is one, the journal's."""
+    if growth.decision and "rungs" in growth.decision:
+        return list(growth.decision["rungs"])
+    verdicts = {
+        line["rung"]: {key: line.get(key) for key in VERDICT}
+        for line in files.journal
+        if line.get("event") == "rung_decided" and line.get("growth") == growth.growth
+    }
+    return [verdicts[rung] for rung in sorted(verdicts)]
 
 
 def _event(files: RunFiles, growth: GrowthFiles, event: str, **match: object) -> Json:
@@ -62,17 +109,17 @@ def _record(files: RunFiles, growth: GrowthFiles, id_: str) -> Json:
             seconds = _event(files, growth, "probe_finished", id=id_).get("seconds")
             return {**candidate, "seconds": finite(seconds)}
     points = {line["step"]: finite(line.get("val_loss")) for line in growth.probes[id_]}
-    failed = _event(files, growth, "probe_failed", id=id_)
-    finished = _event(files, growth, "probe_finished", id=id_)
+    endings = {word: _event(files, growth, f"probe_{word}", id=id_) for word in ENDINGS}
+    ending: Json = next(filter(None, endings.values()), {})
     started = points or _event(files, growth, "probe_started", id=id_)
-    status = "failed" if failed else "finished" if finished else "begun" if started else "to come"
+    ended = next((word for word, line in endings.items() if line), None)
     return {
         "id": id_,
-        "status": status,
-        "reason": failed.get("reason", ""),
-        "steps": failed.get("step", max(points, default=0)),
+        "status": ended or ("begun" if started else "to come"),
+        "reason": ending.get("reason", ""),
+        "steps": ending.get("step", max(points, default=0)),
         "curve": [[step, points[step]] for step in sorted(points) if points[step] is not None],
-        "seconds": finite(finished.get("seconds")),
+        "seconds": finite(ending.get("seconds")),
     }
 
 
@@ -83,11 +130,11 @@ def _candidates(
     last: Mapping[str, float | None],
     chosen: str | None,
 ) -> list[Json]:
-    """One entry a candidate, best at the lag first."""
+    """One entry a candidate, best at the lag first, then those stopped last."""
     pool = {candidate["id"]: candidate for candidate in growth.pool}
     ranks_first, ranks_last = _ranks(first), _ranks(last)
     best = last.get(chosen) if chosen else None
-    order = [*rank(last), *(id_ for id_ in pool if id_ not in last)]
+    order = sorted(pool, key=lambda id_: _place(records[id_], ranks_last.get(id_)))
     rows = []
     for id_ in order:
         loss = last.get(id_)
@@ -102,9 +149,18 @@ def _candidates(
                 "rank_at_0": ranks_first.get(id_),
                 "rank_at_lag": ranks_last.get(id_),
                 "behind_winner": None if loss is None or best is None else loss - best,
+                "scores": growth.scores.get(id_),
             }
         )
     return rows
+
+
+def _place(record: Json, rank_at_lag: int | None) -> tuple[float, ...]:
+    """By rank at the lag; without one, by steps taken and loss there; failed ones last."""
+    if rank_at_lag is not None:
+        return (0, rank_at_lag)
+    last = record["curve"][-1][1] if record["curve"] else math.inf
+    return (2 if record["status"] == "failed" else 1, -record["steps"], last)
 
 
 def _origin(layer: Mapping[str, Any]) -> LayerOrigin:
@@ -119,10 +175,12 @@ def _ranks(losses: Mapping[str, float | None]) -> dict[str, int]:
 
 def _evidence(first: Mapping[str, float | None], last: Mapping[str, float | None]) -> Json:
     """LAG@0's choice and its price, and how the two rankings agree."""
+    choice = lag_rule(first)
+    arrived = choice is not None and last.get(choice) is not None
     return {
-        "lag0_choice": lag_rule(first),
-        "lag0_regret": regret(first, last),
-        "lag0_relative_regret": relative_regret(first, last),
+        "lag0_choice": choice,
+        "lag0_regret": regret(first, last) if arrived else None,
+        "lag0_relative_regret": relative_regret(first, last) if arrived else None,
         "spearman": spearman(first, last),
         "pearson": pearson(first, last),
         "spread_at_0": _spread(first),
@@ -135,9 +193,9 @@ def _spread(losses: Mapping[str, float | None]) -> float | None:
     return max(present) - min(present) if present else None
 
 
-def _cost(files: RunFiles, growth: GrowthFiles, *, stage: int, records: Mapping[str, Json]) -> Json:
+def _cost(files: RunFiles, growth: GrowthFiles, *, lag: int, records: Mapping[str, Json]) -> Json:
     """Probe steps; those of the winner go on in the run, the others are extra."""
-    config, decision = files.config, growth.decision or {}
+    config, decision, stage = files.config, growth.decision or {}, _stage(files, growth)
     cost = dict(decision.get("cost", {}))
     steps = int(cost.get("probe_steps", sum(r["steps"] for r in records.values())))
     kept = records[decision["chosen"]]["steps"] if decision.get("chosen") in records else 0
@@ -149,6 +207,7 @@ def _cost(files: RunFiles, growth: GrowthFiles, *, stage: int, records: Mapping[
     return {
         **cost,
         "probe_steps": steps,
+        "exhaustive_steps": int(cost.get("exhaustive_steps", len(growth.pool) * lag)),
         "extra_steps": steps - kept,
         "extra_of_run": (steps - kept) / config.total_steps,
         "extra_of_continuation": (steps - kept) / config.stages[stage].steps

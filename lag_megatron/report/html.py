@@ -1,9 +1,10 @@
 """Blocks as one HTML page that needs nothing else."""
 
+import base64
 from collections.abc import Iterable, Iterator
 from html import escape
 
-from lag_megatron.report.blocks import Block, Drawing, Facts, Figure, Heading, Table, Text
+from lag_megatron.report.blocks import Block, Drawing, Facts, Figure, Heading, Image, Table, Text
 from lag_megatron.report.style import STYLE
 
 
@@ -29,6 +30,14 @@ def _parts(block: Block) -> Iterator[str]:
             yield f"<dl>{pairs}</dl>"
         case Figure(svg, caption):
             yield f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+        case Image(path, caption, name, in_html):
+            if in_html:
+                data = base64.b64encode(path.read_bytes()).decode("ascii")
+                yield (
+                    f'<figure class="png {escape(name)}"><img alt="{escape(caption)}" '
+                    f'src="data:image/png;base64,{data}">'
+                    f"<figcaption>{escape(caption)}</figcaption></figure>"
+                )
         case Table():
             yield from _table(block)
 

@@ -3,11 +3,11 @@
 import re
 from collections.abc import Iterable, Iterator
 
-from lag_megatron.report.blocks import Block, Drawing, Facts, Figure, Heading, Table, Text
+from lag_megatron.report.blocks import Block, Drawing, Facts, Figure, Heading, Image, Table, Text
 
 
 def to_markdown(blocks: Iterable[Block]) -> str:
-    """Text with pipe tables; drawings become their text, figures their caption."""
+    """Text with pipe tables; drawings become their text, figures their caption, images links."""
     return "\n\n".join("\n".join(_lines(block)) for block in blocks) + "\n"
 
 
@@ -21,6 +21,8 @@ def _lines(block: Block) -> Iterator[str]:
             yield from (f"- {_plain(name)}: {_plain(value)}" for name, value in items)
         case Figure(_, caption):
             yield f"(Figure in report.html) {_plain(caption)}"
+        case Image(path, caption):
+            yield f"![{_plain(caption)}](figures/{path.name})"
         case Table():
             yield from _table(block)
 

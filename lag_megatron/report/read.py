@@ -27,12 +27,16 @@ class RunFiles:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GrowthFiles:
-    """The folder of one growth event; ``decision`` is None until it is made."""
+    """The folder of one growth event.
+
+    ``decision`` is None until it is made; ``scores`` holds the candidates that were evaluated.
+    """
 
     growth: int
     pool: tuple[Json, ...]
     probes: dict[str, tuple[Json, ...]]
     decision: Json | None
+    scores: dict[str, Json]
 
 
 def read_run(run_dir: Path) -> RunFiles:
@@ -94,15 +98,30 @@ def finite(value: object) -> float | None:
 def _growths(run_dir: Path) -> Iterator[GrowthFiles]:
     for pool_path in sorted(run_dir.glob("growth*/pool.json")):
         number = pool_path.parent.name.removeprefix("growth")
-        pool = _json(pool_path)
-        if not number.isdigit() or not isinstance(pool, list):
+        if not number.isdigit():
             continue
+        pool = _json(pool_path)
+        if not isinstance(pool, list) or not all(isinstance(c, dict) and "id" in c for c in pool):
+            raise RunError(f"{pool_path}: expected a list of candidates, each with its id.")
+        folders = {candidate["id"]: pool_path.parent / candidate["id"] for candidate in pool}
         yield GrowthFiles(
             growth=int(number),
             pool=tuple(pool),
-            probes={c["id"]: read_lines(pool_path.parent / c["id"] / "probe.jsonl") for c in pool},
-            decision=_json(pool_path.parent / "decision.json"),
+            probes={id_: read_lines(folder / "probe.jsonl") for id_, folder in folders.items()},
+            decision=_object(pool_path.parent / "decision.json"),
+            scores={
+                id_: found
+                for id_, folder in folders.items()
+                if (found := _object(folder / "scores.json")) is not None
+            },
         )
+
+
+def _object(path: Path) -> Json | None:
+    value = _json(path)
+    if value is not None and not isinstance(value, dict):
+        raise RunError(f"{path}: expected a JSON object.")
+    return value
 
 
 def _json(path: Path) -> Any:

@@ -39,6 +39,10 @@ td svg { display: block; }
 figure { margin: 8px 0; overflow-x: auto; }
 figure svg { display: block; width: 100%; min-width: 640px; height: auto; }
 figure svg.ranks { max-width: 800px; }
+figure.png { display: inline-block; vertical-align: top; width: calc(50% - 10px);
+  margin: 8px 3px; }
+figure.png.scatter { width: 100%; }
+figure.png img { display: block; width: 100%; height: auto; border-radius: 4px; }
 details { margin: 12px 0; }
 summary { cursor: pointer; color: var(--soft); }
 svg text { font: 12px system-ui, "Segoe UI", "DejaVu Sans", sans-serif; fill: var(--fore);
@@ -63,5 +67,6 @@ svg rect.copy { fill: var(--copy); stroke: var(--win); }
 svg rect.fresh { fill: var(--fresh); stroke: var(--lag0); stroke-dasharray: 3 2; }
 svg .layer { font-size: 10px; }
 svg.narrow .layer { font-size: 8.5px; }
+@media (max-width: 700px) { figure.png { width: 100%; margin: 8px 0; } }
 @media print { main { max-width: none; padding: 0; } details { display: block; } }
 """

@@ -1,20 +1,44 @@
 """Selection: which candidate wins, on what evidence, and what another choice would have cost."""
 
+from lag_megatron.selection.curve import Curves, Evaluation, rung_batches, rung_value
 from lag_megatron.selection.decision import ProbeCost, ProbeRecord, build_decision
-from lag_megatron.selection.evidence import pearson, regret, relative_regret, spearman, ties
-from lag_megatron.selection.ranking import RULES, lag_rule, losses_at, rank
+from lag_megatron.selection.evidence import (
+    paired_interval,
+    pearson,
+    regret,
+    relative_regret,
+    spearman,
+    ties,
+)
+from lag_megatron.selection.ranking import lag_rule, losses_at, rank
+from lag_megatron.selection.replay import Replay, replay
+from lag_megatron.selection.rules import Verdict, can_still_win, judge, planned
+from lag_megatron.selection.transition import MARGIN, phase_transition, self_correlation
 
 __all__ = [
-    "RULES",
+    "MARGIN",
+    "Curves",
+    "Evaluation",
     "ProbeCost",
     "ProbeRecord",
+    "Replay",
+    "Verdict",
     "build_decision",
+    "can_still_win",
+    "judge",
     "lag_rule",
     "losses_at",
+    "paired_interval",
     "pearson",
+    "phase_transition",
+    "planned",
     "rank",
     "regret",
     "relative_regret",
+    "replay",
+    "rung_batches",
+    "rung_value",
+    "self_correlation",
     "spearman",
     "ties",
 ]

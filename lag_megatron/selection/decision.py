@@ -3,11 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
+from lag_megatron.config import GrowthConfig
 from lag_megatron.errors import RunError
+from lag_megatron.selection.curve import Evaluation, rung_batches, rung_value
 from lag_megatron.selection.evidence import ties
-from lag_megatron.selection.ranking import RULES, losses_at
+from lag_megatron.selection.ranking import rank
+from lag_megatron.selection.rules import Verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,28 +19,31 @@ class ProbeRecord:
     """What a candidate's probe gave.
 
     Attributes:
-        status: ``failed`` for a candidate that diverged, ran out of memory or of time.
-        reason: why it failed; empty otherwise.
+        status: ``stopped`` for a candidate that the rule did not let go on; ``failed`` for one
+            that diverged, ran out of memory or of time.
+        reason: why it failed or stopped; empty otherwise.
         steps: optimizer steps taken after growth.
-        curve: ``(step, validation loss)``, step counted from growth, 0 included.
-        batches: losses of the single validation batches at the last evaluation.
+        curve: its evaluations, that at step 0 included.
     """
 
-    status: Literal["finished", "failed"]
+    status: Literal["finished", "stopped", "failed"]
     reason: str = ""
     steps: int = 0
-    curve: tuple[tuple[int, float], ...] = ()
-    batches: tuple[float, ...] = ()
+    curve: tuple[Evaluation, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeCost:
-    """What all probes of an event took together, failed ones and the winner's included."""
+    """What all probes of an event took together, failed ones and the winner's included.
+
+    ``seconds`` is the sum over probes, however many were at work at a time.
+    """
 
     probe_steps: int
     tokens: int
     flops: float
     seconds: float
+    coordinator_seconds: float = 0.0
 
 
 def build_decision(
@@ -44,61 +51,106 @@ def build_decision(
     *,
     pool: Sequence[str],
     growth: int,
-    rule: str,
-    lag: int,
+    settings: GrowthConfig,
+    verdicts: Sequence[Verdict],
     base_val_loss: float,
     cost: ProbeCost,
 ) -> dict[str, Any]:
-    """Choose among the candidates and say on what evidence; the result is ``decision.json``.
+    """Say who was chosen and on what evidence; the result is ``decision.json``.
 
-    Candidates stand in the order of ``pool``, which also settles equal losses.  One whose losses
-    are not all finite, or that has none at the lag, has failed whatever its record says.
+    The chosen one is the first of the last verdict that has not failed since; where all of those
+    have, which takes an exhaustive run, the best of the others at that rung.  A candidate whose
+    losses are not all finite, or that finished without a value at the deciding rung, has failed
+    whatever its record says.  Candidates stand in the order of ``pool``.
+
+    Args:
+        records: what was measured; a candidate of the pool without one was not probed.
+        pool, growth, settings: all candidates, number of the event, and its rule.
+        verdicts: one a rung, the last one decided; fewer only when nobody is left.
+        base_val_loss, cost: in nats per token before growth, and of all probes.
 
     Raises:
         RunError: when no candidate is left, with every reason.
     """
-    probed = {id_: _checked(records.get(id_), lag=lag) for id_ in pool}
-    alive = {id_: record for id_, record in probed.items() if record.status == "finished"}
-    curves = {id_: record.curve for id_, record in alive.items()}
-    chosen = RULES[rule](losses_at(curves, step=lag))
-    if chosen is None:
+    reasons = dict(item for verdict in verdicts for item in verdict.stopped.items())
+    lag = verdicts[-1].rung if verdicts else settings.last_rung
+    check = partial(_checked, settings=settings, lag=lag)
+    probed = {id_: check(records.get(id_), stopped=reasons.get(id_, "")) for id_ in pool}
+    finished = {id_: record for id_, record in probed.items() if record.status == "finished"}
+    if not finished:
         raise RunError(_nobody_left(probed, growth=growth))
-    batches = {id_: record.batches for id_, record in alive.items() if record.batches}
+    undecided = not verdicts or not verdicts[-1].decided
+    assert not undecided, f"growth {growth}: step {lag} did not decide between {list(finished)}"
+    ranking = [id_ for id_ in verdicts[-1].goes_on if id_ in finished]
+    chosen = ranking[0] if ranking else _best(finished, settings, lag)
     return {
         "growth": growth,
-        "rule": rule,
+        "rule": settings.rule,
         "lag": lag,
         "chosen": chosen,
         "base_val_loss": base_val_loss,
-        "candidates": [
-            {
-                "id": id_,
-                "status": record.status,
-                "reason": record.reason,
-                "steps": record.steps,
-                "curve": [[step, loss] for step, loss in record.curve],
-            }
-            for id_, record in probed.items()
-        ],
+        "candidates": [_candidate(id_, record) for id_, record in probed.items()],
         "cost": {**asdict(cost), "exhaustive_steps": len(pool) * lag},
-        "phase_transition": None,
-        "ties": ties(batches, winner=chosen) if chosen in batches else [],
+        "phase_transition": verdicts[-1].transition,
+        "ties": _ties(finished, ranking, settings, lag),
+        "rung_value": settings.rung_value,
+        "rungs": [_rung(verdict) for verdict in verdicts],
     }
 
 
-def _checked(record: ProbeRecord | None, *, lag: int) -> ProbeRecord:
+def _candidate(id_: str, record: ProbeRecord) -> dict[str, Any]:
+    return {
+        "id": id_,
+        "status": record.status,
+        "reason": record.reason,
+        "steps": record.steps,
+        "curve": [[evaluation.step, evaluation.loss] for evaluation in record.curve],
+    }
+
+
+def _rung(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "rung": verdict.rung,
+        "rank_correlation": verdict.rank_correlation,
+        "transition": verdict.transition,
+        "goes_on": list(verdict.goes_on),
+        "stopped": list(verdict.stopped),
+    }
+
+
+def _best(finished: Mapping[str, ProbeRecord], settings: GrowthConfig, lag: int) -> str:
+    values = {id_: rung_value(settings.rung_value, r.curve, lag) for id_, r in finished.items()}
+    return rank(values)[0]
+
+
+def _ties(
+    finished: Mapping[str, ProbeRecord], ranking: Sequence[str], settings: GrowthConfig, lag: int
+) -> list[str]:
+    """Those whose value at the lag the validation batches cannot tell from the first one's."""
+    batches = {
+        id_: losses
+        for id_, record in finished.items()
+        if id_ in ranking and (losses := rung_batches(settings.rung_value, record.curve, lag))
+    }
+    return ties(batches, winner=ranking[0]) if ranking and ranking[0] in batches else []
+
+
+def _checked(
+    record: ProbeRecord | None, *, settings: GrowthConfig, lag: int, stopped: str
+) -> ProbeRecord:
     """The record with its losses believed rather than its status; the curve is finite."""
     if record is None:
         return ProbeRecord(status="failed", reason="was not probed")
-    bad = [(step, loss) for step, loss in record.curve if not math.isfinite(loss)]
-    finite = tuple(point for point in record.curve if math.isfinite(point[1]))
-    record = replace(record, curve=finite)
+    bad = [e for e in record.curve if not math.isfinite(e.loss)]
+    record = replace(record, curve=tuple(e for e in record.curve if math.isfinite(e.loss)))
     if record.status == "failed":
         return replace(record, reason=record.reason or "no reason given")
     if bad:
-        step, loss = bad[0]
-        return replace(record, status="failed", reason=f"validation loss {loss} at step {step}")
-    if lag not in dict(finite):
+        reason = f"validation loss {bad[0].loss} at step {bad[0].step}"
+        return replace(record, status="failed", reason=reason)
+    if record.status == "stopped":
+        return replace(record, reason=record.reason or stopped or "no reason given")
+    if rung_value(settings.rung_value, record.curve, lag) is None:
         return replace(record, status="failed", reason=f"no validation loss at step {lag}")
     return record
 

@@ -59,19 +59,27 @@ def ties(batches: Mapping[str, Sequence[float]], *, winner: str) -> list[str]:
     the winner, paired over validation batches, holds 0.  The seed is fixed: equal losses give
     equal answers.  A single batch tells nobody apart.
     """
-    best = np.asarray(batches[winner], dtype=np.float64)
     return [
         id_
         for id_, losses in batches.items()
-        if id_ != winner and _holds_zero(np.asarray(losses, dtype=np.float64) - best)
+        if id_ != winner and _holds_zero(paired_interval(losses, batches[winner]))
     ]
 
 
-def _holds_zero(differences: NDArray[np.float64]) -> bool:
+def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float] | None:
+    """95 % percentile-bootstrap interval of the mean of ``first - second``, in their unit.
+
+    Paired: both hold the losses of the same validation batches in the same order, and batches are
+    what is drawn.  The seed is fixed.  None for fewer than two batches, which bound nothing.
+    """
     from scipy.stats import bootstrap
 
-    if differences.size < 2 or np.ptp(differences) == 0:
-        return differences.size == 1 or not differences.any()
+    assert len(first) == len(second), f"{len(first)} batches against {len(second)}"
+    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    if differences.size < 2:
+        return None
+    if np.ptp(differences) == 0:  # nothing to draw from: scipy would say NaN, with a warning
+        return float(differences[0]), float(differences[0])
     interval = bootstrap(
         (differences,),
         np.mean,
@@ -80,7 +88,11 @@ def _holds_zero(differences: NDArray[np.float64]) -> bool:
         method="percentile",
         rng=np.random.default_rng(BOOTSTRAP_SEED),
     ).confidence_interval
-    return bool(interval.low <= 0 <= interval.high)
+    return float(interval.low), float(interval.high)
+
+
+def _holds_zero(interval: tuple[float, float] | None) -> bool:
+    return interval is None or interval[0] <= 0 <= interval[1]
 
 
 def _both(first: Losses, second: Losses) -> tuple[dict[str, float], dict[str, float]]:

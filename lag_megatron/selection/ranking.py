@@ -1,7 +1,7 @@
 """Ranking candidates by validation loss, and the rules that choose one."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 Losses = Mapping[str, float | None]
 Curve = Sequence[tuple[int, float]]
@@ -27,9 +27,6 @@ def lag_rule(losses: Losses) -> str | None:
     """
     best = next(iter(rank(losses)), None)
     return best if best is not None and _finite(losses[best]) is not None else None
-
-
-RULES: Mapping[str, Callable[[Losses], str | None]] = {"lag": lag_rule}
 
 
 def _order(loss: float | None) -> float:

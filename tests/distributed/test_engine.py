@@ -22,7 +22,7 @@ def build(config):
 
 def steps(engine, config, world, first, last, lr=1e-2):
     return [
-        engine.train_step(random_batches(config, world, step), step=step, lr=lr, stop_asked=False)
+        engine.train_step(random_batches(config, world, step), step=step, lr=lr)
         for step in range(first, last)
     ]
 
@@ -33,7 +33,7 @@ def curve(config):
 
     world, engine = build(config)
     same = random_batches(config, world, 0)  # again and again, so that the loss falls
-    results = [engine.train_step(same, step=i, lr=1e-2, stop_asked=False) for i in range(4)]
+    results = [engine.train_step(same, step=i, lr=1e-2) for i in range(4)]
     validation = engine.evaluate([random_batches(config, world, step) for step in (100, 101)])
     stop_world()
     return [r.loss for r in results], [r.grad_norm for r in results], validation

@@ -66,9 +66,7 @@ def grow_and_load(config, folder, plans, target_layers, steps=3):
 
     def train(engine, first, last):
         return [
-            engine.train_step(
-                random_batches(config, world, step), step=step, lr=1e-2, stop_asked=False
-            ).loss
+            engine.train_step(random_batches(config, world, step), step=step, lr=1e-2).loss
             for step in range(first, last)
         ]
 

@@ -42,7 +42,7 @@ def config_of(stage, precision, tensor, layers=2, weight_decay=0.1):
 
 def probe(engine, config, world, first=3, count=2):
     return [
-        engine.train_step(random_batches(config, world, step), step=step, lr=1e-2, stop_asked=False)
+        engine.train_step(random_batches(config, world, step), step=step, lr=1e-2)
         for step in range(first, first + count)
     ]
 

@@ -79,7 +79,7 @@ def train_once(config):
     engine = Engine(config, world, num_layers=1, vocab_size=64)
     from conftest import random_batches
 
-    result = engine.train_step(random_batches(config, world, 0), step=0, lr=1e-3, stop_asked=False)
+    result = engine.train_step(random_batches(config, world, 0), step=0, lr=1e-3)
     stop_world()
     return result.loss
 

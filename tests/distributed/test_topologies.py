@@ -122,7 +122,7 @@ def load_and_save(config, folder, layers, steps):
     engine.load(folder / "grown")
     engine.save(folder, "again", client_state={})
     losses = [
-        engine.train_step(random_batches(config, world, step), step=step, lr=1e-2, stop_asked=False)
+        engine.train_step(random_batches(config, world, step), step=step, lr=1e-2)
         for step in range(3, 3 + steps)
     ]
     stop_world()

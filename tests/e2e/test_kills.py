@@ -7,7 +7,7 @@ import time
 import launcher
 import pytest
 from launcher import ROOT, finish, kill_all, ranks_of, run, start, wait_for
-from test_run import decision_of, events_of, rows_of
+from test_run import SEARCH, decision_of, disturb, events_of, rows_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -48,20 +48,12 @@ def test_a_signal_in_a_probe_costs_that_probe_alone(tiny, tmp_path):
     assert len(finished) == len(set(finished))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_storm_of_kills(seed, tiny, tmp_path):
-    run(tiny, tmp_path / "undisturbed")
+@pytest.mark.parametrize(
+    ("seed", "options"), [(0, []), (1, SEARCH), (2, [*SEARCH, "--set", "growth.rung_value=ema"])]
+)
+def test_a_storm_of_kills(seed, options, tiny, tmp_path):
+    run(tiny, tmp_path / "undisturbed", *options)
     run_dir, moments = tmp_path / "killed", random.Random(seed)
-    kills = 0
-    while kills < 10 and not events_of(run_dir, "run_finished"):
-        before = len(events_of(run_dir, "run_started"))
-        process = start(tiny, run_dir)
-        wait_for(run_dir / "journal.jsonl", '"run_started"', process, count=before + 1)
-        time.sleep(moments.uniform(0, 3))
-        if process.poll() is not None:
-            break
-        kill_all(process)
-        kills += 1
-    run(tiny, run_dir)
-    assert kills
+    assert disturb(tiny, run_dir, options, moments, kills=10)
+    run(tiny, run_dir, *options)
     assert_alike(run_dir, tmp_path / "undisturbed")

@@ -13,11 +13,22 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "lag_megatron"
 FLOORS = (
     ("errors", "config"),
-    ("files", "schedule", "tracking", "rundir", "stopping", "selection"),
+    (
+        "files",
+        "schedule",
+        "tracking",
+        "wandb_mirror",
+        "wandb_runs",
+        "rundir",
+        "stopping",
+        "watch",
+        "heartbeat",
+        "selection",
+    ),
     ("checkpoint", "growth"),
-    ("parallel", "model", "data", "kernels", "live", "engine"),
+    ("rendezvous", "parallel", "model", "data", "kernels", "live", "averaging", "engine"),
     ("probe",),
-    ("trainer", "session", "evaluate", "report", "dry_run"),
+    ("trainer", "session", "mirror", "evaluate", "report", "dry_run"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MAX_FILE_LINES = 300

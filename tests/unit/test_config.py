@@ -357,10 +357,41 @@ def test_a_stage_without_growth_takes_the_global_one():
     assert run.growth_before(1) is run.growth
 
 
-def test_evaluation_steps():
-    growth = GrowthConfig(lag=40, rungs=(10, 40), eval_steps=(3, 10))
-    assert growth.evaluation_steps() == (0, 3, 10, 40)
-    assert GrowthConfig(lag=0).evaluation_steps() == (0,)
+@pytest.mark.parametrize(
+    ("settings", "rungs", "evaluations"),
+    [
+        ({"rule": "lag", "eval_steps": (3, 10)}, (40,), (0, 3, 10, 40)),
+        ({"rule": "lag", "rungs": (10, 40)}, (40,), (0, 10, 40)),
+        ({"rule": "lag", "rung_value": "mean"}, (40,), (0, 32, 40)),
+        ({"rule": "lag", "lag": 0}, (0,), (0,)),
+        ({}, (10, 20, 40), (0, 8, 10, 16, 20, 32, 40)),
+        ({"rungs": (5, 40)}, (5, 40), (0, 4, 5, 32, 40)),
+        ({"lag": 3}, (1, 2, 3), (0, 1, 2, 3)),
+        ({"lag": "auto", "rule": "lag", "rungs": (5, 10)}, (5, 10), (0, 4, 5, 8, 10)),
+    ],
+)
+def test_rungs_and_evaluations(settings, rungs, evaluations):
+    growth = GrowthConfig(**{"rule": "halving", "lag": 40, **settings})
+    assert growth.rung_steps() == rungs
+    assert growth.evaluation_steps() == evaluations
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("growth.lag=auto", r"growth.rungs: lag auto looks for .* at least three"),
+        ("growth={lag: auto, rungs: [5, 10, 999]}", r"growth.rungs: 999 is longer than the stage"),
+        ("growth.eta=1", r"growth.eta: must be 2 or more"),
+        ("growth.min_rank_correlation=1.5", r"growth.min_rank_correlation: must lie between"),
+        ("growth.probe_groups=0", r"growth.probe_groups: must be 1 or more"),
+        ("growth.rung_timeout=0", r"growth.rung_timeout: must be above 0 seconds"),
+        ("parallel.timeout=0", r"parallel.timeout: must be above 0"),
+        ("growth={exhaustive: true, eval_steps: [999]}", r"between 0 and the stage's end 300"),
+    ],
+)
+def test_what_a_search_cannot_be(override, told):
+    with pytest.raises(ConfigError, match=told):
+        config(override)
 
 
 # Dump and read back

@@ -22,8 +22,10 @@ def demo(*overrides: str) -> RunConfig:
 # Fixed here, so that tuning the demo leaves the hand-made numbers below true.
 FIXED = (
     "stages=[{steps: 600}, {steps: 200, num_layers: 6}]",
+    "growth.rule=lag",
     "growth.lag=40",
     "growth.rungs=[10, 20, 40]",
+    "growth.probe_groups=1",
     "model={family: gpt, num_layers: 4, hidden_size: 128, ffn_hidden_size: 512, "
     "num_attention_heads: 4, num_query_groups: 4, seq_length: 128}",
     "data.tokenizer={type: bpe, vocab_size: 4000}",
@@ -140,3 +142,23 @@ def test_a_dry_run_and_a_report_need_no_torch() -> None:
         "import sys, lag_megatron.dry_run, lag_megatron.report; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_halving_costs_what_its_rungs_cost() -> None:
+    text = describe_run(demo(*FIXED, "growth.rule=halving"), world_size=2)
+    # 12 to step 10, 4 to step 20, 2 to step 40: 120 + 40 + 40.
+    assert "12 to step 10, 4 to step 20, 2 to step 40 = 200 probe steps" in text
+    assert "160 extra steps = 20.0% of the run's, 80.0% of the stage's" in text
+    assert "up to 12 x 40 steps" in text
+
+
+def test_an_exhaustive_search_costs_the_stage_for_every_candidate() -> None:
+    text = describe_run(demo(*FIXED, "growth.exhaustive=true"), world_size=2)
+    assert "Exhaustive: 12 x 200 = 2,400 probe steps; the winner's 200 go on" in text
+    assert "2,200 extra steps = 275.0% of the run's" in text
+
+
+def test_an_unknown_lag_costs_at_most_the_last_rung() -> None:
+    settings = "growth={lag: auto, rungs: [5, 10, 20, 40]}"
+    text = describe_run(demo(*FIXED[:2], settings, *FIXED[4:]), world_size=2)
+    assert "lag auto, at most 12 x 40 = 480 probe steps" in text

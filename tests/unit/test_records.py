@@ -1,16 +1,18 @@
-"""The journal, the metrics, the run directory and W&B."""
+"""The journal, the metrics and the run directory."""
 
 import multiprocessing
-import time
+import os
+import shutil
 
 import pytest
 from conftest import ROOT
 
 from lag_megatron import rundir
-from lag_megatron.config import TrackingConfig, load_config
+from lag_megatron.checkpoint import commit
+from lag_megatron.config import load_config
 from lag_megatron.errors import RunError
 from lag_megatron.probe.journal import Journal
-from lag_megatron.tracking import Console, MetricsLog, Wandb, read_rows
+from lag_megatron.tracking import MetricsLog, read_rows
 
 
 def test_a_journal_is_its_replay(tmp_path):
@@ -100,20 +102,46 @@ def test_tags_sort_by_step():
     assert [rundir.step_of(rundir.tag_of(step)) for step in steps] == steps
 
 
-def test_wandb_without_a_key_is_offline_and_says_how_to_sync(tmp_path, monkeypatch, capsys):
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("HOME", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    run = Wandb(TrackingConfig(), folder=tmp_path, config={"a": 1}, console=Console())
-    run.log({"step": 1, "tokens": 10, "train/loss": 2.0})
-    run.finish(exit_code=0)
-    assert f"wandb sync {tmp_path}/wandb/offline-*" in capsys.readouterr().out
-    (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    identity = (tmp_path / "wandb_id").read_text()
-    assert record.stem == f"run-{identity}"
-    deadline = time.monotonic() + 30  # W&B's own process may write after finish() has returned
-    while b"train/loss" not in record.read_bytes():
-        assert time.monotonic() < deadline, record.read_bytes()
-        time.sleep(0.05)
+def test_groups_and_time_limits_of_a_stage_may_change_between_starts(tmp_path):
+    demo = ROOT / "configs" / "demo.yaml"
+
+    def with_growth(growth):
+        stages = f"stages=[{{steps: 500}}, {{steps: 100, num_layers: 6, growth: {growth}}}]"
+        return load_config(demo, overrides=[stages])
+
+    run = rundir.RunDirectory(tmp_path)
+    rundir.claim(run, with_growth("{lag: 20, rungs: [], probe_groups: 8}"))
+    rundir.claim(run, with_growth("{lag: 20, rungs: [], probe_groups: auto, rung_timeout: 60}"))
+    with pytest.raises(RunError, match=r"stages\.1\.growth\.lag"):
+        rundir.claim(run, with_growth("{lag: 30, rungs: [], probe_groups: 8}"))
+
+
+def test_a_line_that_cannot_be_written_leaves_no_part_of_itself(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("run_started")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(RunError, match="No space left"):
+            journal.append("checkpoint", path="x")
+    journal.append("run_finished")
+    names = [event["event"] for event in Journal(tmp_path / "journal.jsonl").events]
+    assert names == ["run_started", "run_finished"]
+
+
+def test_a_checkpoint_is_gone_at_once_even_where_its_files_are_not(tmp_path, monkeypatch):
+    """As on NFS, where the files that a process still maps stay in the folder."""
+    tag = tmp_path / "step00000004"
+    tag.mkdir()
+    (tag / "shard").write_text("x")
+    (tag / commit.MANIFEST).write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+        commit.remove(tag)
+    assert not tag.exists()
+    assert commit.committed(tmp_path) == []
+    commit.remove(tmp_path / "step00000008")
+    assert list(tmp_path.iterdir()) == []

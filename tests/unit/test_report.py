@@ -2,171 +2,25 @@
 
 import json
 import math
-import random
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
+from synthetic_run import SyntheticRun, make_config
 
-from lag_megatron.config import RunConfig, dump_config, parse_config
+from lag_megatron.config import dump_config
 from lag_megatron.errors import ConfigError, RunError
-from lag_megatron.growth.pool import Candidate, build_pool
 from lag_megatron.report import report_data, write_report
-from lag_megatron.selection import ProbeCost, ProbeRecord, build_decision
 
 ROOT = Path(__file__).parents[2]
-EVALUATIONS = (0, 10, 20, 40)
-BASE_LOSS = 4.4
 
 
-def make_config(layers: tuple[int, ...], *, steps: int = 600, pool: str = "lag") -> RunConfig:
-    model = {
-        "num_layers": layers[0],
-        "hidden_size": 128,
-        "ffn_hidden_size": 512,
-        "num_attention_heads": 4,
-        "num_query_groups": 4,
-        "seq_length": 128,
-    }
-    stages = [{"steps": steps if n == 0 else 200, "num_layers": c} for n, c in enumerate(layers)]
-    growth = {"lag": 40, "rungs": [10, 20, 40], "pool": {"operator": pool}}
-    return parse_config({"model": model, "stages": stages, "growth": growth})
-
-
-class SyntheticRun:
-    """Writes a run directory event by event, in the documented formats."""
-
-    def __init__(self, path: Path, *, layers: tuple[int, ...] = (4, 6), pool: str = "lag") -> None:
-        self.path = path
-        self.config = make_config(layers, pool=pool)
-        self.random = random.Random(7)
-        self.time = 1.7e9
-        path.mkdir(parents=True)
-        (path / "config.yaml").write_text(dump_config(self.config))
-        run = {
-            "name": "demo",
-            "world_size": 2,
-            "vocab_size": 4096,
-            "parameters": [1_334_016 + n * 396_544 for n in range(len(layers))],
-            "unigram_entropy": 6.1234,
-            "data": {"train_tokens": 9_000_000, "validation_tokens": 65536},
-            "device": "cpu",
-        }
-        (path / "run.json").write_text(json.dumps(run))
-        self.event("run_started", world_size=2, resumed=False)
-
-    def event(self, event: str, **fields: object) -> None:
-        self.time += 1.5
-        self.line(self.path / "journal.jsonl", {"event": event, "time": self.time, **fields})
-
-    def line(self, path: Path, value: dict[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps(value) + "\n")
-
-    def train(self, stage: int, *, until: int | None = None) -> None:
-        start = sum(s.steps for s in self.config.stages[:stage])
-        end = until or start + self.config.stages[stage].steps
-        self.event("stage_started", stage=stage, step=start, num_layers=4 + 2 * stage)
-        for step in range(start, end + 1):
-            where = {"step": step, "tokens": step * 4096, "stage": stage}
-            loss = 4.0 + 4.3 * math.exp(-step / 150) + self.random.gauss(0, 0.05)
-            if step % 10 == 0 and step > start:
-                values = {"train/loss": loss, "train/grad_norm": 1.0, "train/lr": 1e-3}
-                speed = {"train/tokens_per_second": 20000 + step}
-                self.line(self.path / "metrics.jsonl", {**where, **values, **speed})
-            if step % 100 == 0:
-                self.line(self.path / "metrics.jsonl", {**where, "val/loss": self.loss(step)})
-        if until is None:
-            self.event("stage_finished", stage=stage, step=end, val_loss=self.loss(end))
-
-    def loss(self, step: int) -> float:
-        return round(4.0 + 4.32 * math.exp(-step / 150), 4)
-
-    def candidates(self, stage: int) -> tuple[Candidate, ...]:
-        return build_pool(
-            self.config.growth_before(stage),
-            source_layers=self.config.layers_of(stage - 1),
-            target_layers=self.config.layers_of(stage),
-            seed=1,
-            init_std=0.02,
-        )
-
-    def start_growth(self, number: int) -> tuple[Candidate, ...]:
-        pool = self.candidates(number)
-        folder = self.path / f"growth{number:02d}"
-        folder.mkdir()
-        (folder / "pool.json").write_text(json.dumps([c.describe() for c in pool]))
-        self.event(
-            "growth_started",
-            growth=number,
-            stage=number,
-            step=sum(s.steps for s in self.config.stages[:number]),
-            base="stage00/global_step600",
-            base_val_loss=BASE_LOSS,
-            source_layers=self.config.layers_of(number - 1),
-            target_layers=self.config.layers_of(number),
-            rule="lag",
-            lag=40,
-            pool=[c.id for c in pool],
-        )
-        return pool
-
-    def probe(self, number: int, candidate: Candidate, losses: tuple[float, ...]) -> ProbeRecord:
-        self.event("probe_started", growth=number, id=candidate.id)
-        batches = tuple(losses[-1] + 0.01 * (n % 3 - 1) for n in range(8))
-        for step, loss in zip(EVALUATIONS, losses, strict=True):
-            line = {"step": step, "val_loss": loss, "val_loss_batches": batches}
-            self.line(self.path / f"growth{number:02d}" / candidate.id / "probe.jsonl", line)
-        self.event(
-            "probe_finished",
-            growth=number,
-            id=candidate.id,
-            step=40,
-            val_loss=losses[-1],
-            seconds=2.5,
-            state=f"growth{number:02d}/{candidate.id}/global_step40",
-        )
-        curve = tuple(zip(EVALUATIONS, losses, strict=True))
-        return ProbeRecord(status="finished", steps=40, curve=curve, batches=batches)
-
-    def grow(self, number: int, *, failed: str | None = None) -> None:
-        """All of a growth event; losses at 0 rise with those at 40 falling, so LAG@0 errs."""
-        pool = self.start_growth(number)
-        records = {}
-        for place, candidate in enumerate(pool):
-            if candidate.id == failed:
-                reason = "validation loss 31.2 is above growth.max_loss 20.0 <&>"
-                self.event("probe_failed", growth=number, id=failed, step=20, reason=reason)
-                records[failed] = ProbeRecord(status="failed", reason=reason, steps=20)
-                continue
-            spread = 0.1 * (place % 7) + 0.01 * place
-            # Half a batch's noise apart: the second best is not a tie unless it is equal.
-            losses = (4.5 + 2 * spread, 4.4 + spread / 3, 4.35 - spread / 20, 4.3 - spread / 10)
-            records[candidate.id] = self.probe(number, candidate, losses)
-        decision = build_decision(
-            records,
-            pool=[c.id for c in pool],
-            growth=number,
-            rule="lag",
-            lag=40,
-            base_val_loss=BASE_LOSS,
-            cost=ProbeCost(
-                probe_steps=sum(r.steps for r in records.values()),
-                tokens=40 * 4096 * len(pool),
-                flops=2.1e13,
-                seconds=400.0,
-            ),
-        )
-        (self.path / f"growth{number:02d}" / "decision.json").write_text(json.dumps(decision))
-        self.event("decision", growth=number, chosen=decision["chosen"], state="x")
-
-    def finish(self) -> None:
-        step = self.config.total_steps
-        self.event("run_finished", step=step, val_loss=self.loss(step))
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take a second a page; the tests of the tool and of figures draw them."""
+    monkeypatch.setattr("lag_megatron.report.plots_available", lambda: False)
 
 
 @pytest.fixture
@@ -182,7 +36,7 @@ def whole_run(tmp_path: Path) -> Path:
 class Balance(HTMLParser):
     """Checks that every element is closed in order and that nothing is fetched."""
 
-    VOID = ("meta", "rect", "line", "circle", "polyline")
+    VOID = ("meta", "rect", "line", "circle", "polyline", "img")
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +46,8 @@ class Balance(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         names = dict(attrs)
-        assert not {"src", "href", "onclick"} & set(names)
+        assert not {"href", "onclick"} & set(names)
+        assert str(names.get("src", "data:")).startswith("data:")
         assert tag not in ("script", "link", "iframe", "image")
         if "id" in names:
             self.ids.append(str(names["id"]))
@@ -305,7 +160,7 @@ def test_a_run_that_stopped_while_probing(tmp_path: Path) -> None:
     run = SyntheticRun(tmp_path / "demo")
     run.train(0)
     first, second, *_ = run.start_growth(1)
-    run.probe(1, first, (4.5, 4.4, 4.3, 4.2))
+    run.probe(1, first.id, {0: 4.5, 10: 4.4, 20: 4.3, 40: 4.2})
     run.event("probe_started", growth=1, id=second.id)
     line = {"step": 0, "val_loss": math.nan, "val_loss_batches": []}
     run.line(run.path / "growth01" / second.id / "probe.jsonl", line)

@@ -95,7 +95,7 @@ def _config(steps: int) -> RunConfig:
 def _train(config: RunConfig, world: World, folder: Path, *, steps: int) -> None:
     engine = Engine(config, world, num_layers=SOURCE, vocab_size=VOCABULARY)
     for step in range(steps):
-        result = engine.train_step([_batch(step)], step=step, lr=LR, stop_asked=False)
+        result = engine.train_step([_batch(step)], step=step, lr=LR)
         if (step + 1) % 500 == 0:
             print(f"step {step + 1}: loss {result.loss:.3f}", file=sys.stderr, flush=True)
     engine.save(folder, "source", client_state={"step": steps})
@@ -126,7 +126,7 @@ def _measure(
 def _first_update(engine: Engine, plan: GrowthPlan, step: int) -> dict[str, float]:
     """Largest and root-mean-square |update| / lr of the new layers' elements and of the old's."""
     before = _weights(engine)
-    engine.train_step([_batch(step)], step=step, lr=LR, stop_asked=False)
+    engine.train_step([_batch(step)], step=step, lr=LR)
     after = _weights(engine)
     found: dict[str, float] = {}
     for kind, is_new in (("new", True), ("old", False)):

@@ -50,7 +50,7 @@ def train_step(engine: Engine, step: int) -> float:
         "position_ids": torch.arange(LENGTH).expand(ROWS, LENGTH),
         "loss_mask": torch.ones(ROWS, LENGTH),
     }
-    return engine.train_step([batch], step=step, lr=1e-4, stop_asked=False).loss
+    return engine.train_step([batch], step=step, lr=1e-4).loss
 
 
 def seed_checkpoint(world: World, folder: Path, *, hidden: int, vocabulary: int) -> Path:

@@ -1,0 +1,92 @@
+"""An exponential moving average of a live engine's sharded weights, to be evaluated in their place.
+
+Each rank averages the fp32 masters that it holds; no weight is gathered.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lag_megatron.checkpoint import commit
+from lag_megatron.errors import CheckpointError
+from lag_megatron.live import LiveState
+
+# Karras et al. 2024 (EDM2), section 3.1: the average's width is 10 % of the steps averaged over.
+GAMMA = 6.94
+
+
+class WeightAverage:
+    """Power-function average of the masters since it was made.
+
+    ``w_t = b(t) w_(t-1) + (1 - b(t)) p_t`` with ``b(t) = (1 - 1/t)^(GAMMA + 1)`` (Karras et al.
+    2024, equation 2): its window grows with t, so no decay has to be chosen for a lag.
+
+    Args:
+        live: the state of an engine; its buffers must stay where they are.
+    """
+
+    def __init__(self, live: LiveState) -> None:
+        self._live = live
+        self._averages = [master.detach().clone() for master in live.masters]
+
+    @torch.no_grad()
+    def update(self, taken: int) -> None:
+        """Take in the masters after ``taken`` optimizer steps, from 1."""
+        weight = 1.0 - (1.0 - 1.0 / taken) ** (GAMMA + 1.0)
+        for average, master in zip(self._averages, self._live.masters, strict=True):
+            average.lerp_(master.detach(), weight)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The averages as the engine's weights; afterwards its own are back, bit for bit."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def save(self, folder: Path, *, rank: int, size: int) -> dict[str, Any]:
+        """Write this rank's part beside a checkpoint's shards; returns its manifest entry.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        path = folder / file_name(rank, size)
+        try:
+            torch.save(self._averages, path)
+        except (OSError, RuntimeError) as error:  # torch's word for a full disk is the latter
+            raise CheckpointError(
+                f"{path}: cannot be written: {str(error).splitlines()[0]}. Free some space and run "
+                "the same command again."
+            ) from error
+        return {path.name: commit.seal(path)}
+
+    @torch.no_grad()
+    def load(self, folder: Path, *, rank: int, size: int) -> None:
+        """Go on from a part that the same rank of as many wrote."""
+        kept = torch.load(
+            folder / file_name(rank, size), mmap=True, map_location="cpu", weights_only=True
+        )
+        for average, value in zip(self._averages, kept, strict=True):
+            average.copy_(value)
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for average, master in zip(self._averages, self._live.masters, strict=True):
+            weights = master.detach().clone()
+            master.detach().copy_(average)
+            average.copy_(weights)
+        self._live.refresh()
+
+
+def file_name(rank: int, size: int) -> str:
+    """Name of one rank's part; another number of ranks cannot go on from it."""
+    return f"weight_average_{rank:03d}_of_{size:03d}.pt"
+
+
+def fits(folder: Path, *, size: int) -> bool:
+    """Whether a checkpoint holds an average of this many ranks."""
+    return (folder / file_name(size - 1, size)).is_file()

@@ -1,0 +1,67 @@
+"""A decided growth event as W&B shows it: a table, one chart, pictures, plan and decision."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lag_megatron.growth.layer_map import draw
+from lag_megatron.probe.event import Event
+from lag_megatron.report import plots_available, write_figures
+from lag_megatron.rundir import RunDirectory
+from lag_megatron.wandb_mirror import Wandb
+
+Json = dict[str, Any]
+
+
+def show_event(wandb: Wandb, run: RunDirectory, event: Event) -> None:
+    """Mirror a growth event from its files; returns at once, the figures are drawn later."""
+    folder = run.growth(event.number)
+    decision: Json = json.loads((folder / "decision.json").read_text())
+    curves = {c["id"]: [(step, loss) for step, loss in c["curve"]] for c in decision["candidates"]}
+    columns, rows = candidate_table(event, decision)
+
+    def images() -> dict[str, Path]:
+        drawn = write_figures(run.root, event.number) if plots_available() else {}
+        drawn.pop("curves", None)  # the chart shows them
+        return drawn
+
+    cost = decision["cost"]
+    prefix = f"growth{event.number:02d}"
+    wandb.event(
+        event.number,
+        columns=columns,
+        rows=rows,
+        curves={id_: points for id_, points in curves.items() if points},
+        images=images,
+        files=[folder / "pool.json", folder / "decision.json"],
+        summary={
+            f"{prefix}/chosen": decision["chosen"],
+            f"{prefix}/lag": decision["lag"],
+            f"{prefix}/phase_transition": decision["phase_transition"],
+            f"{prefix}/probe_steps": cost["probe_steps"],
+            f"{prefix}/probe_steps_share": cost["probe_steps"] / max(cost["exhaustive_steps"], 1),
+        },
+    )
+
+
+def candidate_table(event: Event, decision: Json) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows: layer map, loss at 0 and at each rung, rank at the lag, status, chosen."""
+    steps = sorted({0, *(rung["rung"] for rung in decision["rungs"])})
+    losses = {c["id"]: dict(c["curve"]) for c in decision["candidates"]}
+    lag = decision["lag"]
+    ranking = sorted((id_ for id_ in losses if lag in losses[id_]), key=lambda i: losses[i][lag])
+    maps = {candidate.id: draw(candidate.plan.layer_map) for candidate in event.pool}
+    rows = [
+        [
+            c["id"],
+            maps[c["id"]],
+            *(losses[c["id"]].get(step) for step in steps),
+            ranking.index(c["id"]) + 1 if c["id"] in ranking else None,
+            c["status"],
+            c["reason"],
+            c["id"] == decision["chosen"],
+        ]
+        for c in decision["candidates"]
+    ]
+    names = [f"loss at {step}" for step in steps]
+    return ["candidate", "layers", *names, "rank", "status", "reason", "chosen"], rows

@@ -1,0 +1,104 @@
+"""The files of one candidate: its curve, its training metrics, its saved states, its failures."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lag_megatron.checkpoint import commit
+from lag_megatron.files import flush_to_disk, write_atomically
+from lag_megatron.rundir import step_of, tag_of
+from lag_megatron.tracking import read_rows
+
+CURVE = "probe.jsonl"
+TRAINING = "train.jsonl"
+_FAILED = "failed-rank"
+_HUNG = "hung.jsonl"
+_ATTEMPTS = 2
+
+
+class CandidateFolder:
+    """``growthNN/<id>``; its group's leader writes, the coordinator reads when none does.
+
+    Args:
+        path: the folder.
+        base_step: optimizer steps of the run before growth; tags count them in.
+    """
+
+    def __init__(self, path: Path, base_step: int) -> None:
+        self.path, self._base_step = path, base_step
+
+    def state_at(self, steps: int) -> Path:
+        """Where the state after ``steps`` steps since growth is saved."""
+        return self.path / tag_of(self._base_step + steps)
+
+    def curve(self) -> list[dict[str, Any]]:
+        """Evaluations, ``step`` counted from growth."""
+        return read_rows(self.path / CURVE)
+
+    def training(self) -> list[dict[str, Any]]:
+        """Metrics of the steps since growth, ``step`` counted from the run's beginning."""
+        return read_rows(self.path / TRAINING)
+
+    def resume(self, *, rung: int, usable: Callable[[Path], bool] = lambda state: True) -> int:
+        """Go back to the newest saved state not after ``rung`` and return its steps; 0 for none.
+
+        Lines of later steps and half-written states are removed.
+
+        Args:
+            rung: steps after growth.
+            usable: which states do.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        for draft in self.path.glob("step*.tmp"):
+            commit.remove(draft)
+        states = [
+            steps
+            for tag in commit.committed(self.path)
+            if (steps := step_of(tag.name) - self._base_step) <= rung and usable(tag)
+        ]
+        start = max(states, default=0)
+        self._cut(CURVE, start if states else -1)
+        self._cut(TRAINING, self._base_step + start)
+        return start
+
+    def add(self, name: str, rows: Sequence[Any]) -> None:
+        """Append lines to the curve or to the training metrics."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def flush(self) -> None:
+        """Bring the lines to the disk: neither state nor journal may know more than they."""
+        for path in (self.path / CURVE, self.path / TRAINING, self.path):
+            if path.exists():
+                flush_to_disk(path)
+
+    def keep_only(self, state: Path | None) -> None:
+        """Delete all saved states but one."""
+        for other in self.path.glob("step*"):
+            if other != state and other.is_dir():
+                commit.remove(other)
+
+    def mark_failed(self, reason: str, *, rank: int) -> None:
+        """Leave word of a failure that ends this process."""
+        write_atomically(self.path / f"{_FAILED}{rank}.json", json.dumps({"reason": reason}))
+
+    def mark_hung(self, *, attempt: int, seconds: float) -> None:
+        """Leave word that an attempt made no progress for ``seconds``."""
+        with (self.path / _HUNG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"attempt": attempt, "seconds": seconds}) + "\n")
+
+    def failure(self) -> str:
+        """Why this candidate must not be tried again, from what earlier processes left."""
+        for path in sorted(self.path.glob(f"{_FAILED}*.json")):
+            return str(read_rows(path)[0]["reason"])
+        hung = {row["attempt"]: row["seconds"] for row in read_rows(self.path / _HUNG)}
+        if len(hung) < _ATTEMPTS:
+            return ""
+        return f"no progress for {min(hung.values()):g} s in {len(hung)} attempts; see stacks/"
+
+    def _cut(self, name: str, last: int) -> None:
+        rows = read_rows(self.path / name)
+        kept = [row for row in rows if row["step"] <= last]
+        if (self.path / name).exists():
+            write_atomically(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))

@@ -1,0 +1,141 @@
+"""Probe groups without engines: real folders, journal and coordinator, made-up losses.
+
+A candidate's loss is a function of its index and step alone, as training is one of state and step.
+"""
+
+import json
+import math
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+from conftest import pico_config
+
+from lag_megatron.checkpoint import commit
+from lag_megatron.config import GrowthConfig
+from lag_megatron.growth.pool import build_pool
+from lag_megatron.probe.coordinator import Coordinator
+from lag_megatron.probe.event import Event, Progress
+from lag_megatron.probe.folder import CURVE, TRAINING, CandidateFolder
+from lag_megatron.probe.journal import Journal
+from lag_megatron.rundir import RunDirectory, step_of
+
+BASE_STEP = 100
+
+
+class Killed(Exception):
+    """As by kill -9: nothing after it happens."""
+
+
+def loss_of(index, step):
+    """Rankings cross in the first 5 steps, then stay."""
+    noise = random.Random(f"{index} {step}").gauss(0, 0.002)
+    lasting, passing = 0.02 * (index % 7), 0.03 * index * math.exp(-step / 1.5)
+    return 4 + 2 * math.exp(-step / 8) + lasting - passing + noise
+
+
+class Stand:
+    """A growth event on disk that groups can work on, be killed in, and begin again."""
+
+    def __init__(self, root, *, losses=loss_of, stage_steps=50, **growth):
+        settings = GrowthConfig(**({"rule": "halving", "lag": 20, "rungs": (5, 10, 20)} | growth))
+        pool = build_pool(settings, source_layers=4, target_layers=6, seed=1, init_std=0.02)
+        self.run = RunDirectory(root)
+        root.mkdir(exist_ok=True)
+        self.event = Event(
+            number=1, base=root / "stage00" / "step00000100", base_step=BASE_STEP,
+            base_val_loss=6.0, source_layers=4, target_layers=6, stage_steps=stage_steps,
+            growth=settings, pool=pool,
+        )  # fmt: skip
+        feed = SimpleNamespace(validation_tokens=64)
+        config = replace(pico_config(), growth=settings)
+        self.job = SimpleNamespace(config=config, run=self.run, feed=feed, vocab_size=64)
+        self.job.validation_row = lambda step, stage, loss: {"step": step, "val/loss": loss}
+        self.losses = losses
+        self.trained = 0
+
+    def coordinator(self):
+        journal = Journal(self.run.journal)
+        made = Coordinator(self.job, journal, self.event, lambda *told: None)
+        made.begin()
+        return made
+
+    def advance(self, turn, may_win, *, point=lambda name: None, interval=8, held=None):
+        """What a group does with a turn; ``point`` may kill it at any named place."""
+        candidate = self.event.pool[turn.candidate]
+        folder = CandidateFolder(self.run.probe(1, candidate.id), BASE_STEP)
+        steps = held if held is not None else folder.resume(rung=turn.rung)
+        known = {row["step"] for row in folder.curve()}
+        failure = ""
+        for at in (step for step in self.event.evaluations if step <= turn.rung):
+            while steps < at:
+                point("step")
+                steps += 1
+                self.trained += 1
+                folder.add(TRAINING, [{"step": BASE_STEP + steps, "train/loss": 1.0}])
+                if steps % interval == 0:
+                    self._save(folder, steps, point)
+            if steps == at and at not in known:
+                loss = self.losses(turn.candidate, at)
+                if not math.isfinite(loss):
+                    failure = f"validation loss is {loss} at step {at}"
+                    break
+                row = {"step": at, "val_loss": loss, "val_loss_batches": [loss - 0.1, loss + 0.1]}
+                folder.add(CURVE, [row])
+        rows = tuple(folder.curve())
+        progress = Progress(turn.candidate, turn.rung, steps, rows, failure=failure, seconds=1.0)
+        point("trained")
+        if not failure and may_win(progress):
+            self._save(folder, steps, point)
+            progress = replace(progress, state=folder.state_at(steps).name)
+        point("saved")
+        return progress
+
+    def _save(self, folder, steps, point):
+        state = folder.state_at(steps)
+        if commit.is_committed(state):
+            return
+        draft = commit.temporary(state)
+        commit.remove(draft)
+        draft.mkdir(parents=True)
+        (draft / "shard").write_text(json.dumps(steps))
+        point("saving")
+        commit.publish(state, files={"shard": commit.seal(draft / "shard")}, about={"step": steps})
+        folder.keep_only(state)
+
+    def work(self, *, point=lambda name: None, group=0):
+        """One group to the end; returns the decision and the winner's state."""
+        coordinator = self.coordinator()
+        held = {}
+        while True:
+            turn = coordinator.ask(group, next(iter(held), None), stopped=lambda: "")
+            point("asked")
+            if turn.candidate is None:
+                break
+            progress = self.advance(
+                turn, coordinator.may_win, point=point, held=held.get(turn.candidate)
+            )
+            held = {} if progress.failure else {turn.candidate: progress.steps}
+            coordinator.record(group, progress)
+            point("recorded")
+        decision, rows = coordinator.decide()
+        point("decided")
+        state = coordinator.announce(decision)
+        return decision, state, rows
+
+    def states(self):
+        """Saved states on disk, by candidate."""
+        return {
+            c.id: [step_of(p.name) - BASE_STEP for p in commit.committed(self.run.probe(1, c.id))]
+            for c in self.event.pool
+        }
+
+
+def killer(moments, share):
+    """A point that kills with probability ``share``."""
+
+    def point(name):
+        if moments.random() < share:
+            raise Killed(name)
+
+    return point

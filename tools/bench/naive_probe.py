@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""One candidate as a loop without a coordinator probes it: load, train to the lag, evaluate.
+
+deepspeed --num_gpus 2 tools/bench/naive_probe.py --config FILE --checkpoint TAG --folder DIR
+
+Writes the validation loss to DIR/loss.json; naive_search.py starts it once a candidate.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from lag_megatron.config import load_config
+from lag_megatron.data import Feed, PreparedData, padded_vocab_size, prepare_data
+from lag_megatron.engine import Engine, mean
+from lag_megatron.parallel import start_world, stop_world
+from lag_megatron.probe.steps import Job
+from lag_megatron.rundir import RunDirectory, step_of
+from lag_megatron.stopping import StopFlag
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    config = load_config(options.config)
+    world = start_world(tensor=config.parallel.tensor)
+    run = RunDirectory(options.folder)
+    data = world.from_coordinator(lambda: prepare_data(config.data, cache_dir=run.data_cache))
+    data = PreparedData.open(data.folder)
+    vocab_size = padded_vocab_size(data.vocab_size)
+    job = Job(config, run, Feed(data, config, world), StopFlag(), vocab_size)
+    engine = Engine(
+        config,
+        world,
+        num_layers=config.layers_of(1),
+        vocab_size=vocab_size,
+        draw_weights=False,
+    )
+    engine.load(options.checkpoint)
+    base_step = step_of(options.checkpoint.name)
+    for step in range(config.growth_before(1).last_rung):
+        job.step(engine, base_step + step, stage=1)
+    loss = mean(job.evaluate(engine))
+    if world.is_coordinator:
+        (options.folder / "loss.json").write_text(json.dumps({"val_loss": loss}))
+    stop_world()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="grown, a tag directory")
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
