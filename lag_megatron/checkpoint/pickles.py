@@ -58,6 +58,15 @@ STAND_INS: dict[type, str] = {
 }
 
 
+def _member(owner: object, name: str) -> ZeroStage:
+    """Stands for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle members of enumerations."""
+    if owner is not ZeroStage or name not in ZeroStage.__members__:
+        raise pickle.UnpicklingError(f"getattr of {owner!r}, {name!r}")
+    return ZeroStage[name]
+
+
+_SAFE = [*STAND_INS.items(), (_member, "builtins.getattr")]
+
 # What torch's readers raise where a flipped bit hits the pickle or the archive around it.
 _DAMAGE = (RuntimeError, ValueError, EOFError, OSError, LookupError, TypeError, AttributeError,
            AssertionError)  # fmt: skip
@@ -84,7 +93,7 @@ def load(path: Path, *, writable: bool = False) -> Any:
     try:
         with (
             _TORCH_SETTINGS,
-            torch.serialization.safe_globals(list(STAND_INS.items())),
+            torch.serialization.safe_globals(_SAFE),
             torch.serialization.set_default_mmap_options(flags),
         ):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -103,3 +103,29 @@ def test_reading_never_writes_to_the_file(tmp_path):
     torch.save({"tensor": torch.zeros(4)}, tmp_path / "file.pt")
     pickles.load(tmp_path / "file.pt")["tensor"].fill_(1.0)
     assert torch.equal(torch.load(tmp_path / "file.pt")["tensor"], torch.zeros(4))
+
+
+def test_members_of_enumerations_as_python_3_11_0_to_3_11_3_pickle_them(tmp_path, monkeypatch):
+    def by_name(self, protocol):
+        return getattr, (type(self), self.name)
+
+    monkeypatch.setattr(pickles.ZeroStage, "__reduce_ex__", by_name)
+    path = tmp_path / "states.pt"
+    torch.save({"stage": pickles.ZeroStage.weights}, path, pickle_module=pickles._Pickling)
+    assert b"getattr" in path.read_bytes()
+    assert pickles.load(path)["stage"] is pickles.ZeroStage.weights
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(pickles.LossScaler, "__init__"), (pickles.ZeroStage, "mro"), (torch.float32, "__class__")],
+)
+def test_getattr_of_anything_else_is_refused(owner, name, tmp_path):
+    class Reach:
+        def __reduce_ex__(self, protocol):
+            return getattr, (owner, name)
+
+    path = tmp_path / "states.pt"
+    torch.save({"x": Reach()}, path, pickle_module=pickles._Pickling)
+    with pytest.raises(CheckpointError, match="holds objects that no DeepSpeed checkpoint has"):
+        pickles.load(path)
