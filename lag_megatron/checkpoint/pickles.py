@@ -65,7 +65,7 @@ def _member(owner: object, name: str) -> ZeroStage:
     return ZeroStage[name]
 
 
-_SAFE = [*STAND_INS.items(), (_member, "builtins.getattr")]
+_SAFE: list[Any] = [*STAND_INS.items(), (_member, "builtins.getattr")]
 
 # What torch's readers raise where a flipped bit hits the pickle or the archive around it.
 _DAMAGE = (RuntimeError, ValueError, EOFError, OSError, LookupError, TypeError, AttributeError,
