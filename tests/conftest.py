@@ -97,6 +97,17 @@ def pico_config(*, num_layers=2, zero_stage=1, tensor=1, precision="fp32", llama
     )
 
 
+def sparing(values, *, slow):
+    """Parameters of a test of which those that ``slow`` holds for run in ``make test-slow``."""
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=[pytest.mark.slow] if slow(value) else [],
+        )
+        for value in values
+    ]
+
+
 def random_batches(config, world, step):
     """This rank's micro-batches of global batch ``step``, the same text whatever the world."""
     import torch

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import run_ranks
+from conftest import run_ranks, sparing
 
 from lag_megatron.config import load_config
 from lag_megatron.errors import CheckpointError, DataError, LagError, RunError
@@ -41,8 +41,11 @@ def reference(tmp_path_factory, tiny_tree):
 
 @pytest.mark.parametrize(
     ("zero_stage", "tensor", "world_size", "precision"),
-    [(0, 1, 2, "fp32"), (1, 1, 2, "fp32"), (2, 1, 2, "fp32"), (3, 1, 2, "fp32"),
-     (1, 2, 2, "fp32"), (3, 2, 2, "fp32"), (1, 2, 4, "fp32"), (1, 1, 2, "bf16")],
+    sparing(
+        [(0, 1, 2, "fp32"), (1, 1, 2, "fp32"), (2, 1, 2, "fp32"), (3, 1, 2, "fp32"),
+         (1, 2, 2, "fp32"), (3, 2, 2, "fp32"), (1, 2, 4, "fp32"), (1, 1, 2, "bf16")],
+        slow=lambda at: at[:3] in ((1, 1, 2), (2, 1, 2), (1, 2, 2)) and at[3] == "fp32",
+    ),
 )  # fmt: skip
 def test_every_topology_trains_grows_and_decides_alike(
     zero_stage, tensor, world_size, precision, reference, tiny, tmp_path
@@ -176,7 +179,7 @@ def test_going_back_puts_aside_what_came_after(tiny, tmp_path):
     run_ranks(train, 2, tiny, run_dir)
     assert losses_of(run_dir, "train/loss") == curve
     for each in (decision, ours := decision_of(run_dir)):
-        del each["cost"]["seconds"]
+        del each["cost"]["seconds"], each["cost"]["coordinator_seconds"]
     assert ours == decision
 
 

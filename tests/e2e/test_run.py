@@ -108,7 +108,9 @@ def test_the_run_directory_is_what_the_contract_says(undisturbed, tiny):
     assert len(events_of(run_dir, "run_started")) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_ends_cleanly(number, tiny, tmp_path):
     run_dir = tmp_path / "signalled"
     process = start(tiny, run_dir, "--set", "stages=[{steps: 4000}]")
