@@ -19,7 +19,7 @@ from lag_megatron.probe.journal import Journal
 from lag_megatron.probe.ledger import Entry, Ledger
 from lag_megatron.probe.steps import Job, MetricRow
 from lag_megatron.rundir import write_json
-from lag_megatron.selection import judge, rung_value
+from lag_megatron.selection import can_still_win, judge, rung_value
 
 _POLL_SECONDS = 0.5
 Told = Callable[[Entry, Progress, int], object]
@@ -96,15 +96,18 @@ class Coordinator:
     def may_win(self, progress: Progress) -> bool:
         """Whether the state of a candidate that has just come to a rung can be needed."""
         with self._attention():
-            rung = self._event.decides_at
-            if self._event.growth.exhaustive or progress.rung != rung:
-                return True
+            growth, rung, alive = self._event.growth, progress.rung, self._ledger.alive
             mine = self._ledger.entries[progress.candidate]
-            if mine.id == self._winner_needs_state:
+            if growth.exhaustive or mine.id == self._winner_needs_state:
                 return True
             mine.take_in(progress.evaluations)
-            others = [e for e in self._ledger.alive if e.reached >= rung and e is not mine]
-            return all(self._order(mine) < self._order(other) for other in others)
+            values = {
+                entry.id: rung_value(growth.rung_value, entry.evaluations, rung)
+                for entry in alive
+                if entry.reached >= rung or entry is mine
+            }
+            pool = [entry.id for entry in alive]
+            return can_still_win(growth, rung, values, mine.id, pool=pool, alive=len(alive))
 
     def record(self, group: int, progress: Progress) -> None:
         """Write down how far a candidate has come, and delete the states that it beat."""

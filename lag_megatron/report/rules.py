@@ -11,7 +11,7 @@ from lag_megatron.report.analysis import analysis_of
 from lag_megatron.report.read import Json, finite
 from lag_megatron.report.recorded import Search
 from lag_megatron.report.words import fixed, integer, loss
-from lag_megatron.selection import Evaluation, Replay, Verdict, replay
+from lag_megatron.selection import Evaluation, Replay, replay
 from lag_megatron.selection.analysis import ended_curves
 from lag_megatron.selection.ranking import Curve
 
@@ -128,7 +128,7 @@ def _outcome(search: Search, settings: GrowthConfig) -> Json:
         "probe_steps": done.probe_steps,
         "exhaustive_steps": len(pool) * done.lag,
         **_price(search, done),
-        "rungs": [_rung(verdict) for verdict in done.verdicts],
+        "rungs": [verdict.describe() for verdict in done.verdicts],
         "candidates": [
             {
                 "id": id_,
@@ -157,16 +157,6 @@ def _price(search: Search, done: Replay) -> Json:
             "relative_regret": above / (high - low) if high > low else 0.0,
         }
     return {"final_step": step, "compared_at_end": len(final), **price}
-
-
-def _rung(verdict: Verdict) -> Json:
-    return {
-        "rung": verdict.rung,
-        "rank_correlation": verdict.rank_correlation,
-        "transition": verdict.transition,
-        "goes_on": list(verdict.goes_on),
-        "stopped": list(verdict.stopped),
-    }
 
 
 def comparison_text(comparison: Json) -> str:

@@ -94,7 +94,7 @@ def build_decision(
         "phase_transition": verdicts[-1].transition,
         "ties": _ties(finished, ranking, settings, lag),
         "rung_value": settings.rung_value,
-        "rungs": [_rung(verdict) for verdict in verdicts],
+        "rungs": [verdict.describe() for verdict in verdicts],
     }
 
 
@@ -105,16 +105,6 @@ def _candidate(id_: str, record: ProbeRecord) -> dict[str, Any]:
         "reason": record.reason,
         "steps": record.steps,
         "curve": [[evaluation.step, evaluation.loss] for evaluation in record.curve],
-    }
-
-
-def _rung(verdict: Verdict) -> dict[str, Any]:
-    return {
-        "rung": verdict.rung,
-        "rank_correlation": verdict.rank_correlation,
-        "transition": verdict.transition,
-        "goes_on": list(verdict.goes_on),
-        "stopped": list(verdict.stopped),
     }
 
 

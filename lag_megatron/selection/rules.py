@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lag_megatron.config import GrowthConfig
 from lag_megatron.config.schema import GUARD_SHARE
@@ -35,6 +36,16 @@ class Verdict:
     decided: bool
     rank_correlation: float | None
     transition: int | None
+
+    def describe(self) -> dict[str, Any]:
+        """The rung as ``decision.json`` shows it."""
+        return {
+            "rung": self.rung,
+            "rank_correlation": self.rank_correlation,
+            "transition": self.transition,
+            "goes_on": list(self.goes_on),
+            "stopped": list(self.stopped),
+        }
 
 
 def judge(growth: GrowthConfig, rung: int, curves: Curves, *, alive: Sequence[str]) -> Verdict:

@@ -52,7 +52,12 @@ class Stand:
         self.job = SimpleNamespace(config=config, run=self.run, feed=feed, vocab_size=64)
         self.job.validation_row = lambda step, stage, loss: {"step": step, "val/loss": loss}
         self.losses = losses
-        self.trained = 0
+        self._steps = []  # appended to by many threads
+
+    @property
+    def trained(self):
+        """Steps that all groups have taken together."""
+        return len(self._steps)
 
     def coordinator(self):
         journal = Journal(self.run.journal)
@@ -71,7 +76,7 @@ class Stand:
             while steps < at:
                 point("step")
                 steps += 1
-                self.trained += 1
+                self._steps.append(steps)
                 folder.add(TRAINING, [{"step": BASE_STEP + steps, "train/loss": 1.0}])
                 if steps % interval == 0:
                     self._save(folder, steps, point)

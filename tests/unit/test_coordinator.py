@@ -103,7 +103,7 @@ def test_many_groups_decide_as_one(rule, tmp_path):
     expected, *_ = alone.work()
     stand = Stand(tmp_path / "many", **RULES[rule])
     coordinator = stand.coordinator()
-    at_work, most = set(), []
+    at_work, most, all_at_work = set(), [], threading.Barrier(3)
 
     def work(group):
         moments, held = random.Random(group), (None, 0)
@@ -115,6 +115,10 @@ def test_many_groups_decide_as_one(rule, tmp_path):
             assert turn.candidate not in at_work, "two groups train one candidate"
             at_work.add(turn.candidate)
             most.append(len(at_work))
+            if held[0] is None:
+                all_at_work.wait(30)  # nobody goes on before each has something to do
+                most.append(len(at_work))
+                all_at_work.wait(30)
             there = held[1] if held == (turn.candidate, turn.trained) else None
             progress = stand.advance(turn, coordinator.may_win, held=there)
             at_work.remove(turn.candidate)
