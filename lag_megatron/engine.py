@@ -35,9 +35,9 @@ from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.live import LiveState
-from lag_megatron.model import build_gpt, token_losses
+from lag_megatron.model import build_model, labels_of, loss_sums, mean_loss
 from lag_megatron.model.initialize import initialize_weights, mark_cut_parameters
-from lag_megatron.model.parameter_groups import adamw, decay_split
+from lag_megatron.model.parameter_groups import adamw, decay_split, gradient_squares
 from lag_megatron.model.random_state import seed_everywhere, seed_step
 from lag_megatron.parallel import DeepSpeedGroups, World, topology_of
 
@@ -83,7 +83,7 @@ class Engine:
         deepspeed.init_distributed()
         seed_everywhere(config.seed)
         with _sharded_construction(config, settings, groups):
-            model = build_gpt(
+            model = build_model(
                 config.model, config.parallel, num_layers=num_layers, vocab_size=vocab_size
             )
         mark_cut_parameters(model)
@@ -133,40 +133,44 @@ class Engine:
     ) -> StepResult:
         """One optimizer step on this rank's micro-batches of global batch ``step``.
 
-        The loss is the sum over the labels of the global batch divided by their number, so that
-        accumulation, world size and masking do not change it.  ``stop_asked`` is looked at last.
+        Each part of the loss (see :func:`lag_megatron.model.loss_sums`) is its sum over the labels
+        of the global batch divided by their number, so that accumulation, world size and masking do
+        not change it.  ``stop_asked`` is looked at last.
         """
         world, engine = self.world, self._engine
         engine.train()
         seed_step(self.config.seed, step, world)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        (labels,) = world.sum_over_data([sum(float(b["loss_mask"].sum()) for b in batches)])
-        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        counts = world.sum_over_data(labels_of(batches))
+        # DeepSpeed averages gradients over the replicas; this makes them a sum again.
+        weights = torch.tensor([world.data_size / max(n, 1.0) for n in counts], device=world.device)
+        totals = torch.zeros(len(counts), dtype=torch.float64, device=world.device)
         grad_norm = None
         for batch in batches:
-            loss = token_losses(engine, self._move(batch)).sum()
-            # DeepSpeed averages gradients over the replicas; this makes them a sum again.
-            engine.backward(loss * (world.data_size / labels), scale_wrt_gas=False)
+            sums = loss_sums(engine, self._move(batch))
+            engine.backward((sums * weights).sum(), scale_wrt_gas=False)
             if batch is batches[-1]:
                 grad_norm = self._unpartitioned_grad_norm()
             engine.step()
-            total += loss.detach()
-        loss_sum, stops = world.sum_over_data([float(total), float(stop_asked())])
+            totals += sums.detach()
+        *losses, stops = world.sum_over_data([*totals.tolist(), float(stop_asked())])
         if grad_norm is None and (norm := engine.get_global_grad_norm()) is not None:
             grad_norm = float(norm)
-        return StepResult(loss_sum / labels, grad_norm, self._agree(stops))
+        return StepResult(mean_loss(losses, counts), grad_norm, self._agree(stops))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[Batch]]) -> list[float]:
-        """Mean loss in nats per label of each validation batch, given as this rank's parts."""
+        """Loss in nats of each validation batch, given as this rank's parts: see train_step."""
         self._engine.eval()
-        sums: list[float] = []
+        sums, labels = [], []
         for parts in batches:
-            loss = sum(float(token_losses(self._engine, self._move(b)).sum()) for b in parts)
-            sums += [loss, sum(float(b["loss_mask"].sum()) for b in parts)]
-        sums = self.world.sum_over_data(sums)
-        return [loss / labels for loss, labels in zip(sums[::2], sums[1::2], strict=True)]
+            losses = [loss_sums(self._engine, self._move(batch)).double() for batch in parts]
+            sums.append(torch.stack(losses).sum(0).tolist())
+            labels.append(labels_of(parts))
+        flat = self.world.sum_over_data([v for row in [*sums, *labels] for v in row])
+        both = torch.tensor(flat, dtype=torch.float64).view(2, len(sums), -1).tolist()
+        return [mean_loss(*pair) for pair in zip(*both, strict=True)]
 
     def save(self, folder: Path, tag: str, *, client_state: Mapping[str, Any]) -> None:
         """Write this state as DeepSpeed does, below ``folder / tag``; commit is the caller's."""
@@ -262,15 +266,8 @@ class Engine:
         """Without ZeRO DeepSpeed reports no norm, so take it from the reduced gradients."""
         if self.config.parallel.zero_stage != 0:
             return None
-        whole, cut = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        for parameter in self._engine.module.parameters():
-            if parameter.grad is not None:
-                square = parameter.grad.detach().double().square().sum()
-                if getattr(parameter, "tensor_model_parallel", False):
-                    cut += square
-                else:
-                    whole += square
-        return math.sqrt(float(whole) + self.world.sum_over_tensor(float(cut)))
+        whole, cut = gradient_squares(self._engine.module)
+        return math.sqrt(whole + self.world.sum_over_tensor(cut))
 
     def _agree(self, stops: float) -> bool:
         # Tensor-parallel ranks may have been signalled at different steps.

@@ -1,14 +1,19 @@
 """Typed, strict configuration."""
 
 from lag_megatron.config.check import data_parallel_size, require_groups
+from lag_megatron.config.data import (
+    DataConfig,
+    MlmConfig,
+    SourceConfig,
+    TokenizerConfig,
+    Ul2Config,
+)
 from lag_megatron.config.load import dump_config, load_config, parse_config
+from lag_megatron.config.model import ModelConfig, ParallelConfig
+from lag_megatron.config.optimizer import OptimizerConfig, ScheduleConfig
 from lag_megatron.config.schema import (
     CheckpointConfig,
-    DataConfig,
     GrowthConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
     PoolConfig,
     RunConfig,
     StageConfig,
@@ -19,13 +24,18 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "GrowthConfig",
+    "MlmConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PoolConfig",
     "RunConfig",
+    "ScheduleConfig",
+    "SourceConfig",
     "StageConfig",
+    "TokenizerConfig",
     "TrackingConfig",
+    "Ul2Config",
     "data_parallel_size",
     "dump_config",
     "load_config",

@@ -3,13 +3,11 @@
 import math
 from collections.abc import Iterator
 
-from lag_megatron.config.schema import (
-    GrowthConfig,
-    ModelConfig,
-    ParallelConfig,
-    PoolConfig,
-    RunConfig,
-)
+from lag_megatron.config.check_data import data_problems
+from lag_megatron.config.check_model import model_problems
+from lag_megatron.config.check_optimizer import optimizer_problems
+from lag_megatron.config.model import ParallelConfig
+from lag_megatron.config.schema import GrowthConfig, PoolConfig, RunConfig
 from lag_megatron.errors import ConfigError
 
 
@@ -17,10 +15,10 @@ def problems_of(config: RunConfig) -> list[str]:
     """Every contradiction inside ``config``, one line each, with its dotted path."""
     return [
         *_positive(config),
-        *_model(config.model, config.parallel),
+        *model_problems(config),
         *_parallel(config.parallel),
-        *_data(config),
-        *_optimizer(config),
+        *data_problems(config),
+        *optimizer_problems(config),
         *_stages(config),
     ]
 
@@ -102,26 +100,6 @@ def _positive(config: RunConfig) -> Iterator[str]:
             yield f"{path}: must be above 0 and finite (got {value})."
 
 
-def _model(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    if model.num_attention_heads <= 0 or model.num_query_groups <= 0 or parallel.tensor <= 0:
-        return
-    tensor = parallel.tensor
-    divisions = [
-        ("model.hidden_size", model.hidden_size, "num_attention_heads", model.num_attention_heads),
-        ("model.num_attention_heads", model.num_attention_heads, "num_query_groups",
-         model.num_query_groups),
-        ("model.num_query_groups", model.num_query_groups, "parallel.tensor", tensor),
-        ("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tensor", tensor),
-    ]  # fmt: skip
-    if isinstance(model.vocab_size, int):
-        divisions.append(("model.vocab_size", model.vocab_size, "parallel.tensor", tensor))
-    for path, value, name, divisor in divisions:
-        if value % divisor:
-            yield f"{path}: {value} is not a multiple of {name} = {divisor}."
-    if not 0 <= model.dropout < 1:
-        yield f"model.dropout: must be in [0, 1) (got {model.dropout})."
-
-
 def _parallel(parallel: ParallelConfig) -> Iterator[str]:
     sizes = (parallel.tensor, parallel.micro_batch, parallel.global_batch, parallel.world_size or 0)
     if min(sizes) > 0:
@@ -129,47 +107,6 @@ def _parallel(parallel: ParallelConfig) -> Iterator[str]:
             data_parallel_size(parallel, world_size=sizes[-1])
         except ConfigError as error:
             yield str(error)
-
-
-def _data(config: RunConfig) -> Iterator[str]:
-    data = config.data
-    if data.source == "stdlib" and data.paths:
-        yield f"data.paths: the source 'stdlib' takes no paths (got {list(data.paths)})."
-    if data.source != "stdlib" and not data.paths:
-        yield f"data.paths: the source {data.source!r} needs at least one file, glob or folder."
-    if not 0 < data.validation_fraction < 1:
-        yield f"data.validation_fraction: must be in (0, 1) (got {data.validation_fraction})."
-    if data.tokenizer.type == "file" and not data.tokenizer.path:
-        yield "data.tokenizer.path: the type 'file' needs the path of a tokenizer.json."
-    if data.tokenizer.type == "bpe" and data.tokenizer.vocab_size < 257:
-        yield (
-            "data.tokenizer.vocab_size: byte-level BPE needs 256 bytes and an end of document, "
-            f"so at least 257 (got {data.tokenizer.vocab_size})."
-        )
-
-
-def _optimizer(config: RunConfig) -> Iterator[str]:
-    optimizer, schedule = config.optimizer, config.optimizer.schedule
-    for number, beta in enumerate(optimizer.betas):
-        if not 0 <= beta < 1:
-            yield f"optimizer.betas.{number}: must be in [0, 1) (got {beta})."
-    for path, value in (
-        ("optimizer.weight_decay", optimizer.weight_decay),
-        ("optimizer.grad_clip", optimizer.grad_clip),
-        ("optimizer.schedule.warmup_steps", schedule.warmup_steps),
-        ("optimizer.schedule.min_lr", schedule.min_lr),
-    ):
-        if not 0 <= value < math.inf:
-            yield f"{path}: must be finite and not negative (got {value})."
-    if schedule.min_lr > optimizer.lr:
-        yield (
-            f"optimizer.schedule.min_lr: {schedule.min_lr} is above optimizer.lr {optimizer.lr}."
-        )
-    if schedule.decay_steps is not None and schedule.decay_steps <= schedule.warmup_steps:
-        yield (
-            f"optimizer.schedule.decay_steps: {schedule.decay_steps} must be after warmup_steps "
-            f"{schedule.warmup_steps}."
-        )
 
 
 def _stages(config: RunConfig) -> Iterator[str]:

@@ -3,102 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-FORBID = {"extra": "forbid"}
+from lag_megatron.config.data import DataConfig
+from lag_megatron.config.model import ModelConfig, ParallelConfig
+from lag_megatron.config.optimizer import OptimizerConfig
+from lag_megatron.config.strict import FORBID
+
 # Where, before a rung, candidates are evaluated once more, to see whether their ranking is stable.
 GUARD_SHARE = 0.8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """Shape of the transformer; names are Megatron's."""
-
-    __pydantic_config__ = FORBID
-    family: Literal["gpt"] = "gpt"
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    seq_length: int
-    vocab_size: int | Literal["auto"] = "auto"
-    positions: Literal["learned", "rope"] = "learned"
-    rotary_base: int = 10000
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_eps: float = 1e-5
-    norm_position: Literal["pre"] = "pre"
-    activation: Literal["gelu", "swiglu"] = "gelu"
-    bias: bool = True
-    tied_embeddings: bool = True
-    dropout: float = 0.0
-    init_std: float = 0.02
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenizerConfig:
-    """``bpe`` is trained on the corpus; ``file`` reads a Hugging Face ``tokenizer.json``."""
-
-    __pydantic_config__ = FORBID
-    type: Literal["bpe", "file"] = "bpe"
-    vocab_size: int = 4096
-    path: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """Where the text comes from and how it is cut into samples."""
-
-    __pydantic_config__ = FORBID
-    source: Literal["stdlib", "text", "jsonl"] = "stdlib"
-    paths: tuple[str, ...] = ()
-    text_key: str = "text"
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    objective: Literal["causal"] = "causal"
-    validation_fraction: float = 0.01
-    validation_tokens: int = 65536
-    seed: int = 1234
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScheduleConfig:
-    """Learning rate over optimizer steps; ``decay_steps: null`` means the end of the run."""
-
-    __pydantic_config__ = FORBID
-    name: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = 0
-    decay_steps: int | None = None
-    min_lr: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig:
-    """AdamW; weight decay acts on matrices, not on biases and norms."""
-
-    __pydantic_config__ = FORBID
-    name: Literal["adamw"] = "adamw"
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParallelConfig:
-    """How the work is spread; batches are counted in sequences.
-
-    ``world_size`` is only needed by a dry run without a hostfile; a run takes it from its launcher
-    and refuses a different one.
-    """
-
-    __pydantic_config__ = FORBID
-    tensor: int = 1
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    micro_batch: int = 8
-    global_batch: int = 32
-    precision: Literal["fp32", "bf16"] = "fp32"
-    world_size: int | None = None
-    timeout: float = 300.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,10 +98,15 @@ class GrowthConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig:
-    """A stage trains one shape; ``growth`` is the event before it (default: the global one)."""
+    """A stage trains one shape; ``growth`` is the event before it (default: the global one).
+
+    ``schedule_position`` puts the stage's first step at that step of the learning rate's schedule
+    (Staged Training's rewind to where the target run would be); null goes on from the one before.
+    """
 
     __pydantic_config__ = FORBID
     steps: int
+    schedule_position: int | None = None
     num_layers: int | None = None
     growth: GrowthConfig | None = None
 

@@ -40,12 +40,6 @@ def build_gpt(
     return gpt
 
 
-def token_losses(gpt: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy in nats of every label, shape (batch, sequence), fp32; 0 where masked."""
-    losses = gpt(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return losses.float() * batch["loss_mask"]
-
-
 def _transformer_config(
     model: ModelConfig, parallel: ParallelConfig, num_layers: int
 ) -> TransformerConfig:

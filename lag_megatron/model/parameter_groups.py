@@ -31,3 +31,14 @@ def adamw(
         eps=options.eps,
         fused=fused or None,
     )
+
+
+def gradient_squares(model: torch.nn.Module) -> tuple[float, float]:
+    """Sums of squared gradients of parameters that every tensor-parallel rank holds whole, and of
+    this rank's parts of those that are cut."""
+    sums = {False: 0.0, True: 0.0}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            is_cut = bool(getattr(parameter, "tensor_model_parallel", False))
+            sums[is_cut] += float(parameter.grad.detach().double().square().sum())
+    return sums[False], sums[True]

@@ -198,11 +198,11 @@ def train_unsharded(config, state, steps):
 
     Twice: the second time without the moments.
     """
-    from lag_megatron.model import build_gpt, token_losses
+    from lag_megatron.model import build_model, labels_of, loss_sums
     from lag_megatron.parallel import start_world, stop_world
 
     world, losses = start_world(tensor=1), []
-    model = build_gpt(
+    model = build_model(
         config.model,
         config.parallel,
         num_layers=config.model.num_layers,
@@ -223,8 +223,8 @@ def train_unsharded(config, state, steps):
         for step in steps:
             optimizer.zero_grad()
             batches = random_batches(config, world, step)
-            labels = sum(batch["loss_mask"].sum() for batch in batches)
-            parts = [token_losses(model, batch).sum() / labels for batch in batches]
+            (labels,) = labels_of(batches)
+            parts = [loss_sums(model, batch).sum() / labels for batch in batches]
             for loss in parts:
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)

@@ -211,7 +211,7 @@ def test_other_text_under_a_run_is_refused(tiny, corpus, tmp_path):
 def poisonous_gradient():
     from lag_megatron import engine
 
-    honest = engine.token_losses
+    honest = engine.loss_sums
 
     def losses(model, batch):
         result = honest(model, batch)
@@ -222,7 +222,7 @@ def poisonous_gradient():
     def engine_steps(model):
         return model.global_steps
 
-    engine.token_losses = losses
+    engine.loss_sums = losses
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])

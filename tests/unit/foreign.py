@@ -58,7 +58,7 @@ def _save_megatron(folder, metadata, arguments):
     from megatron.core.dist_checkpointing.strategies import torch as strategies
     from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 
-    from lag_megatron.model.gpt import build_gpt
+    from lag_megatron.model import build_model
     from lag_megatron.parallel import start_world, stop_world
 
     class OnCpu(SaveShardedStrategy):
@@ -76,7 +76,7 @@ def _save_megatron(folder, metadata, arguments):
 
     start_world(tensor=2)
     config = pico_config(tensor=2)
-    gpt = build_gpt(config.model, config.parallel, num_layers=2, vocab_size=PICO_VOCABULARY)
+    gpt = build_model(config.model, config.parallel, num_layers=2, vocab_size=PICO_VOCABULARY)
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=0.25)
     for parameter in gpt.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -1,0 +1,3 @@
+"""What every part of the configuration shares."""
+
+FORBID = {"extra": "forbid"}
