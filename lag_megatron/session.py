@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lag_megatron import __version__
 from lag_megatron.config import RunConfig, require_groups
-from lag_megatron.data import Feed, PreparedData, padded_vocab_size, prepare_data
+from lag_megatron.data import Feed, Prepared, open_prepared, padded_vocab_size, prepare_data
 from lag_megatron.dry_run import growth_pools
 from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.parallel import World, environment, start_world, stop_world
@@ -99,11 +99,11 @@ def _train(world: World, run: RunDirectory, request: Request, stop: StopFlag) ->
     if world.is_coordinator:
         console.say(_introduction(run, config, world))
     data = world.from_coordinator(lambda: prepare_data(config.data, cache_dir=run.data_cache))
-    world.from_each(lambda: PreparedData.open(data.folder))
+    world.from_each(lambda: open_prepared(data.folder))
     vocab_size = world.from_coordinator(lambda: _vocab_size(config, data))
     job = Job(config, run, Feed(data, config, world), stop, vocab_size)
     world.from_coordinator(lambda: _note_facts(world, run, config, data, vocab_size))
-    books = _books(world, run, config, console) if world.is_coordinator else None
+    books = _books(world, run, config, data, console) if world.is_coordinator else None
     recorder = Recorder(books)
     try:
         Trainer(job, world, recorder).run()
@@ -130,7 +130,7 @@ def _introduction(run: RunDirectory, config: RunConfig, world: World) -> str:
     )
 
 
-def _vocab_size(config: RunConfig, data: PreparedData) -> int:
+def _vocab_size(config: RunConfig, data: Prepared) -> int:
     wanted = config.model.vocab_size
     size = padded_vocab_size(data.vocab_size) if wanted == "auto" else wanted
     if size < data.vocab_size:
@@ -146,10 +146,10 @@ def _vocab_size(config: RunConfig, data: PreparedData) -> int:
 
 
 def _note_facts(
-    world: World, run: RunDirectory, config: RunConfig, data: PreparedData, vocab_size: int
+    world: World, run: RunDirectory, config: RunConfig, data: Prepared, vocab_size: int
 ) -> None:
     """Write ``run.json``, and refuse to train on other text than the run began with."""
-    path, digest = run.root / "run.json", data.folder.name
+    path, digest = run.root / "run.json", data.digest
     before = json.loads(path.read_text()).get("data_digest") if path.exists() else digest
     if before != digest:
         raise RunError(
@@ -169,22 +169,22 @@ def _note_facts(
             for s in range(len(config.stages))
         ],
         "unigram_entropy": data.unigram_entropy,
-        "data": {
-            "source": config.data.source,
-            "bytes": data.bytes,
-            "train_tokens": data.train_tokens,
-            "validation_tokens": data.validation_tokens,
-            "train_documents": data.train_documents,
-            "validation_documents": data.validation_documents,
-            "skipped_files": data.skipped_files,
-            "content_hash": data.content_hash,
-        },
+        "data_folder": str(data.folder.resolve()),
+        "data": data.facts(),
     }
     write_json(path, facts)
 
 
-def _books(world: World, run: RunDirectory, config: RunConfig, console: Console) -> Books:
+def _books(
+    world: World, run: RunDirectory, config: RunConfig, data: Prepared, console: Console
+) -> Books:
     journal = Journal(run.journal)
-    journal.append("run_started", world_size=world.size, resumed=bool(read_rows(run.metrics)))
+    mixture = {source.name: source.weight for source in data.sources if source.name}
+    journal.append(
+        "run_started",
+        world_size=world.size,
+        resumed=bool(read_rows(run.metrics)),
+        **({"sources": mixture} if mixture else {}),
+    )
     wandb = Wandb(config.tracking, folder=run.root, config=asdict(config), console=console)
     return Books(journal, MetricsLog(run.metrics), wandb, console)

@@ -1,5 +1,6 @@
 """Text, tokenizer, objective."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +12,11 @@ class TokenizerConfig:
     """``bpe`` and ``wordpiece`` are trained on the corpus; ``file`` reads a ``tokenizer.json``.
 
     Attributes:
-        sentinels: tokens that stand for spans taken out (UL2), added at the vocabulary's end.
+        vocab_size: of a tokenizer that is trained, without the tokens of ``sentinels``.
+        path: of the type ``file``.
+        lowercase: of the type ``wordpiece``: fold case and drop accents.
+        sentinels: tokens that stand for spans taken out (UL2), added at the vocabulary's end with
+            UL2's mode tokens; a file's own ones are counted.
     """
 
     __pydantic_config__ = FORBID
@@ -37,6 +42,10 @@ class MlmConfig:
     probability: float = 0.15
     whole_word: bool = False
     sentence_pairs: Literal["none", "order", "next"] = "none"
+
+    def predictions(self, seq_length: int) -> int:
+        """The most tokens that are predicted in a sample: places that each batch has for them."""
+        return math.ceil(self.probability * seq_length)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

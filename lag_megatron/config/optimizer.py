@@ -12,10 +12,11 @@ class ScheduleConfig:
 
     Attributes:
         warmup_steps: linear warm-up from 0.
-        decay_steps: step at which the decay ends at ``min_lr``; null is the end of the run.
+        decay_steps: step at which the decay ends at ``min_lr``; null is the end of the run, or the
+            furthest that the run comes in the schedule where a stage is put back in it.
         stable_steps: ``wsd``: step at which its decay begins; null is 0.8 of ``decay_steps``.
         growth_warmup_steps: after each growth the rate rises linearly from 0 again, for so many
-            steps, to what the schedule says there.
+            steps, to what the schedule says there: its value times 1/n, 2/n, ..., 1.
         growth_warmup: whether it does so for all parameters, or for those of new layers alone.
     """
 
@@ -34,7 +35,8 @@ class OptimizerConfig:
     """Weight decay acts on matrices, not on biases and norms.
 
     ``adafactor`` is factored (Shazeer and Stern 2018) and runs without ZeRO alone, whose flat
-    partitions have no rows and columns; ``betas`` and ``eps`` are AdamW's.
+    partitions have no rows and columns; ``betas`` and ``eps`` are AdamW's.  Its ``lr`` is relative
+    to each parameter's own scale; T5 and UL2 take 0.01, no weight decay and no ``grad_clip``.
     """
 
     __pydantic_config__ = FORBID

@@ -1,61 +1,91 @@
 """Batches of fixed-length samples that depend on the seed and the step, and on nothing else."""
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 import xxhash
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from lag_megatron.data.prepared import PreparedData
-from lag_megatron.data.tokenizer import Tokenizer
+from lag_megatron.config import DataConfig
+from lag_megatron.data.blended import Prepared
+from lag_megatron.data.documents import open_documents
+from lag_megatron.data.prepared import PreparedSource
+from lag_megatron.data.samples import Epochs, open_samples
 from lag_megatron.errors import DataError
+from lag_megatron.mixture import Blend
 
 Batch = dict[str, torch.Tensor]
 
-_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+_CAUSAL = DataConfig(objective="causal")
 _VALIDATION_SEED = 0
 
 
 class TrainingData:
     """Global batches of training samples, the same whatever the world size and run length.
 
-    Megatron's ``GPTDataset`` orders its samples by the number of epochs it is built for, so each
-    epoch gets its own, of one epoch, seeded by (seed, epoch) and built when first needed. Sample i
-    of the run is sample ``i % samples_per_epoch`` of epoch ``i // samples_per_epoch``.
+    Sample i of the run comes from the source that the weights' order names (see
+    :class:`~lag_megatron.mixture.Blend`), and is that source's j-th.  Megatron's datasets order
+    their samples by the number of epochs that they are built for, so each epoch of a source gets
+    its own, of one epoch, seeded by (seed, source, epoch): sample j of a source is sample
+    ``j % samples`` of its epoch ``j // samples``.
 
     Args:
-        prepared: tokens and tokenizer.
+        prepared: tokens and tokenizer, of one source or of a mixture.
         seq_length: tokens per sample.
         global_batch: samples per step, of all ranks together.
         seed: of the order of samples.
+        data: names the objective; the default is next-token prediction.
+
+    Attributes:
+        samples_per_epoch: samples of one epoch of each source, all together.
 
     Raises:
-        DataError: if an epoch does not fill one global batch.
+        DataError: if an epoch of a source does not fill its part of one global batch, or the
+            tokenizer does not suit the objective.
     """
 
     def __init__(
-        self, prepared: PreparedData, *, seq_length: int, global_batch: int, seed: int
+        self,
+        prepared: Prepared,
+        *,
+        seq_length: int,
+        global_batch: int,
+        seed: int,
+        data: DataConfig = _CAUSAL,
     ) -> None:
-        self.samples_per_epoch = _num_samples(prepared.train_tokens, seq_length)
-        if self.samples_per_epoch < global_batch:
-            raise _too_short("training", prepared.train_tokens, seq_length, global_batch)
-        self._documents = _open_documents(prepared.train_prefix)
-        self._tokenizer = prepared.tokenizer()
-        self._seq_length = seq_length
+        self._blend = Blend([source.weight for source in prepared.sources])
         self._global_batch = global_batch
-        self._seed = seed
-        self._epochs: dict[int, GPTDataset] = {}
+        self._epochs = []
+        tokenizer = prepared.tokenizer()
+        for source, share in zip(prepared.sources, self._blend.shares, strict=True):
+            epochs = Epochs(
+                data,
+                source.data.train_prefix,
+                tokenizer,
+                seq_length=seq_length,
+                seed=_seed_of(source, seed),
+            )
+            if epochs.samples_per_epoch < share * global_batch:
+                raise _too_short(
+                    "training", source, epochs.samples_per_epoch, seq_length, global_batch, share,
+                    data,
+                )  # fmt: skip
+            self._epochs.append(epochs)
+        self.samples_per_epoch = sum(epochs.samples_per_epoch for epochs in self._epochs)
 
-    def indices(self, step: int) -> list[tuple[int, int]]:
-        """Return (epoch, sample of the epoch) for each row of the global batch of a step."""
+    def indices(self, step: int) -> list[tuple[int, int, int]]:
+        """Return (source, epoch, sample of the epoch) of each row of a step's global batch."""
         first = step * self._global_batch
-        samples = range(first, first + self._global_batch)
-        return [divmod(sample, self.samples_per_epoch) for sample in samples]
+        places = []
+        for sample in range(first, first + self._global_batch):
+            source, number = self._blend.place(sample)
+            places.append((source, *divmod(number, self._epochs[source].samples_per_epoch)))
+        return places
+
+    def samples_by_source(self, step: int) -> list[int]:
+        """How many samples of each source the first ``step`` global batches have."""
+        return self._blend.drawn(step * self._global_batch)
 
     def batch(self, step: int, rows: Sequence[int]) -> Batch:
         """Return some rows of the global batch of a step.
@@ -65,44 +95,37 @@ class TrainingData:
             rows: row numbers within the global batch, from 0.
 
         Returns:
-            int64 ``tokens``, ``labels`` and ``position_ids`` and float32 ``loss_mask``, each of
-            shape (rows, seq_length).
+            The tensors of the objective's samples, stacked along a first dimension of rows.
         """
         _check_rows(rows, self._global_batch)
         places = self.indices(step)
-        # A batch touches two epochs at most; older ones are dropped.
-        self._epochs = {epoch: self._epoch(epoch) for epoch in sorted({e for e, _ in places})}
-        return _stack([self._epochs[epoch][index] for epoch, index in (places[r] for r in rows)])
-
-    def _epoch(self, epoch: int) -> GPTDataset:
-        if epoch in self._epochs:
-            return self._epochs[epoch]
-        dataset = _one_epoch(
-            self._documents,
-            tokenizer=self._tokenizer,
-            seq_length=self._seq_length,
-            seed=xxhash.xxh32_intdigest(f"{self._seed} {epoch}".encode()),
-            split=Split.train,
-        )
-        assert len(dataset) == self.samples_per_epoch
-        return dataset
+        chosen = (places[row] for row in rows)
+        return _stack([self._epochs[source].sample(epoch, i) for source, epoch, i in chosen])
 
 
 class ValidationData:
-    """A fixed set of validation samples, in global batches.
+    """A fixed set of validation samples, in global batches, of each source its share by weight.
 
     Args:
-        prepared: tokens and tokenizer.
+        prepared: tokens and tokenizer, of one source or of a mixture.
         seq_length: tokens per sample.
         global_batch: samples per batch, of all ranks together.
         num_tokens: tokens to validate on at most; rounded down to whole batches.
+        data: names the objective; the default is next-token prediction.
 
     Raises:
-        DataError: if the validation text or ``num_tokens`` does not fill one global batch.
+        DataError: if the validation text or ``num_tokens`` does not fill one global batch, or the
+            tokenizer does not suit the objective.
     """
 
     def __init__(
-        self, prepared: PreparedData, *, seq_length: int, global_batch: int, num_tokens: int
+        self,
+        prepared: Prepared,
+        *,
+        seq_length: int,
+        global_batch: int,
+        num_tokens: int,
+        data: DataConfig = _CAUSAL,
     ) -> None:
         if num_tokens < global_batch * seq_length:
             raise DataError(
@@ -110,62 +133,47 @@ class ValidationData:
                 f"{global_batch} x {seq_length} = {global_batch * seq_length} tokens. "
                 "Raise it to that at least."
             )
-        available = _num_samples(prepared.validation_tokens, seq_length)
-        if available < global_batch:
-            raise _too_short("validation", prepared.validation_tokens, seq_length, global_batch)
-        self.num_batches = min(available, num_tokens // seq_length) // global_batch
+        tokenizer = prepared.tokenizer()
+        self._samples = [
+            open_samples(
+                data,
+                open_documents(source.data.validation_prefix),
+                tokenizer,
+                seq_length=seq_length,
+                seed=_seed_of(source, _VALIDATION_SEED),
+                split=Split.valid,
+            )
+            for source in prepared.sources
+        ]
+        self._blend = Blend([source.weight for source in prepared.sources])
+        available = [len(samples) for samples in self._samples]
+        longest = self._blend.longest(available, at_most=num_tokens // seq_length)
+        if longest < global_batch:
+            shares = self._blend.shares
+            least = min(range(len(shares)), key=lambda i: available[i] / shares[i])
+            raise _too_short(
+                "validation", prepared.sources[least], available[least], seq_length, global_batch,
+                shares[least], data,
+            )  # fmt: skip
+        self.num_batches = longest // global_batch
         self._global_batch = global_batch
-        self._samples = _one_epoch(
-            _open_documents(prepared.validation_prefix),
-            tokenizer=prepared.tokenizer(),
-            seq_length=seq_length,
-            seed=_VALIDATION_SEED,
-            split=Split.valid,
-        )
 
     def batch(self, number: int, rows: Sequence[int]) -> Batch:
         """Return some rows of a global batch, in the form of :meth:`TrainingData.batch`."""
         assert 0 <= number < self.num_batches, f"batch {number} of {self.num_batches}"
         _check_rows(rows, self._global_batch)
         first = number * self._global_batch
-        return _stack([self._samples[first + row] for row in rows])
+        places = (self._blend.place(first + row) for row in rows)
+        return _stack([self._samples[source][i] for source, i in places])
 
 
-def _num_samples(tokens: int, seq_length: int) -> int:
-    """Samples in one epoch: the last label needs one token more than the last sample."""
-    return (tokens - 1) // seq_length
-
-
-def _open_documents(prefix: str) -> IndexedDataset:
-    """Memory-map tokens; nothing is read before it is needed."""
-    with _without_logging():
-        return IndexedDataset(prefix)
-
-
-def _one_epoch(
-    documents: IndexedDataset, *, tokenizer: Tokenizer, seq_length: int, seed: int, split: Split
-) -> GPTDataset:
-    """One pass over all documents, in an order of documents and samples drawn from ``seed``.
-
-    Every rank builds the indices in its own memory (12 bytes a sample): without a blend in its
-    configuration Megatron neither reads nor writes index files, so ranks cannot race for them.
-    """
-    with _without_logging():
-        config = GPTDatasetConfig(
-            random_seed=seed,
-            sequence_length=seq_length,
-            tokenizer=tokenizer,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-        )
-        indices = np.arange(len(documents), dtype=np.int32)
-        return GPTDataset(documents, documents.path_prefix, indices, None, split, config)
+def _seed_of(source: PreparedSource, seed: int) -> int:
+    """Sources of a mixture have orders of their own, whatever the others and their order."""
+    return xxhash.xxh32_intdigest(f"{seed} {source.name}".encode()) if source.name else seed
 
 
 def _stack(samples: Sequence[Batch]) -> Batch:
-    return {key: torch.stack([sample[key] for sample in samples]) for key in _KEYS}
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
 
 def _check_rows(rows: Sequence[int], global_batch: int) -> None:
@@ -173,22 +181,29 @@ def _check_rows(rows: Sequence[int], global_batch: int) -> None:
     assert all(0 <= row < global_batch for row in rows), f"rows {rows} of {global_batch}"
 
 
-def _too_short(part: str, tokens: int, seq_length: int, global_batch: int) -> DataError:
+def _too_short(
+    part: str,
+    source: PreparedSource,
+    samples: int,
+    seq_length: int,
+    global_batch: int,
+    share: float,
+    data: DataConfig,
+) -> DataError:
     remedy = "a larger data.validation_fraction" if part == "validation" else "more text"
+    text = f"{part} text of data.mixture.{source.name}" if source.name else f"{part} text"
+    tokens = source.data.train_tokens if part == "training" else source.data.validation_tokens
+    needed = math.ceil(share * global_batch)
+    batch = f"parallel.global_batch {global_batch}"
+    if source.name:
+        batch = f"{share:.1%} of {batch}"
+    if data.objective == "mlm":
+        return DataError(
+            f"the {text} has {tokens} tokens, which make {samples} samples of sentences, but "
+            f"one global batch needs {needed} ({batch}). Use {remedy}, or a smaller batch."
+        )
     return DataError(
-        f"the {part} text has {tokens} tokens, but one global batch needs "
-        f"{global_batch * seq_length + 1} (parallel.global_batch {global_batch} x "
+        f"the {text} has {tokens} tokens, but one global batch needs "
+        f"{needed * seq_length + 1} ({batch} x "
         f"model.seq_length {seq_length} + 1). Use {remedy}, a smaller batch or shorter samples."
     )
-
-
-@contextmanager
-def _without_logging() -> Iterator[None]:
-    """Silence Megatron, which warns at every build that it saves no index files."""
-    logger = logging.getLogger("megatron.core.datasets")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

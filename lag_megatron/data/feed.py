@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from lag_megatron.config import ParallelConfig, RunConfig
 from lag_megatron.data.batches import Batch, TrainingData, ValidationData
-from lag_megatron.data.prepared import PreparedData
+from lag_megatron.data.blended import Prepared
 from lag_megatron.parallel import World
 
 
@@ -15,17 +15,20 @@ class Feed:
     Tensor-parallel ranks of a replica get the same rows.
     """
 
-    def __init__(self, prepared: PreparedData, config: RunConfig, world: World) -> None:
+    def __init__(self, prepared: Prepared, config: RunConfig, world: World) -> None:
         model, data, batch = config.model, config.data, config.parallel.global_batch
         self._training = TrainingData(
-            prepared, seq_length=model.seq_length, global_batch=batch, seed=data.seed
+            prepared, seq_length=model.seq_length, global_batch=batch, seed=data.seed, data=data
         )
         self._validation = ValidationData(
             prepared,
             seq_length=model.seq_length,
             global_batch=batch,
             num_tokens=data.validation_tokens,
+            data=data,
         )
+        self._names = [source.name for source in prepared.sources]
+        self._seq_length = model.seq_length
         self._validation_tokens = self._validation.num_batches * batch * model.seq_length
         self._parallel = config.parallel
         self._rows = _rows_of(config.parallel, world)
@@ -40,6 +43,13 @@ class Feed:
     def validation_tokens(self) -> int:
         """Tokens of one evaluation, all ranks together."""
         return self._validation_tokens
+
+    def tokens_by_source(self, step: int) -> dict[str, int]:
+        """Tokens that the first ``step`` steps take from each source; empty for a single one."""
+        if len(self._names) == 1:
+            return {}
+        drawn = self._training.samples_by_source(step)
+        return {n: d * self._seq_length for n, d in zip(self._names, drawn, strict=True)}
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global batch ``step``."""

@@ -1,194 +1,238 @@
-"""From a source of text to Megatron's ``.bin`` and ``.idx`` files, made once and kept."""
+"""From sources of text to prepared folders, made once and kept."""
 
 import errno
-import json
-import os
-import random
-import shutil
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import xxhash
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-from tqdm import tqdm
 
 from lag_megatron.config import DataConfig
-from lag_megatron.data.corpus import Corpus, Document, open_corpus
-from lag_megatron.data.prepared import META, TOKENIZER, PreparedData
-from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from lag_megatron.data import draft
+from lag_megatron.data.blended import MIXTURE, Prepared, PreparedMixture, write_mixture
+from lag_megatron.data.build import build_folder, validation_mask
+from lag_megatron.data.corpus import Corpus, open_corpus
+from lag_megatron.data.prepared import META, TOKENIZER, PreparedData, PreparedSource
+from lag_megatron.data.shaping import save_tokenizer, shaping_digest, tokenizer_file, train_on
+from lag_megatron.data.sources import CHUNK_BYTES
+from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from lag_megatron.data.workers import Workers
 from lag_megatron.errors import DataError
 
-_FORMAT = 1
-# More text barely changes the merges: 8 MB for 4096 tokens, 100 MB for 50 thousand.
-_TRAINING_BYTES_PER_TOKEN = 2048
 
+def prepare_data(
+    config: DataConfig,
+    *,
+    cache_dir: Path,
+    output: Path | None = None,
+    workers: int = 1,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Prepared:
+    """Tokenize the sources into ``cache_dir/<digest>``, or open what is already there.
 
-def prepare_data(config: DataConfig, *, cache_dir: Path) -> PreparedData:
-    """Tokenize a corpus into ``cache_dir/<hash>``, or open what is already there.
+    One process calls this; the others open the folder with :func:`open_prepared`.  The digest
+    covers the texts and what shapes the files.  A folder appears there only when it is complete;
+    interrupted work is kept beside it, and the next call goes on with it.
 
-    One process calls this; the others open the folder with :meth:`PreparedData.open`. The hash
-    covers the texts and what shapes the files; a folder appears there only when it is complete.
+    A mixture has a folder for each source and one that names them and holds their tokenizer, which
+    is trained on all by weight, unless a source is ``prepared``: then its tokenizer serves all.
+
+    Args:
+        config: sources, tokenizer, objective.
+        cache_dir: for all folders.
+        output: the folder in place of ``cache_dir/<digest>``; those of a mixture's sources are
+            made inside it.
+        workers: processes that read and encode; one is this process, with a thread a core.
+        chunk_bytes: of the files, done at a time by a worker; the result does not depend on it.
 
     Raises:
         DataError: if the text, the tokenizer or the disk does not allow it.
     """
-    start = time.monotonic()
-    corpus = open_corpus(config)
-    tokenizer = None
-    if config.tokenizer.type == "file":
-        tokenizer = load_tokenizer(Path(config.tokenizer.path or "").expanduser())
-    folder = cache_dir / _digest(config, corpus, tokenizer)
-    if (folder / META).is_file():
-        return PreparedData.open(folder)
-    train, validation = _split(corpus.documents, config)
-    building = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    try:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        tokenizer = tokenizer or _train_tokenizer(train, corpus, config.tokenizer.vocab_size)
-        _build(building, corpus, tokenizer, train=train, validation=validation, start=start)
-        _publish(building, folder)
-    except OSError as error:
-        raise _not_writable(cache_dir, error, corpus) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return PreparedData.open(folder)
+    with Workers(workers) as pool:
+        job = _Job(config, cache_dir, output, pool, chunk_bytes)
+        try:
+            return _prepare_mixture(job) if config.mixture else _prepare_source(job)
+        except OSError as error:
+            raise _not_writable(output or cache_dir, error) from error
 
 
-def _digest(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer | None) -> str:
-    """32 hex digits over everything that shapes the files."""
-    values = {
-        "format": _FORMAT,
-        "content": corpus.content_hash,
-        "tokenizer": tokenizer.digest if tokenizer else f"bpe {config.tokenizer.vocab_size}",
-        "validation_fraction": config.validation_fraction,
-        "seed": config.seed,
-    }
-    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
-
-
-def _split(
-    documents: Sequence[Document], config: DataConfig
-) -> tuple[list[Document], list[Document]]:
-    """Documents to train on and to validate on, shuffled.
+def open_prepared(folder: Path) -> Prepared:
+    """Open a folder that :func:`prepare_data` made, of one source or of a mixture.
 
     Raises:
-        DataError: if either part would be empty.
+        DataError: if this host does not see it, or it is incomplete or damaged.
     """
-    shuffled = list(documents)
-    random.Random(config.seed).shuffle(shuffled)
-    count = max(1, round(len(shuffled) * config.validation_fraction))
-    if count >= len(shuffled):
-        raise DataError(
-            f"data.validation_fraction: {config.validation_fraction} of {len(shuffled)} documents "
-            f"leaves none to train on. Expected at least {count + 1} documents. Cut the text into "
-            "more files or lines, or lower the fraction."
-        )
-    return shuffled[count:], shuffled[:count]
+    mixture = (folder / MIXTURE).is_file()
+    return PreparedMixture.open(folder) if mixture else PreparedData.open(folder)
 
 
-def _train_tokenizer(documents: Sequence[Document], corpus: Corpus, vocab_size: int) -> Tokenizer:
-    def sample() -> Iterator[str]:
-        left = vocab_size * _TRAINING_BYTES_PER_TOKEN
-        for document in documents:
-            text = corpus.read(document)[:left]
-            yield text
-            left -= len(text)
-            if left <= 0:
-                return
-
-    return train_bpe(sample(), vocab_size=vocab_size)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    config: DataConfig
+    cache_dir: Path
+    output: Path | None
+    pool: Workers
+    chunk_bytes: int
 
 
-def _build(
-    folder: Path,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    *,
-    train: Sequence[Document],
-    validation: Sequence[Document],
-    start: float,
-) -> None:
-    """Write all files of a prepared folder, meta.json last."""
-    tokenizer.save(folder / TOKENIZER)
-    train_counts = _encode(train, corpus, tokenizer, prefix=folder / "train")
-    validation_counts = _encode(validation, corpus, tokenizer, prefix=folder / "validation")
-    _fsync(*folder.iterdir())
-    prepared = PreparedData(
-        folder=folder,
-        vocab_size=tokenizer.vocab_size,
-        train_tokens=int(train_counts.sum()),
-        validation_tokens=int(validation_counts.sum()),
-        train_documents=len(train),
-        validation_documents=len(validation),
-        unigram_entropy=_cross_entropy(validation_counts, train_counts),
-        skipped_files=corpus.skipped_files,
-        bytes=corpus.bytes,
-        content_hash=corpus.content_hash,
-        seconds=round(time.monotonic() - start, 3),
+def _prepare_source(job: _Job) -> Prepared:
+    config = job.config
+    if config.source == "prepared":
+        return _already_prepared(config.paths, job, "data")
+    corpus = open_corpus(config, workers=job.pool, chunk_bytes=job.chunk_bytes)
+    validation = validation_mask(corpus, config)
+    ready = tokenizer_file(config)
+    digest = shaping_digest(config, content=corpus.content_hash, tokenizer=ready)
+    return build_folder(
+        job.output or job.cache_dir / digest,
+        digest=digest,
+        corpus=corpus,
+        validation=validation,
+        sentences=_as_sentences(config),
+        make_tokenizer=lambda: ready or train_on(config, [corpus], [validation], [1.0]),
+        workers=job.pool,
     )
-    prepared.write_meta()
-    _fsync(folder / META, folder)
 
 
-def _encode(
-    documents: Sequence[Document], corpus: Corpus, tokenizer: Tokenizer, *, prefix: Path
-) -> np.ndarray:
-    """Write ``prefix.bin`` and ``prefix.idx`` and return how often each token occurs, (vocab,)."""
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    encoded = tokenizer.encode_documents(map(corpus.read, documents))
-    quiet = not sys.stderr.isatty()
-    try:
-        bar = tqdm(encoded, prefix.name, len(documents), unit="document", disable=quiet)
-        for ids in bar:
-            builder.add_document(ids, [len(ids)])
-            counts += np.bincount(ids, minlength=len(counts))
-        builder.finalize(f"{prefix}.idx")
-    finally:
-        builder.data_file.close()
-    return counts
+def _prepare_mixture(job: _Job) -> PreparedMixture:
+    config = job.config
+    ready, corpora, masks = _open_sources(job)
+    tokenizer = _common_tokenizer(config, ready)
+    contents = {name: data.digest for name, data in ready.items()}
+    contents |= {name: corpus.content_hash for name, corpus in corpora.items()}
+    listed = [(source.name, source.weight, contents[source.name]) for source in config.mixture]
+    digest = shaping_digest(config, content=listed, tokenizer=tokenizer)
+    folder = job.output or job.cache_dir / digest
+    if (folder / MIXTURE).is_file():
+        return _complete_mixture(folder, digest)
+    with draft.held(folder, digest=digest):
+        if (folder / MIXTURE).is_file():  # by the process that we waited for
+            return _complete_mixture(folder, digest)
+        if not (folder / TOKENIZER).is_file():
+            weights = [source.weight for source in config.mixture if source.name in corpora]
+            made = tokenizer or train_on(
+                config, list(corpora.values()), list(masks.values()), weights
+            )
+            save_tokenizer(made, folder / TOKENIZER)
+        ready |= _build_sources(job, corpora, masks, folder)
+        sources = [
+            PreparedSource(name=source.name, weight=source.weight, data=ready[source.name])
+            for source in config.mixture
+        ]
+        write_mixture(folder, digest=digest, sources=sources)
+        draft.finish(folder)
+    return PreparedMixture.open(folder)
 
 
-def _cross_entropy(counts: np.ndarray, model_counts: np.ndarray) -> float:
-    """Nats per token of ``counts`` under the frequencies of ``model_counts``, plus one each."""
-    smoothed = model_counts + 1.0
-    return float(-(counts @ np.log(smoothed / smoothed.sum())) / counts.sum())
+def _open_sources(
+    job: _Job,
+) -> tuple[dict[str, PreparedData], dict[str, Corpus], dict[str, np.ndarray]]:
+    """By name: the sources that are prepared, the others, and what of those is validated on."""
+    ready, corpora, masks = {}, {}, {}
+    for source in job.config.mixture:
+        where = f"data.mixture.{source.name}"
+        if source.source == "prepared":
+            ready[source.name] = _one_folder(_already_prepared(source.paths, job, where), where)
+            continue
+        corpus = open_corpus(source, workers=job.pool, chunk_bytes=job.chunk_bytes)
+        corpora[source.name] = corpus
+        masks[source.name] = validation_mask(corpus, job.config, where=where)
+    return ready, corpora, masks
 
 
-def _publish(building: Path, folder: Path) -> None:
-    """Rename a complete folder into place; one that another process put there first stays."""
-    if folder.exists() and not (folder / META).is_file():
-        shutil.rmtree(folder)
-    try:
-        building.rename(folder)
-    except OSError:
-        if not (folder / META).is_file():
-            raise
-    _fsync(folder.parent)
+def _build_sources(
+    job: _Job, corpora: dict[str, Corpus], masks: dict[str, np.ndarray], folder: Path
+) -> dict[str, PreparedData]:
+    """Each source by itself with the mixture's tokenizer, so that other mixtures can share it."""
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    built = {}
+    for name, corpus in corpora.items():
+        digest = shaping_digest(job.config, content=corpus.content_hash, tokenizer=tokenizer)
+        built[name] = build_folder(
+            folder / name if job.output else job.cache_dir / digest,
+            digest=digest,
+            corpus=corpus,
+            validation=masks[name],
+            sentences=_as_sentences(job.config),
+            make_tokenizer=lambda: tokenizer,
+            workers=job.pool,
+        )
+    return built
 
 
-def _fsync(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _complete_mixture(folder: Path, digest: str) -> PreparedMixture:
+    mixture = PreparedMixture.open(folder)
+    if mixture.digest != digest:
+        raise DataError(
+            f"{folder}: holds another mixture: a source, a weight, the tokenizer or a setting "
+            f"differs ({mixture.digest} there, {digest} wanted). Give another folder, or delete "
+            "this one."
+        )
+    return mixture
 
 
-def _not_writable(cache_dir: Path, error: OSError, corpus: Corpus) -> DataError:
+def _already_prepared(paths: Sequence[str], job: _Job, where: str) -> Prepared:
+    """The folder that a source ``prepared`` names.
+
+    Raises:
+        DataError: if it is not there or was made for another kind of objective.
+    """
+    folder = Path(paths[0]).expanduser()
+    if not any((folder / name).is_file() for name in (META, MIXTURE)):
+        raise DataError(
+            f"{where}.paths: {folder} has no {META} or {MIXTURE}. Expected a folder that "
+            "tools/prepare_data.py has completed."
+        )
+    prepared = open_prepared(folder)
+    for source in prepared.sources:
+        if source.data.sentences != _as_sentences(job.config):
+            made = "sentences, as mlm needs them" if source.data.sentences else "whole documents"
+            raise DataError(
+                f"{where}.paths: {source.data.folder} was prepared as {made}, which does not suit "
+                f"data.objective {job.config.objective!r}. Prepare the text for that objective."
+            )
+    return prepared
+
+
+def _one_folder(prepared: Prepared, where: str) -> PreparedData:
+    if isinstance(prepared, PreparedMixture):
+        raise DataError(
+            f"{where}.paths: {prepared.folder} is a mixture itself. Name the folders of its "
+            "sources, each with its weight."
+        )
+    return prepared
+
+
+def _common_tokenizer(config: DataConfig, ready: dict[str, PreparedData]) -> Tokenizer | None:
+    """The tokenizer that is given, by a file or by sources that are prepared; None is none.
+
+    Raises:
+        DataError: if they differ.
+    """
+    given = tokenizer_file(config)
+    found = {name: data.tokenizer_digest for name, data in ready.items()}
+    if given is not None:
+        found["data.tokenizer.path"] = given.digest
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{name} {digest[:12]}" for name, digest in found.items())
+        raise DataError(
+            f"data.mixture: the sources' tokenizers differ ({listed}). Prepare all with one "
+            "tokenizer: tools/prepare_data.py --tokenizer FOLDER/tokenizer.json."
+        )
+    return given or next((data.tokenizer() for data in ready.values()), None)
+
+
+def _as_sentences(config: DataConfig) -> bool:
+    return config.objective == "mlm"
+
+
+def _not_writable(folder: Path, error: OSError) -> DataError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DataError(
-            f"{cache_dir}: no room left for the prepared data: {error.strerror}. Expected up to "
-            f"{corpus.bytes / 1e6:.0f} MB for {corpus.bytes / 1e6:.0f} MB of text. Free some disk, "
-            "or put the cache on another one."
+            f"{folder}: no room left for the prepared data: {error.strerror}. Free some disk; the "
+            "same command goes on from here. Or put the data on another disk."
         )
     return DataError(
-        f"{cache_dir}: cannot write the prepared data: {error}. "
+        f"{folder}: cannot write the prepared data: {error}. "
         "Expected a folder that this user may write to."
     )

@@ -1,29 +1,50 @@
-"""Text to token ids: a byte-level BPE trained here, or any Hugging Face ``tokenizer.json``."""
+"""Text to token ids by a Hugging Face ``tokenizer.json``, with what Megatron asks of tokenizers."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
 import tokenizers
 import xxhash
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from lag_megatron.data.sentences import split_sentences
 from lag_megatron.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
+# The modes of UL2's denoisers: regular, sequential (prefix), extreme.
+MODES = ("[R]", "[S]", "[X]")
+CONTINUATION = "##"
+
 _END_TOKENS = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "[SEP]", "<eos>")
+_NAMES = {
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+    "padding": ("[PAD]", "<pad>"),
+}
+# Megatron passes over documents with a sentence of more than 512 tokens, and cuts off what a
+# sample's last sentence has too much.
+_SENTENCE_TOKENS = 128
 _PIECE_CHARACTERS = 1 << 20
 _BATCH_CHARACTERS = 4 << 20
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer with the attributes that Megatron's ``GPTDatasetConfig`` reads.
+    """A Hugging Face tokenizer with the attributes that Megatron's datasets read.
 
     Attributes:
         eod: id of the end-of-document token.
         vocab_size: highest id plus one, the end of document included.
         pad: -1, which no token has, so that no token is ever masked out as padding.
+        cls: id of the token that begins a masked sample, or None.
+        sep: id of the token that ends each segment of a masked sample, or None.
+        mask: id of the token in a masked token's place, or None.
+        padding: id of the token that fills a sample up, or None.
+        sentinels: ids of ``<extra_id_0>``, ``<extra_id_1>``, ...: what stands for a span taken out.
+        modes: id of each of UL2's mode tokens that the vocabulary has, by name.
         unique_identifiers: what tells this tokenizer from others.
     """
 
@@ -33,27 +54,100 @@ class Tokenizer:
         # Text that spells out "<|endoftext|>" is text; only the end of a document ends one.
         backend.encode_special_tokens = True
         self._backend = backend
+        self._vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         self.eod = eod
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._vocabulary.values()) + 1
         self.pad = -1
+        self.cls = self._first_of("cls")
+        self.sep = self._first_of("sep")
+        self.mask = self._first_of("mask")
+        self.padding = self._first_of("padding")
+        self.sentinels = tuple(_sentinels_of(self._vocabulary))
+        self.modes = {name: self._vocabulary[name] for name in MODES if name in self._vocabulary}
         self.digest = xxhash.xxh3_128_hexdigest(backend.to_str().encode())
         self.unique_identifiers = OrderedDict(tokenizer=self.digest, vocab_size=self.vocab_size)
 
-    def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Yield the token ids of each text, end of document last, as a 1-D int64 array.
+    @cached_property
+    def inv_vocab(self) -> dict[int, str]:
+        """Token of each id."""
+        return {number: token for token, number in self._vocabulary.items()}
+
+    @cached_property
+    def words(self) -> np.ndarray:
+        """Ids of all tokens that text can give, sorted, int64: no special ones."""
+        added = self._backend.get_added_tokens_decoder()
+        special = {number for number, token in added.items() if token.special}
+        return np.asarray(sorted(set(self._vocabulary.values()) - special), dtype=np.int64)
+
+    @cached_property
+    def continues(self) -> np.ndarray:
+        """Whether each id goes on with the word before it (``##`` of WordPiece), (vocab,) bool."""
+        table = np.zeros(self.vocab_size, dtype=bool)
+        for token, number in self._vocabulary.items():
+            table[number] = token.startswith(CONTINUATION)
+        return table
+
+    @overload
+    def encode_documents(
+        self, texts: Iterable[str], *, sentences: Literal[False] = False
+    ) -> Iterator[np.ndarray]: ...
+
+    @overload
+    def encode_documents(
+        self, texts: Iterable[str], *, sentences: Literal[True]
+    ) -> Iterator[tuple[np.ndarray, list[int]]]: ...
+
+    def encode_documents(
+        self, texts: Iterable[str], *, sentences: bool = False
+    ) -> Iterator[np.ndarray] | Iterator[tuple[np.ndarray, list[int]]]:
+        """Yield the token ids of each text as a 1-D int64 array, the end of document last.
 
         Texts are encoded a few megabytes at a time, by as many threads as there are cores. Texts
         above a megabyte are cut after a line and encoded piece by piece, so memory stays bounded.
+
+        With ``sentences``, yield (ids, lengths) of each text: its sentences one after another, as
+        :func:`split_sentences` finds them, and the tokens of each; there is no end of document,
+        and a sentence of more than 128 tokens is cut between two words.
         """
+        return self._as_sentences(texts) if sentences else self._whole(texts)
+
+    def _whole(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        end = np.asarray([self.eod])
         parts: list[np.ndarray] = []
         for batch in _batches(_pieces(texts)):
-            strings = [piece for piece, _ in batch]
-            encodings = self._backend.encode_batch_fast(strings, add_special_tokens=False)
-            for encoding, (_, last) in zip(encodings, batch, strict=True):
-                parts.append(np.asarray(encoding.ids, dtype=np.int64))
+            encoded = self._encode([piece for piece, _ in batch])
+            for ids, (_, last) in zip(encoded, batch, strict=True):
+                parts.append(ids)
                 if last:
-                    yield np.concatenate([*parts, np.asarray([self.eod])])
+                    yield np.concatenate([*parts, end])
                     parts = []
+
+    def _as_sentences(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, list[int]]]:
+        parts: list[np.ndarray] = []
+        for batch in _batches(_pieces(texts)):
+            split = [split_sentences(piece) for piece, _ in batch]
+            encoded = iter(self._encode([sentence for found in split for sentence in found]))
+            for found, (_, last) in zip(split, batch, strict=True):
+                for _ in found:
+                    parts += self._short(next(encoded))
+                if last:
+                    empty = np.zeros(0, dtype=np.int64)
+                    yield np.concatenate([empty, *parts]), [len(part) for part in parts]
+                    parts = []
+
+    def _encode(self, strings: list[str]) -> list[np.ndarray]:
+        encodings = self._backend.encode_batch_fast(strings, add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def _short(self, ids: np.ndarray) -> list[np.ndarray]:
+        """A sentence, cut before the first token of a word where it is too long."""
+        parts = []
+        while len(ids) > _SENTENCE_TOKENS:
+            starts = np.flatnonzero(~self.continues[ids[1 : _SENTENCE_TOKENS + 1]])
+            cut = int(starts[-1]) + 1 if len(starts) else _SENTENCE_TOKENS
+            parts.append(ids[:cut])
+            ids = ids[cut:]
+        return [*parts, ids] if len(ids) else parts
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, ends of documents spelled out."""
@@ -63,29 +157,17 @@ class Tokenizer:
         """Write a ``tokenizer.json`` that :func:`load_tokenizer` and ``transformers`` read."""
         path.write_text(self._backend.to_str(), encoding="utf-8")
 
+    def _first_of(self, role: str) -> int | None:
+        return next((self._vocabulary[n] for n in _NAMES[role] if n in self._vocabulary), None)
 
-def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE, the same one for the same texts in the same order.
+
+def load_tokenizer(path: Path, *, sentinels: int = 0) -> Tokenizer:
+    """Read a Hugging Face ``tokenizer.json``.
 
     Args:
-        texts: what to count pairs in.
-        vocab_size: tokens at most, 256 bytes and the end of document included.
-    """
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend, eod=backend.get_vocab()[END_OF_DOCUMENT])
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a Hugging Face ``tokenizer.json``.
+        path: of the file.
+        sentinels: how many the tokenizer has at least; those that it lacks, and UL2's mode tokens,
+            are added at the vocabulary's end.
 
     Raises:
         DataError: if the file is missing or invalid, or names no end-of-document token.
@@ -104,6 +186,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             f"data.tokenizer.path: {path} is not a tokenizer.json of Hugging Face: {error}. "
             "Save one with tokenizer.save_pretrained(folder), or use data.tokenizer.type: bpe."
         ) from error
+    add_sentinels(backend, sentinels)
     ids = [backend.token_to_id(token) for token in _END_TOKENS]
     eod = next((number for number in ids if number is not None), None)
     if eod is None:
@@ -112,6 +195,34 @@ def load_tokenizer(path: Path) -> Tokenizer:
             f"{', '.join(_END_TOKENS)}. Add one as a special token, and save it again."
         )
     return Tokenizer(backend, eod=eod)
+
+
+def add_sentinels(backend: tokenizers.Tokenizer, count: int) -> None:
+    """Add UL2's mode tokens and sentinels up to ``count``, where they are not there already.
+
+    Raises:
+        DataError: if the vocabulary's numbers leave no room at its end.
+    """
+    if not count:
+        return
+    names = [*(f"<extra_id_{number}>" for number in range(count)), *MODES]
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
+    )
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise DataError(
+            "data.tokenizer.sentinels: the tokenizer's ids have gaps, so tokens added to it would "
+            "share ids with others. Use a tokenizer whose ids run from 0 without gaps, or add "
+            f"{names[0]} to {names[count - 1]} and {', '.join(MODES)} to it and save it again."
+        )
+
+
+def _sentinels_of(vocabulary: dict[str, int]) -> Iterator[int]:
+    number = 0
+    while (token := f"<extra_id_{number}>") in vocabulary:
+        yield vocabulary[token]
+        number += 1
 
 
 def padded_vocab_size(vocab_size: int) -> int:

@@ -7,6 +7,7 @@ from lag_megatron.report.blocks import Block, Facts, Heading, Table, Text
 from lag_megatron.report.events import growth_blocks, growth_summary
 from lag_megatron.report.figures import run_figure
 from lag_megatron.report.read import Json
+from lag_megatron.report.sources import sources_table
 from lag_megatron.report.words import NONE, integer, loss
 
 MAX_ROWS = 40
@@ -29,6 +30,9 @@ def blocks(data: Json, pictures: Mapping[int, Mapping[str, Path]] | None) -> Ite
         yield _validation(data["val_loss"])
     yield Heading(2, "Stages")
     yield _stages(data)
+    if data["sources"]:
+        yield Heading(2, "Sources of the text")
+        yield sources_table(data["sources"])
     if not data["growth"]:
         yield Text("Nothing was grown in this run so far.", small=True)
     for growth in data["growth"]:

@@ -11,6 +11,7 @@ from lag_megatron.report.growth import growth_data, growth_settings
 from lag_megatron.report.read import GrowthFiles, Json, RunFiles, finite, read_run
 from lag_megatron.report.recorded import search_of
 from lag_megatron.report.rules import RULES, own_outcome
+from lag_megatron.report.sources import sources_data
 from lag_megatron.schedule import parameter_count, stage_ranges, tokens_per_step
 
 TRAIN, VAL, SPEED = "train/loss", "val/loss", "train/tokens_per_second"
@@ -27,6 +28,7 @@ def report_data(run_dir: Path) -> Json:
     """
     files = read_run(run_dir)
     stages = _stages(files)
+    status = _status(files)
     growths = [
         {**growth_data(files, growth), "rules": _rules(files, growth)} for growth in files.growths
     ]
@@ -40,7 +42,8 @@ def report_data(run_dir: Path) -> Json:
         "data": files.run.get("data") or {},
         "tokens_per_step": tokens_per_step(files.config),
         "total_steps": files.config.total_steps,
-        "status": _status(files),
+        "sources": sources_data(files, step=status["step"]),
+        "status": status,
         "stages": stages,
         "train_loss": series(files.metrics, TRAIN),
         "val_loss": series(files.metrics, VAL),

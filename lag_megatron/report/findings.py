@@ -47,7 +47,8 @@ def finding_blocks(growth: Json, pictures: Mapping[str, Path] | None) -> Iterato
 
 def scored_tasks(scores: Iterable[Json | None]) -> list[str]:
     """Names of the downstream tasks that any candidate has a number for."""
-    found = (task for one in scores for task, value in (one or {}).items() if finite(value))
+    numbers = (pair for one in scores for pair in (one or {}).items())
+    found = (task for task, value in numbers if finite(value) is not None)
     return list(dict.fromkeys(found))
 
 

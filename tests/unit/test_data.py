@@ -1,11 +1,14 @@
 """From text to prepared files, and from those to batches by step."""
 
+import contextlib
 import errno
 import json
 import logging
 import math
 import random
+import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +16,16 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from lag_megatron.config import DataConfig
-from lag_megatron.config.schema import TokenizerConfig
-from lag_megatron.data import PreparedData, TrainingData, ValidationData, prepare, prepare_data
+from lag_megatron.config import DataConfig, TokenizerConfig
+from lag_megatron.data import (
+    PreparedData,
+    TrainingData,
+    ValidationData,
+    build,
+    encode,
+    open_corpus,
+    prepare_data,
+)
 from lag_megatron.errors import DataError
 
 DOCUMENTS = 40
@@ -92,7 +102,7 @@ def test_meta_describes_the_tokens(prepared: PreparedData) -> None:
 def test_the_second_call_builds_nothing(
     config: DataConfig, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "_build", None)
+    monkeypatch.setattr(build, "encode_corpus", None)
     assert prepare_data(config, cache_dir=prepared.folder.parent) == prepared
     assert PreparedData.open(prepared.folder) == prepared
 
@@ -111,32 +121,83 @@ def test_what_shapes_the_files_names_the_folder(
     assert made.vocab_size == prepared.vocab_size
 
 
-def test_leftovers_of_a_crash_are_not_taken_for_data(
+def test_half_written_and_foreign_folders_are_refused(
     config: DataConfig, prepared: PreparedData, tmp_path: Path
 ) -> None:
-    partial = tmp_path / prepared.folder.name
-    for folder in (partial, tmp_path / f"{prepared.folder.name}.tmp-1"):
-        folder.mkdir()
-        (folder / "train.bin").write_bytes(b"\1\2")
+    taken = tmp_path / prepared.folder.name
+    taken.mkdir()
+    (taken / "train.bin").write_bytes(b"\1\2")
+    with pytest.raises(DataError, match=r"holds files, but no complete prepared data"):
+        prepare_data(config, cache_dir=tmp_path)
+    begun = tmp_path / "mine.part"
+    begun.mkdir()
+    (begun / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"mine\.part: holds files that are not prepared data"):
+        prepare_data(config, cache_dir=tmp_path, output=tmp_path / "mine")
+    (begun / "notes.txt").unlink()
+    (begun / "draft.json").write_text('{"digest": "of other text"}')
+    with pytest.raises(DataError, match=r"half-written, from other text or settings"):
+        prepare_data(config, cache_dir=tmp_path, output=tmp_path / "mine")
+    other = DataConfig(source="jsonl", paths=config.paths, tokenizer=config.tokenizer)
+    with pytest.raises(DataError, match=r"holds other prepared data"):
+        prepare_data(other, cache_dir=tmp_path, output=prepared.folder)
+
+
+def test_damage_is_found(config: DataConfig, tmp_path: Path) -> None:
     made = prepare_data(config, cache_dir=tmp_path)
-    assert made.folder == partial
-    assert documents_of(made, made.train_prefix) == documents_of(prepared, prepared.train_prefix)
+    made.verify()
+    path = Path(made.train_prefix + ".bin")
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"train\.bin: its bytes are not those that were written"):
+        PreparedData.open(made.folder).verify()
+    path.write_bytes(data[:-2])
+    for act in (lambda: PreparedData.open(made.folder), lambda: prepare_data(
+        config, cache_dir=tmp_path)):  # fmt: skip
+        with pytest.raises(DataError, match=rf"has {len(data) - 2} bytes, expected {len(data)}"):
+            act()
+    path.unlink()
+    with pytest.raises(DataError, match=r"train\.bin: is missing"):
+        PreparedData.open(made.folder)
 
 
 def test_losing_the_race_to_another_process_is_fine(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = prepare._publish
+    held = build.draft.held
 
-    def late(building: Path, folder: Path) -> None:
-        folder.mkdir()
-        for path in building.iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
-        publish(building, folder)
+    @contextlib.contextmanager
+    def late(folder: Path, *, digest: str) -> Iterator[Path]:
+        with monkeypatch.context() as first:
+            first.setattr(build.draft, "held", held)
+            prepare_data(config, cache_dir=tmp_path)  # the other one, while we wait for the lock
+        with held(folder, digest=digest):
+            yield folder
 
-    monkeypatch.setattr(prepare, "_publish", late)
+    monkeypatch.setattr(build.draft, "held", late)
     made = prepare_data(config, cache_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [made.folder.name]
+
+
+def test_a_disk_that_is_too_small_is_told_beforehand(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(build, "encode_corpus", None)
+    with pytest.raises(DataError, match=r"no room for the prepared data: about .* are needed"):
+        prepare_data(config, cache_dir=tmp_path)
+
+
+def test_text_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    found = open_corpus(DataConfig(source="text", paths=(str(tmp_path),)))
+    for change in ("c", "", "b\nc"):
+        (tmp_path / "b.txt").write_text(change)
+        with pytest.raises(DataError, match=r"a\.txt to .*b\.txt: changed while"):
+            list(found.texts())
 
 
 @pytest.mark.parametrize(
@@ -148,10 +209,12 @@ def test_a_disk_that_refuses(
     def refuse(*args: object) -> None:
         raise OSError(code, "refused")
 
-    monkeypatch.setattr(prepare.IndexedDatasetBuilder, "add_document", refuse)
-    with pytest.raises(DataError, match=message):
-        prepare_data(config, cache_dir=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as full:
+        full.setattr(encode.IndexedDatasetBuilder, "add_document", refuse)
+        with pytest.raises(DataError, match=message):
+            prepare_data(config, cache_dir=tmp_path)
+    made = prepare_data(config, cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == [made.folder]
 
 
 def test_one_document_cannot_be_split(tmp_path: Path) -> None:
@@ -194,7 +257,7 @@ def test_a_batch_is_the_same_however_it_is_split_and_reached(prepared: PreparedD
         parts = [other.batch(step, [row]) for row in range(GLOBAL_BATCH)]
         joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         assert same(whole[step], joined)
-        assert len(other._epochs) <= 2
+        assert len(other._epochs[0]._open) <= 2
 
 
 def test_samples_do_not_depend_on_the_global_batch(prepared: PreparedData) -> None:
@@ -209,7 +272,7 @@ def test_epochs_differ_in_order_and_cover_the_same_tokens(prepared: PreparedData
     data = training(prepared, global_batch=1)
     n = data.samples_per_epoch
     assert [data.indices(step)[0] for step in (0, n - 1, n, 2 * n)] == [
-        (0, 0), (0, n - 1), (1, 0), (2, 0),
+        (0, 0, 0), (0, 0, n - 1), (0, 1, 0), (0, 2, 0),
     ]  # fmt: skip
     epochs = [
         torch.cat([data.batch(step, [0])["tokens"] for step in range(first, first + n)])

@@ -8,10 +8,10 @@ import pytest
 from lag_megatron.config import DataConfig
 from lag_megatron.data import (
     Corpus,
-    corpus,
     load_tokenizer,
     open_corpus,
     padded_vocab_size,
+    sources,
     tokenizer,
     train_bpe,
 )
@@ -21,7 +21,7 @@ TEXT = "def add(a, b):\n    return a + b  # größer\n\n\nclass Sum:\r\n\tpass\n
 
 
 def text_of(found: Corpus) -> list[str]:
-    return [found.read(document) for document in found.documents]
+    return list(found.texts())
 
 
 def test_text_takes_files_globs_and_folders_each_once_in_order(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_empty_files_are_passed_over_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "b.txt").write_text("é")
     found = open_corpus(DataConfig(source="text", paths=(str(tmp_path),)))
-    assert (len(found.documents), found.skipped_files, found.bytes) == (1, 1, 2)
+    assert (len(found), found.skipped_files, found.bytes) == (1, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_bad_json_line_is_named(line: str, message: str, tmp_path: Path) -> No
 def test_stdlib_leaves_out_packages_and_what_is_not_utf8(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(DataError, match=r"no \.py files"):
         open_corpus(DataConfig())
     for folder in ("site-packages", "dist-packages", "json/__pycache__"):
@@ -133,7 +133,7 @@ def test_stdlib_leaves_out_packages_and_what_is_not_utf8(
 def test_the_real_stdlib_is_a_corpus() -> None:
     found = open_corpus(DataConfig())
     assert found.bytes > 5e6
-    assert len(found.documents) > 300
+    assert len(found) > 300
 
 
 def test_bpe_round_trip_is_exact_and_training_deterministic() -> None:
@@ -187,12 +187,29 @@ def test_padded_vocab_size(size: int, padded: int) -> None:
     assert padded_vocab_size(size) == padded
 
 
-def test_a_long_text_file_is_many_documents(tmp_path):
+def test_documents_of_a_long_text_do_not_depend_on_the_chunks(tmp_path: Path) -> None:
     lines = [f"line {number} of a long file\n" for number in range(20_000)]
     path = tmp_path / "long.txt"
     path.write_text("".join(lines))
-    corpus = open_corpus(DataConfig(source="text", paths=(str(path),)))
-    texts = [corpus.read(document) for document in corpus.documents]
-    assert len(texts) > 5
+    config = DataConfig(source="text", paths=(str(path),))
+    corpus, other = open_corpus(config), open_corpus(config, chunk_bytes=1)
+    texts = text_of(corpus)
+    assert len(corpus) > 5
     assert "".join(texts) == path.read_text()
     assert all(text.endswith("\n") and len(text) < 70_000 for text in texts)
+    assert (len(corpus.chunks), len(other.chunks)) == (1, len(corpus))
+    assert text_of(other) == texts
+    assert other.content_hash == corpus.content_hash
+
+
+def test_a_bad_line_far_inside_a_cut_file_has_its_number(tmp_path: Path) -> None:
+    line = json.dumps({"text": "x" * 1000}) + "\n"
+    path = tmp_path / "a.jsonl"
+    path.write_text(line * 400 + "{\n" + line * 9)
+    for size in (1, 10**9):
+        with pytest.raises(DataError, match=r"a\.jsonl:401: not JSON"):
+            open_corpus(DataConfig(source="jsonl", paths=(str(path),)), chunk_bytes=size)
+    path = tmp_path / "b.txt"
+    path.write_bytes(b"fine\n" * 80_000 + b"\xff\n")
+    with pytest.raises(DataError, match=r"b\.txt:\d+: not UTF-8"):
+        open_corpus(DataConfig(source="text", paths=(str(path),)), chunk_bytes=1)

@@ -1,0 +1,134 @@
+"""Folders that are being made: one process at a time, and only what it began itself."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from lag_megatron.errors import DataError
+from lag_megatron.files import flush_to_disk
+
+_MARKER = "draft.json"
+_LOCK = "lock"
+_UNMARKED = "draft.part"
+
+
+@contextlib.contextmanager
+def held(folder: Path, *, digest: str) -> Iterator[Path]:
+    """A folder to make something in, alone, that outlives a kill; the next call goes on with it.
+
+    Args:
+        folder: made if it is not there.
+        digest: of what is made; a folder that was begun for something else is refused.
+
+    Raises:
+        DataError: if the folder holds what this program did not begin with this digest.
+    """
+    with _locked(folder):
+        marker, own = folder / _MARKER, (_LOCK, _UNMARKED)
+        if marker.is_file():
+            begun = _digest_of(marker)
+            if begun != digest:
+                raise DataError(
+                    f"{folder}: half-written, from other text or settings ({begun} then, {digest} "
+                    "now). Start what was begun there again, or delete the folder."
+                )
+        elif others := sorted(p.name for p in folder.iterdir() if p.name not in own):
+            raise DataError(
+                f"{folder}: holds files that are not prepared data ({', '.join(others[:3])}). "
+                "Give a folder that is new or empty."
+            )
+        else:
+            part = folder / _UNMARKED
+            part.write_text(json.dumps({"digest": digest}), encoding="utf-8")
+            part.rename(marker)
+        yield folder
+
+
+def finish(folder: Path) -> None:
+    """A held folder is complete as it is: remove what marks it as begun."""
+    for name in (_MARKER, _LOCK):
+        (folder / name).unlink(missing_ok=True)
+    flush_to_disk(folder)
+
+
+def publish(made: Path, target: Path) -> None:
+    """Rename a complete folder into place, where at most an empty one may stand.
+
+    Raises:
+        DataError: if there are files in the way.
+    """
+    flush_to_disk(made)
+    try:
+        made.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise foreign(target) from None
+        raise
+    flush_to_disk(target.parent)
+
+
+def require_free(target: Path) -> None:
+    """Refuse a place where something stands already.
+
+    Raises:
+        DataError: naming it.
+    """
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise foreign(target)
+
+
+def foreign(target: Path) -> DataError:
+    """The message for a place that holds something else."""
+    return DataError(
+        f"{target}: holds files, but no complete prepared data. Give a folder that is new or "
+        "empty, or delete this one."
+    )
+
+
+def remove(folder: Path) -> None:
+    """Remove a held folder, whose content has been published."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _digest_of(marker: Path) -> str:
+    try:
+        return str(json.loads(marker.read_text(encoding="utf-8"))["digest"])
+    except (ValueError, KeyError, TypeError):
+        return "unreadable"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait for the process that is at work there, if any."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / _LOCK).open("a") as lock:
+            _wait_for(lock, folder)
+            # Whoever was waited for may have removed the folder, and the lock with it.
+            if _is_at(lock, folder / _LOCK):
+                yield
+                return
+
+
+def _wait_for(lock: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        print(f"{folder}: another process is at work there; waiting for it.", file=sys.stderr)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _is_at(lock: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,108 @@
+"""Work on chunks by several processes, with results in the order of the chunks."""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection, forkserver
+from types import TracebackType
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from lag_megatron.errors import DataError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Workers:
+    """Processes that end with this one; a single worker is this process itself.
+
+    Args:
+        count: of the processes.
+    """
+
+    def __init__(self, count: int = 1) -> None:
+        self._count = count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[T], R], tasks: Sequence[T], *, label: str) -> Iterator[R]:
+        """Yield ``function(task)`` of each task in order, with a bar on a terminal.
+
+        Raises:
+            DataError: what a worker raised, or that one was killed.
+        """
+        with contextlib.closing(_bar(label, len(tasks))) as bar:
+            try:
+                for result in self._results(function, tasks):
+                    bar.update()
+                    yield result
+            except BrokenProcessPool:
+                raise DataError(
+                    f"{label}: a worker process was killed, perhaps for memory. Take fewer "
+                    "workers; the same command goes on from here."
+                ) from None
+
+    def _results(self, function: Callable[[T], R], tasks: Sequence[T]) -> Iterator[R]:
+        if self._count == 1 or len(tasks) < 2:
+            return map(function, tasks)
+        if self._pool is None:
+            # A server that has imported everything once forks the workers: this process may run
+            # threads, and a fresh interpreter each would import torch each.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["lag_megatron.data.encode"])
+            _start_quietly()
+            self._pool = ProcessPoolExecutor(
+                self._count, mp_context=context, initializer=_begin_worker
+            )
+        return self._pool.map(function, tasks)
+
+
+def _start_quietly() -> None:
+    """Start the server without what Megatron and torch say at import of optional packages.
+
+    The server's interpreter knows this one's filters only from the environment.
+    """
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
+
+
+def _begin_worker() -> None:
+    """One thread a worker, and no worker without its parent."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True, name="parent").start()
+
+
+def _bar(label: str, total: int) -> tqdm:
+    return tqdm(desc=label, total=total, unit="chunk", disable=not sys.stderr.isatty())
