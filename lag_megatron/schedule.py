@@ -1,34 +1,13 @@
-"""Learning rate, stages, and what a run costs in parameters, tokens and FLOPs.  Pure arithmetic."""
+"""Stages, and what a run costs in parameters, tokens and FLOPs.  Pure arithmetic."""
 
-import math
 from collections.abc import Sequence
 
 from lag_megatron.config import (
     ModelConfig,
-    OptimizerConfig,
     ParallelConfig,
     RunConfig,
     StageConfig,
 )
-
-
-def lr_at(step: int, optimizer: OptimizerConfig, *, total_steps: int) -> float:
-    """Learning rate of the optimizer step with 0-based index ``step``.
-
-    Warm-up is linear: step 0 takes ``lr / warmup_steps``, step ``warmup_steps - 1`` the full rate.
-    ``cosine`` then falls to ``min_lr`` at ``decay_steps`` (null: ``total_steps``) and stays there.
-    """
-    schedule = optimizer.schedule
-    if step < schedule.warmup_steps:
-        return optimizer.lr * (step + 1) / schedule.warmup_steps
-    if schedule.name == "constant":
-        return optimizer.lr
-    decay_steps = total_steps if schedule.decay_steps is None else schedule.decay_steps
-    if step >= decay_steps:
-        return schedule.min_lr
-    progress = (step - schedule.warmup_steps) / (decay_steps - schedule.warmup_steps)
-    height = (1 + math.cos(math.pi * progress)) / 2
-    return schedule.min_lr + (optimizer.lr - schedule.min_lr) * height
 
 
 def stage_ranges(stages: Sequence[StageConfig]) -> tuple[range, ...]:
@@ -49,10 +28,11 @@ def tokens_per_step(config: RunConfig) -> int:
 def parameter_count(
     model: ModelConfig, *, num_layers: int, vocab_size: int, tensor: int = 1
 ) -> int:
-    """Parameters of Megatron-Core's ``GPTModel``, on one of ``tensor`` tensor-parallel ranks.
+    """Parameters of Megatron-Core's model, on one of ``tensor`` tensor-parallel ranks.
 
     Matrices and the biases of column-parallel layers are cut; norms, positions and the biases of
-    row-parallel layers are whole on every rank.  Tied embeddings count once.
+    row-parallel layers are whole on every rank, and so are BERT's heads but for the output layer.
+    Tied embeddings count once.
     """
     hidden = model.hidden_size
     norm = hidden * (2 if model.norm == "layernorm" else 1)
@@ -62,47 +42,70 @@ def parameter_count(
         cut += _qkv_size(model) + _first_mlp_size(model)
         whole += 2 * hidden
     embeddings = vocab_size * hidden * (1 if model.tied_embeddings else 2)
-    positions = model.seq_length * hidden if model.positions == "learned" else 0
-    return (num_layers * cut + embeddings) // tensor + num_layers * whole + positions + norm
+    # One norm stands outside the layers: after the last one, or after post-norm's embeddings.
+    rest = norm + model.token_types * hidden
+    if model.positions == "learned":
+        rest += model.seq_length * hidden
+    if model.family == "bert":
+        embeddings += vocab_size  # the output layer's bias
+        dense = hidden * hidden + hidden
+        rest += dense + norm
+        if model.sentence_head:
+            rest += dense + 2 * hidden + 2
+    return (num_layers * cut + embeddings) // tensor + num_layers * whole + rest
 
 
-def state_bytes_per_parameter(parallel: ParallelConfig, *, replicas: int) -> dict[str, float]:
+def state_bytes_per_parameter(
+    parallel: ParallelConfig, *, replicas: int, optimizer: str = "adamw"
+) -> dict[str, float]:
     """Bytes that one rank keeps for each parameter of its tensor-parallel share.
 
     ZeRO shares optimizer states from stage 1, gradients from stage 2 and weights from stage 3
-    among ``replicas`` ranks (Rajbhandari et al. 2020, section 5).
+    among ``replicas`` ranks (Rajbhandari et al. 2020, section 5).  Adafactor's means over rows and
+    columns are too few to count.
     """
+    moments = 8 if optimizer == "adamw" else 0
     stage = parallel.zero_stage
     width = 4 if parallel.precision == "fp32" else 2
     master = 0 if width == 4 and stage == 0 else 4
     return {
         "weights": width / (replicas if stage >= 3 else 1),
         "gradients": width / (replicas if stage >= 2 else 1),
-        "optimizer": (master + 8) / (replicas if stage >= 1 else 1),
+        "optimizer": (master + moments) / (replicas if stage >= 1 else 1),
     }
 
 
-def training_flops_per_token(model: ModelConfig, *, num_layers: int, vocab_size: int) -> int:
-    """Floating-point operations of forward and backward for one token.
+def training_flops_per_token(config: RunConfig, *, num_layers: int, vocab_size: int) -> int:
+    """Floating-point operations of forward and backward for one token, padding included.
 
     Six per parameter that multiplies, the output layer included and the embedding look-up not,
-    plus ``12 L d s`` for attention scores and values, halved because attention is causal
-    (Chowdhery et al. 2022, PaLM, appendix B; the half is ours).  Recomputation does not count.
+    plus ``12 L d s`` for attention scores and values, halved where attention is causal
+    (Chowdhery et al. 2022, PaLM, appendix B; the half is ours).  BERT's heads count for the
+    positions that they compute: those to be predicted, and one for pairs of sentences.  What a
+    UL2 prefix sees ahead and recomputation do not count.
     """
-    matmul = num_layers * _matmul_parameters_per_layer(model) + vocab_size * model.hidden_size
-    attention = 12 * num_layers * model.hidden_size * model.seq_length // 2
-    return 6 * matmul + attention
+    model = config.model
+    hidden, length = model.hidden_size, model.seq_length
+    attention = 12 * num_layers * hidden * length
+    output = vocab_size * hidden
+    if model.family == "bert":
+        predicted = config.data.mlm.predictions(length) * (output + hidden * hidden)
+        pooled = hidden * (hidden + 2) if model.sentence_head else 0
+        output = (predicted + pooled) // length
+    else:
+        attention //= 2
+    return 6 * (num_layers * _matmul_parameters_per_layer(model) + output) + attention
 
 
-def validation_flops_per_token(model: ModelConfig, *, num_layers: int, vocab_size: int) -> int:
+def validation_flops_per_token(config: RunConfig, *, num_layers: int, vocab_size: int) -> int:
     """Floating-point operations of one token's forward pass: a third of training's."""
-    return training_flops_per_token(model, num_layers=num_layers, vocab_size=vocab_size) // 3
+    return training_flops_per_token(config, num_layers=num_layers, vocab_size=vocab_size) // 3
 
 
 def stage_flops(config: RunConfig, stage: int, *, vocab_size: int) -> int:
     """Floating-point operations of the optimizer steps of one stage, without validation."""
     per_token = training_flops_per_token(
-        config.model, num_layers=config.layers_of(stage), vocab_size=vocab_size
+        config, num_layers=config.layers_of(stage), vocab_size=vocab_size
     )
     return config.stages[stage].steps * tokens_per_step(config) * per_token
 

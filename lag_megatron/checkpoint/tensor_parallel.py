@@ -15,7 +15,7 @@ from lag_megatron.checkpoint.boxes import Box, Shape, whole
 # (pattern of the end of a parameter's name, dimension that is cut); what matches none is whole.
 CUTS: tuple[tuple[str, int], ...] = (
     (r"embedding\.word_embeddings\.weight", 0),
-    (r"output_layer\.weight", 0),
+    (r"output_layer\.(weight|bias)", 0),
     (r"self_attention\.linear_qkv\.(weight|bias)", 0),
     (r"self_attention\.linear_proj\.weight", 1),
     (r"mlp\.linear_fc1\.(weight|bias)", 0),

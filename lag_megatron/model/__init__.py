@@ -3,8 +3,11 @@
 import torch
 
 from lag_megatron.config import ModelConfig, ParallelConfig
+from lag_megatron.model.bert import build_bert
 from lag_megatron.model.gpt import build_gpt
 from lag_megatron.model.losses import labels_of, loss_sums, mean_loss
+from lag_megatron.model.sequence_parallel import sum_partial_gradients
+from lag_megatron.model.without_cuda import run_megatron_without_cuda
 
 __all__ = ["build_model", "labels_of", "loss_sums", "mean_loss"]
 
@@ -13,4 +16,9 @@ def build_model(
     model: ModelConfig, parallel: ParallelConfig, *, num_layers: int, vocab_size: int
 ) -> torch.nn.Module:
     """This tensor-parallel rank's part of a model, on the CPU, its weights not yet drawn."""
-    return build_gpt(model, parallel, num_layers=num_layers, vocab_size=vocab_size)
+    run_megatron_without_cuda()
+    build = build_bert if model.family == "bert" else build_gpt
+    built = build(model, parallel, num_layers=num_layers, vocab_size=vocab_size)
+    if parallel.sequence_parallel:
+        sum_partial_gradients(built)
+    return built

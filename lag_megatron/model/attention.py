@@ -1,7 +1,12 @@
-"""Core attention through torch's scaled dot product, which is fast on CUDA and runs on a CPU."""
+"""Core attention through torch's scaled dot product, which is fast on CUDA and runs on a CPU.
 
+Masks are booleans, True where attention is hidden, as Megatron's are.
+"""
+
+import contextlib
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
@@ -10,8 +15,41 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
+def prefix_mask(prefix_length: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
+    """An order of a batch's rows, and the mask of its last ones, those that begin with a prefix.
+
+    Rows without a prefix come first and need no mask: the number of rows of the mask alone tells
+    the attention which they are, also where recomputation passes the mask along.
+
+    Args:
+        prefix_length: int64 (b,); positions below it see each other in both directions.
+        length: s, of the sequences.
+
+    Returns:
+        The order, int64 (b,), and the mask of its last n rows, bool (n, 1, s, s); None where no row
+        has a prefix.
+    """
+    count = int((prefix_length > 0).sum())
+    if not count:
+        return None
+    order = torch.argsort((prefix_length > 0).to(torch.int8), stable=True)
+    place = torch.arange(length, device=prefix_length.device)
+    later = place[None, :] > place[:, None]
+    beyond = place[None, :] >= prefix_length[order[-count:], None]
+    return order, (later & beyond[:, None, :])[:, None]
+
+
+def padding_mask(is_token: Tensor) -> Tensor | None:
+    """The mask that hides padding from all positions, bool (b, 1, 1, s); None where there is none.
+
+    Args:
+        is_token: bool (b, s), False where a row is padded.
+    """
+    return None if bool(is_token.all()) else ~is_token[:, None, None, :]
+
+
 class SDPACoreAttention(MegatronModule):
-    """Causal attention of Megatron's spec slot ``core_attention``.
+    """Causal or full attention of Megatron's spec slot ``core_attention``.
 
     Letters: s sequence, b batch, h query heads and g key-value heads of this rank, k head size.
     """
@@ -27,8 +65,10 @@ class SDPACoreAttention(MegatronModule):
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        if attn_mask_type is not AttnMaskType.causal or attention_type != "self":
+        known = (AttnMaskType.causal, AttnMaskType.padding)
+        if attn_mask_type not in known or attention_type != "self":
             raise NotImplementedError(f"{attention_type} attention with {attn_mask_type}")
+        self.causal = attn_mask_type is AttnMaskType.causal
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
 
@@ -42,24 +82,48 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Attention output of shape (s, b, h * k)."""
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query_sbhk, key_sbgk, value_sbgk))
+        """Attention output of shape (s, b, h * k).
 
-        def attend(dropout: float) -> Tensor:
-            return F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                dropout_p=dropout,
-                is_causal=True,
-                scale=self.softmax_scale,
-                enable_gqa=key.shape[1] != query.shape[1],
-            )
+        Causal attention takes the mask of :func:`prefix_mask`, full attention that of
+        :func:`padding_mask`.
+        """
+        heads = [t.permute(1, 2, 0, 3) for t in (query_sbhk, key_sbgk, value_sbgk)]
+        with self._random_stream():
+            if not self.causal or attention_mask is None:
+                return _to_sequence(self._attend(heads, attention_mask))
+            plain = query_sbhk.shape[1] - len(attention_mask)
+            parts = [self._attend([t[plain:] for t in heads], attention_mask)]
+            if plain:
+                parts.insert(0, self._attend([t[:plain] for t in heads], None))
+            return _to_sequence(torch.cat(parts))
 
-        if self.training and self.dropout:
-            # Heads are spread over tensor-parallel ranks: each needs its own stream.
-            with get_cuda_rng_tracker().fork():
-                out_bhsk = attend(self.dropout)
-        else:
-            out_bhsk = attend(0.0)
-        return out_bhsk.permute(2, 0, 1, 3).flatten(2)
+    def _attend(self, heads: list[Tensor], hidden: Tensor | None) -> Tensor:
+        query, key, value = heads
+        grouped = key.shape[1] != query.shape[1]
+        if grouped and hidden is not None:
+            # On CUDA no kernel takes both a mask and groups but the slow one that holds all scores.
+            repeats = query.shape[1] // key.shape[1]
+            key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if hidden is None else ~hidden,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.causal and hidden is None,
+            scale=self.softmax_scale,
+            enable_gqa=grouped and hidden is None,
+        )
+
+    def _random_stream(self) -> contextlib.AbstractContextManager[None]:
+        """Heads are spread over tensor-parallel ranks, so that each needs its own stream.
+
+        Under sequence parallelism the whole block draws from it already.
+        """
+        if self.training and self.dropout and not self.config.sequence_parallel:
+            return get_cuda_rng_tracker().fork()
+        return contextlib.nullcontext()
+
+
+def _to_sequence(out_bhsk: Tensor) -> Tensor:
+    return out_bhsk.permute(2, 0, 1, 3).flatten(2)

@@ -4,7 +4,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lag_megatron.model.attention import prefix_mask
 
 Batch = dict[str, Tensor]
 
@@ -14,18 +17,44 @@ def loss_sums(model: torch.nn.Module, batch: Batch) -> Tensor:
 
     The first part is the cross-entropy of tokens; models with a sentence head have a second.
     """
-    losses = model(
+    return _masked(model, batch) if "masked_positions" in batch else _causal(model, batch)
+
+
+def _causal(model: torch.nn.Module, batch: Batch) -> Tensor:
+    names = ("tokens", "position_ids", "labels", "loss_mask")
+    tokens, position_ids, labels, loss_mask = (batch[name] for name in names)
+    mask = None
+    if "prefix_length" in batch:
+        ordered = prefix_mask(batch["prefix_length"], tokens.shape[1])
+        if ordered is not None:
+            order, mask = ordered
+            tokens, position_ids = tokens[order], position_ids[order]
+            labels, loss_mask = labels[order], loss_mask[order]
+    losses = model(tokens, position_ids, mask, labels=labels)
+    return (losses.float() * loss_mask).sum()[None]
+
+
+def _masked(model: torch.nn.Module, batch: Batch) -> Tensor:
+    losses, sentence = model(
         batch["tokens"],
         batch["position_ids"],
-        None,
-        labels=batch["labels"],
+        batch["token_types"],
+        batch["padding_mask"],
+        batch["masked_positions"],
+        batch["labels"],
     )
-    return (losses.float() * batch["loss_mask"]).sum()[None]
+    parts = [(losses.float() * batch["loss_mask"]).sum()]
+    if sentence is not None:
+        parts.append(F.cross_entropy(sentence.float(), batch["sentence_labels"], reduction="sum"))
+    return torch.stack(parts)
 
 
 def labels_of(batches: Sequence[Batch]) -> list[float]:
     """How many labels each part of the loss has in these batches together."""
-    return [sum(float(batch["loss_mask"].sum()) for batch in batches)]
+    counts = [sum(float(batch["loss_mask"].sum()) for batch in batches)]
+    if all("sentence_labels" in batch for batch in batches):
+        counts.append(float(sum(len(batch["sentence_labels"]) for batch in batches)))
+    return counts
 
 
 def mean_loss(sums: Sequence[float], labels: Sequence[float]) -> float:

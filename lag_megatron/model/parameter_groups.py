@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from lag_megatron.config import OptimizerConfig
+from lag_megatron.model.adafactor import Adafactor
 
 
 def decay_split(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
@@ -15,17 +16,23 @@ def decay_split(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
     return decayed, others
 
 
-def adamw(
+def make_optimizer(
     model: torch.nn.Module, options: OptimizerConfig, *, fused: bool
 ) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices alone; its learning rate is 0 until a step sets it."""
+    """The optimizer, which decays matrices alone; its learning rate is 0 until a step sets it.
+
+    ``fused`` asks for AdamW's one kernel for all parameters; Adafactor has none.
+    """
     decayed, others = decay_split(model)
     groups = [
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    if options.name == "adafactor":
+        return Adafactor(groups, lr=0.0)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=0.0,
         betas=options.betas,
         eps=options.eps,

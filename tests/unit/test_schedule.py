@@ -1,17 +1,14 @@
-"""Learning rate, stages, and the counts of parameters and FLOPs."""
+"""Stages, and the counts of parameters and FLOPs."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lag_megatron.config import ModelConfig, OptimizerConfig, StageConfig, parse_config
-from lag_megatron.config.schema import ScheduleConfig
+from lag_megatron.config import ModelConfig, RunConfig, StageConfig, parse_config
 from lag_megatron.schedule import (
-    lr_at,
     parameter_count,
     stage_flops,
     stage_ranges,
@@ -31,36 +28,9 @@ TINY = ModelConfig(
 )
 
 
-def optimizer(**schedule: object) -> OptimizerConfig:
-    return OptimizerConfig(lr=1.0, schedule=ScheduleConfig(**schedule))  # type: ignore[arg-type]
-
-
-def test_constant_rate_after_linear_warm_up() -> None:
-    rates = [lr_at(step, optimizer(warmup_steps=4), total_steps=10) for step in range(10)]
-    assert rates == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]
-
-
-def test_no_warm_up_starts_at_the_full_rate() -> None:
-    assert lr_at(0, optimizer(), total_steps=10) == 1
-
-
-def test_cosine_falls_to_the_minimum_and_stays() -> None:
-    cosine = optimizer(name="cosine", warmup_steps=2, decay_steps=10, min_lr=0.1)
-    assert lr_at(2, cosine, total_steps=100) == 1
-    assert lr_at(6, cosine, total_steps=100) == pytest.approx(0.55)
-    assert lr_at(9, cosine, total_steps=100) > 0.1
-    assert [lr_at(step, cosine, total_steps=100) for step in (10, 99)] == [0.1, 0.1]
-
-
-def test_cosine_decays_over_the_run_by_default() -> None:
-    rate = lr_at(5, optimizer(name="cosine"), total_steps=20)
-    assert rate == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
-
-
-def test_cosine_with_a_warm_up_longer_than_the_run() -> None:
-    cosine = optimizer(name="cosine", warmup_steps=10)
-    assert lr_at(4, cosine, total_steps=5) == 0.5
-    assert lr_at(10, cosine, total_steps=5) == 0
+def run_of(**model: object) -> RunConfig:
+    changed = dataclasses.replace(TINY, **model)  # type: ignore[arg-type]
+    return RunConfig(model=changed, stages=(StageConfig(steps=1),))
 
 
 def test_stages() -> None:
@@ -69,8 +39,7 @@ def test_stages() -> None:
 
 
 def test_flops_of_the_published_ul2_model() -> None:
-    ul2 = dataclasses.replace(
-        TINY,
+    ul2 = run_of(
         hidden_size=2048,
         ffn_hidden_size=5120,
         num_attention_heads=32,
@@ -85,12 +54,27 @@ def test_flops_of_the_published_ul2_model() -> None:
     assert validation_flops_per_token(ul2, num_layers=12, vocab_size=256_000) == flops // 3
 
 
+def test_bert_computes_its_heads_for_what_is_predicted_and_attends_to_all() -> None:
+    bert = run_of(
+        family="bert",
+        hidden_size=768,
+        ffn_hidden_size=3072,
+        num_attention_heads=12,
+        num_query_groups=12,
+        seq_length=512,
+    )
+    flops = training_flops_per_token(bert, num_layers=12, vocab_size=30_522)
+    body = 6 * 12 * 12 * 768**2 + 12 * 12 * 768 * 512
+    heads = 77 * (30_522 * 768 + 768**2) // 512  # 77 of 512 places are 15 %
+    assert flops == body + 6 * heads
+
+
 def test_flops_of_a_stage() -> None:
     model = {**dataclasses.asdict(TINY), "vocab_size": 4096}
     tree = {"model": model, "stages": [{"steps": 3}, {"steps": 2}]}
     config = parse_config(tree)
     assert tokens_per_step(config) == 32 * 16
-    per_token = training_flops_per_token(TINY, num_layers=2, vocab_size=64)
+    per_token = training_flops_per_token(config, num_layers=2, vocab_size=64)
     assert stage_flops(config, 1, vocab_size=64) == 2 * 32 * 16 * per_token
 
 

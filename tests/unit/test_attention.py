@@ -1,0 +1,110 @@
+"""Core attention against dense scores, in double precision, with its masks and their gradients."""
+
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("megatron.core")
+
+import torch.nn.functional as F  # noqa: E402
+
+S, B, HEADS, SIZE = 7, 5, 6, 3
+
+
+def attention(kind, groups):
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from lag_megatron.model.attention import SDPACoreAttention
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HEADS * SIZE, num_attention_heads=HEADS, num_query_groups=groups
+    )
+    return SDPACoreAttention(config, 1, AttnMaskType[kind], "self", attention_dropout=0.0)
+
+
+def heads(groups):
+    generator = torch.Generator().manual_seed(groups)
+    shapes = ((S, B, HEADS, SIZE), (S, B, groups, SIZE), (S, B, groups, SIZE))
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in shapes
+    ]
+
+
+def dense(query, key, value, visible):
+    """Every score written out; ``visible`` is (b, query, key)."""
+    repeats = HEADS // key.shape[2]
+    key, value = (t.repeat_interleave(repeats, dim=2) for t in (key, value))
+    scores = torch.einsum("sbhk,tbhk->bhst", query, key) / math.sqrt(SIZE)
+    weights = scores.masked_fill(~visible[:, None], -math.inf).softmax(-1)
+    return torch.einsum("bhst,tbhk->sbhk", weights, value).flatten(2)
+
+
+def compare(found, expected, inputs):
+    assert found.shape == (S, B, HEADS * SIZE)
+    assert (found - expected).abs().max() < 1e-12
+    direction = torch.randn(expected.shape, dtype=torch.float64)
+    pairs = [torch.autograd.grad((out * direction).sum(), inputs) for out in (found, expected)]
+    for one, other in zip(*pairs, strict=True):
+        assert (one - other).abs().max() < 1e-12
+
+
+def visible_with_prefix(prefix):
+    visible = torch.ones(S, S, dtype=torch.bool).tril().repeat(len(prefix), 1, 1)
+    for row, length in enumerate(prefix):
+        visible[row, :length, :length] = True
+        visible[row, length:, :length] = True
+    return visible
+
+
+@pytest.mark.parametrize("groups", [6, 2, 1])
+@pytest.mark.parametrize(
+    "prefix", [[0, 0, 0, 0, 0], [3, 0, 7, 0, 1], [2, 3, 4, 5, 6], [0, 0, 0, 0, 4]]
+)
+def test_prefixes_are_seen_in_both_directions(prefix, groups):
+    from lag_megatron.model.attention import prefix_mask
+
+    inputs = heads(groups)
+    ordered = prefix_mask(torch.tensor(prefix), S)
+    order, mask = ordered or (torch.arange(B), None)
+    found = attention("causal", groups)(*(t[:, order] for t in inputs), mask)
+    expected = dense(*inputs, visible_with_prefix(prefix))[:, order]
+    compare(found, expected, inputs)
+
+
+@pytest.mark.parametrize("groups", [6, 2])
+@pytest.mark.parametrize("lengths", [[7, 7, 7, 7, 7], [7, 4, 1, 6, 2]])
+def test_padding_is_hidden(lengths, groups):
+    from lag_megatron.model.attention import padding_mask
+
+    is_token = torch.arange(S) < torch.tensor(lengths)[:, None]
+    inputs = heads(groups)
+    mask = padding_mask(is_token)
+    assert (mask is None) == (min(lengths) == S)
+    found = attention("padding", groups)(*inputs, mask)
+    compare(found, dense(*inputs, is_token[:, None].expand(B, S, S)), inputs)
+
+
+def test_only_rows_with_a_prefix_are_masked(monkeypatch):
+    """The others stay with the kernel for causal attention."""
+    from lag_megatron.model.attention import prefix_mask
+
+    calls = []
+    real = F.scaled_dot_product_attention
+
+    def spy(query, key, value, **options):
+        calls.append((len(query), options["is_causal"], options["attn_mask"]))
+        return real(query, key, value, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    core, inputs = attention("causal", 2), heads(2)
+    assert prefix_mask(torch.zeros(B, dtype=torch.int64), S) is None
+    core(*inputs, None)
+    assert calls == [(B, True, None)]
+    order, mask = prefix_mask(torch.tensor([0, 3, 0, 2, 0]), S)
+    assert order.tolist() == [0, 2, 4, 1, 3]
+    calls.clear()
+    core(*inputs, mask)
+    assert sorted((rows, causal) for rows, causal, _ in calls) == [(2, False), (3, True)]
