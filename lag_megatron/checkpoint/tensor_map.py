@@ -1,0 +1,179 @@
+"""Which tensor of Megatron-Core is which of transformers, as data, and the way there and back.
+
+A row names one tensor of Megatron's and what transformers keeps in its place; ``{layer}`` stands
+for a layer's number and ``{part}`` for ``weight`` or ``bias``.  The kinds:
+
+plain       the same values.
+vocabulary  rows belong to tokens; Megatron's may be padded at the end.
+qkv         by query group: its query heads, its key head, its value head, then the next group;
+            transformers has all queries, all keys, all values, joined or as three tensors.
+gate_up     the gate's rows, then the up projection's.
+
+``transposed`` matrices are (in, out) in transformers: GPT-2's ``Conv1D``.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["plain", "vocabulary", "qkv", "gate_up"]
+
+LAYER, PART = "{layer}", "{part}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tensor of Megatron's, and the tensors of transformers that hold its values."""
+
+    megatron: str
+    transformers: tuple[str, ...]
+    kind: Kind = "plain"
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How attention is cut: query groups (key-value heads) and the size of a head."""
+
+    groups: int
+    head_size: int
+
+
+_ATTENTION, _MLP = "decoder.layers.{layer}.self_attention", "decoder.layers.{layer}.mlp"
+
+GPT2: tuple[Row, ...] = (
+    Row("embedding.word_embeddings.weight", ("transformer.wte.weight",), "vocabulary"),
+    Row("embedding.position_embeddings.weight", ("transformer.wpe.weight",)),
+    Row("decoder.layers.{layer}.input_layernorm.{part}", ("transformer.h.{layer}.ln_1.{part}",)),
+    Row(
+        f"{_ATTENTION}.linear_qkv.{PART}",
+        ("transformer.h.{layer}.attn.c_attn.{part}",),
+        "qkv",
+        transposed=True,
+    ),
+    Row(
+        f"{_ATTENTION}.linear_proj.{PART}",
+        ("transformer.h.{layer}.attn.c_proj.{part}",),
+        transposed=True,
+    ),
+    Row("decoder.layers.{layer}.pre_mlp_layernorm.{part}", ("transformer.h.{layer}.ln_2.{part}",)),
+    Row(f"{_MLP}.linear_fc1.{PART}", ("transformer.h.{layer}.mlp.c_fc.{part}",), transposed=True),
+    Row(f"{_MLP}.linear_fc2.{PART}", ("transformer.h.{layer}.mlp.c_proj.{part}",), transposed=True),
+    Row("decoder.final_layernorm.{part}", ("transformer.ln_f.{part}",)),
+    Row("output_layer.weight", ("lm_head.weight",), "vocabulary"),
+)
+
+_LLAMA_LAYER = "model.layers.{layer}"
+LLAMA: tuple[Row, ...] = (
+    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary"),
+    Row(
+        "decoder.layers.{layer}.input_layernorm.weight",
+        (f"{_LLAMA_LAYER}.input_layernorm.weight",),
+    ),
+    Row(
+        f"{_ATTENTION}.linear_qkv.{PART}",
+        tuple(f"{_LLAMA_LAYER}.self_attn.{p}_proj.{PART}" for p in "qkv"),
+        "qkv",
+    ),
+    Row(f"{_ATTENTION}.linear_proj.{PART}", (f"{_LLAMA_LAYER}.self_attn.o_proj.{PART}",)),
+    Row(
+        "decoder.layers.{layer}.pre_mlp_layernorm.weight",
+        (f"{_LLAMA_LAYER}.post_attention_layernorm.weight",),
+    ),
+    Row(
+        f"{_MLP}.linear_fc1.{PART}",
+        (f"{_LLAMA_LAYER}.mlp.gate_proj.{PART}", f"{_LLAMA_LAYER}.mlp.up_proj.{PART}"),
+        "gate_up",
+    ),
+    Row(f"{_MLP}.linear_fc2.{PART}", (f"{_LLAMA_LAYER}.mlp.down_proj.{PART}",)),
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    Row("output_layer.weight", ("lm_head.weight",), "vocabulary"),
+)
+
+
+def expand(
+    rows: Sequence[Row], *, num_layers: int, bias: bool, tied_embeddings: bool
+) -> Iterator[Row]:
+    """The rows of a model, one a tensor, in the order of the model's layers.
+
+    Args:
+        rows: a table of this module.
+        num_layers: of the model.
+        bias: whether linear layers have one; norms have theirs wherever the table says so.
+        tied_embeddings: whether the output layer has no matrix of its own.
+    """
+    for layered, group in _runs(rows):
+        for layer in range(num_layers) if layered else (0,):
+            for row in group:
+                if row.megatron == "output_layer.weight" and tied_embeddings:
+                    continue
+                has_bias = bias or "norm" in row.megatron
+                parts = ("weight", "bias") if PART in row.megatron else ("",)
+                for part in parts if has_bias else parts[:1]:
+                    yield _filled(row, layer, part)
+
+
+def shape_of(row: Row, shape: tuple[int, ...], heads: Heads) -> list[tuple[int, ...]]:
+    """Shapes of the row's tensors in transformers, of Megatron's shape, padding included."""
+    outs = [shape[0]]
+    if row.kind == "qkv" and len(row.transformers) == 3:
+        keys = heads.groups * heads.head_size
+        outs = [shape[0] - 2 * keys, keys, keys]
+    elif row.kind == "gate_up":
+        outs = [shape[0] // 2] * 2
+    shapes = [(out, *shape[1:]) for out in outs]
+    return [s[::-1] if row.transposed else s for s in shapes]
+
+
+def to_transformers(row: Row, whole: Tensor, heads: Heads) -> list[Tensor]:
+    """The row's tensors in transformers as views or copies, vocabulary padding still there."""
+    parts = [whole]
+    if row.kind == "qkv":
+        grouped = whole.view(heads.groups, -1, heads.head_size, *whole.shape[1:])
+        queries = grouped.shape[1] - 2
+        split = torch.split(grouped, [queries, 1, 1], dim=1)
+        parts = [part.reshape(-1, *whole.shape[1:]) for part in split]
+    elif row.kind == "gate_up":
+        parts = list(whole.chunk(2))
+    if len(parts) > len(row.transformers):
+        parts = [torch.cat(parts)]
+    return [_turned(part, row) for part in parts]
+
+
+def to_megatron(row: Row, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+    """Megatron's tensor from the row's tensors in transformers; undoes ``to_transformers``."""
+    whole = torch.cat([_turned(part, row) for part in parts])
+    if row.kind != "qkv":
+        return whole
+    keys = heads.groups * heads.head_size
+    split = torch.split(whole, [len(whole) - 2 * keys, keys, keys])
+    grouped = [p.view(heads.groups, -1, heads.head_size, *whole.shape[1:]) for p in split]
+    return torch.cat(grouped, dim=1).reshape(whole.shape)
+
+
+def _turned(tensor: Tensor, row: Row) -> Tensor:
+    return tensor.t() if row.transposed and tensor.dim() == 2 else tensor
+
+
+def _runs(rows: Sequence[Row]) -> Iterator[tuple[bool, list[Row]]]:
+    """Neighbouring rows that all belong to layers, or all do not."""
+    run: list[Row] = []
+    for row in rows:
+        if run and (LAYER in row.megatron) != (LAYER in run[0].megatron):
+            yield LAYER in run[0].megatron, run
+            run = []
+        run.append(row)
+    if run:
+        yield LAYER in run[0].megatron, run
+
+
+def _filled(row: Row, layer: int, part: str) -> Row:
+    def fill(name: str) -> str:
+        return name.replace(LAYER, str(layer)).replace(PART, part)
+
+    return Row(
+        fill(row.megatron), tuple(map(fill, row.transformers)), row.kind, transposed=row.transposed
+    )

@@ -1,0 +1,46 @@
+"""Scores of every candidate of a growth event whose state was kept."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lag_megatron.checkpoint import commit
+from lag_megatron.errors import RunError
+from lag_megatron.evaluation.documents import Json
+from lag_megatron.evaluation.harness import SCORES
+from lag_megatron.files import write_atomically
+
+SCORES_FILE = "scores.json"
+
+
+def kept_states(run: Path) -> list[Path]:
+    """The newest committed state of each candidate of each event, in order.
+
+    Raises:
+        RunError: if there is none: only exhaustive searches keep more than the winner's.
+    """
+    found = list(_kept(run))
+    if not found:
+        raise RunError(
+            f"{run}: no candidate's state was kept. A run with growth.exhaustive: true keeps them."
+        )
+    return found
+
+
+def score_candidates(run: Path, evaluate: Callable[[Path], Json]) -> Iterator[tuple[str, Json]]:
+    """Evaluate each candidate's state and write its scores, where the report looks for them.
+
+    Yields:
+        ``growthNN/<id>`` and the results of ``evaluate`` on its state, each after it is written.
+    """
+    for state in kept_states(run):
+        results = evaluate(state)
+        scores = {task: r["metrics"][SCORES[task]]["value"] for task, r in results.items()}
+        write_atomically(state.parent / SCORES_FILE, json.dumps(scores, indent=1))
+        yield str(state.parent.relative_to(run)), results
+
+
+def _kept(run: Path) -> Iterator[Path]:
+    for folder in sorted(path for path in run.glob("growth*/*") if path.is_dir()):
+        if tags := commit.committed(folder):
+            yield tags[-1]

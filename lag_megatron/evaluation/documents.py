@@ -1,0 +1,202 @@
+"""The tasks' data: local files, read and checked as a whole before a model is loaded.
+
+lambada   JSON lines, ``{"context": "...", "continuation": "word"}``
+triviaqa  JSON lines, ``{"context": "Question: ...\\nAnswer:", "answer": "...", "aliases": []}``
+tydiqa    gold passages as SQuAD's JSON or as JSON lines, ``{"id": "english-...", "context": "...",
+          "question": "...", "answers": {"text": []}}``; or the primary task's JSON lines, from
+          which gold passages are derived
+wikitext  plain text whose articles begin with lines like `` = Title = ``
+
+Any of them may be compressed (``.gz``).
+"""
+
+import gzip
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lag_megatron.errors import DataError
+from lag_megatron.evaluation.tydiqa import gold_passages
+
+Json = dict[str, Any]
+
+# What a folder of data is searched for.
+PATTERNS = {
+    "lambada": ("lambada*.jsonl", "lambada*.jsonl.gz"),
+    "triviaqa": ("triviaqa*.jsonl", "triviaqa*.jsonl.gz"),
+    "tydiqa": ("tydiqa*.json", "tydiqa*.jsonl", "tydiqa*.json.gz", "tydiqa*.jsonl.gz"),
+    "wikitext": ("wikitext*.txt", "wikitext*.tokens", "wiki*.raw"),
+}
+FORMS = {
+    "lambada": 'lines of {"context": "...", "continuation": "word"}',
+    "triviaqa": 'lines of {"context": "Question: ...\\nAnswer:", "answer": "...", "aliases": []}',
+    "tydiqa": 'SQuAD-like {"context", "question", "answers"}, or lines of the primary task',
+    "wikitext": "text whose articles begin with lines like ' = Title = '",
+}
+TASKS = tuple(PATTERNS)
+_SHOTS = {"lambada": 1, "triviaqa": 1, "tydiqa": 1, "wikitext": 0}
+_HEADING = re.compile(r"^ ?= [^=\n]+ = ?$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """A task's items, and how many of the file's were passed over, by reason."""
+
+    items: list[Json]
+    passed_over: Counter[str] = field(default_factory=Counter)
+
+
+def find_file(task: str, folder: Path) -> Path:
+    """The task's file in a folder of data.
+
+    Raises:
+        DataError: if there is none, or more than one.
+    """
+    found = sorted({path for pattern in PATTERNS[task] for path in folder.glob(pattern)})
+    if len(found) == 1:
+        return found[0]
+    what = f"{len(found)} files ({', '.join(p.name for p in found[:3])})" if found else "no file"
+    raise DataError(
+        f"{folder}: {what} for the task {task}: expected one named {' or '.join(PATTERNS[task])}, "
+        f"{FORMS[task]}. Name the file itself with --data {task}=FILE, or leave the task out."
+    )
+
+
+def read_documents(task: str, path: Path) -> Documents:
+    """Read a task's file.
+
+    Raises:
+        DataError: if it is missing, of another form, or has too few items for the task.
+    """
+    try:
+        documents = _READERS[task](_read(path))
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: cannot be read for the task {task}: {error}. Expected {FORMS[task]}."
+        ) from None
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{path}: not of the form that the task {task} takes: {_said(error)}. "
+            f"Expected {FORMS[task]}."
+        ) from None
+    needed = 1 + _SHOTS[task]
+    if len(documents.items) < needed:
+        passed = ", ".join(f"{n} {reason}" for reason, n in documents.passed_over.items())
+        raise DataError(
+            f"{path}: {len(documents.items)} items for the task {task}, expected at least {needed}"
+            f" (an item's example is another one){f'; passed over: {passed}' if passed else ''}. "
+            f"Expected {FORMS[task]}."
+        )
+    return documents
+
+
+def _said(error: Exception) -> str:
+    return f"no field {error}" if isinstance(error, LookupError) else str(error)
+
+
+def _read(path: Path) -> str:
+    if path.suffix == ".gz":
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            return file.read()
+    return path.read_text(encoding="utf-8")
+
+
+def _rows(text: str) -> list[Json]:
+    """The objects of JSON lines, or the one of a JSON file."""
+    try:
+        rows = [json.loads(text)]
+    except ValueError:
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"line {number} is no JSON: {error}") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is no JSON object")
+    return rows
+
+
+def _string(row: Json, key: str) -> str:
+    value = row[key]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{key!r} is no text: {value!r}")
+    return value
+
+
+def _lambada(text: str) -> Documents:
+    return Documents(
+        [
+            {
+                "context": _string(row, "context").rstrip(),
+                "continuation": _string(row, "continuation").strip(),
+            }
+            for row in _rows(text)
+        ]
+    )
+
+
+def _triviaqa(text: str) -> Documents:
+    items = []
+    for row in _rows(text):
+        aliases = row.get("aliases", [])
+        if not isinstance(aliases, list) or not all(isinstance(a, str) for a in aliases):
+            raise ValueError(f"'aliases' is no list of texts: {aliases!r}")
+        answers = list(dict.fromkeys([_string(row, "answer"), *aliases]))
+        items.append({"context": _string(row, "context").rstrip(), "answers": answers})
+    return Documents(items)
+
+
+def _tydiqa(text: str) -> Documents:
+    return Documents(*gold_passages(_rows(text)))
+
+
+def _wikitext(text: str) -> Documents:
+    starts = [match.start() for match in _HEADING.finditer(text)]
+    if not starts:
+        raise ValueError("no line like ' = Title = '")
+    ends = [*starts[1:], len(text)]
+    return Documents([{"page": text[a:b]} for a, b in zip(starts, ends, strict=True)])
+
+
+_READERS: dict[str, Callable[[str], Documents]] = {
+    "lambada": _lambada,
+    "triviaqa": _triviaqa,
+    "tydiqa": _tydiqa,
+    "wikitext": _wikitext,
+}
+
+
+def _dataset(task: str, data: dict[str, str]) -> dict[str, Any]:
+    import datasets
+
+    items = read_documents(task, Path(data[task])).items
+    return {"test": datasets.Dataset.from_list(items)}
+
+
+# What the harness calls: ``data`` is the file of each task, from its ``metadata``.
+
+
+def lambada(*, data: dict[str, str], **unused: Any) -> dict[str, Any]:
+    """The split ``test`` of context and continuation."""
+    return _dataset("lambada", data)
+
+
+def triviaqa(*, data: dict[str, str], **unused: Any) -> dict[str, Any]:
+    """The split ``test`` of context and answers."""
+    return _dataset("triviaqa", data)
+
+
+def tydiqa(*, data: dict[str, str], **unused: Any) -> dict[str, Any]:
+    """The split ``test`` of context, question and answers."""
+    return _dataset("tydiqa", data)
+
+
+def wikitext(*, data: dict[str, str], **unused: Any) -> dict[str, Any]:
+    """The split ``test`` of pages."""
+    return _dataset("wikitext", data)

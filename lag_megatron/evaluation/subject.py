@@ -1,0 +1,115 @@
+"""What is to be evaluated: a directory of transformers, made from a checkpoint where need be."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lag_megatron.checkpoint import commit, formats, hf
+from lag_megatron.checkpoint.hf_export import (
+    Precision,
+    TokenizerFile,
+    export_to_transformers,
+)
+from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.config import load_config
+from lag_megatron.errors import CheckpointError, DataError
+from lag_megatron.rundir import RunDirectory
+
+_TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """How a checkpoint becomes a directory of transformers.
+
+    Attributes:
+        tokenizer: a ``tokenizer.json``; by default the run's own.
+        dtype: of the weights.
+        folder: where the directory is kept; by default it is temporary.
+    """
+
+    tokenizer: Path | None = None
+    dtype: Precision = "fp32"
+    folder: Path | None = None
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint's or the model's own directory; of a run, its newest checkpoint.
+
+    Raises:
+        CheckpointError: if there is none, or it is of a kind that cannot be exported.
+    """
+    if _is_run(path):
+        tags = [tag for stage in sorted(path.glob("stage*")) for tag in commit.committed(stage)]
+        if not tags:
+            raise CheckpointError(f"{path}: a run that has no checkpoint yet.")
+        return tags[-1]
+    path = formats.resolve(path)
+    if hf.looks_like_transformers(path):
+        return path
+    if (kind := formats.detect(path)) != formats.ZERO:
+        raise CheckpointError(
+            f"{path}: a checkpoint of the kind {kind!r}. Give a run directory, a ZeRO checkpoint "
+            "or a directory of transformers."
+        )
+    return path
+
+
+@contextlib.contextmanager
+def as_transformers(path: Path, options: ExportOptions) -> Iterator[Path]:
+    """A directory of transformers with the model of ``path``, which :func:`resolve` gave."""
+    if hf.looks_like_transformers(path):
+        yield path
+        return
+    with contextlib.ExitStack() as held:
+        folder = options.folder
+        if folder is None:
+            folder = Path(held.enter_context(tempfile.TemporaryDirectory())) / path.name
+        export_to_transformers(
+            ZeroCheckpoint.open(path),
+            folder,
+            tokenizer=tokenizer_of(path, options.tokenizer),
+            dtype=options.dtype,
+        )
+        yield folder
+
+
+def tokenizer_of(path: Path, given: Path | None) -> TokenizerFile:
+    """The tokenizer that a checkpoint was trained with: the one given, or its run's.
+
+    Raises:
+        DataError: if neither can be found or read.
+    """
+    from lag_megatron.data.tokenizer import load_tokenizer  # brings Megatron: seconds
+
+    file = given or _tokenizer_of_run(path)
+    return TokenizerFile(file, end_id=load_tokenizer(file).eod)
+
+
+def _tokenizer_of_run(path: Path) -> Path:
+    root = next((parent for parent in path.resolve().parents if _is_run(parent)), None)
+    if root is None:
+        raise DataError(
+            f"{path}: not in a run directory, so its tokenizer is not known. Name it with "
+            "--tokenizer FILE, a tokenizer.json of Hugging Face."
+        )
+    digest = json.loads((root / "run.json").read_text(encoding="utf-8"))["data_digest"]
+    folder = RunDirectory(root).data_cache / digest
+    if (folder / _TOKENIZER).is_file():
+        return folder / _TOKENIZER
+    data = load_config(root / "config.yaml").data
+    prepared = [Path(path) / _TOKENIZER for path in data.paths if data.source == "prepared"]
+    for file in prepared:
+        if file.is_file():
+            return file
+    raise DataError(
+        f"{folder}: the prepared text of the run {root} is not there, and so neither is its "
+        "tokenizer. Restore it, or name the tokenizer with --tokenizer FILE."
+    )
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() and (path / "run.json").is_file()
