@@ -14,11 +14,10 @@ from lag_megatron.config import (
 from lag_megatron.errors import ConfigError
 from lag_megatron.growth.layer_map import draw
 from lag_megatron.growth.pool import Candidate, build_pool
+from lag_megatron.rate_curve import rate_curve
 from lag_megatron.schedule import (
-    lr_at,
     parameter_count,
     stage_flops,
-    stage_ranges,
     state_bytes_per_parameter,
     tokens_per_step,
     training_flops_per_token,
@@ -27,8 +26,6 @@ from lag_megatron.schedule import (
 from lag_megatron.selection import planned
 
 VOCAB_MULTIPLE = 128
-CURVE_WIDTH = 72
-CURVE_HEIGHT = 8
 MIB = 2**20
 
 
@@ -52,7 +49,7 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
             for stage, pool in pools.items()
         ),
         *([("all growths", _total_cost(config, pools))] if len(pools) > 1 else []),
-        ("learning rate", _lr_curve(config)),
+        ("learning rate", rate_curve(config)),
     ]
     return "\n\n".join("\n".join((f"== {title} ==", *lines)) for title, lines in sections) + "\n"
 
@@ -139,7 +136,8 @@ def _stage_row(
 
 def _memory(config: RunConfig, *, vocab_size: int, replicas: int) -> Iterator[str]:
     parallel = config.parallel
-    widths = state_bytes_per_parameter(parallel, replicas=replicas)
+    optimizer = config.optimizer.name
+    widths = state_bytes_per_parameter(parallel, replicas=replicas, optimizer=optimizer)
     yield (
         f"{replicas * parallel.tensor} ranks = {replicas} data-parallel x {parallel.tensor} "
         f"tensor-parallel, ZeRO stage {parallel.zero_stage}, {parallel.precision}; "
@@ -155,12 +153,12 @@ def _memory(config: RunConfig, *, vocab_size: int, replicas: int) -> Iterator[st
         )
         sizes = [held * width / MIB for width in (*widths.values(), sum(widths.values()))]
         row = " ".join(f"{size:>10,.1f}" for size in sizes)
-        disk = held * parallel.tensor * _disk_bytes_per_parameter(parallel) / MIB
+        disk = held * parallel.tensor * _disk_bytes_per_parameter(parallel, optimizer) / MIB
         yield f"stage {number:<6} {row} {disk:>9,.1f}"
     yield (
         "Bytes a parameter and rank: "
         + " + ".join(f"{width:g} {name}" for name, width in widths.items())
-        + " (fp32 master weights and two moments,"
+        + f" (fp32 master weights and {'two moments' if optimizer == 'adamw' else 'no moments'},"
     )
     yield "shared by ZeRO). Not counted: activations, logits, DeepSpeed's buffers."
     yield "On disk: one checkpoint, all ranks together."
@@ -170,9 +168,9 @@ def _accumulation(parallel: ParallelConfig, replicas: int) -> int:
     return parallel.global_batch // (parallel.micro_batch * replicas)
 
 
-def _disk_bytes_per_parameter(parallel: ParallelConfig) -> float:
+def _disk_bytes_per_parameter(parallel: ParallelConfig, optimizer: str) -> float:
     """Weights once, master weights and moments once, whatever the number of replicas."""
-    widths = state_bytes_per_parameter(parallel, replicas=1)
+    widths = state_bytes_per_parameter(parallel, replicas=1, optimizer=optimizer)
     return widths["weights"] + widths["optimizer"]
 
 
@@ -193,12 +191,12 @@ def _lag_cost(config: RunConfig, stage: int, *, candidates: int, vocab_size: int
     if candidates == 1:
         yield "A pool of one: nothing is compared, no extra steps."
         return
-    model, layers = config.model, config.layers_of(stage)
+    layers = config.layers_of(stage)
     per_step = tokens_per_step(config) * training_flops_per_token(
-        model, num_layers=layers, vocab_size=vocab_size
+        config, num_layers=layers, vocab_size=vocab_size
     )
     per_evaluation = config.data.validation_tokens * validation_flops_per_token(
-        model, num_layers=layers, vocab_size=vocab_size
+        config, num_layers=layers, vocab_size=vocab_size
     )
     steps, kept = _probe_steps(config, stage, candidates=candidates)
     extra = steps - kept
@@ -265,26 +263,3 @@ def _total_cost(config: RunConfig, pools: Mapping[int, Sequence[Candidate]]) -> 
 def _run_flops(config: RunConfig, vocab_size: int) -> int:
     stages = range(len(config.stages))
     return sum(stage_flops(config, stage, vocab_size=vocab_size) for stage in stages)
-
-
-def _lr_curve(config: RunConfig) -> Iterator[str]:
-    """The rate over the run as a plot of characters, with a mark where each stage starts."""
-    total = config.total_steps
-    width = min(CURVE_WIDTH, total)
-    columns = [column * (total - 1) // max(width - 1, 1) for column in range(width)]
-    rates = [lr_at(step, config.optimizer, total_steps=total) for step in columns]
-    top = max(rates)
-    for row in range(CURVE_HEIGHT, 0, -1):
-        label = (
-            f"{top * row / CURVE_HEIGHT:.2e}" if row in (CURVE_HEIGHT, CURVE_HEIGHT // 2) else ""
-        )
-        filled = "".join("#" if rate > top * (row - 0.5) / CURVE_HEIGHT else " " for rate in rates)
-        yield f"{label:>9} |{filled}".rstrip()
-    marks = [" "] * width
-    for stage, steps in enumerate(stage_ranges(config.stages)):
-        column = next((i for i, step in enumerate(columns) if step >= steps.start), width - 1)
-        marks[column] = str(stage) if stage < 10 else "+"
-    yield f"{'0':>9} +{'-' * width}"
-    yield f"{'stage':>9}  {''.join(marks)}".rstrip()
-    starts = ", ".join(f"{s} at {r.start:,}" for s, r in enumerate(stage_ranges(config.stages)))
-    yield f"{'':>9}  steps 0 to {total - 1:,}; stages start: {starts}"

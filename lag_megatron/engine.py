@@ -7,7 +7,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import deepspeed
 from torch import Tensor
 
 from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.compare import require_same_parameters
+from lag_megatron.checkpoint.compare import require_same_optimizer, require_same_parameters
 from lag_megatron.checkpoint.integrity import require_sound
 from lag_megatron.checkpoint.layout import Layout, Topology, make_layout
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
@@ -34,30 +33,18 @@ from lag_megatron.config import RunConfig
 from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.materialize import Growth, resharding
+from lag_megatron.growth.plan import GrowthPlan
+from lag_megatron.layer_rates import slowed
 from lag_megatron.live import LiveState
 from lag_megatron.model import build_model, labels_of, loss_sums, mean_loss
 from lag_megatron.model.initialize import initialize_weights, mark_cut_parameters
-from lag_megatron.model.parameter_groups import adamw, decay_split, gradient_squares
+from lag_megatron.model.parameter_groups import decay_split, gradient_squares, make_optimizer
 from lag_megatron.model.random_state import seed_everywhere, seed_step
 from lag_megatron.parallel import DeepSpeedGroups, World, topology_of
+from lag_megatron.step_result import StepResult
 
 Batch = dict[str, Tensor]
 Flag = Callable[[], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one optimizer step measured over the whole global batch.
-
-    Attributes:
-        loss: mean cross-entropy in nats per label.
-        grad_norm: L2 norm of the gradient before clipping; None where DeepSpeed computes none.
-        stop_asked: whether some rank was asked to stop, the same on all.
-    """
-
-    loss: float
-    grad_norm: float | None
-    stop_asked: bool
 
 
 class Engine:
@@ -76,7 +63,7 @@ class Engine:
         vocab_size: int,
         draw_weights: bool = True,
     ) -> None:
-        _quiet()
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.config, self.world, self.num_layers = config, world, num_layers
         settings = deepspeed_config(config, world_size=world.size)
         groups = DeepSpeedGroups(world)
@@ -93,12 +80,13 @@ class Engine:
         # takes a step while it is built.
         self._engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=adamw(model, config.optimizer, fused=world.device.type == "cuda"),
+            optimizer=make_optimizer(model, config.optimizer, fused=world.device.type == "cuda"),
             config=settings,
             mpu=groups,
             dist_init_required=False,
         )
         self._forget_steps()
+        self._new_layers: frozenset[int] = frozenset()
 
     @property
     def topology(self) -> Topology:
@@ -108,7 +96,7 @@ class Engine:
     @property
     def layout(self) -> Layout:
         """Where the state of each parameter lies."""
-        return make_layout(self.parameter_groups(), self.topology)
+        return make_layout(self.parameter_groups(), self.topology, self.config.optimizer.name)
 
     @property
     def bytes_on_disk(self) -> int:
@@ -129,13 +117,20 @@ class Engine:
             torch.cuda.empty_cache()
 
     def train_step(
-        self, batches: Sequence[Batch], *, step: int, lr: float, stop_asked: Flag = bool
+        self,
+        batches: Sequence[Batch],
+        *,
+        step: int,
+        lr: float,
+        new_layers: float = 1.0,
+        stop_asked: Flag = bool,
     ) -> StepResult:
         """One optimizer step on this rank's micro-batches of global batch ``step``.
 
         Each part of the loss (see :func:`lag_megatron.model.loss_sums`) is its sum over the labels
         of the global batch divided by their number, so that accumulation, world size and masking do
-        not change it.  ``stop_asked`` is looked at last.
+        not change it.  Layers that the last growth added take ``new_layers`` times the rate ``lr``.
+        ``stop_asked`` is looked at last.
         """
         world, engine = self.world, self._engine
         engine.train()
@@ -147,13 +142,15 @@ class Engine:
         weights = torch.tensor([world.data_size / max(n, 1.0) for n in counts], device=world.device)
         totals = torch.zeros(len(counts), dtype=torch.float64, device=world.device)
         grad_norm = None
-        for batch in batches:
-            sums = loss_sums(engine, self._move(batch))
-            engine.backward((sums * weights).sum(), scale_wrt_gas=False)
-            if batch is batches[-1]:
-                grad_norm = self._unpartitioned_grad_norm()
-            engine.step()
-            totals += sums.detach()
+        slow = new_layers < 1
+        with slowed(self.live, self._new_layers, new_layers) if slow else contextlib.nullcontext():
+            for batch in batches:
+                sums = loss_sums(engine, self._move(batch))
+                engine.backward((sums * weights).sum(), scale_wrt_gas=False)
+                if batch is batches[-1]:
+                    grad_norm = self._unpartitioned_grad_norm()
+                engine.step()
+                totals += sums.detach()
         *losses, stops = world.sum_over_data([*totals.tolist(), float(stop_asked())])
         if grad_norm is None and (norm := engine.get_global_grad_norm()) is not None:
             grad_norm = float(norm)
@@ -201,6 +198,7 @@ class Engine:
         )
         if path is None:
             raise CheckpointError(f"{checkpoint}: DeepSpeed found no checkpoint there.")
+        self._remember(client_state["lag"])
         return dict(client_state["lag"])
 
     def grow_from(self, growth: Growth) -> None:
@@ -216,6 +214,7 @@ class Engine:
         self.world.from_each(lambda: live.require(growth))
         self.world.from_each(lambda: live.overwrite(growth))
         live.refresh()
+        self._remember(growth.client_state)
 
     def parameter_groups(self) -> list[dict[str, tuple[int, ...]]]:
         """Names and this rank's shapes of the optimizer's parameters, by group, in flat order."""
@@ -232,6 +231,11 @@ class Engine:
             if "step" in state:
                 state["step"] = torch.zeros_like(state["step"])
 
+    def _remember(self, client_state: Mapping[str, Any]) -> None:
+        """Which layers the last growth of the state that was taken over has added."""
+        history = client_state.get("growth_history") or ()
+        self._new_layers = GrowthPlan(**history[-1]).new_layers if history else frozenset()
+
     @property
     def _trained(self) -> list[list[torch.nn.Parameter]]:
         decayed, others = decay_split(self._engine.module)
@@ -244,6 +248,7 @@ class Engine:
         if same:
             found = source.parameter_groups(world.tensor_rank)
             require_same_parameters(checkpoint, found, self.parameter_groups())
+            require_same_optimizer(checkpoint, source.layout, self.layout)
             mine = files_of_rank(self.topology, **world.place)
         else:
             self.live.require(resharding(source, self.topology))
@@ -279,19 +284,12 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-@contextlib.contextmanager
 def _sharded_construction(config: RunConfig, settings: dict[str, Any], groups: Any) -> Any:
     """Under ZeRO-3 each parameter is cut as soon as it exists, so no rank holds the model."""
     if config.parallel.zero_stage != 3:
-        yield
-        return
-    with deepspeed.zero.Init(
+        return contextlib.nullcontext()
+    return deepspeed.zero.Init(
         data_parallel_group=groups.get_data_parallel_group(),
         config_dict_or_path=settings,
         mpu=groups,
-    ):
-        yield
-
-
-def _quiet() -> None:
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    )

@@ -4,7 +4,7 @@ It can be overwritten in place, through the path that writes shards, and read to
 address changes, so process groups, buffers and captured graphs stay.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint.compare import require_same_parameters
+from lag_megatron.checkpoint.compare import require_same_optimizer, require_same_parameters
 from lag_megatron.checkpoint.layout import (
-    STATES,
     Container,
     GroupState,
     Layout,
@@ -24,6 +23,7 @@ from lag_megatron.checkpoint.layout import (
 )
 from lag_megatron.checkpoint.loss_scale import LossScale
 from lag_megatron.checkpoint.regions import Region
+from lag_megatron.checkpoint.states import shape_of, states_of
 from lag_megatron.checkpoint.zero_write import write_rank
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.materialize import Growth
@@ -31,7 +31,7 @@ from lag_megatron.growth.materialize import Growth
 # What DeepSpeed counts, under the same names in its engine and in its checkpoints.
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 # The hyper-parameters that DeepSpeed's loader takes from a checkpoint.
-_SETTINGS = ("lr", "betas", "eps", "weight_decay")
+_SETTINGS = ("lr", "betas", "eps", "weight_decay", "beta2_decay", "d")
 
 
 class LiveState:
@@ -47,19 +47,22 @@ class LiveState:
     def __init__(self, engine: Any, layout: Layout, topology: Topology, place: Rank) -> None:
         self._engine, self._layout, self._topology = engine, layout, topology
         self._place = place
+        self._layouts = layout.states
 
     def require(self, growth: Growth) -> None:
         """Refuse a growth that ends at another model or topology, before anything is touched.
 
         Raises:
             PlanError: if it ends at another topology.
-            CheckpointError: if it ends at other parameters, naming them.
+            CheckpointError: if it ends at other parameters, naming them, or is of another
+                optimizer.
         """
         if growth.topology != self._topology:
             raise PlanError(
                 f"the growth ends at {growth.topology}, but this engine has {self._topology}."
             )
         require_same_parameters(growth.source.path, growth.layout.groups, self._layout.groups)
+        require_same_optimizer(growth.source.path, growth.layout, self._layout)
         expected = [self._layout.lengths[c] for c in self._layout.held(self._data_rank)]
         found = [master.numel() for master in self.masters]
         if found != expected or not all(master.is_contiguous() for master in self.masters):
@@ -80,7 +83,7 @@ class LiveState:
         groups = source.group_states
         for number, master in self._numbered_masters():
             self._moments(master)["step"].fill_(groups[number].counters["step"])
-        for group, taken in zip(self._inner.param_groups, groups, strict=True):
+        for group, taken in zip(self.inner.param_groups, groups, strict=True):
             group.update({k: taken.settings[k] for k in _SETTINGS if k in taken.settings})
         fill = growth.filler(tensor_rank=self._place["tensor_rank"])
         for region, tensor in self._regions():
@@ -148,7 +151,7 @@ class LiveState:
                 {key: value for key, value in group.items() if key != "params"},
                 {"step": self._moments(first[number])["step"].detach().cpu().clone()},
             )
-            for number, group in enumerate(self._inner.param_groups)
+            for number, group in enumerate(self.inner.param_groups)
         ]
 
     def _loss_scale(self) -> LossScale:
@@ -166,15 +169,16 @@ class LiveState:
         """The live buffer with element ``start`` of a parameter, and where it stands there."""
         if region.forward:
             return self._weights[name].detach().view(-1), start
-        (segment,) = self._layout.overlapping(name, start, 1)
+        (segment,) = self._layouts[region.state].overlapping(name, start, 1)
         buffer = self._buffer(self.masters[container.key], region.state)
         return buffer, segment.offset + start - segment.start
 
     def _regions(self) -> Iterator[tuple[Region, Tensor]]:
-        for container, held in self._layout.held(self._data_rank).items():
-            for state in STATES:
-                tensor = self._buffer(self.masters[container.key], state)
-                yield Region(state, held, self._layout.lengths[container]), tensor
+        masters = self.masters
+        for state, layout in self._layouts.items():
+            for container, held in layout.held(self._data_rank).items():
+                tensor = self._buffer(masters[container.key], state)
+                yield Region(state, held, layout.lengths[container]), tensor
 
     @property
     def _data_rank(self) -> int:
@@ -198,20 +202,34 @@ class LiveState:
 
     def _moments(self, master: Tensor) -> dict[str, Tensor]:
         """A buffer's optimizer state; torch makes it at the first step, which may not have been."""
-        state: dict[str, Tensor] = self._inner.state[master]
-        if "exp_avg" not in state:
+        state: dict[str, Tensor] = self.inner.state[master]
+        moments = states_of(self._layout.optimizer, tuple(master.shape))[1:]
+        if moments[0] not in state:
             # Fused kernels read the count where the parameters are.
             fused = any(
-                group.get("fused") or group.get("capturable") for group in self._inner.param_groups
+                group.get("fused") or group.get("capturable") for group in self.inner.param_groups
             )
             place = master.device if fused else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.float32, device=place)
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state[moment] = torch.zeros_like(master, memory_format=torch.preserve_format)
+            for moment in moments:
+                shape = shape_of(moment, tuple(master.shape))
+                state[moment] = torch.zeros(shape, dtype=master.dtype, device=master.device)
         return state
 
+    def parts(self, wanted: Callable[[str], bool]) -> dict[int, list[Tensor]]:
+        """This rank's masters of some parameters, as runs of the buffers with these identities."""
+        masters, found = self.masters, dict[int, list[Tensor]]()
+        for container, held in self._layout.held(self._data_rank).items():
+            master = masters[container.key]
+            found[id(master)] = [
+                master.detach().view(-1)[part.offset : part.offset + part.length]
+                for name, part in held
+                if wanted(name)
+            ]
+        return found
+
     @property
-    def _inner(self) -> Any:
+    def inner(self) -> Any:
         """The torch optimizer."""
         optimizer = self._engine.optimizer
         return getattr(optimizer, "optimizer", optimizer)

@@ -153,7 +153,10 @@ class Trainer:
             # Where the lag is as long as the stage, its end is the winner's probe state.
             self._save(engine, stage, end, history)
         loss = self.world.from_coordinator(self._last_validation_loss)
-        self.recorder.happened("stage_finished", once={"stage": stage}, step=end, val_loss=loss)
+        facts: dict[str, Any] = {"val_loss": loss}
+        if sources := self.job.feed.tokens_by_source(end):
+            facts["tokens_by_source"] = sources
+        self.recorder.happened("stage_finished", once={"stage": stage}, step=end, **facts)
 
     def _train_step(self, engine: Engine, step: int, stage: int, history: list[Any]) -> None:
         row, stop = self.job.step(engine, step, stage=stage)
@@ -263,7 +266,7 @@ class Trainer:
         if peak is None or self.config.parallel.precision != "bf16":
             return None
         flops = training_flops_per_token(
-            self.config.model,
+            self.config,
             num_layers=self.config.layers_of(int(row["stage"])),
             vocab_size=self.job.vocab_size,
         )

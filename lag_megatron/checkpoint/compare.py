@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lag_megatron.checkpoint.boxes import Shape
-from lag_megatron.checkpoint.layout import Group
+from lag_megatron.checkpoint.layout import Group, Layout
 from lag_megatron.errors import CheckpointError
 
 _SHOWN = 3
@@ -31,6 +31,20 @@ def require_same_parameters(path: Path, found: Sequence[Group], expected: Sequen
         + "; ".join(details or ["the same parameters in another order or other groups"])
         + ". Use the configuration it was trained with, or another run directory."
     )
+
+
+def require_same_optimizer(path: Path, found: Layout, expected: Layout) -> None:
+    """Refuse a checkpoint of another optimizer, whose states DeepSpeed would take unseen.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    if found.optimizer != expected.optimizer:
+        raise CheckpointError(
+            f"{path}: holds the states of {found.optimizer}, but optimizer.name is "
+            f"{expected.optimizer}. Use the optimizer it was trained with, or another run "
+            "directory."
+        )
 
 
 def _merged(groups: Sequence[Group]) -> dict[str, Shape]:

@@ -45,6 +45,7 @@ def describe(path: Path) -> dict[str, Any]:
         ),
         "layers": len(layers_in(shapes)),
         "optimizer": _optimizer(checkpoint),
+        "optimizer_states": list(checkpoint.layout.states),
         "growth_history": list(state.get("growth_history", [])),
         "files": files,
         "bytes": sum(files.values()),

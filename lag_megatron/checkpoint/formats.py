@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint import commit, dcp, describe, hf, megatron, universal
-from lag_megatron.checkpoint.layout import STATES
 from lag_megatron.checkpoint.zero import resolve as resolve_zero
 from lag_megatron.errors import CheckpointError
 
@@ -80,7 +79,7 @@ def describe_any(path: Path) -> dict[str, Any]:
     kind = detect(path)
     if kind == ZERO:
         facts = describe.describe(path)
-        extra = {"marker": commit.MANIFEST, "optimizer_states": list(STATES), "notes": []}
+        extra = {"marker": commit.MANIFEST, "notes": []}
         return {**facts, **extra, "problems": [], "complete": True}
     if commit.is_committed(path):
         commit.check_sizes(path)

@@ -12,9 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict
 
 from lag_megatron.checkpoint.boxes import Shape, numel
-
-State = Literal["fp32", "exp_avg", "exp_avg_sq"]
-STATES: tuple[State, ...] = ("fp32", "exp_avg", "exp_avg_sq")
+from lag_megatron.checkpoint.segments import Container as Container
+from lag_megatron.checkpoint.segments import EvenParts
+from lag_megatron.checkpoint.segments import Segment as Segment
+from lag_megatron.checkpoint.states import STATES as STATES
+from lag_megatron.checkpoint.states import Optimizer, shape_of, states_of
+from lag_megatron.checkpoint.states import State as State
 
 Group = Mapping[str, Shape]
 
@@ -50,67 +53,6 @@ class Rank(TypedDict):
     data_rank: int
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Container:
-    """A flat buffer of optimizer state: one for each of fp32, exp_avg and exp_avg_sq.
-
-    ``key`` is DeepSpeed's number of it: the parameter group (ZeRO-1 and 2), the sub-group
-    (ZeRO-3), or the parameter (ZeRO-0).
-    """
-
-    data_rank: int
-    key: int
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Elements ``start .. start + length`` of a flattened parameter, at ``offset`` of a buffer."""
-
-    start: int
-    length: int
-    container: Container
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class EvenParts(Mapping[str, tuple[Segment, ...]]):
-    """ZeRO-3's segments, computed when asked for: a list would grow with the number of ranks.
-
-    Attributes:
-        data_size: ranks that each parameter is cut into.
-        slots: by parameter: its size, and the number and offset of its part in every rank's buffer.
-    """
-
-    data_size: int
-    slots: Mapping[str, tuple[int, int, int]]
-
-    def __getitem__(self, name: str) -> tuple[Segment, ...]:
-        size = self.slots[name][0]
-        return tuple(self.overlapping(name, 0, size)) if size else ()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.slots)
-
-    def __len__(self) -> int:
-        return len(self.slots)
-
-    def overlapping(self, name: str, start: int, length: int) -> Iterator[Segment]:
-        """The segments that hold elements ``start .. start + length``, in order."""
-        part = -(-self.slots[name][0] // self.data_size)
-        for rank in range(start // part, (start + length - 1) // part + 1):
-            if (segment := self.on_rank(name, rank)) is not None:
-                yield segment
-
-    def on_rank(self, name: str, rank: int) -> Segment | None:
-        """A rank's segment; the last ranks may have none."""
-        size, key, offset = self.slots[name]
-        part = -(-size // self.data_size)
-        start = rank * part
-        if start >= size:
-            return None
-        return Segment(start, min(part, size - start), Container(rank, key), offset)
-
-
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Segments of every parameter, in flat order.
@@ -122,6 +64,7 @@ class Layout:
         filled: elements of each buffer that belong to parameters; for ZeRO-3, whose padding lies
             between parameters, the same as ``lengths``.
         subgroups: ZeRO-3's buffers, as (parameter group, names) in the order of their keys.
+        optimizer: whose states these are.
         shapes: of every parameter, all groups together.
     """
 
@@ -130,11 +73,38 @@ class Layout:
     lengths: Mapping[Container, int]
     filled: Mapping[Container, int]
     subgroups: Sequence[tuple[int, tuple[str, ...]]] = ()
+    optimizer: Optimizer = "adamw"
     shapes: Mapping[str, Shape] = field(init=False)
 
     def __post_init__(self) -> None:
         shapes = {name: shape for group in self.groups for name, shape in group.items()}
         object.__setattr__(self, "shapes", shapes)
+
+    @property
+    def states(self) -> dict[State, "Layout"]:
+        """Every state that the optimizer keeps, with the layout of its own values.
+
+        AdamW's have the weights' shapes.  Adafactor's have their own, and a parameter has some of
+        them; the numbers of buffers stay the parameters'.
+        """
+        states = states_of(self.optimizer)
+        return {state: self if state in STATES else self._reduced(state) for state in states}
+
+    def _reduced(self, state: State) -> "Layout":
+        groups = [
+            {
+                name: shape_of(state, shape)
+                for name, shape in group.items()
+                if state in states_of(self.optimizer, shape)
+            }
+            for group in self.groups
+        ]
+        segments: dict[str, tuple[Segment, ...]] = {}
+        for name, shape in (item for group in groups for item in group.items()):
+            (segment,) = self.segments[name]  # ZeRO-0 alone: see make_layout
+            segments[name] = (replace(segment, length=numel(shape)),)
+        lengths = {part.container: part.length for (part,) in segments.values()}
+        return Layout(groups, segments, lengths, lengths)
 
     def keys(self, data_rank: int) -> list[int]:
         """Numbers of the buffers that a data-parallel rank holds."""
@@ -189,10 +159,22 @@ class GroupState:
     counters: Mapping[str, Any]
 
 
-def make_layout(groups: Sequence[Group], topology: Topology) -> Layout:
-    """The layout that DeepSpeed gives these parameter groups under this topology."""
+def make_layout(
+    groups: Sequence[Group], topology: Topology, optimizer: Optimizer = "adamw"
+) -> Layout:
+    """The layout that DeepSpeed gives these parameter groups under this topology.
+
+    Raises:
+        ValueError: for Adafactor's states on anything but whole parameters.
+    """
+    if optimizer == "adafactor" and (topology.zero_stage or topology.tensor_size > 1):
+        raise ValueError(
+            "Adafactor's means over rows and columns are those of whole matrices: they have no "
+            f"place under ZeRO-{topology.zero_stage} with {topology.tensor_size} tensor-parallel "
+            "ranks. Take ZeRO-0 and one."
+        )
     if topology.zero_stage == 0:
-        return _unpartitioned(groups)
+        return replace(_unpartitioned(groups), optimizer=optimizer)
     if topology.zero_stage == 3:
         return _per_parameter(groups, topology)
     return _flat(groups, topology.data_size)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.layout import (
-    STATES,
     Container,
     Group,
     GroupState,
@@ -26,6 +25,7 @@ from lag_megatron.checkpoint.layout import (
 )
 from lag_megatron.checkpoint.loss_scale import LossScale
 from lag_megatron.checkpoint.paging import read_only_on_demand
+from lag_megatron.checkpoint.states import Optimizer
 from lag_megatron.checkpoint.zero_files import (
     files_of,
     group_states,
@@ -45,8 +45,9 @@ from lag_megatron.checkpoint.zero_header import (
 )
 from lag_megatron.checkpoint.zero_load import (
     load_states,
+    optimizer_of,
     refuse_bf16_optimizer,
-    require_adam,
+    require_known_states,
     require_same_list,
     require_same_places,
 )
@@ -107,7 +108,15 @@ class ZeroCheckpoint:
     @cached_property
     def layout(self) -> Layout:
         """Where everything lies."""
-        return make_layout(self.groups, self.topology)
+        try:
+            return make_layout(self.groups, self.topology, self.optimizer)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Whose states these are."""
+        return "adamw" if self.topology.zero_stage else optimizer_of(self.topology, self.header)
 
     @cached_property
     def frozen(self) -> Layout:
@@ -172,7 +181,8 @@ class ZeroCheckpoint:
             require_same_list(self.path / name, states, self.header)
             if self.topology.zero_stage == 0:
                 self._check_buffers(name, states, None, 0)
-                require_adam(self.path / name, torch_optimizer_state(self.topology, states, None))
+                inner = torch_optimizer_state(self.topology, states, None)
+                require_known_states(self.path / name, inner, self.optimizer)
             self._checked.add(name)
         return states
 
@@ -184,7 +194,8 @@ class ZeroCheckpoint:
             refuse_bf16_optimizer(self.path / name, states)
             self._check_buffers(name, None, states, data_rank)
             require_same_places(self.path / name, states, self.layout.held(data_rank))
-            require_adam(self.path / name, torch_optimizer_state(self.topology, None, states))
+            inner = torch_optimizer_state(self.topology, None, states)
+            require_known_states(self.path / name, inner, self.optimizer)
             first = self._load(self._optimizer_file(0, 0))
             counts = [step_counts(self.topology, s) for s in (states, first)]
             if counts[0] != counts[1]:
@@ -242,11 +253,10 @@ class ZeroCheckpoint:
         )
 
     def _check_buffers(self, file: str, model: Any, states: Any, data_rank: int) -> None:
-        layout = self.layout
-        names = list(layout.shapes)
-        for key in layout.keys(data_rank):
-            for state in STATES:
-                lengths = layout.filled if state == "fp32" else layout.lengths
+        names = list(self.layout.shapes)
+        for state, layout in self.layout.states.items():
+            lengths = layout.filled if state == "fp32" else layout.lengths
+            for key in layout.keys(data_rank):
                 try:
                     buffer = state_buffer(self.topology, model, states, key, state, names)
                     found = f"has {buffer.numel()} elements"
@@ -256,8 +266,8 @@ class ZeroCheckpoint:
                 if found != f"has {expected} elements":
                     raise CheckpointError(
                         f"{self.path / file}: {state} of buffer {key} {found}, but its parameters "
-                        f"take {expected}. Only Adam's state in DeepSpeed's usual layout is "
-                        "understood here, so nothing was read from it."
+                        f"take {expected}. Only Adam's and Adafactor's states in DeepSpeed's "
+                        "usual layout are understood here, so nothing was read from it."
                     )
 
 

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lag_megatron.checkpoint.layout import STATES, GroupState, State, Topology
+from lag_megatron.checkpoint.layout import GroupState, State, Topology
+from lag_megatron.checkpoint.states import MOMENTS
 
 _FLAT_MASTERS = "single_partition_of_fp32_groups"
 
@@ -76,7 +77,7 @@ def _unpartitioned_master(topology: Topology, model: Any, key: int, names: list[
 
 
 def step_counts(topology: Topology, states: Any) -> list[int]:
-    """Adam's step counter of each buffer."""
+    """The step counter of each buffer."""
     entries = torch_optimizer_state(topology, None, states)["state"]
     return [int(entry.get("step", 0)) for entry in entries.values()]
 
@@ -87,7 +88,7 @@ def group_states(topology: Topology, model: Any, states: Any) -> list[GroupState
     return [
         GroupState(
             {key: value for key, value in group.items() if key != "params"},
-            {k: v for k, v in inner["state"][group["params"][0]].items() if k not in STATES},
+            {k: v for k, v in inner["state"][group["params"][0]].items() if k not in MOMENTS},
         )
         for group in inner["param_groups"]
     ]

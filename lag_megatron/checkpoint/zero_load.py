@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint import pickles
-from lag_megatron.checkpoint.layout import Container, Segment
+from lag_megatron.checkpoint.layout import Container, Segment, Topology
+from lag_megatron.checkpoint.states import Optimizer, states_of
+from lag_megatron.checkpoint.zero_files import torch_optimizer_state
 from lag_megatron.checkpoint.zipcheck import DAMAGE
 from lag_megatron.errors import CheckpointError
 
 FOREIGN = "not written by DeepSpeed, or by a version that is not understood here."
-_ADAM = {"exp_avg", "exp_avg_sq", "step"}
+_TITLES: dict[Optimizer, str] = {"adamw": "Adam's moments", "adafactor": "Adafactor's means"}
 
 
 def load_states(file: Path) -> Any:
@@ -58,21 +60,32 @@ def refuse_bf16_optimizer(file: Path, states: Any) -> None:
         )
 
 
-def require_adam(file: Path, inner: Any) -> None:
-    """Refuse an optimizer state that is more than Adam's, or not of one step in a group.
+def optimizer_of(topology: Topology, model: Any) -> Optimizer:
+    """Whose states a ZeRO-0 model file holds; AdamW's where it holds none that are known."""
+    try:
+        entries = torch_optimizer_state(topology, model, None)["state"].values()
+        kept = {key for entry in entries for key in entry}
+    except (LookupError, TypeError, AttributeError):
+        return "adamw"  # what is missing is told when the buffers are looked at
+    return "adafactor" if kept & {*states_of("adafactor")} else "adamw"
+
+
+def require_known_states(file: Path, inner: Any, optimizer: Optimizer) -> None:
+    """Refuse an optimizer state that is more than expected, or not of one step in a group.
 
     Args:
         file: where it was read.
         inner: the torch optimizer's ``state_dict``.
+        optimizer: whose it should be.
 
     Raises:
         CheckpointError: naming what is not understood.
     """
     for entry in inner["state"].values():
-        if unknown := sorted(set(entry) - _ADAM):
+        if unknown := sorted(set(entry) - {"step", *states_of(optimizer)[1:]}):
             raise CheckpointError(
-                f"{file}: the optimizer keeps {', '.join(unknown)} beside Adam's moments, and it "
-                "is not understood here how that would grow."
+                f"{file}: the optimizer keeps {', '.join(unknown)} beside {_TITLES[optimizer]}, "
+                "and it is not understood here how that would grow."
             )
     for number, group in enumerate(inner["param_groups"]):
         steps = {int(inner["state"][member].get("step", 0)) for member in group["params"]}

@@ -10,12 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from lag_megatron.checkpoint import pickles
-from lag_megatron.checkpoint.boxes import Shape
 from lag_megatron.checkpoint.draft import Draft, Room, deepspeed_config
-from lag_megatron.checkpoint.layout import Segment, State
+from lag_megatron.checkpoint.layout import STATES, Layout, Segment
 from lag_megatron.checkpoint.regions import Region
-
-_MOMENTS: tuple[State, ...] = ("exp_avg", "exp_avg_sq")
 
 
 def optimizer_objects(draft: Draft, *, data_rank: int, room: Room) -> dict[str, Any]:
@@ -43,6 +40,7 @@ def unpartitioned_optimizer(draft: Draft, room: Room) -> dict[str, Any]:
     """The optimizer's state as a ZeRO-0 model file keeps it: by number of the parameter."""
     layout, numbers = draft.layout, iter(range(len(draft.layout.shapes)))
     segments = list(layout.segments.items())
+    moments = [item for item in layout.states.items() if item[0] != "fp32"]
     groups: list[dict[str, Any]] = []
     masters: list[list[Tensor]] = []
     state: dict[int, Any] = {}
@@ -53,7 +51,11 @@ def unpartitioned_optimizer(draft: Draft, room: Room) -> dict[str, Any]:
         for key, shape in zip(members, group.values(), strict=True):
             name, (segment,) = segments[key]
             held = ((name, segment),)
-            state[key] = _entry(draft.groups[number].counters, held, segment.length, room, shape)
+            state[key] = _counters(draft.groups[number].counters) | {
+                moment: room(Region(moment, *_run(there, name)), there.shapes[name])
+                for moment, there in moments
+                if name in there.shapes
+            }
             if draft.topology.precision != "fp32":
                 masters[-1].append(room(Region("fp32", held, segment.length), shape))
     grown = {"state": state, "param_groups": groups}
@@ -77,11 +79,20 @@ def _entry(
     held: Sequence[tuple[str, Segment]],
     length: int,
     room: Room,
-    shape: Shape | None = None,
 ) -> dict[str, Any]:
+    moments = {m: room(Region(m, tuple(held), length)) for m in STATES if m != "fp32"}
+    return _counters(counters) | moments
+
+
+def _counters(counters: Mapping[str, Any]) -> dict[str, Any]:
     # Cloned: entries that shared one step counter would each advance it for all.
-    kept = {k: v.clone() if isinstance(v, Tensor) else v for k, v in counters.items()}
-    return kept | {m: room(Region(m, tuple(held), length), shape) for m in _MOMENTS}
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in counters.items()}
+
+
+def _run(layout: Layout, name: str) -> tuple[tuple[tuple[str, Segment]], int]:
+    """A whole parameter's elements of a state, and how many they are."""
+    (segment,) = layout.segments[name]
+    return ((name, segment),), segment.length
 
 
 def _by_group(draft: Draft, data_rank: int, room: Room) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lag_megatron.checkpoint.zero_optimizer import optimizer_objects
 from lag_megatron.errors import CheckpointError
 from lag_megatron.files import flush_to_disk
 
-_BYTES_OF_STATE = 12
+_BYTES = 4
 
 
 def write_rank(
@@ -61,7 +61,7 @@ def write_rank(
 
 def bytes_of(topology: Topology, layout: Layout, frozen: Layout | None = None) -> int:
     """Bytes of all tensors of a whole checkpoint of this layout, all ranks together."""
-    size = sum(layout.lengths.values()) * _BYTES_OF_STATE
+    size = sum(sum(there.lengths.values()) for there in layout.states.values()) * _BYTES
     width = DTYPES[topology.precision].itemsize
     if topology.zero_stage in (1, 2) or (topology.zero_stage == 0 and topology.precision != "fp32"):
         size += sum(map(numel, layout.shapes.values())) * width

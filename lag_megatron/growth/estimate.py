@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lag_megatron.checkpoint.boxes import numel
 from lag_megatron.checkpoint.draft import DTYPES
-from lag_megatron.checkpoint.layout import STATES
+from lag_megatron.checkpoint.states import role_of, shape_of, states_of
 from lag_megatron.checkpoint.stream import PIECE_BYTES
 from lag_megatron.checkpoint.tensor_parallel import cut_dim
 from lag_megatron.growth.fresh import Normal
@@ -47,20 +47,22 @@ def estimate(growth: Growth, *, workers: int, folder: Path | None = None) -> Est
         folder: where the target will be; a trial file without a name is written on its disk.
     """
     shapes = {**growth.source.layout.shapes, **growth.source.frozen.shapes}
+    optimizer = growth.layout.optimizer
     width = DTYPES[growth.source.topology.precision].itemsize
     used = {
         (state, origin.parameter)
         for name, blocks in growth.growth_map.blocks.items()
         for block in blocks
-        for state, origin in block.sources.items()
-        if isinstance(origin, Copy) and (state == STATES[0] or name not in growth.frozen.shapes)
+        for state in states_of(optimizer, growth.layout.shapes.get(name))
+        if isinstance(origin := block.sources[role_of(state)], Copy)
+        and (state == "fp32" or name not in growth.frozen.shapes)
     }
     tensor_size = growth.source.topology.tensor_size
     read = sum(
-        numel(shapes[name])
+        numel(shape_of(state, shapes[name]))
         * (width if name in growth.source.frozen.shapes else _BYTES)
         * (1 if cut_dim(name) is None else tensor_size)
-        for _, name in used
+        for state, name in used
     )
     draws = any(
         isinstance(origin, Normal)

@@ -12,6 +12,7 @@ from lag_megatron.checkpoint.boxes import Shape
 from lag_megatron.checkpoint.layout import Container, Layout, State, Topology
 from lag_megatron.checkpoint.paging import read_ahead
 from lag_megatron.checkpoint.regions import Region
+from lag_megatron.checkpoint.states import shape_of
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.growth.fresh import fill
 from lag_megatron.growth.growth_map import GrowthMap
@@ -46,17 +47,18 @@ class Filler:
         grown = {n: s for group in (*growth.groups, growth.frozen) for n, s in group.items()}
         old = (source.layout, source.frozen)
         self._sides = {
-            trained: (
-                Side(there, source.topology, shapes, gated),
-                Side(here, topology, grown, gated),
+            (trained, state): (
+                Side(theirs, source.topology, _of_state(shapes, state), gated),
+                Side(here.states[state], topology, _of_state(grown, state), gated),
             )
             for trained, there, here in zip((True, False), old, layouts, strict=True)
+            for state, theirs in there.states.items()
         }
         self._buffers: dict[tuple[bool, int, Container, State], Tensor] = {}
 
-    def sides(self, *, trained: bool) -> tuple[Side, Side]:
-        """Source and target, as plans see them, of trained or of frozen parameters."""
-        return self._sides[trained]
+    def sides(self, *, trained: bool, state: State = "fp32") -> tuple[Side, Side]:
+        """Source and target of a state, as plans see them, of trained or of frozen parameters."""
+        return self._sides[trained, state]
 
     def expect(self, region: Region) -> None:
         """Begin to read from disk what the region needs."""
@@ -82,7 +84,7 @@ class Filler:
     def _plan(self, region: Region) -> list[Move | Draw]:
         return plan_rank(
             self._growth,
-            *self.sides(trained=region.trained),
+            *self.sides(trained=region.trained, state=region.state),
             region.state,
             segments=region.segments,
             tensor_rank=self._tensor_rank,
@@ -97,6 +99,10 @@ class Filler:
                 else self._source.frozen_buffer(tensor_rank, container)
             )
         return self._buffers[key]
+
+
+def _of_state(shapes: Mapping[str, Shape], state: State) -> dict[str, Shape]:
+    return {name: shape_of(state, shape) for name, shape in shapes.items()}
 
 
 def _view(buffer: Tensor, place: Place, shape: Shape) -> Tensor:

@@ -1,8 +1,9 @@
 """What each element of a grown training state is made of, as data.
 
 A growth map covers every parameter of the grown model by disjoint boxes.  Each box says, for the
-weights and for both Adam moments, whether it is copied from a box of an old parameter, a constant,
-or freshly drawn.  Names and shapes are those of whole parameters, whatever the topology.
+weights, for the mean of the gradient and for that of its square, whether it is copied from a box of
+an old parameter, a constant, or freshly drawn.  Names and shapes are those of whole parameters,
+whatever the topology.
 """
 
 import re
@@ -10,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lag_megatron.checkpoint.boxes import Box, Shape, whole
-from lag_megatron.checkpoint.layout import STATES, State
 from lag_megatron.checkpoint.names import LAYER
+from lag_megatron.checkpoint.states import STATES, Role
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.fresh import Constant, Fresh, Normal, megatron_init
 from lag_megatron.growth.layer_map import Branch, LayerMap, LayerOrigin
@@ -43,7 +44,7 @@ class Block:
     """A box of a grown parameter and where its values come from."""
 
     box: Box
-    sources: Mapping[State, Source]
+    sources: Mapping[Role, Source]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,8 @@ def moment_policy(plan: GrowthPlan, origin: LayerOrigin) -> MomentPolicy:
 
     ``auto`` copies for duplicates and borrows where the weights, or what their branches put out,
     are not the source layer's: its gradients' direction means nothing there, their size does.
+    Adafactor knows no direction, so for it ``copy`` and ``borrow`` are the same.  After ``zero``
+    its first update is not too large, as AdamW's would be: it is clipped to the usual size.
     """
     if plan.moments != "auto":
         return plan.moments
@@ -176,7 +179,7 @@ def _block(
         plain: Source = Constant(1.0 if name.endswith(".weight") else 0.0)
         return Block(kept.box, dict.fromkeys(STATES, Constant(0.0)) | {"fp32": plain})
     weights = _weights(plan, name, shape, old, origin)
-    sources: dict[State, Source] = {**kept.sources, "fp32": weights}
+    sources: dict[Role, Source] = {**kept.sources, "fp32": weights}
     is_handed_over = norm is not None and bool(origin.plain_norms)
     if origin.is_new and not is_handed_over:
         policy = moment_policy(plan, origin)

@@ -27,7 +27,7 @@ from lag_megatron.checkpoint.zero_write import bytes_of, write_rank
 from lag_megatron.errors import PlanError
 from lag_megatron.files import flush_to_disk
 from lag_megatron.growth.fill import Filler
-from lag_megatron.growth.growth_map import GrowthMap, grown_names, growth_map_of
+from lag_megatron.growth.growth_map import Copy, GrowthMap, grown_names, growth_map_of
 from lag_megatron.growth.plan import GrowthPlan
 
 
@@ -61,7 +61,13 @@ class Growth:
     @cached_property
     def layout(self) -> Layout:
         """Where the trained parameters will lie."""
-        return make_layout([self._local(g) for g in self.growth_map.groups], self.topology)
+        groups = [self._local(group) for group in self.growth_map.groups]
+        if self.source.optimizer == "adafactor":
+            self._refuse_parts()
+        try:
+            return make_layout(groups, self.topology, self.source.optimizer)
+        except ValueError as error:
+            raise PlanError(f"{self.source.path}: {error}") from None
 
     @cached_property
     def frozen(self) -> Layout:
@@ -227,6 +233,17 @@ class Growth:
             }
         except ValueError as error:
             raise PlanError(f"{self.source.path}: {error}") from None
+
+    def _refuse_parts(self) -> None:
+        """Means over rows and columns cannot be put together from those of parts."""
+        for name, blocks in self.growth_map.blocks.items():
+            for origin in (origin for block in blocks for origin in block.sources.values()):
+                if len(blocks) > 1 or (isinstance(origin, Copy) and any(origin.low)):
+                    raise PlanError(
+                        f"{self.source.path}: operator {self.plan.operator!r} makes {name} of "
+                        "parts of matrices, and Adafactor's means of their rows and columns are "
+                        "not known. Take an operator that adds layers, or train with adamw."
+                    )
 
     def _refuse_unknown_cuts(self, shapes: Group) -> None:
         """A matrix of a layer that no rule cuts may still have been cut, by other rules."""

@@ -55,6 +55,11 @@ class GrowthPlan:
         """The origin of each layer of the grown model."""
         return layer_map_of(self.operator, self.source_layers, self.target_layers, self.options)
 
+    @property
+    def new_layers(self) -> frozenset[int]:
+        """Numbers of the grown model's layers that are new."""
+        return frozenset(i for i, origin in enumerate(self.layer_map) if origin.is_new)
+
     def preserves_function(self, norm_position: str = "pre") -> bool:
         """Whether the grown model computes what the old one did, read off the layer map.
 

@@ -14,6 +14,7 @@ from lag_megatron.checkpoint.boxes import (
     strides_of,
 )
 from lag_megatron.checkpoint.layout import Container, Layout, Segment, State, Topology
+from lag_megatron.checkpoint.states import role_of
 from lag_megatron.checkpoint.tensor_parallel import Piece, cut_dim, pieces
 from lag_megatron.growth.fresh import Fresh
 from lag_megatron.growth.growth_map import Copy, GrowthMap
@@ -102,7 +103,7 @@ def plan_rank(
                         continue
                     inside = box.move(piece.box.low, piece.local)
                     place = _place(segment, local, inside)
-                    origin = block.sources[state]
+                    origin = block.sources[role_of(state)]
                     if isinstance(origin, Copy):
                         wanted = box.move(block.box.low, origin.low)
                         moves += _moves(source, origin, wanted, place, tensor_rank)
@@ -119,7 +120,7 @@ def _same_part(
     Then nothing need be known of its shape: what depth growth does to all but fresh layers.
     """
     block, *others = growth.blocks[name]
-    origin = block.sources[state]
+    origin = block.sources[role_of(state)]
     if others or not isinstance(origin, Copy) or any(origin.low):
         return None
     if source.shapes[origin.parameter] != target.shapes[name]:

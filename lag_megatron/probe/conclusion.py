@@ -75,7 +75,7 @@ def _cost(job: Job, event: Event, ledger: Ledger, coordinator_seconds: float) ->
     entries = ledger.entries
     steps = sum(entry.steps for entry in entries)
     tokens = steps * tokens_per_step(job.config)
-    model = job.config.model
+    config = job.config
     shape = {"num_layers": event.target_layers, "vocab_size": job.vocab_size}
     evaluations = sum(len(entry.curve) for entry in entries)
     if event.growth.rung_value == "ema":  # right after growth the average is the weights
@@ -84,8 +84,8 @@ def _cost(job: Job, event: Event, ledger: Ledger, coordinator_seconds: float) ->
     return ProbeCost(
         probe_steps=steps,
         tokens=tokens,
-        flops=tokens * training_flops_per_token(model, **shape)
-        + validated * validation_flops_per_token(model, **shape),
+        flops=tokens * training_flops_per_token(config, **shape)
+        + validated * validation_flops_per_token(config, **shape),
         seconds=sum(entry.seconds for entry in entries),
         coordinator_seconds=coordinator_seconds,
     )

@@ -47,10 +47,12 @@ def _count(job: Job, world: World, event: Event) -> int:
     room = _STATE_SHARE * _memory_of_rank(world)
 
     def fits(count: int) -> bool:
-        widths = state_bytes_per_parameter(job.config.parallel, replicas=replicas // count)
+        widths = state_bytes_per_parameter(
+            job.config.parallel, replicas=replicas // count, optimizer=job.config.optimizer.name
+        )
         width = sum(widths.values())
         if event.growth.rung_value == "ema":  # the average of the fp32 weights lies beside them
-            width += widths["optimizer"] / 3
+            width += 4 / (replicas // count if job.config.parallel.zero_stage else 1)
         return parameters * width <= room
 
     return max((count for count in busy if fits(count)), default=1)

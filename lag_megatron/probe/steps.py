@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from lag_megatron.config import RunConfig
 from lag_megatron.data import Feed
 from lag_megatron.engine import Engine
+from lag_megatron.learning_rate import rate_at
 from lag_megatron.rundir import RunDirectory
-from lag_megatron.schedule import lr_at, tokens_per_step
+from lag_megatron.schedule import tokens_per_step
 from lag_megatron.stopping import StopFlag
 
 MetricRow = dict[str, float | int | str]
@@ -30,9 +31,13 @@ class Job:
         """
         config = self.config
         started = time.perf_counter()
-        lr = lr_at(step, config.optimizer, total_steps=config.total_steps)
+        rate = rate_at(step, config)
         result = engine.train_step(
-            self.feed.micro_batches(step), step=step, lr=lr, stop_asked=lambda: self.stop.asked
+            self.feed.micro_batches(step),
+            step=step,
+            lr=rate.lr,
+            new_layers=rate.new_layers,
+            stop_asked=lambda: self.stop.asked,
         )
         tokens = tokens_per_step(config)
         row: MetricRow = {
@@ -40,9 +45,11 @@ class Job:
             "tokens": (step + 1) * tokens,
             "stage": stage,
             "train/loss": result.loss,
-            "train/lr": lr,
+            "train/lr": rate.lr,
             "train/tokens_per_second": tokens / (time.perf_counter() - started),
         }
+        if rate.new_layers < 1.0:
+            row["train/lr_new_layers"] = rate.lr * rate.new_layers
         if result.grad_norm is not None:
             row["train/grad_norm"] = result.grad_norm
         return row, result.stop_asked

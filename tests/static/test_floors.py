@@ -15,6 +15,10 @@ FLOORS = (
     ("errors", "config"),
     (
         "files",
+        "mixture",
+        "learning_rate",
+        "rate_curve",
+        "step_result",
         "schedule",
         "tracking",
         "wandb_mirror",
@@ -26,9 +30,19 @@ FLOORS = (
         "selection",
     ),
     ("checkpoint", "growth"),
-    ("rendezvous", "parallel", "model", "data", "kernels", "live", "averaging", "engine"),
+    (
+        "rendezvous",
+        "parallel",
+        "model",
+        "data",
+        "kernels",
+        "live",
+        "layer_rates",
+        "averaging",
+        "engine",
+    ),
     ("probe",),
-    ("trainer", "session", "mirror", "evaluate", "report", "dry_run"),
+    ("trainer", "session", "mirror", "evaluation", "report", "dry_run"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MAX_FILE_LINES = 300

@@ -564,7 +564,7 @@ def _default(path):
             "optimizer.schedule.min_lr: 1.0 is above optimizer.lr 0.001.",
         ),
         (
-            ["optimizer.schedule={warmup_steps: 9, decay_steps: 9}"],
+            ["optimizer.schedule={name: cosine, warmup_steps: 9, decay_steps: 9}"],
             "optimizer.schedule.decay_steps: 9 must be after warmup_steps 9.",
         ),
         (["stages=[]"], "stages: at least one stage is needed, e.g. [{steps: 600}]."),
@@ -646,7 +646,7 @@ def test_contradictions(overrides, line):
         ["model.vocab_size=300"],
         ["model.dropout=0"],
         ["optimizer={grad_clip: 0, weight_decay: 0}"],
-        ["optimizer.schedule.min_lr=0.001"],
+        ["optimizer.schedule={name: cosine, min_lr: 0.001}"],
         ["parallel.tensor=2", "model.vocab_size=auto"],
         ["stages=[{steps: 1}]", "growth.lag=500"],
         ["stages[0].num_layers=4"],

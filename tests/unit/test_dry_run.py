@@ -112,6 +112,9 @@ def test_bytes_by_zero_stage(
     config = demo(f"parallel.zero_stage={zero_stage}", f"parallel.precision={precision}")
     sizes = state_bytes_per_parameter(config.parallel, replicas=4)
     assert tuple(sizes.values()) == expected
+    factored = state_bytes_per_parameter(config.parallel, replicas=4, optimizer="adafactor")
+    share = 4 if zero_stage else 1
+    assert factored["optimizer"] == expected[2] - 8 / share
 
 
 def test_vocabulary_of_a_tokenizer_file(tmp_path: Path) -> None:
