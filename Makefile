@@ -12,6 +12,8 @@ export TORCH_EXTENSIONS_DIR
 
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.lag_megatron.installed
+# Evaluations bring half a gigabyte of libraries, which only their tests need.
+EVAL := $(VENV)/.lag_megatron.eval
 # Constraints of this environment: constraints.txt, with torch's own line replaced where it is kept.
 PINS := $(VENV)/.lag_megatron.constraints
 RUN := PATH="$(BIN):$$PATH"
@@ -32,18 +34,22 @@ $(STAMP): setup.py constraints.txt
 	$(PIP) torch -c "$(PINS)" $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)")
 	@if cmp -s constraints.txt "$(PINS)"; then touch "$(VENV)/.lag_megatron.torch"; fi
 	$(PIP) deepspeed --no-build-isolation -c "$(PINS)"
-	$(PIP) -e ".[dev,plot]" --no-build-isolation -c "$(PINS)"
+	$(PIP) -e ".[dev,plot,data]" --no-build-isolation -c "$(PINS)"
 	$(RUN) bash launch/build_ops.sh
+	@touch "$@"
+
+$(EVAL): $(STAMP)
+	$(PIP) -e ".[eval]" --no-build-isolation -c "$(PINS)"
 	@touch "$@"
 
 demo: setup
 	$(if $(FRESH),rm -rf runs/demo)
 	$(RUN) bash launch/demo.sh
 
-test: setup
+test: setup $(EVAL)
 	$(PYTEST) -m "not slow and not gpu"
 
-test-slow: setup
+test-slow: setup $(EVAL)
 	$(PYTEST) -m slow
 
 clean:

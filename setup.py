@@ -13,6 +13,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["lag_megatron", "lag_megatron.*"]),
+    package_data={"lag_megatron": ["evaluation/tasks/*.yaml"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19,<0.20",
@@ -30,8 +31,9 @@ setup(
         "ninja>=1.11,<2",
     ],
     extras_require={
+        "data": ["pyarrow>=19,<27"],
         "plot": ["matplotlib>=3.9,<4"],
-        "eval": ["lm-eval>=0.4.9,<0.5", "accelerate>=1,<2"],
+        "eval": ["lm-eval>=0.4.13,<0.5", "accelerate>=1,<2"],
         "dev": [
             "pytest>=9,<10",
             "pytest-timeout>=2.3,<3",

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from lag_megatron.config import load_config
-from lag_megatron.data import Feed, PreparedData, padded_vocab_size, prepare_data
+from lag_megatron.data import Feed, open_prepared, padded_vocab_size, prepare_data
 from lag_megatron.engine import Engine, mean
 from lag_megatron.parallel import start_world, stop_world
 from lag_megatron.probe.steps import Job
@@ -25,7 +25,7 @@ def main() -> int:
     world = start_world(tensor=config.parallel.tensor)
     run = RunDirectory(options.folder)
     data = world.from_coordinator(lambda: prepare_data(config.data, cache_dir=run.data_cache))
-    data = PreparedData.open(data.folder)
+    data = open_prepared(data.folder)
     vocab_size = padded_vocab_size(data.vocab_size)
     job = Job(config, run, Feed(data, config, world), StopFlag(), vocab_size)
     engine = Engine(

@@ -2,8 +2,8 @@
 """Record exhaustive searches, on whose curves rules are compared (probes.py replays them).
 
 Each is a run of launch/train.py on one rank: a small model pretrained on the running Python's
-own standard library, grown by 16 or 20 candidates that are all trained to the end of the stage.
-Seeds, shapes, depths, learning rates and the length of the pretraining differ.
+own standard library, grown by 16 to 24 candidates that are all trained to the end of the stage.
+Seeds, shapes, depths, pools, learning rates and the length of the pretraining differ.
 """
 
 import argparse
@@ -24,23 +24,36 @@ LLAMA = (
     "model.positions=rope", "model.norm=rmsnorm", "model.bias=false", "model.activation=swiglu",
     "model.tied_embeddings=false", "model.num_query_groups=1", "model.ffn_hidden_size=96",
 )  # fmt: skip
-SLOW = ("optimizer.lr=2.0e-3",)
-SHORT = ("stages=[{steps: 150}, {steps: 400, num_layers: 7}]",)
-DEEP = ("model.num_layers=6", "stages=[{steps: 300}, {steps: 400, num_layers: 8}]")
+# A shorter lag; evaluated more often, on more text and with averaged weights: what comparing rung
+# values needs.
+THOROUGH = (
+    "stages.1.steps=320",
+    "data.validation_tokens=16384",
+    "growth.lag=160",
+    "growth.rungs=[40, 80, 160]",
+    "growth.rung_value=ema",
+    "growth.eval_steps=[10, 20, 28, 32, 36, 40, 52, 64, 80, 104, 128, 160, 240, 320]",
+)
+LONG = ("model.seq_length=64", "parallel={micro_batch: 32, global_batch: 32, zero_stage: 1}")
+SLOW = ("optimizer.lr=2.5e-3",)
+YOUNG = ("stages.0.steps=500",)
+DEEP = ("model.num_layers=4", "stages.1.num_layers=8", "growth.pool.scale=[1.0, 0.5, 0.2]")
+PLACES = ("model.num_layers=4", "growth.pool.scale=[1.0, 0.3]")
 # The number at a name's end is the seed of the weights, of the growth and of the text's order.
 SEARCHES: dict[str, tuple[str, ...]] = {
-    "gpt-1": (),
-    "llama-2": LLAMA,
+    "gpt-1": THOROUGH,
+    "llama-2": (*LLAMA, *THOROUGH),
     "gpt-3": (),
-    "llama-4": LLAMA,
-    "gpt-slow-5": SLOW,
-    "llama-short-6": (*LLAMA, *SHORT),
-    "gpt-deep-7": DEEP,
-    "gpt-short-8": SHORT,
-    "llama-slow-9": (*LLAMA, *SLOW),
-    "gpt-10": (),
-    "llama-11": LLAMA,
-    "gpt-12": (),
+    "gpt-deep-3": (*DEEP, *THOROUGH),
+    "llama-places-4": (*LLAMA, *PLACES, *THOROUGH),
+    "gpt-long-5": LONG,
+    "llama-young-6": (*LLAMA, *YOUNG),
+    "gpt-places-7": PLACES,
+    "llama-8": LLAMA,
+    "gpt-slow-9": SLOW,
+    "llama-long-10": (*LLAMA, *LONG),
+    "gpt-young-11": YOUNG,
+    "llama-12": LLAMA,
 }
 
 

@@ -133,7 +133,7 @@ def h200(config: RunConfig, number: int) -> Machine:
     """The assumed GPU with this model on it."""
     vocab_size, _ = estimate_vocab_size(config)
     shape = {"num_layers": config.layers_of(number), "vocab_size": vocab_size}
-    flops = training_flops_per_token(config.model, **shape)
+    flops = training_flops_per_token(config, **shape)
     floor = H200_LAUNCHES * H200_FLOPS / flops
     return Machine(
         source=H200,
