@@ -14,7 +14,6 @@ from lag_megatron.checkpoint.hf_export import (
     export_to_transformers,
 )
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
-from lag_megatron.config import load_config
 from lag_megatron.errors import CheckpointError, DataError
 from lag_megatron.rundir import RunDirectory
 
@@ -96,15 +95,12 @@ def _tokenizer_of_run(path: Path) -> Path:
             f"{path}: not in a run directory, so its tokenizer is not known. Name it with "
             "--tokenizer FILE, a tokenizer.json of Hugging Face."
         )
-    digest = json.loads((root / "run.json").read_text(encoding="utf-8"))["data_digest"]
-    folder = RunDirectory(root).data_cache / digest
-    if (folder / _TOKENIZER).is_file():
-        return folder / _TOKENIZER
-    data = load_config(root / "config.yaml").data
-    prepared = [Path(path) / _TOKENIZER for path in data.paths if data.source == "prepared"]
-    for file in prepared:
-        if file.is_file():
-            return file
+    facts = json.loads((root / "run.json").read_text(encoding="utf-8"))
+    folder = RunDirectory(root).data_cache / facts["data_digest"]
+    # A run that was moved with its cache, then one whose text was prepared elsewhere.
+    for place in (folder, Path(facts.get("data_folder", folder))):
+        if (place / _TOKENIZER).is_file():
+            return place / _TOKENIZER
     raise DataError(
         f"{folder}: the prepared text of the run {root} is not there, and so neither is its "
         "tokenizer. Restore it, or name the tokenizer with --tokenizer FILE."
