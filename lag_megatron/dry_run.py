@@ -11,6 +11,7 @@ from lag_megatron.config import (
     dump_config,
     require_groups,
 )
+from lag_megatron.config.spans import MODES
 from lag_megatron.errors import ConfigError
 from lag_megatron.growth.layer_map import draw
 from lag_megatron.growth.pool import Candidate, build_pool
@@ -85,9 +86,26 @@ def estimate_vocab_size(config: RunConfig) -> tuple[int, str]:
     if isinstance(config.model.vocab_size, int):
         return config.model.vocab_size, "given"
     tokenizer = config.data.tokenizer
-    if tokenizer.type == "file" and tokenizer.path and Path(tokenizer.path).is_file():
-        return _rounded(_tokenizer_size(Path(tokenizer.path))), f"read from {tokenizer.path}"
-    return _rounded(tokenizer.vocab_size), "an estimate from data.tokenizer.vocab_size"
+    added = tokenizer.sentinels + len(MODES) if tokenizer.sentinels else 0
+    for folder in _prepared_folders(config):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        return _rounded(meta["vocab_size"]), f"read from {folder}"
+    if tokenizer.type != "file":
+        size = _rounded(tokenizer.vocab_size + added)
+        return size, "an estimate from data.tokenizer.vocab_size"
+    if tokenizer.path and Path(tokenizer.path).is_file():
+        return _rounded(
+            _tokenizer_size(Path(tokenizer.path)) + added
+        ), f"read from {tokenizer.path}"
+    return _rounded(tokenizer.vocab_size + added), f"a guess: {tokenizer.path} is not there"
+
+
+def _prepared_folders(config: RunConfig) -> list[Path]:
+    """Folders of prepared text that are there; one decides the tokenizer of all."""
+    data = config.data
+    sources = data.mixture or (data,)
+    paths = [path for source in sources if source.source == "prepared" for path in source.paths]
+    return [Path(path) for path in paths if (Path(path) / "meta.json").is_file()]
 
 
 def _rounded(vocab_size: int) -> int:

@@ -24,6 +24,8 @@ _FREE_KEYS = (
     "parallel.micro_batch",
     "parallel.world_size",
     "parallel.timeout",
+    "parallel.sequence_parallel",
+    "parallel.recompute",
     "growth.probe_groups",
     "growth.rung_timeout",
     "stages.*.growth.probe_groups",

@@ -86,6 +86,11 @@ def _positive(text: str) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     require_harness()
+    if options.candidates and options.limit:
+        raise ConfigError(
+            "--limit: the report would show scores of a part as if they were whole. Leave it out, "
+            "or --candidates."
+        )
     data = _files(options)
     for task, path in data.items():
         read_documents(task, path)
@@ -142,7 +147,7 @@ def _files(options: argparse.Namespace) -> dict[str, Path]:
             )
     if missing := [task for task in tasks if task not in named and not folders]:
         raise ConfigError(f"--data: no file for the task {missing[0]}: add {missing[0]}=FILE.")
-    return {task: named.get(task) or find_file(task, folders[-1]) for task in tasks}
+    return {task: named.get(task) or find_file(task, folders) for task in tasks}
 
 
 def _device(options: argparse.Namespace) -> str:

@@ -49,6 +49,11 @@ def optimizer_problems(config: RunConfig) -> Iterator[str]:
 def _unused(optimizer: OptimizerConfig) -> Iterator[str]:
     """Options that the schedule does not have."""
     name, schedule = optimizer.schedule.name, optimizer.schedule
+    if schedule.growth_warmup == "new" and not schedule.growth_warmup_steps:
+        yield (
+            f"{_SCHEDULE}.growth_warmup: 'new' has no effect while growth_warmup_steps is 0. Set "
+            "the steps, or remove it."
+        )
     for option, found, owners in (
         ("decay_steps", schedule.decay_steps is not None, _DECAYING),
         ("stable_steps", schedule.stable_steps is not None, ("wsd",)),

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from lag_megatron.config.data import Ul2Config
 
+# Tokens that begin the samples of regular, sequential (prefix) and extreme denoisers.
+MODES = ("[R]", "[S]", "[X]")
 # Tay et al. 2022, section 3.1: long spans or many of them make a denoiser extreme.
 _EXTREME_LENGTH = 12
 _EXTREME_SHARE = 0.3

@@ -10,12 +10,12 @@ import numpy as np
 import tokenizers
 import xxhash
 
+from lag_megatron.config.spans import MODES
 from lag_megatron.data.sentences import split_sentences
 from lag_megatron.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # The modes of UL2's denoisers: regular, sequential (prefix), extreme.
-MODES = ("[R]", "[S]", "[X]")
 CONTINUATION = "##"
 
 _END_TOKENS = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "[SEP]", "<eos>")

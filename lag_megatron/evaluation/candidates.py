@@ -30,13 +30,17 @@ def kept_states(run: Path) -> list[Path]:
 def score_candidates(run: Path, evaluate: Callable[[Path], Json]) -> Iterator[tuple[str, Json]]:
     """Evaluate each candidate's state and write its scores, where the report looks for them.
 
+    Scores of other tasks that are there already stay.
+
     Yields:
         ``growthNN/<id>`` and the results of ``evaluate`` on its state, each after it is written.
     """
     for state in kept_states(run):
         results = evaluate(state)
         scores = {task: r["metrics"][SCORES[task]]["value"] for task, r in results.items()}
-        write_atomically(state.parent / SCORES_FILE, json.dumps(scores, indent=1))
+        file = state.parent / SCORES_FILE
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        write_atomically(file, json.dumps({**before, **scores}, indent=1))
         yield str(state.parent.relative_to(run)), results
 
 

@@ -14,7 +14,7 @@ import gzip
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ PATTERNS = {
     "lambada": ("lambada*.jsonl", "lambada*.jsonl.gz"),
     "triviaqa": ("triviaqa*.jsonl", "triviaqa*.jsonl.gz"),
     "tydiqa": ("tydiqa*.json", "tydiqa*.jsonl", "tydiqa*.json.gz", "tydiqa*.jsonl.gz"),
-    "wikitext": ("wikitext*.txt", "wikitext*.tokens", "wiki*.raw"),
+    "wikitext": ("wikitext*.txt", "wikitext*.txt.gz", "wikitext*.tokens", "wiki*.raw"),
 }
 FORMS = {
     "lambada": 'lines of {"context": "...", "continuation": "word"}',
@@ -50,19 +50,21 @@ class Documents:
     passed_over: Counter[str] = field(default_factory=Counter)
 
 
-def find_file(task: str, folder: Path) -> Path:
-    """The task's file in a folder of data.
+def find_file(task: str, folders: Sequence[Path]) -> Path:
+    """The task's file in folders of data.
 
     Raises:
         DataError: if there is none, or more than one.
     """
-    found = sorted({path for pattern in PATTERNS[task] for path in folder.glob(pattern)})
+    patterns = PATTERNS[task]
+    found = sorted({path for f in folders for pattern in patterns for path in f.glob(pattern)})
     if len(found) == 1:
         return found[0]
     what = f"{len(found)} files ({', '.join(p.name for p in found[:3])})" if found else "no file"
     raise DataError(
-        f"{folder}: {what} for the task {task}: expected one named {' or '.join(PATTERNS[task])}, "
-        f"{FORMS[task]}. Name the file itself with --data {task}=FILE, or leave the task out."
+        f"{' '.join(map(str, folders))}: {what} for the task {task}: expected one named "
+        f"{' or '.join(patterns)}, {FORMS[task]}. Name the file itself with --data {task}=FILE, or "
+        "leave the task out."
     )
 
 

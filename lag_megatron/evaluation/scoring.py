@@ -2,27 +2,48 @@
 
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_BLANKED = str.maketrans({mark: " " for mark in string.punctuation + "\u2018\u2019\u00b4"})
 
 
 def normalize(text: str) -> str:
     """Lower case, without punctuation, articles and surplus blanks.
 
-    The normalisation of SQuAD's evaluation (Rajpurkar et al. 2016), which TriviaQA and TyDi QA's
-    gold-passage task share.
+    The normalisation of SQuAD's evaluation (Rajpurkar et al. 2016), which TyDi QA's gold-passage
+    task shares.
     """
-    bare = text.lower().translate(_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", bare).split())
+    return _bare(text.lower().translate(_PUNCTUATION))
+
+
+def normalize_trivia(text: str) -> str:
+    """The same with a blank for each mark, as TriviaQA's evaluation does (Joshi et al. 2017)."""
+    return _bare(text.lower().translate(_BLANKED))
 
 
 def exact_match(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 if the generated text is one of the answers after normalisation, else 0."""
-    (given,) = results
-    return {"exact_match": float(normalize(given) in map(normalize, doc["answers"]))}
+    """1 if the generated text is one of the answers after SQuAD's normalisation, else 0."""
+    return _match(doc, results, normalize)
+
+
+def trivia_match(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 if the generated text is one of the answers after TriviaQA's normalisation, else 0."""
+    return _match(doc, results, normalize_trivia)
+
+
+def _bare(text: str) -> str:
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def _match(
+    doc: Mapping[str, Any], results: Sequence[str], normalized: Callable[[str], str]
+) -> dict[str, float]:
+    (given,) = map(normalized, results)
+    # An answer of nothing but an article is no answer: silence would be right.
+    return {"exact_match": float(bool(given) and given in map(normalized, doc["answers"]))}
 
 
 def perplexity_weights(

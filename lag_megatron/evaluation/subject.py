@@ -14,7 +14,7 @@ from lag_megatron.checkpoint.hf_export import (
     export_to_transformers,
 )
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
-from lag_megatron.errors import CheckpointError, DataError
+from lag_megatron.errors import CheckpointError, ConfigError, DataError
 from lag_megatron.rundir import RunDirectory
 
 _TOKENIZER = "tokenizer.json"
@@ -61,6 +61,11 @@ def resolve(path: Path) -> Path:
 def as_transformers(path: Path, options: ExportOptions) -> Iterator[Path]:
     """A directory of transformers with the model of ``path``, which :func:`resolve` gave."""
     if hf.looks_like_transformers(path):
+        if options.tokenizer or options.folder:
+            raise ConfigError(
+                f"{path}: is a directory of transformers already, with a tokenizer of its own. "
+                "Leave out --tokenizer and --export-dir."
+            )
         yield path
         return
     with contextlib.ExitStack() as held:

@@ -165,3 +165,8 @@ def test_an_unknown_lag_costs_at_most_the_last_rung() -> None:
     settings = "growth={lag: auto, rungs: [5, 10, 20, 40]}"
     text = describe_run(demo(*FIXED[:2], settings, *FIXED[4:]), world_size=2)
     assert "lag auto, at most 12 x 40 = 480 probe steps" in text
+
+
+def test_sentinels_and_modes_count_in_an_estimated_vocabulary() -> None:
+    config = demo("data.tokenizer={vocab_size: 1024, sentinels: 64}", "data.objective=ul2")
+    assert estimate_vocab_size(config)[0] == 1152  # 1024 + 64 + [R] [S] [X], rounded up

@@ -17,7 +17,7 @@ from lag_megatron.errors import CheckpointError, DataError, RunError
 from lag_megatron.evaluation import harness
 from lag_megatron.evaluation.candidates import kept_states
 from lag_megatron.evaluation.documents import find_file, read_documents
-from lag_megatron.evaluation.scoring import normalize
+from lag_megatron.evaluation.scoring import exact_match, normalize, trivia_match
 from lag_megatron.evaluation.subject import resolve, tokenizer_of
 
 END = "<|endoftext|>"
@@ -63,7 +63,7 @@ def data(tmp_path_factory):
     write_lines(folder / "tydiqa.jsonl", tydi_rows())
     (folder / "wikitext.txt").write_text(" \n" + "".join(PAGES), encoding="utf-8")
     tasks = ("lambada", "triviaqa", "tydiqa", "wikitext")
-    return {task: find_file(task, folder) for task in tasks}
+    return {task: find_file(task, [folder]) for task in tasks}
 
 
 def oracle(*, right):
@@ -160,6 +160,13 @@ def test_answers_are_normalised_as_squad_does(text, same):
     assert normalize(text) == same
 
 
+def test_trivia_takes_marks_for_blanks_and_silence_is_never_right():
+    assert trivia_match({"answers": ["Jean Paul"]}, ["the Jean-Paul"]) == {"exact_match": 1.0}
+    assert exact_match({"answers": ["Jean Paul"]}, ["Jean-Paul"]) == {"exact_match": 0.0}
+    for match in (exact_match, trivia_match):
+        assert match({"answers": ["Vitamin A", "A"]}, [""]) == {"exact_match": 0.0}
+
+
 def primary(language, annotations):
     document = "Zebra é finch. It eats seed."
     spans = [(0, 15), (16, 29)]
@@ -189,7 +196,7 @@ def test_gold_passages_are_derived_from_the_primary_task(tmp_path):
     ]
     with gzip.open(tmp_path / "tydiqa-dev.jsonl.gz", "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    found = read_documents("tydiqa", find_file("tydiqa", tmp_path))
+    found = read_documents("tydiqa", find_file("tydiqa", [tmp_path]))
     assert found.items == [
         {
             "context": "It eats seed.",
@@ -247,11 +254,11 @@ def test_bad_files_are_refused_with_the_form_expected(case, tmp_path):
 
 def test_a_folder_needs_exactly_one_file_of_a_task(tmp_path):
     with pytest.raises(DataError, match="no file for the task lambada"):
-        find_file("lambada", tmp_path)
+        find_file("lambada", [tmp_path])
     for name in ("lambada-a.jsonl", "lambada-b.jsonl"):
         (tmp_path / name).touch()
     with pytest.raises(DataError, match="2 files"):
-        find_file("lambada", tmp_path)
+        find_file("lambada", [tmp_path])
 
 
 def test_without_the_harness_the_command_that_installs_it_is_said(monkeypatch):
