@@ -144,8 +144,11 @@ def _prepare(config: RunConfig, options: argparse.Namespace) -> str:
         lines.append(describe_samples(prepared, config, count=options.show))
     lines.append(f"{prepared.folder}: {prepared.vocab_size:,} tokens in the vocabulary")
     if options.output:
-        paths = shlex.quote(f"data.paths=[{options.output}]")
-        lines.append(f"to train on it: --set data.source=prepared --set {paths}")
+        settings = ["data.source=prepared", f"data.paths=[{options.output}]"]
+        if config.data.mixture:
+            settings.append("data.mixture=[]")
+        given = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
+        lines.append(f"to train on it: {given}")
     return "\n".join(lines)
 
 

@@ -9,12 +9,17 @@ from lag_megatron.config.data import DataConfig, SourceConfig, TokenizerConfig
 from lag_megatron.config.schema import RunConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# Files of a mixture's own folder, where its sources' folders may be made by their names, and the
+# ending of what is being made.
+_TAKEN = ("tokenizer.json", "mixture.json", "meta.json", "draft.json", "lock")
+_UNFINISHED = ".part"
 
 
 def data_problems(config: RunConfig) -> Iterator[str]:
     """Contradictions in the data's settings, one line each."""
     data = config.data
     if data.mixture:
+        yield from _unused(data)
         yield from _mixture(data.mixture)
     else:
         yield from _source(data, "data")
@@ -22,6 +27,17 @@ def data_problems(config: RunConfig) -> Iterator[str]:
         yield f"data.validation_fraction: must be in (0, 1) (got {data.validation_fraction})."
     yield from _tokenizer(data.tokenizer)
     yield from objective_problems(config)
+
+
+def _unused(data: DataConfig) -> Iterator[str]:
+    default = DataConfig()
+    for name in ("source", "paths", "text_key"):
+        got = getattr(data, name)
+        if got != getattr(default, name):
+            yield (
+                f"data.{name}: is not used beside data.mixture, whose sources have their own (got "
+                f"{list(got) if name == 'paths' else got!r}). Remove it, or set data.mixture: []."
+            )
 
 
 def _source(source: DataConfig | SourceConfig, where: str) -> Iterator[str]:
@@ -46,6 +62,11 @@ def _mixture(sources: tuple[SourceConfig, ...]) -> Iterator[str]:
             yield (
                 f"{where}.name: must be letters, digits, '_', '-' and '.', with a letter or digit "
                 f"first: it names a folder (got {source.name!r})."
+            )
+        elif source.name in _TAKEN or source.name.endswith(_UNFINISHED):
+            yield (
+                f"{where}.name: must not be {', '.join(_TAKEN)} or end in {_UNFINISHED}, which are "
+                f"names of the mixture's own files (got {source.name!r})."
             )
         if names.index(source.name) != number:
             yield f"{where}.name: {source.name!r} is taken by another source. Names must differ."

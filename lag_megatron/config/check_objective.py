@@ -93,6 +93,9 @@ def _sentinels(config: RunConfig) -> Iterator[str]:
 
 
 def _made_before(data: DataConfig) -> bool:
-    """Whether the tokenizer comes with prepared text, so that only its folder can tell."""
+    """Whether the tokenizer comes with prepared text, so that only its folder can tell.
+
+    One source of a mixture that is prepared brings the tokenizer of all.
+    """
     kinds = [source.source for source in data.mixture] or [data.source]
-    return all(kind == "prepared" for kind in kinds)
+    return any(kind == "prepared" for kind in kinds)

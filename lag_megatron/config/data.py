@@ -93,8 +93,8 @@ class SourceConfig:
 class DataConfig:
     """Where the text comes from and how it is cut into samples.
 
-    With ``mixture`` samples are drawn from several sources by weight, and ``source``, ``paths`` and
-    ``text_key`` are not used.  A source ``prepared`` is a folder that ``tools/prepare_data.py``
+    With ``mixture`` samples are drawn from several sources by weight; ``source``, ``paths`` and
+    ``text_key`` then belong to its parts.  A source ``prepared`` is a folder that ``tools/prepare_data.py``
     wrote.
     """
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,30 +46,25 @@ class PreparedMixture:
         Raises:
             DataError: if this host does not see a folder, or one is incomplete or damaged.
         """
-        values = read_meta(folder, MIXTURE)
-        try:
-            places = [
-                (s["name"], float(s["weight"]), Path(os.path.normpath(folder / s["folder"])))
-                for s in values["sources"]
-            ]
-            digest, entropy = str(values["digest"]), float(values["unigram_entropy"])
-            tokenizer = str(values["tokenizer"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{folder / MIXTURE}: cannot be read as a mixture: {error!r}. "
-                "Delete the folder and prepare it again."
-            ) from None
-        if checksum(folder / TOKENIZER) != tokenizer:
+        listed = _listed(folder)
+        if checksum(folder / TOKENIZER) != listed.tokenizer:
             raise DataError(
                 f"{folder / TOKENIZER}: its bytes are not those that were written. "
                 f"Delete {folder} and prepare it again."
             )
         sources = tuple(
-            PreparedSource(name=name, weight=weight, data=PreparedData.open(place))
-            for name, weight, place in places
+            PreparedSource(
+                name=name,
+                weight=weight,
+                data=PreparedData.open(_found(listed.places[name], folder)),
+            )
+            for name, weight in listed.weights.items()
         )
         return PreparedMixture(
-            folder=folder, digest=digest, sources=sources, unigram_entropy=entropy
+            folder=folder,
+            digest=listed.digest,
+            sources=sources,
+            unigram_entropy=listed.unigram_entropy,
         )
 
     @property
@@ -137,6 +132,68 @@ def write_mixture(folder: Path, *, digest: str, sources: Sequence[PreparedSource
         ],
     }
     write_atomically(folder / MIXTURE, json.dumps(values, indent=2) + "\n")
+
+
+def require_mixture(folder: Path, *, digest: str) -> None:
+    """Refuse a complete folder of another mixture.
+
+    Raises:
+        DataError: with both digests.
+    """
+    found = _listed(folder).digest
+    if found != digest:
+        raise DataError(
+            f"{folder}: holds another mixture: a source, a weight, the tokenizer or a setting "
+            f"differs ({found} there, {digest} wanted). Give another folder, or delete this one."
+        )
+
+
+def has_places(folder: Path, sources: Mapping[str, Path]) -> bool:
+    """Whether a complete mixture names these folders of its sources, by name of the source."""
+    places = _listed(folder).places
+    return all(places.get(name) == _place(place, folder) for name, place in sources.items())
+
+
+def write_places(folder: Path, sources: Mapping[str, Path]) -> None:
+    """Name in a complete mixture the folders where the same sources are now, by name."""
+    values = read_meta(folder, MIXTURE)
+    for source in values["sources"]:
+        if source["name"] in sources:
+            source["folder"] = _place(sources[source["name"]], folder)
+    write_atomically(folder / MIXTURE, json.dumps(values, indent=2) + "\n")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Listed:
+    """What mixture.json says; weights and places by name of the source, places as written."""
+
+    digest: str
+    unigram_entropy: float
+    tokenizer: str
+    weights: dict[str, float]
+    places: dict[str, str]
+
+
+def _listed(folder: Path) -> _Listed:
+    values = read_meta(folder, MIXTURE)
+    try:
+        return _Listed(
+            digest=str(values["digest"]),
+            unigram_entropy=float(values["unigram_entropy"]),
+            tokenizer=str(values["tokenizer"]),
+            weights={str(s["name"]): float(s["weight"]) for s in values["sources"]},
+            places={str(s["name"]): str(s["folder"]) for s in values["sources"]},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{folder / MIXTURE}: cannot be read as a mixture: {error!r}. "
+            "Delete the folder and prepare it again."
+        ) from None
+
+
+def _found(place: str, mixture: Path) -> Path:
+    """Where a source is; a relative place is one from the mixture's folder, not from a link."""
+    return Path(os.path.normpath(mixture.resolve() / place))
 
 
 def _place(source: Path, mixture: Path) -> str:

@@ -20,34 +20,28 @@ _UNMARKED = "draft.part"
 
 
 @contextlib.contextmanager
-def held(folder: Path, *, digest: str) -> Iterator[Path]:
+def held(folder: Path, *, digest: str, complete: Path | None = None) -> Iterator[Path]:
     """A folder to make something in, alone, that outlives a kill; the next call goes on with it.
 
     Args:
         folder: made if it is not there.
         digest: of what is made; a folder that was begun for something else is refused.
+        complete: the file that is in the folder once it is complete, perhaps by the process that
+            we waited for: then the caller looks itself at what is there, alone as well.
 
     Raises:
         DataError: if the folder holds what this program did not begin with this digest.
     """
+    _require_own(folder, complete)  # a folder that is refused is left without our lock
     with _locked(folder):
-        marker, own = folder / _MARKER, (_LOCK, _UNMARKED)
-        if marker.is_file():
-            begun = _digest_of(marker)
-            if begun != digest:
-                raise DataError(
-                    f"{folder}: half-written, from other text or settings ({begun} then, {digest} "
-                    "now). Start what was begun there again, or delete the folder."
-                )
-        elif others := sorted(p.name for p in folder.iterdir() if p.name not in own):
-            raise DataError(
-                f"{folder}: holds files that are not prepared data ({', '.join(others[:3])}). "
-                "Give a folder that is new or empty."
-            )
-        else:
-            part = folder / _UNMARKED
-            part.write_text(json.dumps({"digest": digest}), encoding="utf-8")
-            part.rename(marker)
+        if complete is not None and complete.is_file():
+            try:
+                yield folder
+            finally:
+                finish(folder)
+            return
+        _require_own(folder, complete)
+        _begin(folder, digest)
         yield folder
 
 
@@ -93,8 +87,52 @@ def foreign(target: Path) -> DataError:
 
 
 def remove(folder: Path) -> None:
-    """Remove a held folder, whose content has been published."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove a held folder, whose content has been published.
+
+    Its marker and lock go last: nobody ever sees there files of unknown origin.
+    """
+    last = (_MARKER, _LOCK)
+    for path in (folder / name for name in (*(_names(folder) - set(last)), *last)):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            # What cannot be removed only takes room; another process may be removing it, too.
+            with contextlib.suppress(OSError):
+                path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _require_own(folder: Path, complete: Path | None) -> None:
+    names = _names(folder)
+    # Another process may be at work: what is asked is one look at the names, for it removes the
+    # marker after the rest; and only then the file, for it is there before the marker goes.
+    if _MARKER in names or (complete is not None and complete.is_file()):
+        return
+    if others := sorted(names - {_LOCK, _UNMARKED}):
+        raise DataError(
+            f"{folder}: holds files that are not prepared data ({', '.join(others[:3])}). "
+            "Give a folder that is new or empty."
+        )
+
+
+def _begin(folder: Path, digest: str) -> None:
+    marker, part = folder / _MARKER, folder / _UNMARKED
+    if not marker.is_file():
+        part.write_text(json.dumps({"digest": digest}), encoding="utf-8")
+        part.rename(marker)
+    elif (begun := _digest_of(marker)) != digest:
+        raise DataError(
+            f"{folder}: half-written, from other text or settings ({begun} then, {digest} now). "
+            "Start what was begun there again, or delete the folder."
+        )
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
 
 
 def _digest_of(marker: Path) -> str:
@@ -109,7 +147,11 @@ def _locked(folder: Path) -> Iterator[None]:
     """Wait for the process that is at work there, if any."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / _LOCK).open("a") as lock:
+        try:
+            opened = (folder / _LOCK).open("a")
+        except FileNotFoundError:  # whoever was at work there has removed the folder just now
+            continue
+        with opened as lock:
             _wait_for(lock, folder)
             # Whoever was waited for may have removed the folder, and the lock with it.
             if _is_at(lock, folder / _LOCK):

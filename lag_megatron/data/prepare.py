@@ -1,7 +1,7 @@
 """From sources of text to prepared folders, made once and kept."""
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,15 @@ import numpy as np
 
 from lag_megatron.config import DataConfig
 from lag_megatron.data import draft
-from lag_megatron.data.blended import MIXTURE, Prepared, PreparedMixture, write_mixture
+from lag_megatron.data.blended import (
+    MIXTURE,
+    Prepared,
+    PreparedMixture,
+    has_places,
+    require_mixture,
+    write_mixture,
+    write_places,
+)
 from lag_megatron.data.build import build_folder, validation_mask
 from lag_megatron.data.corpus import Corpus, open_corpus
 from lag_megatron.data.prepared import META, TOKENIZER, PreparedData, PreparedSource
@@ -78,7 +86,9 @@ class _Job:
 def _prepare_source(job: _Job) -> Prepared:
     config = job.config
     if config.source == "prepared":
-        return _already_prepared(config.paths, job, "data")
+        prepared = _already_prepared(config.paths, job, "data")
+        _common_tokenizer(config, {"data.paths": prepared.sources[0].data}, "data")
+        return prepared
     corpus = open_corpus(config, workers=job.pool, chunk_bytes=job.chunk_bytes)
     validation = validation_mask(corpus, config)
     ready = tokenizer_file(config)
@@ -97,17 +107,20 @@ def _prepare_source(job: _Job) -> Prepared:
 def _prepare_mixture(job: _Job) -> PreparedMixture:
     config = job.config
     ready, corpora, masks = _open_sources(job)
-    tokenizer = _common_tokenizer(config, ready)
+    tokenizer = _common_tokenizer(config, ready, "data.mixture")
     contents = {name: data.digest for name, data in ready.items()}
     contents |= {name: corpus.content_hash for name, corpus in corpora.items()}
     listed = [(source.name, source.weight, contents[source.name]) for source in config.mixture]
     digest = shaping_digest(config, content=listed, tokenizer=tokenizer)
     folder = job.output or job.cache_dir / digest
-    if (folder / MIXTURE).is_file():
-        return _complete_mixture(folder, digest)
-    with draft.held(folder, digest=digest):
-        if (folder / MIXTURE).is_file():  # by the process that we waited for
-            return _complete_mixture(folder, digest)
+    places = {name: data.folder for name, data in ready.items()}
+    if _is_complete(folder, digest, places):
+        return PreparedMixture.open(folder)
+    with draft.held(folder, digest=digest, complete=folder / MIXTURE):
+        if (folder / MIXTURE).is_file():  # by the process that we waited for, or of moved sources
+            if not _is_complete(folder, digest, places):
+                write_places(folder, places)
+            return PreparedMixture.open(folder)
         if not (folder / TOKENIZER).is_file():
             weights = [source.weight for source in config.mixture if source.name in corpora]
             made = tokenizer or train_on(
@@ -160,15 +173,16 @@ def _build_sources(
     return built
 
 
-def _complete_mixture(folder: Path, digest: str) -> PreparedMixture:
-    mixture = PreparedMixture.open(folder)
-    if mixture.digest != digest:
-        raise DataError(
-            f"{folder}: holds another mixture: a source, a weight, the tokenizer or a setting "
-            f"differs ({mixture.digest} there, {digest} wanted). Give another folder, or delete "
-            "this one."
-        )
-    return mixture
+def _is_complete(folder: Path, digest: str, places: Mapping[str, Path]) -> bool:
+    """Whether the mixture is there and knows where the sources are that were prepared before.
+
+    Raises:
+        DataError: if it is another mixture.
+    """
+    if not (folder / MIXTURE).is_file():
+        return False
+    require_mixture(folder, digest=digest)
+    return has_places(folder, places)
 
 
 def _already_prepared(paths: Sequence[str], job: _Job, where: str) -> Prepared:
@@ -203,23 +217,36 @@ def _one_folder(prepared: Prepared, where: str) -> PreparedData:
     return prepared
 
 
-def _common_tokenizer(config: DataConfig, ready: dict[str, PreparedData]) -> Tokenizer | None:
+def _common_tokenizer(
+    config: DataConfig, ready: Mapping[str, PreparedData], where: str
+) -> Tokenizer | None:
     """The tokenizer that is given, by a file or by sources that are prepared; None is none.
 
     Raises:
         DataError: if they differ.
     """
     given = tokenizer_file(config)
-    found = {name: data.tokenizer_digest for name, data in ready.items()}
+    digests = {data.tokenizer_digest for data in ready.values()}
     if given is not None:
-        found["data.tokenizer.path"] = given.digest
-    if len(set(found.values())) > 1:
-        listed = ", ".join(f"{name} {digest[:12]}" for name, digest in found.items())
+        digests.add(given.digest)
+    if len(digests) > 1:
+        found = {name: data.tokenizer() for name, data in ready.items()}
+        if given is not None:
+            found["data.tokenizer.path"] = given
+        listed = "; ".join(f"{name}: {_described(each)}" for name, each in found.items())
         raise DataError(
-            f"data.mixture: the sources' tokenizers differ ({listed}). Prepare all with one "
-            "tokenizer: tools/prepare_data.py --tokenizer FOLDER/tokenizer.json."
+            f"{where}: the tokenizers differ ({listed}). Prepare all texts by "
+            "tools/prepare_data.py with the same --tokenizer FOLDER/tokenizer.json and the same "
+            "--sentinels, and give data.tokenizer that file and number, or leave it out."
         )
     return given or next((data.tokenizer() for data in ready.values()), None)
+
+
+def _described(tokenizer: Tokenizer) -> str:
+    return (
+        f"{tokenizer.vocab_size} tokens with {len(tokenizer.sentinels)} sentinels, digest "
+        f"{tokenizer.digest[:12]}"
+    )
 
 
 def _as_sentences(config: DataConfig) -> bool:

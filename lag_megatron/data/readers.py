@@ -167,6 +167,10 @@ def _value_of(line: bytes, text_key: str, where: Callable[[], str]) -> str:
     if not isinstance(text, str):
         got = f"{type(text).__name__} under {text_key!r}" if text_key in value else "no such key"
         raise DataError(f"{where()}: got {got}. {expected}")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{where()}: half a surrogate pair in the text. Mend or remove it.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{where()}: half a surrogate pair in the text. Mend or remove it."
+        ) from None
     return text

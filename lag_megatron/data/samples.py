@@ -85,11 +85,6 @@ class Epochs:
         self._open: dict[int, Samples] = {}
         self.samples_per_epoch = len(self._epoch(0))
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the text."""
-        return int(self._documents.sequence_lengths.sum(dtype="int64"))
-
     def sample(self, epoch: int, index: int) -> dict[str, torch.Tensor]:
         """Return sample ``index`` of pass ``epoch``."""
         return self._epoch(epoch)[index]

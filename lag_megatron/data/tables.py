@@ -1,5 +1,6 @@
 """Tables of text: Parquet, and Arrow as ``datasets`` saves it, read with pyarrow."""
 
+import contextlib
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,25 +50,18 @@ def table_texts(
             yield from _texts_of(path, column, values, row)
 
 
-class _Explained:
+@contextlib.contextmanager
+def _explained(path: Path, kind: str) -> Iterator[None]:
     """Turns what pyarrow raises about a file into our error."""
-
-    def __init__(self, path: Path, kind: str) -> None:
-        self._path, self._kind = path, "Parquet" if kind == "parquet" else "Arrow"
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        arrow = pyarrow(wanted_for=str(self._path))
-        if isinstance(error, OSError | arrow.ArrowException):
-            raise DataError(
-                f"{self._path}: cannot be read as {self._kind}: {error}. It may be truncated; "
-                "fetch or write it again."
-            ) from error
-
-
-_explained = _Explained
+    arrow = pyarrow(wanted_for=str(path))
+    try:
+        yield
+    except (OSError, arrow.ArrowException) as error:
+        form = "Parquet" if kind == "parquet" else "Arrow"
+        raise DataError(
+            f"{path}: cannot be read as {form}: {error}. It may be truncated; fetch or write it "
+            "again."
+        ) from error
 
 
 class _Parquet:

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -92,7 +93,8 @@ def _start_quietly() -> None:
 
 
 def _begin_worker() -> None:
-    """One thread a worker, and no worker without its parent."""
+    """One thread a worker, and no worker without its parent, which alone answers to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,10 +1,17 @@
 """Several sources with one tokenizer, drawn from by weight."""
 
+import contextlib
+import fcntl
 import json
 import random
+import shutil
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
 import pytest
 import torch
@@ -19,8 +26,11 @@ from lag_megatron.data import (
     ValidationData,
     load_tokenizer,
     open_prepared,
+    prepare,
     prepare_data,
 )
+from lag_megatron.data.blended import MIXTURE
+from lag_megatron.data.prepared import TOKENIZER
 from lag_megatron.errors import ConfigError, DataError
 from lag_megatron.report import report_data, write_report
 
@@ -145,6 +155,80 @@ def test_a_mixture_is_opened_again(
     assert again.facts() == mixture.facts()
 
 
+def test_a_source_that_was_moved_is_found_again(
+    config: DataConfig, mixture: PreparedMixture, tmp_path: Path
+) -> None:
+    cache, old = tmp_path / "runs" / "cache", tmp_path / "old"
+    shutil.copytree(mixture.sources[0].data.folder, old)
+
+    def prepare(place: Path) -> PreparedMixture:
+        ready = replace(config.mixture[0], source="prepared", paths=(str(place),))
+        made = prepare_data(replace(config, mixture=(ready, *config.mixture[1:])), cache_dir=cache)
+        assert isinstance(made, PreparedMixture)
+        assert sorted(path.name for path in made.folder.iterdir()) == [MIXTURE, TOKENIZER]
+        return made
+
+    before = prepare(old)
+    text = (before.folder / MIXTURE).read_text()
+    new = old.rename(tmp_path / "new")
+    after = prepare(new)
+    assert after.folder == before.folder
+    assert after.digest == before.digest
+    assert [source.data.folder for source in after.sources] == [
+        new, *(source.data.folder for source in before.sources[1:])
+    ]  # fmt: skip
+    assert (after.folder / MIXTURE).read_text() == text.replace(str(old), str(new))
+    link = tmp_path / "link"
+    link.symlink_to(after.folder)
+    assert open_prepared(link).sources == after.sources
+
+
+def test_two_processes_prepare_one_mixture(config: DataConfig, tmp_path: Path) -> None:
+    """The second finds at its turn what the first has made, whenever it comes."""
+    cache, failures, waiting = tmp_path / "cache", [], threading.Event()
+    held = prepare.draft.held
+
+    @contextlib.contextmanager
+    def slow(folder: Path, *, digest: str, complete: Path) -> Iterator[Path]:
+        with held(folder, digest=digest, complete=complete) as made:
+            if not complete.is_file():
+                assert waiting.wait(60)
+            yield made
+
+    def work() -> None:
+        try:
+            prepare_data(config, cache_dir=cache)
+        except Exception as error:
+            failures.append(error)
+
+    def wait_for(lock: IO[str], folder: Path) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting.set()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare.draft, "_wait_for", wait_for)
+        patch.setattr(prepare, "draft", SimpleNamespace(held=slow, finish=prepare.draft.finish))
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(100)
+    assert failures == []
+    assert waiting.is_set()
+    (folder,) = (path.parent for path in cache.glob(f"*/{MIXTURE}"))
+    assert sorted(path.name for path in folder.iterdir()) == [MIXTURE, TOKENIZER]
+
+
+def test_a_folder_that_is_refused_is_left_as_it_was(config: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"holds files that are not prepared data \(notes\.txt\)"):
+        prepare_data(config, cache_dir=tmp_path, output=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_prepared_sources_bring_their_tokenizer(
     config: DataConfig, mixture: PreparedMixture, tmp_path: Path
 ) -> None:
@@ -163,8 +247,17 @@ def test_prepared_sources_bring_their_tokenizer(
     other = prepare_data(alone, cache_dir=tmp_path)
     assert load_tokenizer(other.tokenizer_path).digest != mixture.tokenizer().digest
     strange = SourceConfig(name="papers", weight=1, paths=(str(other.folder),))
-    with pytest.raises(DataError, match=r"the sources' tokenizers differ \(code \w+, wiki"):
+    differ = (
+        r"data\.mixture: the tokenizers differ \(code: 257 tokens with 0 sentinels, digest \w+; "
+        r"wiki: .*; papers: 2\d\d tokens .* the same --tokenizer .* and the same --sentinels"
+    )
+    with pytest.raises(DataError, match=differ):
         prepare_data(replace(config, mixture=(*ready, strange)), cache_dir=tmp_path)
+    single = DataConfig(source="prepared", paths=strange.paths, tokenizer=file)
+    with pytest.raises(DataError, match=r"data: .* \(data\.paths: .*; data\.tokenizer\.path: 257"):
+        prepare_data(single, cache_dir=tmp_path)
+    suits = replace(single, paths=ready[0].paths)
+    assert prepare_data(suits, cache_dir=tmp_path) == mixture.sources[0].data
     nested = SourceConfig(name="all", weight=1, paths=(str(mixture.folder),))
     with pytest.raises(DataError, match=r"data\.mixture\.all\.paths: .* is a mixture itself"):
         prepare_data(replace(config, mixture=(nested,)), cache_dir=tmp_path)
@@ -189,7 +282,10 @@ def test_settings_of_a_mixture_are_checked() -> None:
         source("b", 1, paths=["x", "y"]),
         source("c", 1, source="stdlib"),
         source("d", 1, source="jsonl", paths=[]),
+        source("tokenizer.json", 1),
+        source("d.part", 1),
     ]
+    tree["data"] |= {"source": "jsonl", "paths": ["x"], "text_key": "body"}
     with pytest.raises(ConfigError) as raised:
         parse_config(tree)
     for line in (
@@ -199,6 +295,11 @@ def test_settings_of_a_mixture_are_checked() -> None:
         "data.mixture.2.paths: the source 'prepared' is one folder (got ['x', 'y'])",
         "data.mixture.3.paths: the source 'stdlib' takes no paths",
         "data.mixture.4.paths: the source 'jsonl' needs at least one file",
+        "data.mixture.5.name: must not be tokenizer.json, mixture.json",
+        "data.mixture.6.name: must not be tokenizer.json, mixture.json",
+        "data.source: is not used beside data.mixture, whose sources have their own (got 'jsonl')",
+        "data.paths: is not used beside data.mixture, whose sources have their own (got ['x'])",
+        "data.text_key: is not used beside data.mixture",
     ):
         assert line in str(raised.value)
 

@@ -10,7 +10,14 @@ import torch
 from conftest import pico_config
 from sample_text import stories
 
-from lag_megatron.config import DataConfig, MlmConfig, RunConfig, TokenizerConfig, Ul2Config
+from lag_megatron.config import (
+    DataConfig,
+    MlmConfig,
+    RunConfig,
+    SourceConfig,
+    TokenizerConfig,
+    Ul2Config,
+)
 from lag_megatron.config.check import problems_of
 from lag_megatron.data import Feed, Prepared, prepare_data
 from lag_megatron.data.show import describe_samples
@@ -206,5 +213,13 @@ def test_settings_that_cannot_work(data: dict, model: dict, message: str) -> Non
 @pytest.mark.parametrize("objective", ["mlm", "ul2"])
 def test_only_a_prepared_folder_tells_its_tokenizer(objective: str) -> None:
     data = DataConfig(source="prepared", paths=("folder",), objective=objective)
-    problems = problems_of(dataclasses.replace(pico_config(), data=data))
-    assert not [problem for problem in problems if "data.tokenizer" in problem]
+    ready = SourceConfig(name="ready", weight=1, paths=("folder",))
+    lines = SourceConfig(name="lines", weight=1, source="jsonl", paths=("x",))
+    mixed = DataConfig(mixture=(lines, ready), objective=objective)
+    for known in (data, mixed):
+        problems = problems_of(dataclasses.replace(pico_config(), data=known))
+        assert not [problem for problem in problems if "data.tokenizer" in problem]
+    problems = problems_of(
+        dataclasses.replace(pico_config(), data=dataclasses.replace(mixed, mixture=(lines,)))
+    )
+    assert [problem for problem in problems if "data.tokenizer" in problem]

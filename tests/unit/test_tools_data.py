@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -144,3 +145,10 @@ def test_a_runs_mixture_goes_where_the_run_looks(
     made = prepare_data(load_config(path).data, cache_dir=cache)
     assert checksums(cache) == before
     assert [source.name for source in made.sources] == ["lines", "notes"]
+    command = ["--config", str(path), "--cache", str(cache), "--workers", "1"]
+    assert tool.main([*command, "--output", str(tmp_path / "out")]) == 0
+    _, hint = capsys.readouterr().out.split("to train on it: ")
+    assert "--set 'data.mixture=[]'" in hint
+    settings = [word for word in shlex.split(hint) if word != "--set"]
+    again = prepare_data(load_config(path, overrides=settings).data, cache_dir=cache)
+    assert again.digest == made.digest
