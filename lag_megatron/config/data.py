@@ -94,8 +94,8 @@ class DataConfig:
     """Where the text comes from and how it is cut into samples.
 
     With ``mixture`` samples are drawn from several sources by weight; ``source``, ``paths`` and
-    ``text_key`` then belong to its parts.  A source ``prepared`` is a folder that ``tools/prepare_data.py``
-    wrote.
+    ``text_key`` then belong to its parts.  A source ``prepared`` is a folder that
+    ``tools/prepare_data.py`` wrote.
     """
 
     __pydantic_config__ = FORBID
