@@ -140,6 +140,7 @@ def test_ranks_end_when_their_launcher_is_gone(tiny, tmp_path):
     assert (run_dir / "stage00" / "latest").is_file()
 
 
+@pytest.mark.slow  # it waits out the lock's patience
 def test_a_second_writer_is_refused(tiny, tmp_path):
     run_dir = tmp_path / "shared"
     first = start(tiny, run_dir, "--set", "stages=[{steps: 4000}]")

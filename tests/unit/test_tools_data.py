@@ -63,6 +63,7 @@ def test_it_says_what_it_made(text: Path, whole: Path, capsys: pytest.CaptureFix
     assert checksums(whole) == before
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_workers_and_kills_do_not_change_a_byte(text: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
