@@ -87,10 +87,10 @@ def test_tensor_parallel_ranks_hold_the_whole_model_once_and_the_norms_twice() -
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    torch = pytest.importorskip("torch")
-    parallel_state = pytest.importorskip("megatron.core.parallel_state")
-    if torch.distributed.is_initialized():
-        pytest.skip("another test's process group is up")
+    import torch
+    from megatron.core import parallel_state
+
+    assert not torch.distributed.is_initialized(), "another test left its process group"
     store: Path = tmp_path_factory.mktemp("store") / "store"
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=0, world_size=1
