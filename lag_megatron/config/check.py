@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from lag_megatron.config.check_data import data_problems
 from lag_megatron.config.check_model import model_problems
 from lag_megatron.config.check_optimizer import optimizer_problems
+from lag_megatron.config.check_stages import position_problems
 from lag_megatron.config.model import ParallelConfig
 from lag_megatron.config.schema import GrowthConfig, PoolConfig, RunConfig
 from lag_megatron.errors import ConfigError
@@ -20,6 +21,7 @@ def problems_of(config: RunConfig) -> list[str]:
         *data_problems(config),
         *optimizer_problems(config),
         *_stages(config),
+        *position_problems(config),
     ]
 
 
@@ -110,11 +112,7 @@ def _parallel(parallel: ParallelConfig) -> Iterator[str]:
 
 
 def _stages(config: RunConfig) -> Iterator[str]:
-    if not config.stages:
-        yield "stages: at least one stage is needed, e.g. [{steps: 600}]."
     for number, stage in enumerate(config.stages):
-        if stage.steps <= 0:
-            yield f"stages.{number}.steps: must be above 0 (got {stage.steps})."
         layers = config.layers_of(number)
         if number == 0:
             if layers != config.model.num_layers:

@@ -22,7 +22,9 @@ _WORDS = {
 }
 
 
-def explain(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
+def explain(
+    error: ValidationError, tree: Mapping[str, Any], *, schema: Any = RunConfig
+) -> list[str]:
     """What pydantic found wrong with ``tree``: path, value, what is allowed, nearest known key.
 
     A value that fits no member of a union is one mistake, and so is a mistake in the global
@@ -32,12 +34,12 @@ def explain(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
     for problem in error.errors():
         location = problem["loc"]
         if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            found[location] = _unknown_key(location, problem["input"])
+            found[location] = _unknown_key(location, problem["input"], schema)
         elif problem["type"] in ("missing", "missing_argument"):
             found[location] = "required, but not given."
         else:
-            location, schema = _walk(location)
-            found[location] = f"must be {_allowed(schema)} (got {_value(tree, location)!r})."
+            location, kind = _walk(location, schema)
+            found[location] = f"must be {_allowed(kind)} (got {_value(tree, location)!r})."
     return [
         f"{'.'.join(map(str, location))}: {text}"
         for location, text in found.items()
@@ -45,20 +47,19 @@ def explain(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _unknown_key(location: Location, value: Any) -> str:
-    _, schema = _walk(location[:-1])
-    known = [f.name for f in dataclasses.fields(_without_none(schema))]
+def _unknown_key(location: Location, value: Any, schema: Any) -> str:
+    _, parent = _walk(location[:-1], schema)
+    known = [f.name for f in dataclasses.fields(_without_none(parent))]
     near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown key (got {value!r}).{hint} Known keys: {', '.join(known)}."
 
 
-def _walk(location: Location) -> tuple[Location, Any]:
+def _walk(location: Location, schema: Any) -> tuple[Location, Any]:
     """The part of ``location`` that addresses a value, and the type the schema gives it.
 
     Below a union pydantic adds the name of the member it tried, which is no part of the path.
     """
-    schema: Any = RunConfig
     for depth, part in enumerate(location):
         child = _child(_without_none(schema), part)
         if child is None:

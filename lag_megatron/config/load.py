@@ -13,8 +13,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from lag_megatron.config.check import problems_of
+from lag_megatron.config.check_stages import length_problems
 from lag_megatron.config.explain import explain
+from lag_megatron.config.positions import in_steps
 from lag_megatron.config.schema import RunConfig
+from lag_megatron.config.stacking import expand_stages
 from lag_megatron.errors import ConfigError
 
 Tree = dict[str, Any]
@@ -38,12 +41,19 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
 
 def parse_config(tree: Tree, *, source: str = "configuration") -> RunConfig:
     """Check a plain mapping and turn it into a :class:`RunConfig`."""
+    tree, wrong = expand_stages(tree)
     tree = _merge_stage_growth(tree)
+    if wrong:  # the rest is looked at without stages, so that every mistake is told at once
+        tree = {**tree, "stages": [{"steps": 1}]}
     try:
         config = TypeAdapter(RunConfig).validate_python(tree)
     except ValidationError as error:
-        raise ConfigError(_block(source, explain(error, tree))) from None
-    if lines := problems_of(config):
+        raise ConfigError(_block(source, [*wrong, *explain(error, tree)])) from None
+    if wrong:
+        raise ConfigError(_block(source, wrong))
+    lines = list(length_problems(config))
+    config = in_steps(config)
+    if lines := [*lines, *problems_of(config)]:
         raise ConfigError(_block(source, lines))
     return config
 

@@ -1,6 +1,21 @@
-"""Where each stage stands in the learning rate's schedule."""
+"""How long each stage is, and where it stands in the learning rate's schedule."""
+
+from dataclasses import replace
 
 from lag_megatron.config.schema import RunConfig
+
+
+def in_steps(config: RunConfig) -> RunConfig:
+    """``config`` with the length of every stage in steps."""
+    # At least 1: a batch of none is refused afterwards, in words.
+    per_step = max(1, config.parallel.global_batch * config.model.seq_length)
+    stages = tuple(
+        stage
+        if stage.tokens is None
+        else replace(stage, steps=-(-stage.tokens // per_step), tokens=None)
+        for stage in config.stages
+    )
+    return replace(config, stages=stages)
 
 
 def start_positions(config: RunConfig) -> tuple[int, ...]:
@@ -13,7 +28,10 @@ def start_positions(config: RunConfig) -> tuple[int, ...]:
     positions: list[int] = []
     position = 0
     for stage in config.stages:
-        position = position if stage.schedule_position is None else stage.schedule_position
+        if stage.schedule_position is not None:
+            position = stage.schedule_position
+        elif stage.rewind is not None:
+            position = round(position / stage.rewind)
         positions.append(position)
         position += stage.steps
     return tuple(positions)

@@ -33,7 +33,7 @@ class PoolConfig:
         "llama_pro",
         "post_ln_identity",
     ] = "lag"
-    index: Literal["all"] | int | tuple[int, ...] = "all"
+    index: Literal["all", "even"] | int | tuple[int, ...] = "all"
     block_size: Literal["all"] | int | tuple[int, ...] = "all"
     init: tuple[Literal["duplicate", "random"], ...] = ("random", "duplicate")
     scale: tuple[float, ...] = (1.0,)
@@ -100,13 +100,24 @@ class GrowthConfig:
 class StageConfig:
     """A stage trains one shape; ``growth`` is the event before it (default: the global one).
 
-    ``schedule_position`` puts the stage's first step at that step of the learning rate's schedule
-    (Staged Training's rewind to where the target run would be); null goes on from the one before.
+    Attributes:
+        steps: how long; with ``until_slope`` at most.
+        tokens: instead of ``steps``, which become as many as give at least that many tokens.
+        until_slope: ends the stage at the first validation at which the measured slope
+            d log loss / d log compute has risen to this value (Staged Training's tau: Shen et al.
+            2022, arXiv 2203.06211, section 4); below 0.
+        schedule_position: the step of the learning rate's schedule at which the stage begins; null
+            goes on from the stage before.
+        rewind: begins at the position where the stage before ended divided by this (Staged
+            Training's rho: where a model trained at the new size from the start has that loss).
     """
 
     __pydantic_config__ = FORBID
-    steps: int
+    steps: int = 0
+    tokens: int | None = None
+    until_slope: float | None = None
     schedule_position: int | None = None
+    rewind: float | None = None
     num_layers: int | None = None
     growth: GrowthConfig | None = None
 

@@ -88,5 +88,5 @@ def _lag_options(
 
 def _chosen(wanted: str | int | tuple[int, ...], feasible: Iterable[int]) -> Iterable[int]:
     if isinstance(wanted, str):
-        return feasible
+        return feasible if wanted == "all" else [value for value in feasible if value % 2 == 0]
     return (wanted,) if isinstance(wanted, int) else dict.fromkeys(wanted)

@@ -185,12 +185,12 @@ def test_missing_keys():
         ("growth.pool.options=x", "growth.pool.options: must be a mapping (got 'x')."),
         (
             "growth.pool.index=foo",
-            "growth.pool.index: must be 'all', a whole number or a list of whole numbers "
+            "growth.pool.index: must be 'all' or 'even', a whole number or a list of whole numbers "
             "(got 'foo').",
         ),
         (
             "growth.pool.index=[0, foo]",
-            "growth.pool.index: must be 'all', a whole number or a list of whole numbers "
+            "growth.pool.index: must be 'all' or 'even', a whole number or a list of whole numbers "
             "(got [0, 'foo']).",
         ),
     ],
