@@ -21,9 +21,8 @@ from lag_megatron.schedule import (
     stage_flops,
     state_bytes_per_parameter,
     tokens_per_step,
-    training_flops_per_token,
-    validation_flops_per_token,
 )
+from lag_megatron.search_cost import search_cost, training_flops
 from lag_megatron.selection import planned
 
 VOCAB_MULTIPLE = 128
@@ -49,7 +48,7 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
             (f"growth {stage}", _growth(config, stage, pool=pool, vocab_size=vocab_size))
             for stage, pool in pools.items()
         ),
-        *([("all growths", _total_cost(config, pools))] if len(pools) > 1 else []),
+        *([("whole schedule", _schedule(config, pools, vocab_size=vocab_size))] if pools else []),
         ("learning rate", rate_curve(config)),
     ]
     return "\n\n".join("\n".join((f"== {title} ==", *lines)) for title, lines in sections) + "\n"
@@ -138,7 +137,9 @@ def _stages(config: RunConfig, *, vocab_size: int, origin: str) -> Iterator[str]
             str(number), str(layers), f"{parameters:,}", stage.steps, stage.steps * per_step, flops
         )
     steps = config.total_steps
-    yield _stage_row("all", "", "", steps, steps * per_step, _run_flops(config, vocab_size))
+    yield _stage_row(
+        "all", "", "", steps, steps * per_step, training_flops(config, vocab_size=vocab_size)
+    )
     yield (
         f"{per_step:,} tokens a step. FLOPs: 6 x matrix parameters with the output layer "
         "+ causal attention, a token;"
@@ -209,32 +210,25 @@ def _lag_cost(config: RunConfig, stage: int, *, candidates: int, vocab_size: int
     if candidates == 1:
         yield "A pool of one: nothing is compared, no extra steps."
         return
-    layers = config.layers_of(stage)
-    per_step = tokens_per_step(config) * training_flops_per_token(
-        config, num_layers=layers, vocab_size=vocab_size
-    )
-    per_evaluation = config.data.validation_tokens * validation_flops_per_token(
-        config, num_layers=layers, vocab_size=vocab_size
-    )
-    steps, kept = _probe_steps(config, stage, candidates=candidates)
-    extra = steps - kept
-    evaluations = candidates * len(growth.evaluation_steps())
-    run = _run_flops(config, vocab_size)
+    cost = search_cost(config, stage, candidates=candidates, vocab_size=vocab_size)
+    run = training_flops(config, vocab_size=vocab_size)
     continuation = stage_flops(config, stage, vocab_size=vocab_size)
     yield (
-        f"{_rule(config, stage, candidates)} = {steps:,} probe steps; the winner's {kept} go on, "
-        "so LAG costs"
+        f"{_rule(config, stage, candidates)} = {cost.probe_steps:,} probe steps; the winner's "
+        f"{cost.kept_steps} go on, so LAG costs"
     )
     yield (
-        f"  {extra:,} extra steps = {extra / config.total_steps:.1%} of the run's, "
-        f"{extra / config.stages[stage].steps:.1%} of the stage's that follows;"
+        f"  {cost.extra_steps:,} extra steps = {cost.extra_steps / config.total_steps:.1%} of the "
+        f"run's, {cost.extra_steps / config.stages[stage].steps:.1%} of the stage's that follows;"
     )
-    training, validation = extra * per_step, evaluations * per_evaluation
     yield (
-        f"  {training:.3e} FLOPs of training = {training / run:.1%} of the run's, "
-        f"{training / continuation:.1%} of the stage's;"
+        f"  {cost.training_flops:.3e} FLOPs of training = {cost.training_flops / run:.1%} of the "
+        f"run's, {cost.training_flops / continuation:.1%} of the stage's;"
     )
-    yield f"  {validation:.3e} FLOPs in {evaluations:,} evaluations = {validation / run:.1%}."
+    yield (
+        f"  {cost.validation_flops:.3e} FLOPs in {cost.evaluations:,} evaluations = "
+        f"{cost.validation_flops / run:.1%}."
+    )
     if growth.rule == "halving" and not growth.exhaustive:
         yield (
             f"  More, up to {candidates} x {growth.last_rung} steps, where rankings are not yet "
@@ -256,28 +250,40 @@ def _rule(config: RunConfig, stage: int, candidates: int) -> str:
     return f"Rule halving, eta {growth.eta}: {', '.join(parts)}"
 
 
-def _probe_steps(config: RunConfig, stage: int, *, candidates: int) -> tuple[int, int]:
-    """Probe steps of all candidates, and the winner's, which are the run's own."""
-    growth = config.growth_before(stage)
-    if growth.exhaustive:
-        return candidates * config.stages[stage].steps, config.stages[stage].steps
-    steps = before = 0
-    for rung, left in planned(growth, candidates=candidates):
-        steps += left * (rung - before)
-        before = rung
-    return steps, before
-
-
-def _total_cost(config: RunConfig, pools: Mapping[int, Sequence[Candidate]]) -> Iterator[str]:
-    candidates = sum(len(pool) for pool in pools.values())
-    costs = [_probe_steps(config, stage, candidates=len(pool)) for stage, pool in pools.items()]
-    extra = sum(steps - kept for steps, kept in costs)
+def _schedule(
+    config: RunConfig, pools: Mapping[int, Sequence[Candidate]], *, vocab_size: int
+) -> Iterator[str]:
+    """What all searches cost together, and what growing saves all the same."""
+    costs = {
+        stage: search_cost(config, stage, candidates=len(pool), vocab_size=vocab_size)
+        for stage, pool in pools.items()
+    }
+    run, last = training_flops(config, vocab_size=vocab_size), len(config.stages) - 1
+    columns = ("growth", "    layers", "candidates", "extra steps", "search FLOPs", "of run")
+    yield " ".join(columns)
+    for stage, cost in costs.items():
+        layers = f"{config.layers_of(stage - 1)} -> {config.layers_of(stage)}"
+        yield (
+            f"{stage:>6} {layers:>10} {cost.candidates:>10} {cost.extra_steps:>11,} "
+            f"{cost.flops:>12.3e} {cost.flops / run:>6.1%}"
+        )
+    extra, search = sum(c.extra_steps for c in costs.values()), sum(c.flops for c in costs.values())
+    candidates = sum(cost.candidates for cost in costs.values())
     yield (
-        f"{len(pools)} growths, {candidates} candidates: {extra:,} extra steps = "
-        f"{extra / config.total_steps:.1%} of the run's"
+        f"{len(pools)} growth{'s' * (len(pools) > 1)}, {candidates} candidates: "
+        f"{extra:,} extra steps = {extra / config.total_steps:.1%} of the run's"
+    )
+    scratch = config.total_steps * stage_flops(config, last, vocab_size=vocab_size)
+    scratch //= config.stages[last].steps
+    yield (
+        f"{config.total_steps:,} steps with {config.layers_of(last)} layers from scratch: "
+        f"{scratch:.3e} FLOPs. The stages take {run:.3e},"
+    )
+    yield (
+        f"{_less(run / scratch)}; with the searches {run + search:.3e}, "
+        f"{_less((run + search) / scratch)}."
     )
 
 
-def _run_flops(config: RunConfig, vocab_size: int) -> int:
-    stages = range(len(config.stages))
-    return sum(stage_flops(config, stage, vocab_size=vocab_size) for stage in stages)
+def _less(share: float) -> str:
+    return f"{1 - share:.1%} less" if share <= 1 else f"{share - 1:.1%} more"

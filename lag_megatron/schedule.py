@@ -1,6 +1,8 @@
 """Stages, and what a run costs in parameters, tokens and FLOPs.  Pure arithmetic."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from lag_megatron.config import (
     ModelConfig,
@@ -18,6 +20,21 @@ def stage_ranges(stages: Sequence[StageConfig]) -> tuple[range, ...]:
         ranges.append(range(start, start + stage.steps))
         start += stage.steps
     return tuple(ranges)
+
+
+def cut_stages(config: RunConfig, events: Iterable[Mapping[str, Any]]) -> RunConfig:
+    """``config`` with the stages that a measured slope ended as long as they were.
+
+    Args:
+        config: as the run was asked for.
+        events: journal lines; those that say ``stage_cut`` or have no name are taken.
+    """
+    stages = list(config.stages)
+    for event in events:
+        if event.get("event", "stage_cut") == "stage_cut":
+            stage = event["stage"]
+            stages[stage] = replace(stages[stage], steps=event["steps"])
+    return replace(config, stages=tuple(stages))
 
 
 def tokens_per_step(config: RunConfig) -> int:

@@ -17,7 +17,7 @@ from lag_megatron.probe.rewind import rewind
 from lag_megatron.probe.steps import Job
 from lag_megatron.report import write_report
 from lag_megatron.rundir import RunDirectory, acquire, claim, write_json
-from lag_megatron.schedule import parameter_count
+from lag_megatron.schedule import cut_stages, parameter_count
 from lag_megatron.stopping import StopFlag, Stopped
 from lag_megatron.tracking import Console, MetricsLog, read_rows
 from lag_megatron.trainer import Trainer
@@ -101,7 +101,8 @@ def _train(world: World, run: RunDirectory, request: Request, stop: StopFlag) ->
     data = world.from_coordinator(lambda: prepare_data(config.data, cache_dir=run.data_cache))
     world.from_each(lambda: open_prepared(data.folder))
     vocab_size = world.from_coordinator(lambda: _vocab_size(config, data))
-    job = Job(config, run, Feed(data, config, world), stop, vocab_size)
+    begun = world.from_coordinator(lambda: cut_stages(config, Journal(run.journal).events))
+    job = Job(begun, run, Feed(data, config, world), stop, vocab_size)
     world.from_coordinator(lambda: _note_facts(world, run, config, data, vocab_size))
     books = _books(world, run, config, data, console) if world.is_coordinator else None
     recorder = Recorder(books)

@@ -22,6 +22,10 @@ class MetricsLog:
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(dict(row), allow_nan=False) + "\n" for row in rows)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All lines."""
+        return read_rows(self._path)
+
     def last(self, key: str) -> float:
         """The newest value of a metric.
 

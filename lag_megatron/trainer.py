@@ -1,16 +1,15 @@
 """The stage loop: train, grow, probe, decide, go on, and survive anything in between."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
-from lag_megatron.config import RunConfig
-from lag_megatron.engine import Engine, mean
-from lag_megatron.errors import CheckpointError, RunError
+from lag_megatron.engine import Engine
+from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.pool import build_pool
+from lag_megatron.measuring import Meter
 from lag_megatron.mirror import show_event
 from lag_megatron.parallel import World, topology_of
 from lag_megatron.probe.conclusion import drop_losers
@@ -20,9 +19,9 @@ from lag_megatron.probe.groups import count_groups, part_of
 from lag_megatron.probe.recorder import Recorder
 from lag_megatron.probe.saving import save_engine
 from lag_megatron.probe.search import search
-from lag_megatron.probe.steps import Job, MetricRow
+from lag_megatron.probe.steps import Job
 from lag_megatron.rundir import step_of, tag_of
-from lag_megatron.schedule import stage_ranges, tokens_per_step, training_flops_per_token
+from lag_megatron.schedule import cut_stages, stage_ranges, tokens_per_step
 from lag_megatron.stopping import Stopped
 
 
@@ -43,10 +42,9 @@ class Trainer:
     """Takes a run from wherever it stands to its end; every rank has one."""
 
     def __init__(self, job: Job, world: World, recorder: Recorder, *, resume: str = "auto") -> None:
-        self.job, self.world, self.recorder, self._resume = job, world, recorder, resume
-        self.config: RunConfig = job.config
-        self._ranges = stage_ranges(self.config.stages)
+        self.world, self.recorder, self._resume = world, recorder, resume
         self._engine: Engine | None = None
+        self._take(job)
 
     def run(self) -> None:
         """Train all stages.
@@ -61,8 +59,13 @@ class Trainer:
             if stage > position.stage:
                 position = Position(stage, self._next_start(stage))
             self._train_stage(position)
-        loss = self.world.from_coordinator(self._last_validation_loss)
+        loss = self.world.from_coordinator(self._meter.last_validation_loss)
         self.recorder.happened("run_finished", once={}, step=self.config.total_steps, val_loss=loss)
+
+    def _take(self, job: Job) -> None:
+        self.job, self.config = job, job.config
+        self._ranges = stage_ranges(self.config.stages)
+        self._meter = Meter(job, self.world, self.recorder)
 
     # Finding the place
 
@@ -147,29 +150,45 @@ class Trainer:
             engine = self._engine_of(stage, position.checkpoint)
             history = self.world.from_coordinator(lambda: _history(position.checkpoint))
             if position.step == 0:
-                self._validate(engine, 0, stage)
+                self._meter.validate(engine, 0, stage)
             for step in range(position.step, end):
-                self._train_step(engine, step, stage, history)
+                if self._train_step(engine, step, stage, history):
+                    break
+            end = self._ranges[stage].stop
             # Where the lag is as long as the stage, its end is the winner's probe state.
             self._save(engine, stage, end, history)
-        loss = self.world.from_coordinator(self._last_validation_loss)
+        loss = self.world.from_coordinator(self._meter.last_validation_loss)
         facts: dict[str, Any] = {"val_loss": loss}
         if sources := self.job.feed.tokens_by_source(end):
             facts["tokens_by_source"] = sources
         self.recorder.happened("stage_finished", once={"stage": stage}, step=end, **facts)
 
-    def _train_step(self, engine: Engine, step: int, stage: int, history: list[Any]) -> None:
+    def _train_step(self, engine: Engine, step: int, stage: int, history: list[Any]) -> bool:
+        """Take a step, and say whether it was the stage's last."""
         row, stop = self.job.step(engine, step, stage=stage)
-        self._refuse_divergence(row)
-        self._note(row)
+        self._meter.refuse_divergence(row)
+        self._meter.note(row)
         done = step + 1
         last = done == self._ranges[stage].stop
         if last or done % self.config.tracking.validation_interval == 0:
-            self._validate(engine, done, stage)
+            self._meter.validate(engine, done, stage)
+            last = last or self._ends_here(stage, done)
         if last or stop or done % self.config.checkpoint.interval == 0:
             self._save(engine, stage, done, history)
         if stop:
             raise Stopped(self.job.stop.why)
+        return last
+
+    def _ends_here(self, stage: int, step: int) -> bool:
+        """Whether the measured slope ends the stage, which is then written down for good."""
+        slope = self._meter.flattened(stage)
+        if slope is None:
+            return False
+        event = {"stage": stage, "step": step, "steps": step - self._ranges[stage].start}
+        self.recorder.happened("stage_cut", once=event, slope=slope)
+        self.recorder.say(f"stage {stage}  step {step:>6}: slope {slope:.4f}, the stage ends here")
+        self._take(replace(self.job, config=cut_stages(self.config, [event])))
+        return True
 
     def _engine_of(self, stage: int, checkpoint: Path | None) -> Engine:
         """An engine of this stage's depth that holds the state ``checkpoint``."""
@@ -208,20 +227,6 @@ class Trainer:
         for old in commit.committed(path.parent)[: -self.config.checkpoint.keep_last]:
             commit.remove(old)
 
-    def _refuse_divergence(self, row: MetricRow) -> None:
-        """Before anything of this step is recorded or saved.
-
-        DeepSpeed takes no step on a gradient that is not finite under ZeRO, and a poisonous one
-        without; either way the run would go on and say that all is well.
-        """
-        for name in ("train/loss", "train/grad_norm"):
-            if not math.isfinite(float(row.get(name, 0.0))):
-                raise _agreed(
-                    f"{name} is {row[name]} at step {row['step']}; nothing of this step was saved. "
-                    "Go on from an older checkpoint with --resume TAG, or start another --run-dir "
-                    "with a lower optimizer.lr or a stronger optimizer.grad_clip."
-                )
-
     # Growing
 
     def _event(self, stage: int, base: Path) -> Event:
@@ -238,7 +243,7 @@ class Trainer:
             number=stage,
             base=base,
             base_step=self._ranges[stage].start,
-            base_val_loss=self.world.from_coordinator(self._last_validation_loss),
+            base_val_loss=self.world.from_coordinator(self._meter.last_validation_loss),
             source_layers=source,
             target_layers=target,
             stage_steps=len(self._ranges[stage]),
@@ -246,51 +251,8 @@ class Trainer:
             pool=pool,
         )
 
-    # Measuring
-
     def _tag(self, stage: int, step: int) -> Path:
         return self.job.run.stage(stage) / tag_of(step)
-
-    def _note(self, row: MetricRow) -> None:
-        self.recorder.measured(row)
-        step = int(row["step"])
-        if self.world.is_coordinator and (
-            step % self.config.tracking.log_interval == 0 or step == 1
-        ):
-            console = self.recorder.books.console
-            console.step(row, total_steps=self.config.total_steps, mfu=self._mfu(row))
-
-    def _mfu(self, row: MetricRow) -> float | None:
-        """Model FLOPs utilisation of all GPUs; None on devices whose peak is not known."""
-        peak = self.world.peak_flops
-        if peak is None or self.config.parallel.precision != "bf16":
-            return None
-        flops = training_flops_per_token(
-            self.config,
-            num_layers=self.config.layers_of(int(row["stage"])),
-            vocab_size=self.job.vocab_size,
-        )
-        return float(row["train/tokens_per_second"]) * flops / (peak * self.world.size)
-
-    def _validate(self, engine: Engine, step: int, stage: int) -> None:
-        loss = mean(self.job.evaluate(engine))
-        if not math.isfinite(loss):
-            raise _agreed(f"validation loss is {loss} at step {step}; the step was not saved.")
-        self.recorder.measured(self.job.validation_row(step, stage=stage, loss=loss))
-        self.recorder.say(
-            f"stage {stage}  step {step:>6}/{self.config.total_steps}  val loss {loss:.4f}"
-        )
-
-    def _last_validation_loss(self) -> float:
-        """From the metrics (coordinator only)."""
-        return self.recorder.books.metrics.last("val/loss")
-
-
-def _agreed(message: str) -> RunError:
-    """An error that every rank finds, because all see the same numbers."""
-    error = RunError(message)
-    error.on_all_ranks = True
-    return error
 
 
 def _history(checkpoint: Path | None) -> list[Any]:

@@ -14,7 +14,8 @@ from lag_megatron.growth.fresh import fill
 from lag_megatron.growth.growth_map import depth_map
 from lag_megatron.growth.transfer import Move, Side, plan_rank
 
-HIDDEN, HEADS, FFN, VOCABULARY, LENGTH = 16, 2, 24, 32, 8
+HIDDEN, FFN, VOCABULARY, LENGTH = 16, 24, 32, 8
+GROUPS = 2  # query groups of all kinds; a Llama has two heads in each
 
 
 class RMSNorm(nn.Module):
@@ -27,18 +28,33 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, bias, causal):
+    def __init__(self, llama, causal):
         super().__init__()
-        self.linear_qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=bias)
-        self.linear_proj = nn.Linear(HIDDEN, HIDDEN, bias=bias)
-        self.causal = causal
+        self.heads, self.rotary, self.causal = GROUPS * (2 if llama else 1), llama, causal
+        self.size = HIDDEN // self.heads
+        rows = (self.heads + 2 * GROUPS) * self.size
+        self.linear_qkv = nn.Linear(HIDDEN, rows, bias=not llama)
+        self.linear_proj = nn.Linear(HIDDEN, HIDDEN, bias=not llama)
 
     def forward(self, x):
         batch, length, _ = x.shape
-        split = self.linear_qkv(x).view(batch, length, HEADS, 3, HIDDEN // HEADS)
-        query, key, value = split.permute(3, 0, 2, 1, 4)
+        split = self.linear_qkv(x).view(batch, length, GROUPS, -1, self.size).transpose(1, 2)
+        queries, key, value = split[..., :-2, :], split[..., -2, :], split[..., -1, :]
+        each = self.heads // GROUPS  # queries of a group, side by side
+        query = queries.transpose(2, 3).reshape(batch, self.heads, length, self.size)
+        key, value = key.repeat_interleave(each, 1), value.repeat_interleave(each, 1)
+        if self.rotary:
+            query, key = rotated(query), rotated(key)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         return self.linear_proj(mixed.transpose(1, 2).reshape(batch, length, HIDDEN))
+
+
+def rotated(x):
+    length, size = x.shape[-2:]
+    angles = torch.arange(length)[:, None] * 10.0 ** -torch.arange(size // 2, dtype=x.dtype)
+    turn = torch.polar(torch.ones_like(angles), angles)
+    pairs = torch.complex(*x.chunk(2, -1)) * turn
+    return torch.cat([pairs.real, pairs.imag], -1)
 
 
 class MLP(nn.Module):
@@ -59,7 +75,7 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, post, llama, norm):
         super().__init__()
-        self.self_attention = Attention(not llama, causal=not post)
+        self.self_attention = Attention(llama, causal=not post)
         self.mlp = MLP(not llama, gated=llama)
         self.post = post
         if post:
@@ -78,7 +94,8 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     """Logits of tokens.
 
-    Kinds: ``gpt`` (pre-LN), ``llama`` (RMSNorm, SwiGLU, no biases), ``bert`` (post-LN, no mask).
+    Kinds: ``gpt`` (pre-LN), ``llama`` (RMSNorm, SwiGLU, RoPE, grouped queries, no biases),
+    ``bert`` (post-LN, no mask).
     """
 
     def __init__(self, kind, layers, *, eps=1e-12):
@@ -126,7 +143,7 @@ def state_of(model):
 def grow_dense(plan, tensors, state="fp32"):
     """Whole tensors of the grown model, by the product's own plan of one rank without ZeRO."""
     groups = [{name: tuple(tensor.shape) for name, tensor in tensors.items()}]
-    growth = depth_map(plan, groups)
+    growth = depth_map(plan, groups, query_groups=GROUPS)
     topology = Topology(zero_stage=0, data_size=1, tensor_size=1, precision="fp32")
     source = Side(make_layout(groups, topology), topology, groups[0], False)
     shapes = growth.groups[0]

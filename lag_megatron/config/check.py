@@ -136,6 +136,11 @@ def _stages(config: RunConfig) -> Iterator[str]:
                     f"{where}.pool.operator: 'post_ln_identity' is for post-LN models, but "
                     "model.norm_position is 'pre'. Take 'llama_pro'."
                 )
+            if growth.pool.operator == "staged" and config.model.norm_position == "post":
+                yield (
+                    f"{where}.pool.operator: 'staged' is for pre-LN models, but "
+                    "model.norm_position is 'post'. Take 'post_ln_identity'."
+                )
 
 
 def _growth(growth: GrowthConfig, where: str, steps: int) -> Iterator[str]:
@@ -170,7 +175,7 @@ def _growth(growth: GrowthConfig, where: str, steps: int) -> Iterator[str]:
 def _halving(growth: GrowthConfig, where: str) -> Iterator[str]:
     if growth.eta < 2:
         yield f"{where}.eta: must be 2 or more (got {growth.eta})."
-    if not -1 <= growth.min_rank_correlation <= 1:
+    if not -1 <= growth.rank_bar <= 1:
         yield (
             f"{where}.min_rank_correlation: must lie between -1 and 1 "
             f"(got {growth.min_rank_correlation})."

@@ -42,6 +42,11 @@ def position_problems(config: RunConfig) -> Iterator[str]:
             yield (
                 f"stages.{number}.until_slope: must lie between -1 and 0 (got {stage.until_slope})."
             )
+        if number and config.growth_before(number).exhaustive:
+            yield (
+                f"stages.{number}.until_slope: growth.exhaustive trains candidates to the stage's "
+                "end, which is not known beforehand. Remove one of the two."
+            )
         if schedule.name not in _ENDLESS and schedule.decay_steps is None:
             yield (
                 f"stages.{number}.until_slope: the run's end is not known beforehand, so the decay "

@@ -32,6 +32,7 @@ class PoolConfig:
         "slices",
         "llama_pro",
         "post_ln_identity",
+        "staged",
     ] = "lag"
     index: Literal["all", "even"] | int | tuple[int, ...] = "all"
     block_size: Literal["all"] | int | tuple[int, ...] = "all"
@@ -46,9 +47,11 @@ class GrowthConfig:
 
     The rule ``lag`` trains every candidate to the lag.  ``halving`` lets the best ``1 / eta`` of
     the candidates go on from each rung, unless the rankings at 0.8 of the rung and at it correlate
-    below ``min_rank_correlation``.  With ``lag: auto`` the rungs are where the phase transition is
-    looked for.  ``rung_value`` is what candidates are compared by: the loss of the last evaluation,
-    the mean of those in the second half before it, or the loss of an average of the weights.
+    below ``min_rank_correlation`` (null is 0.5, and 0.8 for ``lag: auto``).  With ``lag: auto`` the
+    rungs are where the phase transition is looked for.  ``rung_value`` is what candidates are
+    compared by: the loss of the last evaluation, the mean of those in the second half before it, or
+    the loss of an average of the weights; ``auto`` is the last for ``lag``, as in the paper, and
+    the mean for ``halving``.
 
     Attributes:
         eval_steps: more steps after growth at which candidates are evaluated.
@@ -64,14 +67,28 @@ class GrowthConfig:
     lag: int | Literal["auto"] = 200
     rungs: tuple[int, ...] = ()
     eta: int = 3
-    min_rank_correlation: float = 0.8
-    rung_value: Literal["last", "mean", "ema"] = "last"
+    min_rank_correlation: float | None = None
+    rung_value: Literal["auto", "last", "mean", "ema"] = "auto"
     eval_steps: tuple[int, ...] = ()
     exhaustive: bool = False
     probe_groups: int | Literal["auto"] = 1
     rung_timeout: float | None = None
     moments: Literal["auto", "copy", "zero", "borrow"] = "auto"
     max_loss: float = 20.0
+
+    @property
+    def compared_by(self) -> Literal["last", "mean", "ema"]:
+        """What ``rung_value`` stands for."""
+        if self.rung_value == "auto":
+            return "last" if self.rule == "lag" else "mean"
+        return self.rung_value
+
+    @property
+    def rank_bar(self) -> float:
+        """What ``min_rank_correlation`` stands for."""
+        if self.min_rank_correlation is None:
+            return 0.8 if self.lag == "auto" else 0.5
+        return self.min_rank_correlation
 
     @property
     def last_rung(self) -> int:
@@ -91,7 +108,7 @@ class GrowthConfig:
     def evaluation_steps(self) -> tuple[int, ...]:
         """Steps after growth at which a probe is evaluated, 0 and the last rung included."""
         earlier = {round(GUARD_SHARE * rung) for rung in self.rung_steps()}
-        if self.rule == "lag" and self.lag != "auto" and self.rung_value != "mean":
+        if self.rule == "lag" and self.lag != "auto" and self.compared_by != "mean":
             earlier = set()
         return tuple(sorted({0, *earlier, *self.rungs, *self.eval_steps, *self.rung_steps()}))
 

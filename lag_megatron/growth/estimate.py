@@ -11,7 +11,7 @@ from lag_megatron.checkpoint.draft import DTYPES
 from lag_megatron.checkpoint.states import role_of, shape_of, states_of
 from lag_megatron.checkpoint.stream import PIECE_BYTES
 from lag_megatron.checkpoint.tensor_parallel import cut_dim
-from lag_megatron.growth.fresh import Normal
+from lag_megatron.growth.fresh import Diagonals, Normal
 from lag_megatron.growth.growth_map import Copy
 from lag_megatron.growth.materialize import Growth
 
@@ -65,7 +65,7 @@ def estimate(growth: Growth, *, workers: int, folder: Path | None = None) -> Est
         for state, name in used
     )
     draws = any(
-        isinstance(origin, Normal)
+        isinstance(origin, Normal) or (isinstance(origin, Diagonals) and origin.rest)
         for blocks in growth.growth_map.blocks.values()
         for block in blocks
         for origin in block.sources.values()

@@ -33,10 +33,23 @@ class Constant:
     value: float
 
 
-Fresh = Normal | Constant
+@dataclass(frozen=True, slots=True)
+class Diagonals:
+    """Pieces of the identity in a matrix.
+
+    Attributes:
+        runs: (row, column, length), ones at (row + i, column + i); no two runs share a row.
+        rest: rows without a run are drawn from it, or 0.
+    """
+
+    runs: tuple[tuple[int, int, int], ...]
+    rest: Normal | None = None
 
 
-def megatron_init(name: str, *, num_layers: int, init_std: float, key: str) -> Fresh:
+Fresh = Normal | Constant | Diagonals
+
+
+def megatron_init(name: str, *, num_layers: int, init_std: float, key: str) -> Normal | Constant:
     """How Megatron-Core initialises a parameter of this name in a model of ``num_layers``.
 
     Norms are the identity, biases 0, weights normal; the two projections back into the residual
@@ -59,6 +72,9 @@ def fill(target: Tensor, fresh: Fresh, *, shape: Shape, box: Box) -> None:
     if isinstance(fresh, Constant):
         target.fill_(fresh.value)
         return
+    if isinstance(fresh, Diagonals):
+        _fill_diagonals(target, fresh, shape, box)
+        return
     for part, start, length in _runs(shape, box):
         for begin in range(0, length, _CHUNK):
             count = min(_CHUNK, length - begin)
@@ -69,6 +85,20 @@ def fill(target: Tensor, fresh: Fresh, *, shape: Shape, box: Box) -> None:
                 view = target[tuple(slice(a, a + n) for a, n in zip(low, piece.shape, strict=True))]
                 view.copy_(values[:size].view(piece.shape))
                 values = values[size:]
+
+
+def _fill_diagonals(target: Tensor, fresh: Diagonals, shape: Shape, box: Box) -> None:
+    fill(target, fresh.rest or Constant(0.0), shape=shape, box=box)
+    (top, left), (rows, columns) = box.low, box.shape
+    for row, column, length in fresh.runs:
+        first, last = max(row - top, 0), min(row + length - top, rows)
+        if first >= last:
+            continue
+        target[first:last].zero_()
+        shift = column - left - (row - top)  # of the run, from a place's row to its column
+        first, last = max(first, -shift), min(last, columns - shift)
+        if first < last:
+            target[first:last, first + shift : last + shift].diagonal().fill_(1.0)
 
 
 def normal(fresh: Normal, start: int, count: int) -> np.ndarray:

@@ -14,17 +14,17 @@ from lag_megatron.checkpoint.boxes import Box, Shape, whole
 from lag_megatron.checkpoint.names import LAYER
 from lag_megatron.checkpoint.states import STATES, Role
 from lag_megatron.errors import PlanError
+from lag_megatron.growth.fit import (
+    BRANCH_OUTPUTS,
+    POST_NORMS,
+    check_layers,
+    check_number,
+    layers_of,
+)
 from lag_megatron.growth.fresh import Constant, Fresh, Normal, megatron_init
-from lag_megatron.growth.layer_map import Branch, LayerMap, LayerOrigin
+from lag_megatron.growth.layer_map import LayerMap, LayerOrigin
 from lag_megatron.growth.plan import GrowthPlan, MomentPolicy
-
-# What follows the layer's number in the names of the projections back into the residual stream, and
-# of the norms of a post-LN layer.
-_BRANCH_OUTPUTS = (".self_attention.linear_proj.", ".mlp.linear_fc2.")
-_POST_NORMS: Mapping[Branch, str] = {
-    "attention": ".post_attn_layernorm.",
-    "mlp": ".post_mlp_layernorm.",
-}
+from lag_megatron.growth.silent import Silence, silence_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,11 @@ class GrowthMap:
 
 
 def growth_map_of(
-    plan: GrowthPlan, groups: Sequence[Mapping[str, Shape]], frozen: Mapping[str, Shape]
+    plan: GrowthPlan,
+    groups: Sequence[Mapping[str, Shape]],
+    frozen: Mapping[str, Shape],
+    *,
+    query_groups: int | None = None,
 ) -> GrowthMap:
     """The map of any plan.
 
@@ -72,14 +76,15 @@ def growth_map_of(
         plan: what to do; ``identity`` takes models without layers, and layers that differ.
         groups: names and whole shapes of the old trained parameters by parameter group.
         frozen: those of the old parameters that are not trained.
+        query_groups: of the model's attention, if known.
 
     Raises:
         PlanError: if the plan does not fit the old model.
     """
     if plan.operator != "identity":
-        return depth_map(plan, groups, frozen=frozen)
-    if layers := _layers(_all_shapes(groups, frozen)):
-        _check_number(plan, layers)
+        return depth_map(plan, groups, frozen=frozen, query_groups=query_groups)
+    if layers := layers_of(_all_shapes(groups, frozen)):
+        check_number(plan, layers)
     return identity_map(groups, frozen=frozen)
 
 
@@ -97,6 +102,7 @@ def depth_map(
     groups: Sequence[Mapping[str, Shape]],
     *,
     frozen: Mapping[str, Shape] | None = None,
+    query_groups: int | None = None,
 ) -> GrowthMap:
     """The map of a plan that changes the list of layers.
 
@@ -105,19 +111,21 @@ def depth_map(
         groups: names and whole shapes of the old trained parameters by parameter group.
         frozen: those of the old parameters that are not trained; a new layer's are frozen where its
             source's are.
+        query_groups: of the model's attention, if known.
 
     Raises:
         PlanError: if the old model has another number of layers, layers that differ, or none of the
             parameters that the plan changes.
     """
-    _check_layers(plan, _all_shapes(groups, frozen or {}))
+    layer = check_layers(plan, _all_shapes(groups, frozen or {}))
+    silence = silence_of(plan, layer, query_groups)
     blocks: dict[str, tuple[Block, ...]] = {}
 
     def grow(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         grown: dict[str, Shape] = {}
         for name, old, origin in grown_names(list(shapes), plan.layer_map):
             grown[name] = shapes[old]
-            blocks[name] = (_block(plan, name, shapes[old], old, origin),)
+            blocks[name] = (_block(plan, name, shapes[old], old, origin, silence),)
         return grown
 
     grown_groups = [grow(group) for group in groups]
@@ -160,25 +168,35 @@ def moment_policy(plan: GrowthPlan, origin: LayerOrigin) -> MomentPolicy:
 
     ``auto`` copies for duplicates and borrows where the weights, or what their branches put out,
     are not the source layer's: its gradients' direction means nothing there, their size does.
+    It is ``zero`` for the silent layers of staged training, as in its paper (Shen et al. 2022,
+    arXiv 2203.06211), whose schedule warms the rate up again: without that, v = 0 under a large
+    step count makes their first updates (1 - beta1) / sqrt(1 - beta2) times the rate.
     Adafactor knows no direction, so for it ``copy`` and ``borrow`` are the same.  After ``zero``
     its first update is not too large, as AdamW's would be: it is clipped to the usual size.
     """
     if plan.moments != "auto":
         return plan.moments
+    if origin.silent:
+        return "zero"
     return "copy" if origin.init == "duplicate" and origin.branch_scale > 0 else "borrow"
 
 
 def _block(
-    plan: GrowthPlan, name: str, shape: Shape, old: str, origin: LayerOrigin | None
+    plan: GrowthPlan,
+    name: str,
+    shape: Shape,
+    old: str,
+    origin: LayerOrigin | None,
+    silence: Silence | None,
 ) -> Block:
     kept = _copy_all(old, shape)
     if origin is None:
         return kept
-    norm = next((branch for branch, part in _POST_NORMS.items() if part in name), None)
+    norm = next((branch for branch, part in POST_NORMS.items() if part in name), None)
     if norm in origin.plain_norms:
         plain: Source = Constant(1.0 if name.endswith(".weight") else 0.0)
         return Block(kept.box, dict.fromkeys(STATES, Constant(0.0)) | {"fp32": plain})
-    weights = _weights(plan, name, shape, old, origin)
+    weights = _weights(plan, name, shape, old, origin, silence)
     sources: dict[Role, Source] = {**kept.sources, "fp32": weights}
     is_handed_over = norm is not None and bool(origin.plain_norms)
     if origin.is_new and not is_handed_over:
@@ -190,20 +208,30 @@ def _block(
     return Block(kept.box, sources)
 
 
-def _weights(plan: GrowthPlan, name: str, shape: Shape, old: str, origin: LayerOrigin) -> Source:
-    source: Source = Copy(old, (0,) * len(shape))
+def _weights(
+    plan: GrowthPlan,
+    name: str,
+    shape: Shape,
+    old: str,
+    origin: LayerOrigin,
+    silence: Silence | None,
+) -> Source:
+    source: Copy | Normal | Constant = Copy(old, (0,) * len(shape))
+    drawn = megatron_init(
+        name,
+        num_layers=plan.target_layers,
+        init_std=plan.init_std,
+        key=f"growth/{plan.seed}/{plan.source_layers}-{plan.target_layers}",
+    )
+    if silence and origin.silent:
+        return silence.weights(name, drawn) or source
     if origin.is_new and origin.init == "random":
-        source = megatron_init(
-            name,
-            num_layers=plan.target_layers,
-            init_std=plan.init_std,
-            key=f"growth/{plan.seed}/{plan.source_layers}-{plan.target_layers}",
-        )
-    is_branch_output = any(part in name for part in _BRANCH_OUTPUTS)
+        source = drawn
+    is_branch_output = any(part in name for part in BRANCH_OUTPUTS)
     return _scaled(source, origin.branch_scale) if is_branch_output else source
 
 
-def _scaled(source: Source, scale: float) -> Source:
+def _scaled(source: Copy | Normal | Constant, scale: float) -> Source:
     if scale == 1.0:
         return source
     if scale == 0.0:  # exact: a product would turn some zeros into -0.0
@@ -223,47 +251,3 @@ def _all_shapes(
     groups: Sequence[Mapping[str, Shape]], frozen: Mapping[str, Shape]
 ) -> dict[str, Shape]:
     return {name: shape for group in (*groups, frozen) for name, shape in group.items()}
-
-
-def _layers(shapes: Mapping[str, Shape]) -> dict[int, dict[str, Shape]]:
-    """Shapes of each layer's parameters, by what follows the layer's number in their names."""
-    layers: dict[int, dict[str, Shape]] = {}
-    for name, shape in shapes.items():
-        if match := LAYER.match(name):
-            layers.setdefault(int(match["layer"]), {})[match["tail"]] = shape
-    return layers
-
-
-def _check_number(plan: GrowthPlan, layers: Mapping[int, object]) -> None:
-    if sorted(layers) != list(range(plan.source_layers)):
-        raise PlanError(
-            f"the checkpoint has {len(layers)} layers, but the plan grows from "
-            f"{plan.source_layers}. Give a plan for {len(layers)} layers."
-        )
-
-
-def _check_layers(plan: GrowthPlan, shapes: Mapping[str, Shape]) -> None:
-    layers = _layers(shapes)
-    _check_number(plan, layers)
-    different = [n for n, tensors in layers.items() if tensors != layers[0]]
-    if different:
-        raise PlanError(
-            f"layer {different[0]} has other parameters than layer 0: only models whose layers "
-            "are alike can be grown in depth."
-        )
-    _check_names(plan, layers.get(0, {}))
-
-
-def _check_names(plan: GrowthPlan, layer: Mapping[str, Shape]) -> None:
-    """Refuse a plan that changes what it would not find: its layers would be left as they are."""
-    needed: dict[str, str] = {}
-    if any(origin.branch_scale != 1 for origin in plan.layer_map):
-        needed |= dict.fromkeys(_BRANCH_OUTPUTS, "it scales layers that are named as Megatron does")
-    if any(origin.plain_norms for origin in plan.layer_map):
-        needed |= dict.fromkeys(_POST_NORMS.values(), "it is for post-LN models")
-    for part, reason in needed.items():
-        if not any(part in tail for tail in layer):
-            raise PlanError(
-                f"operator {plan.operator!r} needs layers with {part.strip('.')}, but this model's "
-                f"have none: {reason}. Take another operator."
-            )

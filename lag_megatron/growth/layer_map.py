@@ -11,7 +11,7 @@ from typing import Literal
 
 from lag_megatron.errors import PlanError
 
-Init = Literal["duplicate", "random"]
+Init = Literal["duplicate", "random", "identity"]
 Branch = Literal["attention", "mlp"]
 
 
@@ -23,13 +23,17 @@ class LayerOrigin:
         source: the old layer whose place it continues; a new layer with ``init == "random"`` takes
             no weights from it, but may borrow its second moments.
         is_new: whether the layer is an addition, to which the moment policy applies.
-        init: where a new layer's weights come from.
+        init: where a new layer's weights come from; ``identity`` makes its matrices pieces of the
+            identity matrix.
         branch_scale: factor on the outputs of the attention and MLP branches, that is on weights
             and biases of the two projections back into the residual stream.  0 makes a pre-LN layer
             the identity (Gesmundo and Maile 2023, arXiv 2308.06103), values between 0 and 1 are
             scaled duplication (Agarwal et al. 2024, arXiv 2403.04978).
         plain_norms: norms of a post-LN layer that become the identity (weight 1, bias 0) without
             moments.  The other norm of such a layer is the one handed over, moments included.
+        silent: whether a new pre-LN layer is the identity because its branches see nothing but
+            zeros: norms of weight and bias 0, and no bias anywhere (Shen et al. 2022, arXiv
+            2203.06211).
     """
 
     source: int
@@ -37,6 +41,12 @@ class LayerOrigin:
     init: Init = "duplicate"
     branch_scale: float = 1.0
     plain_norms: tuple[Branch, ...] = ()
+    silent: bool = False
+
+    @property
+    def puts_out_zeros(self) -> bool:
+        """Whether both branches of the layer put out zeros."""
+        return self.silent or self.branch_scale == 0
 
 
 LayerMap = tuple[LayerOrigin, ...]
@@ -102,8 +112,8 @@ def feasible_block_sizes(source_layers: int, target_layers: int) -> tuple[int, .
 
 
 def norms_stay(layer_map: LayerMap) -> bool:
-    """Whether no norm changes, as function preserving growth of a pre-LN model needs."""
-    return not any(origin.plain_norms for origin in layer_map)
+    """Whether no old norm changes, as function preserving growth of a pre-LN model needs."""
+    return not any(o.plain_norms or (o.silent and not o.is_new) for o in layer_map)
 
 
 def hands_norms_over(layer_map: LayerMap) -> bool:
@@ -119,7 +129,8 @@ def hands_norms_over(layer_map: LayerMap) -> bool:
         plain = {"attention"} if origin.is_new else set()
         if follower is not None and follower.is_new:
             plain.add("mlp")
-        if set(origin.plain_norms) != plain or (origin.source, origin.init) != (base, "duplicate"):
+        handed = set(origin.plain_norms) == plain and not origin.silent
+        if not handed or (origin.source, origin.init) != (base, "duplicate"):
             return False
     return True
 
@@ -128,12 +139,15 @@ def draw(layer_map: LayerMap) -> str:
     """One line, layers 1-based: ``1 2 1* 2* 3`` (``*`` duplicate, ``R`` random).
 
     ``2z`` and ``Rz`` are new layers whose branches put out zeros, ``2*0.5`` is a duplicate whose
-    branches are halved.
+    branches are halved.  ``I`` is a layer that staged training silenced, with identity matrices,
+    ``2i`` one with the matrices of layer 2.
     """
     return " ".join(map(_draw_layer, layer_map))
 
 
 def _draw_layer(origin: LayerOrigin) -> str:
+    if origin.silent:
+        return "I" if origin.init == "identity" else f"{origin.source + 1}i"
     is_random = origin.is_new and origin.init == "random"
     name = "R" if is_random else str(origin.source + 1)
     if origin.branch_scale == 0:

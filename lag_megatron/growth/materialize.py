@@ -56,7 +56,8 @@ class Growth:
     @cached_property
     def growth_map(self) -> GrowthMap:
         """What each grown parameter is made of."""
-        return growth_map_of(self.plan, self._whole_groups, self._whole(self.source.frozen.shapes))
+        frozen = self._whole(self.source.frozen.shapes)
+        return growth_map_of(self.plan, self._whole_groups, frozen, query_groups=self._query_groups)
 
     @cached_property
     def layout(self) -> Layout:
@@ -159,6 +160,7 @@ class Growth:
             "step": self.source.step,
             "plan": asdict(self.plan),
             "plan_digest": self.plan.digest,
+            "growth_history": self.client_state["growth_history"],
             "topology": asdict(self.topology),
             "source": source,
             "versions": {"lag_megatron": __version__, "torch": torch.__version__},
@@ -212,14 +214,19 @@ class Growth:
     def _gated(self) -> bool:
         return is_gated(self._whole_shapes)
 
+    @cached_property
+    def _query_groups(self) -> int | None:
+        """Of the model's attention, where the checkpoint tells: our trainer's do."""
+        return (self.source.client_state.get("model") or {}).get("num_query_groups")
+
     def _whole(self, shapes: Group) -> Group:
         size = self.source.topology.tensor_size
         return {name: whole_shape(name, s, tensor_size=size) for name, s in shapes.items()}
 
     def _local(self, shapes: Group) -> dict[str, Shape]:
         size = self.topology.tensor_size
-        groups = (self.source.client_state.get("model") or {}).get("num_query_groups", size)
-        if groups % size:
+        groups = self._query_groups
+        if groups is not None and groups % size:
             raise PlanError(
                 f"{self.source.path}: tensor-parallel size {size} does not divide the model's "
                 f"{groups} query groups, which stay whole. Choose a size that does."

@@ -27,7 +27,8 @@ class GrowthPlan:
         moments: what the Adam moments of new layers become; ``auto`` copies those of duplicates
             and borrows for random layers and for those whose branches put out zeros, so that no
             first update is taken with v = 0 under a large step (it would be
-            (1 - beta1) / sqrt(1 - beta2) times the learning rate).
+            (1 - beta1) / sqrt(1 - beta2) times the learning rate).  For ``staged`` it is zero, as
+            in its paper, whose schedule warms the rate up again after growing.
         seed: key of freshly drawn weights.
         init_std: standard deviation of freshly drawn weights; projections back into the residual
             stream take ``init_std / sqrt(2 * target_layers)``, as Megatron-Core does.
@@ -63,16 +64,17 @@ class GrowthPlan:
     def preserves_function(self, norm_position: str = "pre") -> bool:
         """Whether the grown model computes what the old one did, read off the layer map.
 
-        Under pre-LN a new layer whose branches put out zeros is the identity (Gesmundo and Maile
-        2023, arXiv 2308.06103, "layer addition"; Wu et al. 2024, arXiv 2401.02415).  Under post-LN
-        (``norm_position="post"``) it is one if besides the affine part of the norm before it is
-        handed on (``post_ln_identity``; Shen et al. 2022, arXiv 2203.06211, have the problem).
+        Under pre-LN a new layer whose branches put out zeros is the identity, be it by its output
+        projections (Gesmundo and Maile 2023, arXiv 2308.06103, "layer addition"; Wu et al. 2024,
+        arXiv 2401.02415) or by its norms (Shen et al. 2022, arXiv 2203.06211).  Under post-LN
+        (``norm_position="post"``) it is one if its projections are zero and besides the affine
+        part of the norm before it is handed on (``post_ln_identity``).
         """
         layer_map = self.layer_map
         kept = [o for o in layer_map if not o.is_new]
         return (
             [o.source for o in kept] == list(range(self.source_layers))
-            and all(o.branch_scale == (0 if o.is_new else 1) for o in layer_map)
+            and all(o.puts_out_zeros if o.is_new else o.branch_scale == 1 for o in layer_map)
             and (hands_norms_over(layer_map) if norm_position == "post" else norms_stay(layer_map))
         )
 

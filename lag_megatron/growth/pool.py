@@ -30,6 +30,7 @@ class Candidate:
             "target_layers": plan.target_layers,
             "layer_map": [
                 {"source": o.source, "new": o.is_new, "init": o.init, "scale": o.branch_scale}
+                | ({"silent": True} if o.silent else {})
                 for o in plan.layer_map
             ],
             "digest": plan.digest,

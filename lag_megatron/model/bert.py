@@ -7,16 +7,14 @@ import torch
 from megatron.core.models.bert.bert_lm_head import BertLMHead
 from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.models.bert.pooler import Pooler
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import get_linear_layer
 from torch import Tensor
 
 from lag_megatron.config import ModelConfig, ParallelConfig
 from lag_megatron.model.attention import padding_mask
+from lag_megatron.model.linear_cross_entropy import LossLinear
 from lag_megatron.model.transformer import TorchNorm, block_spec, transformer_config
 
 
@@ -64,7 +62,7 @@ class Bert(BertModel):
         size = config.hidden_size
         self.lm_head = BertLMHead(size, config)
         self.lm_head.gelu = config.activation_func
-        self.output_layer = ColumnParallelLinear(
+        self.output_layer = LossLinear(
             size,
             self.vocab_size,
             config=config,
@@ -88,18 +86,20 @@ class Bert(BertModel):
         is_token: Tensor,
         masked_positions: Tensor | None = None,
         labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Cross-entropies or logits of the predicted positions, and logits of the sentence head.
+        """Loss or logits of the predicted positions, and logits of the sentence head.
 
         Args:
             tokens: int64 (b, s); so are ``position_ids`` and ``token_types``.
             is_token: bool (b, s), False at padding.
             masked_positions: int64 (b, m), what is predicted; None predicts all s positions.
             labels: int64 (b, m); None asks for logits.
+            loss_mask: fp32 (b, m), the weight of each label; None asks for the labels' losses.
 
         Returns:
-            Losses (b, m), or this rank's logits (b, m, vocabulary / tensor); and (b, 2), or None
-            for a model without a sentence head.
+            The weighted sum of losses, losses (b, m), or this rank's logits (b, m, vocabulary /
+            tensor); and (b, 2), or None for a model without a sentence head.
         """
         hidden_sbd = self.encoder(
             hidden_states=self.embedding(
@@ -118,10 +118,14 @@ class Bert(BertModel):
             index_mbd = masked_positions.t()[..., None].expand(-1, -1, hidden_sbd.shape[-1])
             hidden_sbd = hidden_sbd.gather(0, index_mbd)
         weight = self.embedding.word_embeddings.weight if self._tied else None
-        logits_mbv, _ = self.output_layer(self.lm_head(hidden_sbd), weight=weight)
+        found, _ = self.output_layer(
+            self.lm_head(hidden_sbd), weight=weight, labels=labels, loss_mask=loss_mask
+        )
+        if loss_mask is not None:
+            return found, sentence
         if labels is None:
-            return logits_mbv.transpose(0, 1), sentence
-        return self.compute_language_model_loss(labels, logits_mbv), sentence
+            return found.transpose(0, 1), sentence
+        return self.compute_language_model_loss(labels, found), sentence
 
     @property
     def _tied(self) -> bool:

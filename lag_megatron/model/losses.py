@@ -30,20 +30,21 @@ def _causal(model: torch.nn.Module, batch: Batch) -> Tensor:
             order, mask = ordered
             tokens, position_ids = tokens[order], position_ids[order]
             labels, loss_mask = labels[order], loss_mask[order]
-    losses = model(tokens, position_ids, mask, labels=labels)
-    return (losses.float() * loss_mask).sum()[None]
+    loss: Tensor = model(tokens, position_ids, mask, labels=labels, loss_mask=loss_mask)
+    return loss[None]
 
 
 def _masked(model: torch.nn.Module, batch: Batch) -> Tensor:
-    losses, sentence = model(
+    loss, sentence = model(
         batch["tokens"],
         batch["position_ids"],
         batch["token_types"],
         batch["padding_mask"],
         batch["masked_positions"],
         batch["labels"],
+        batch["loss_mask"],
     )
-    parts = [(losses.float() * batch["loss_mask"]).sum()]
+    parts = [loss]
     if sentence is not None:
         parts.append(F.cross_entropy(sentence.float(), batch["sentence_labels"], reduction="sum"))
     return torch.stack(parts)

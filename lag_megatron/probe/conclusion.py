@@ -78,7 +78,7 @@ def _cost(job: Job, event: Event, ledger: Ledger, coordinator_seconds: float) ->
     config = job.config
     shape = {"num_layers": event.target_layers, "vocab_size": job.vocab_size}
     evaluations = sum(len(entry.curve) for entry in entries)
-    if event.growth.rung_value == "ema":  # right after growth the average is the weights
+    if event.growth.compared_by == "ema":  # right after growth the average is the weights
         evaluations += sum(max(len(entry.curve) - 1, 0) for entry in entries)
     validated = evaluations * job.feed.validation_tokens
     return ProbeCost(

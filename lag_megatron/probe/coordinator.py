@@ -102,7 +102,7 @@ class Coordinator:
                 return True
             mine.take_in(progress.evaluations)
             values = {
-                entry.id: rung_value(growth.rung_value, entry.evaluations, rung)
+                entry.id: rung_value(growth.compared_by, entry.evaluations, rung)
                 for entry in alive
                 if entry.reached >= rung or entry is mine
             }
@@ -237,7 +237,7 @@ class Coordinator:
         """By value at the deciding rung; earlier in the pool wins ties."""
         growth, rung = self._event.growth, self._event.decides_at
         assert rung is not None
-        value = rung_value(growth.rung_value, entry.evaluations, rung)
+        value = rung_value(growth.compared_by, entry.evaluations, rung)
         return (float("inf") if value is None else value, entry.index)
 
     def _drop_states(self) -> None:

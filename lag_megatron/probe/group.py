@@ -153,7 +153,7 @@ class ProbeGroup:
 
     @property
     def _averages(self) -> bool:
-        return self.event.growth.rung_value == "ema"
+        return self.event.growth.compared_by == "ema"
 
     # Training
 

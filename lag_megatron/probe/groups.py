@@ -51,7 +51,7 @@ def _count(job: Job, world: World, event: Event) -> int:
             job.config.parallel, replicas=replicas // count, optimizer=job.config.optimizer.name
         )
         width = sum(widths.values())
-        if event.growth.rung_value == "ema":  # the average of the fp32 weights lies beside them
+        if event.growth.compared_by == "ema":  # the average of the fp32 weights lies beside them
             width += 4 / (replicas // count if job.config.parallel.zero_stage else 1)
         return parameters * width <= room
 

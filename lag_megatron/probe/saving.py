@@ -19,6 +19,8 @@ from lag_megatron.engine import Engine
 from lag_megatron.growth.materialize import Growth
 from lag_megatron.parallel import World
 
+VERSIONS = {"lag_megatron": __version__, "torch": torch.__version__}
+
 
 def save_engine(
     engine: Engine,
@@ -68,7 +70,7 @@ def save_engine(
         world.from_coordinator(lambda: draft.mkdir())
         parts = world.from_each(lambda: _written_live(engine, draft, growth, state, average))
     files = {name: entry for part in parts for name, entry in part.items()}
-    about = {"step": step, "versions": {"lag_megatron": __version__, "torch": torch.__version__}}
+    about = {"step": step, "growth_history": list(history), "versions": VERSIONS}
     world.from_coordinator(lambda: commit.publish(path, files=files, about=about))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from lag_megatron.report.blocks import Block, Facts, Heading, Table, Text
 from lag_megatron.report.events import growth_blocks, growth_summary
 from lag_megatron.report.figures import run_figure
+from lag_megatron.report.lineage import lineage_blocks
 from lag_megatron.report.read import Json
 from lag_megatron.report.sources import sources_table
 from lag_megatron.report.words import NONE, integer, loss
@@ -30,6 +31,7 @@ def blocks(data: Json, pictures: Mapping[int, Mapping[str, Path]] | None) -> Ite
         yield _validation(data["val_loss"])
     yield Heading(2, "Stages")
     yield _stages(data)
+    yield from lineage_blocks(data["lineage"])
     if data["sources"]:
         yield Heading(2, "Sources of the text")
         yield sources_table(data["sources"])
@@ -80,13 +82,18 @@ def _stages(data: Json) -> Table:
             integer(stage["tokens"]),
             loss(stage["val_loss"]),
             NONE if stage["tokens_per_second"] is None else f"{stage['tokens_per_second']:,.0f}",
-            stage["state"],
+            _state(stage),
         )
         for stage in data["stages"]
     ]
     columns = (">stage", ">layers", ">parameters", ">steps", ">tokens", ">validation loss",
                ">tokens/s (median)", "state")  # fmt: skip
     return Table(columns, rows)
+
+
+def _state(stage: Json) -> str:
+    slope = stage["ended_at_slope"]
+    return stage["state"] if slope is None else f"{stage['state']} at slope {slope:.4f}"
 
 
 def _validation(losses: list[list[float]]) -> Table:

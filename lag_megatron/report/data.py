@@ -8,6 +8,7 @@ from typing import Any
 
 from lag_megatron.report.analysis import analysis_of_nothing
 from lag_megatron.report.growth import growth_data, growth_settings
+from lag_megatron.report.lineage import lineage_data
 from lag_megatron.report.read import GrowthFiles, Json, RunFiles, finite, read_run
 from lag_megatron.report.recorded import search_of
 from lag_megatron.report.rules import RULES, own_outcome
@@ -48,6 +49,7 @@ def report_data(run_dir: Path) -> Json:
         "train_loss": series(files.metrics, TRAIN),
         "val_loss": series(files.metrics, VAL),
         "growth": growths,
+        "lineage": lineage_data(growths, first_layers=files.config.layers_of(0)),
         **last,
     }
 
@@ -114,6 +116,7 @@ def _stages(files: RunFiles) -> list[Json]:
             "end_step": steps.stop,
             "tokens": len(steps) * tokens_per_step(config),
             "state": _stage_state(files, number),
+            "ended_at_slope": _slope(files, number),
             "val_loss": _stage_loss(files, number),
             "tokens_per_second": _speed(files, number),
         }
@@ -130,6 +133,11 @@ def _parameters(files: RunFiles, stage: int) -> int | None:
         return None
     layers = files.config.layers_of(stage)
     return parameter_count(files.config.model, num_layers=layers, vocab_size=vocab_size)
+
+
+def _slope(files: RunFiles, stage: int) -> float | None:
+    """The slope d log loss / d log compute that ended the stage, if one did."""
+    return finite((last_event(files, event="stage_cut", stage=stage) or {}).get("slope"))
 
 
 def _stage_state(files: RunFiles, stage: int) -> str:

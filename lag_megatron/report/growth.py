@@ -45,8 +45,8 @@ def growth_data(files: RunFiles, growth: GrowthFiles) -> Json:
         "rule": decision.get("rule", started.get("rule", config.rule)),
         "lag": lag,
         "exhaustive": config.exhaustive,
-        "rung_value": decision.get("rung_value", config.rung_value),
-        "min_rank_correlation": config.min_rank_correlation,
+        "rung_value": decision.get("rung_value", config.compared_by),
+        "min_rank_correlation": config.rank_bar,
         "base_val_loss": base,
         "chosen": chosen,
         "ties": decision.get("ties", []),
@@ -165,7 +165,8 @@ def _place(record: Json, rank_at_lag: int | None) -> tuple[float, ...]:
 
 def _origin(layer: Mapping[str, Any]) -> LayerOrigin:
     scale = layer.get("scale", 1.0)  # pools of earlier versions had no scaled layers
-    return LayerOrigin(layer["source"], layer["new"], layer["init"], scale)
+    silent = layer.get("silent", False)
+    return LayerOrigin(layer["source"], layer["new"], layer["init"], scale, silent=silent)
 
 
 def _ranks(losses: Mapping[str, float | None]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lag_megatron.config import RunConfig, load_config
 from lag_megatron.errors import RunError
+from lag_megatron.schedule import cut_stages
 
 Json = dict[str, Any]
 
@@ -53,12 +54,13 @@ def read_run(run_dir: Path) -> RunFiles:
             f"{run_dir}: not a run directory, config.yaml is missing. Give the folder that "
             "launch/train.py wrote to, e.g. runs/demo."
         )
+    journal = read_lines(run_dir / "journal.jsonl")
     return RunFiles(
         path=run_dir,
-        config=load_config(run_dir / "config.yaml"),
+        config=cut_stages(load_config(run_dir / "config.yaml"), journal),
         run=_json(run_dir / "run.json") or {},
         metrics=read_lines(run_dir / "metrics.jsonl"),
-        journal=read_lines(run_dir / "journal.jsonl"),
+        journal=journal,
         growths=tuple(_growths(run_dir)),
     )
 

@@ -119,7 +119,10 @@ def _outcome(search: Search, settings: GrowthConfig) -> Json:
         done = replay(settings, curves, pool=pool)
     except RunError as error:
         raise RunError(f"{search.name}, growth {search.growth}: {error}") from None
-    values = asdict(settings)
+    values = asdict(settings) | {
+        "rung_value": settings.compared_by,
+        "min_rank_correlation": settings.rank_bar,
+    }
     return {
         "rule": settings.rule,
         "settings": {key: values[key] for key in SETTINGS},

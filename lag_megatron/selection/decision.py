@@ -93,7 +93,7 @@ def build_decision(
         "cost": {**asdict(cost), "exhaustive_steps": len(pool) * lag},
         "phase_transition": verdicts[-1].transition,
         "ties": _ties(finished, ranking, settings, lag),
-        "rung_value": settings.rung_value,
+        "rung_value": settings.compared_by,
         "rungs": [verdict.describe() for verdict in verdicts],
     }
 
@@ -109,7 +109,7 @@ def _candidate(id_: str, record: ProbeRecord) -> dict[str, Any]:
 
 
 def _best(finished: Mapping[str, ProbeRecord], settings: GrowthConfig, lag: int) -> str:
-    values = {id_: rung_value(settings.rung_value, r.curve, lag) for id_, r in finished.items()}
+    values = {id_: rung_value(settings.compared_by, r.curve, lag) for id_, r in finished.items()}
     return rank(values)[0]
 
 
@@ -120,7 +120,7 @@ def _ties(
     batches = {
         id_: losses
         for id_, record in finished.items()
-        if id_ in ranking and (losses := rung_batches(settings.rung_value, record.curve, lag))
+        if id_ in ranking and (losses := rung_batches(settings.compared_by, record.curve, lag))
     }
     return ties(batches, winner=ranking[0]) if ranking and ranking[0] in batches else []
 
@@ -140,7 +140,7 @@ def _checked(
         return replace(record, status="failed", reason=reason)
     if record.status == "stopped":
         return replace(record, reason=record.reason or stopped or "no reason given")
-    if rung_value(settings.rung_value, record.curve, lag) is None:
+    if rung_value(settings.compared_by, record.curve, lag) is None:
         return replace(record, status="failed", reason=f"no validation loss at step {lag}")
     return record
 

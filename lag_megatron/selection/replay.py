@@ -124,7 +124,7 @@ class _Recording:
             for e in self.recorded.get(id_, ())
             if e.average_loss is not None
         }
-        if self.growth.rung_value == "ema" and rung not in averages:
+        if self.growth.compared_by == "ema" and rung not in averages:
             raise RunError(
                 f"growth.rung_value: 'ema' compares the losses of averaged weights at step {rung}, "
                 f"where none was recorded (recorded: {sorted(averages)}). Choose another value."
@@ -139,8 +139,8 @@ class _Recording:
                 self.end(id_, "failed", good, reason)
                 return False
             good = step
-        if rung_value(self.growth.rung_value, list(curve.values()), rung) is None:
-            self.end(id_, "failed", good, f"no {self.growth.rung_value} value at step {rung}")
+        if rung_value(self.growth.compared_by, list(curve.values()), rung) is None:
+            self.end(id_, "failed", good, f"no {self.growth.compared_by} value at step {rung}")
             return False
         return True
 
@@ -171,5 +171,5 @@ def _needed(growth: GrowthConfig, rung: int) -> list[int]:
     return [
         step
         for step in planned
-        if any(is_compared(growth.rung_value, step, rung=end) for end in compared)
+        if any(is_compared(growth.compared_by, step, rung=end) for end in compared)
     ]

@@ -68,7 +68,7 @@ def judge(growth: GrowthConfig, rung: int, curves: Curves, *, alive: Sequence[st
         alive: candidates that reached the rung with a finite value, in the order of the pool,
             which settles equal values.
     """
-    values = {id_: rung_value(growth.rung_value, curves[id_], rung) for id_ in alive}
+    values = {id_: rung_value(growth.compared_by, curves[id_], rung) for id_ in alive}
     assert alive, "a rung without candidates"
     assert None not in values.values(), f"no value at rung {rung}: {values}"
     ranking = rank(values)
@@ -136,7 +136,7 @@ def guard_step(rung: int) -> int:
 
 def has_guard(growth: GrowthConfig) -> bool:
     """Whether halving looks at the stability of the ranking before it stops anybody."""
-    return growth.min_rank_correlation > -1
+    return growth.rank_bar > -1
 
 
 def _places(growth: GrowthConfig, candidates: int) -> int:
@@ -148,7 +148,7 @@ def _may_stop(growth: GrowthConfig, correlation: float | None) -> bool:
         return False
     if not has_guard(growth):
         return True
-    return correlation is not None and correlation >= growth.min_rank_correlation - ROUNDING
+    return correlation is not None and correlation >= growth.rank_bar - ROUNDING
 
 
 def _rank_correlation(
@@ -157,7 +157,7 @@ def _rank_correlation(
     before = guard_step(rung)
     if before == rung:  # so short a rung has no evaluation of its own shortly before
         return None
-    earlier = {id_: rung_value(growth.rung_value, curves[id_], before) for id_ in values}
+    earlier = {id_: rung_value(growth.compared_by, curves[id_], before) for id_ in values}
     if None in earlier.values():
         earlier = {id_: rung_value("last", curves[id_], before) for id_ in values}
     return spearman(earlier, values)
@@ -169,7 +169,7 @@ def _transition(growth: GrowthConfig, rung: int, curves: Curves) -> int | None:
     Under halving it stands as first seen: from there on candidates are missing, and those left
     are the alike ones, whose order among themselves says little about the transition.
     """
-    threshold = growth.min_rank_correlation if has_guard(growth) else LASTING
+    threshold = growth.rank_bar if has_guard(growth) else LASTING
     looks = (rung,) if growth.rule == "lag" else growth.rung_steps()
     for look in looks:
         if look <= rung:

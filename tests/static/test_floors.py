@@ -18,8 +18,13 @@ FLOORS = (
         "mixture",
         "learning_rate",
         "rate_curve",
+        "scaling_law",
+        "slope",
+        "stage_plan",
+        "published_stages",
         "step_result",
         "schedule",
+        "search_cost",
         "tracking",
         "wandb_mirror",
         "wandb_runs",
@@ -42,7 +47,7 @@ FLOORS = (
         "engine",
     ),
     ("probe",),
-    ("trainer", "session", "mirror", "evaluation", "report", "dry_run"),
+    ("trainer", "measuring", "session", "mirror", "evaluation", "report", "dry_run", "study"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MAX_FILE_LINES = 300

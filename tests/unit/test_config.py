@@ -23,7 +23,7 @@ from lag_megatron.errors import ConfigError, LagError
 from lag_megatron.growth.pool import build_pool
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 
 BASE = {
     "model": {
@@ -620,6 +620,15 @@ def _default(path):
             ["growth.pool.operator=post_ln_identity"],
             "growth.pool.operator: 'post_ln_identity' is for post-LN models, but "
             "model.norm_position is 'pre'. Take 'llama_pro'.",
+        ),
+        (
+            [
+                "growth.pool={operator: staged, options: {}}",
+                "stages[1].num_layers=8",
+                "model.norm_position=post",
+            ],
+            "growth.pool.operator: 'staged' is for pre-LN models, but model.norm_position is "
+            "'post'. Take 'post_ln_identity'.",
         ),
         (
             ["growth.pool.options={index: 3}"],

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch_models import grow_dense, load, random_stack, state_of, tokens
+from torch_models import GROUPS, grow_dense, load, random_stack, state_of, tokens
 
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.growth_map import depth_map
@@ -39,6 +39,9 @@ CASES = {
     "slices in disorder": ("slices", 6, {"layers": "1,0,2-3,0-1", "scale": 0}, set()),
     "llama_pro": ("llama_pro", 6, {}, PRE),
     "llama_pro each": ("llama_pro", 8, {}, PRE),
+    "staged": ("staged", 8, {}, PRE),
+    "staged on top": ("staged", 8, {"placement": "append"}, PRE),
+    "staged copies": ("staged", 8, {"matrices": "copy"}, PRE),
     "post_ln_identity": ("post_ln_identity", 6, {}, POST),
     "post_ln_identity chains": ("post_ln_identity", 8, {"after": [0, 3, 0, 0]}, POST),
 }
@@ -71,8 +74,15 @@ def test_claims(case):
     assert plan_of(case).preserves_function("post") is (kept >= POST)
 
 
-@pytest.mark.parametrize("kind", sorted(PRE | POST))
-@pytest.mark.parametrize("case", [c for c in CASES if "post_ln" not in c])
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        (case, kind)
+        for case in CASES
+        for kind in sorted(PRE | POST)
+        if "post_ln" not in case and (kind in PRE or "staged" not in case)
+    ],
+)
 def test_outputs(case, kind):
     found = difference(case, kind)
     if kind in CASES[case][3]:
@@ -90,6 +100,13 @@ def test_outputs_of_post_ln_insertion(case):
         old = state_of(random_stack(kind, SOURCE))
         with pytest.raises(PlanError, match="post-LN"):
             grow_dense(plan_of(case), old)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "staged" in c])
+def test_silent_layers_of_a_post_ln_model_are_refused(case):
+    old = state_of(random_stack("bert", SOURCE))
+    with pytest.raises(PlanError, match=r"'staged' .*post-LN.*'post_ln_identity'.*\[0, 1, 2, 3\]"):
+        grow_dense(plan_of(case), old)
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.5])
@@ -165,7 +182,7 @@ def test_blocks_cover_every_parameter():
         kind = "bert" if "post_ln" in case else "gpt"
         shapes = {n: tuple(t.shape) for n, t in state_of(random_stack(kind, SOURCE)).items()}
         target = plan_of(case).target_layers
-        growth = depth_map(plan_of(case), [shapes])
+        growth = depth_map(plan_of(case), [shapes], query_groups=GROUPS)
         wanted = {n: tuple(t.shape) for n, t in state_of(random_stack(kind, target)).items()}
         assert growth.groups == [wanted]
         assert list(growth.groups[0]) == list(wanted)

@@ -63,6 +63,10 @@ def drawn(operator, source, target, **options):
         ("post_ln_identity", 4, 6, {}, "1 2 2z 3 4 4z"),
         ("post_ln_identity", 3, 6, {"after": [1, 0, 1]}, "1 1z 2 2z 2z 3"),
         ("post_ln_identity", 1, 4, {"after": "0,0,0"}, "1 1z 1z 1z"),
+        ("staged", 3, 6, {}, "1 I 2 I 3 I"),
+        ("staged", 3, 6, {"placement": "append"}, "1 2 3 I I I"),
+        ("staged", 2, 4, {"matrices": "copy", "query_groups": 4}, "1 1i 2 2i"),
+        ("staged", 2, 4, {"matrices": "copy", "placement": "append"}, "1 2 1i 2i"),
     ],
 )
 def test_maps_by_hand(operator, source, target, options, expected):
@@ -94,6 +98,10 @@ def test_whole_origins():
     assert layer_map_of("llama_pro", 1, 2, {}) == (old, z)
     random = dataclasses.replace(z, init="random", branch_scale=0.25)
     assert layer_map_of("random_top", 1, 2, {"scale": 0.25}) == (old, random)
+    silent = LayerOrigin(0, is_new=True, init="identity", silent=True)
+    assert layer_map_of("staged", 1, 2, {}) == (old, silent)
+    copied = dataclasses.replace(silent, init="duplicate")
+    assert layer_map_of("staged", 1, 2, {"matrices": "copy"}) == (old, copied)
     assert layer_map_of("post_ln_identity", 2, 4, {"after": [0, 0]}) == (
         dataclasses.replace(old, plain_norms=("mlp",)),
         dataclasses.replace(z, plain_norms=("attention", "mlp")),
@@ -113,6 +121,7 @@ def growths(draw_):
     divisors = [n for n in range(1, source + 1) if source % n == 0]
     new = {
         "progressive": st.just(source),
+        "staged": st.just(source),
         "g_stack": st.integers(1, 3).map(lambda g: g * source),
         "midas": st.sampled_from(divisors),
         "llama_pro": st.sampled_from(divisors),
@@ -128,6 +137,11 @@ def growths(draw_):
             "index": draw_(st.integers(0, 2 * source - target)),
             "block_size": draw_(st.sampled_from([1, target - source])),
             "init": draw_(st.sampled_from(["duplicate", "random"])),
+        }
+    if operator == "staged":
+        options = {
+            "placement": draw_(st.sampled_from(["alternate", "append"])),
+            "matrices": draw_(st.sampled_from(["identity", "copy"])),
         }
     if operator == "slices":
         options = {"layers": draw_(st.lists(layer, min_size=target, max_size=target))}
@@ -160,6 +174,8 @@ def test_invariants(growth):
         if origin.is_new and origin.init == "duplicate":
             assert origin.source in [o.source for o in layer_map[:place]]
     assert any(o.plain_norms for o in layer_map) == (operator == "post_ln_identity")
+    assert all(o.silent == (operator == "staged") for o in new)
+    assert not any(o.silent for o in layer_map if not o.is_new)
 
 
 @given(growths())
@@ -185,7 +201,9 @@ def test_preserves_function_by_the_rule_in_words(growth, position):
         firsts = list(dict.fromkeys(options["layers"]))
         expected = position == "pre" and options.get("scale") == 0 and firsts == [*range(source)]
     else:
-        expected = position == "pre" and (operator == "llama_pro" or options.get("scale") == 0)
+        expected = position == "pre" and (
+            operator in ("llama_pro", "staged") or options.get("scale") == 0
+        )
     assert plan.preserves_function(position) is expected
 
 
@@ -210,6 +228,19 @@ SLICES_46 = ("slices", 4, 6)
         ("midas", 4, 12, {}, r"8 new .* do not divide the 4 old ones\. .*targets: 5, 6, 8\."),
         ("llama_pro", 6, 11, {}, r"'llama_pro': the 5 new .*Allowed targets: 7, 8, 9, 12\."),
         ("llama_pro", 6, 8, {"scale": 0}, "'llama_pro' has no option scale"),
+        ("staged", 4, 7, {}, r"'staged' doubles .*: 4 become 8, not 7\. Give 8 .* 'llama_pro'"),
+        ("staged", 4, 4, {}, "the target must have more"),
+        (
+            "staged",
+            4,
+            8,
+            {"placement": "top"},
+            r"placement must be alternate or append \(got 'top'",
+        ),
+        ("staged", 4, 8, {"matrices": 1}, r"matrices must be identity or copy \(got 1\)"),
+        ("staged", 4, 8, {"query_groups": 0}, r"query_groups must be 1 or more \(got 0\)"),
+        ("staged", 4, 8, {"query_groups": "2"}, r"query_groups must be a whole .*\(got '2'\)"),
+        ("staged", 4, 8, {"scale": 0}, "'staged' has no option scale"),
         ("post_ln_identity", 6, 11, {}, r"the 5 new layers of 6 -> 11 do not divide the 6 old"),
         ("post_ln_identity", 4, 6, {"after": [0]}, "after lists 1 layers, but 2 are new"),
         ("post_ln_identity", 4, 6, {"after": [0, 4]}, "after names layer 4, .* are 0 to 3"),

@@ -29,6 +29,7 @@ PLANS = st.sampled_from(
         ("interpolate", 5, {}),
         ("llama_pro", 4, {}),
         ("slices", 3, {"layers": "1,0-1"}),
+        ("staged", 4, {"placement": "append"}),
     ]
 )
 

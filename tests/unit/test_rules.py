@@ -25,8 +25,10 @@ from lag_megatron.selection import (
 )
 
 Curves = dict[str, list[Evaluation]]
-UNGUARDED = GrowthConfig(lag=40, rungs=(10, 20, 40), eta=2, min_rank_correlation=-1)
-GUARDED = GrowthConfig(lag=40, rungs=(20, 40), eta=2, min_rank_correlation=0.8)
+UNGUARDED = GrowthConfig(
+    rung_value="last", lag=40, rungs=(10, 20, 40), eta=2, min_rank_correlation=-1
+)
+GUARDED = GrowthConfig(rung_value="last", lag=40, rungs=(20, 40), eta=2, min_rank_correlation=0.8)
 
 
 def curves_of(steps: Sequence[int], losses: Mapping[str, Sequence[float]]) -> Curves:
@@ -138,7 +140,7 @@ def test_the_guard_compares_the_candidates_left() -> None:
 
 
 def test_a_bar_of_one_is_passed_by_equal_rankings() -> None:
-    growth = GrowthConfig(lag=40, rungs=(20, 40), eta=2, min_rank_correlation=1)
+    growth = GrowthConfig(rung_value="last", lag=40, rungs=(20, 40), eta=2, min_rank_correlation=1)
     losses = {str(n): (0, 1 + n / 7, 1 + n / 3) for n in range(23)}
     assert len(judge(growth, 20, curves_of(STEPS, losses), alive=tuple(losses)).goes_on) == 12
 
@@ -149,7 +151,9 @@ def test_without_a_correlation_the_guard_lets_everybody_go_on(losses: dict) -> N
     verdict = judge(GUARDED, 20, curves, alive=tuple(losses))
     assert verdict.rank_correlation is None
     assert set(verdict.goes_on) == set(losses)
-    unguarded = GrowthConfig(lag=40, rungs=(20, 40), eta=2, min_rank_correlation=-1)
+    unguarded = GrowthConfig(
+        rung_value="last", lag=40, rungs=(20, 40), eta=2, min_rank_correlation=-1
+    )
     assert len(judge(unguarded, 20, curves, alive=tuple(losses)).goes_on) == len(losses) // 2
 
 
@@ -203,7 +207,9 @@ def test_before_the_last_rung_the_places_decide_unless_all_may_go_on() -> None:
     assert not can_still_win(UNGUARDED, 10, values, "d", pool=pool, alive=5)
     assert not can_still_win(UNGUARDED, 10, values, "c", pool=pool, alive=4)
     assert can_still_win(GUARDED, 20, values, "d", pool=pool, alive=5)
-    auto = GrowthConfig(lag="auto", rungs=(10, 20, 40), min_rank_correlation=-1, eta=2)
+    auto = GrowthConfig(
+        rung_value="last", lag="auto", rungs=(10, 20, 40), min_rank_correlation=-1, eta=2
+    )
     assert can_still_win(auto, 20, values, "d", pool=pool, alive=5)
     assert not can_still_win(auto, 40, values, "d", pool=pool, alive=5)
 
@@ -214,7 +220,9 @@ tables = st.lists(st.integers(0, 5).map(float), min_size=1, max_size=8)
 @given(tables, st.randoms(use_true_random=False), st.integers(2, 4), st.sampled_from([10, 40]))
 def test_whoever_is_written_off_does_not_go_on(values, random, eta, rung) -> None:
     """In whatever order candidates arrive."""
-    growth = GrowthConfig(lag=40, rungs=(10, 40), eta=eta, min_rank_correlation=-1)
+    growth = GrowthConfig(
+        rung_value="last", lag=40, rungs=(10, 40), eta=eta, min_rank_correlation=-1
+    )
     table = {str(n): value for n, value in enumerate(values)}
     arrivals = list(table)
     random.shuffle(arrivals)
@@ -341,7 +349,7 @@ def test_auto_decides_at_twice_the_transition(transition: int) -> None:
 
 def test_auto_without_a_transition_goes_to_the_last_rung() -> None:
     curves = planted(1000, range(201), noise=0.0, seed=1)
-    halving = GrowthConfig(lag="auto", rungs=AUTO.rungs, eta=2)
+    halving = GrowthConfig(rung_value="last", lag="auto", rungs=AUTO.rungs, eta=2)
     for growth in (AUTO, halving):
         done = replay(growth, curves, pool=tuple(curves))
         assert (done.lag, set(done.status.values())) == (200, {"finished"})
@@ -350,7 +358,7 @@ def test_auto_without_a_transition_goes_to_the_last_rung() -> None:
 
 def test_halving_with_auto_stops_between_the_transition_and_the_decision() -> None:
     """The transition stands as seen before candidates were stopped."""
-    growth = GrowthConfig(lag="auto", rungs=(20, 40, 60, 80, 120), eta=4)
+    growth = GrowthConfig(rung_value="last", lag="auto", rungs=(20, 40, 60, 80, 120), eta=4)
     curves = planted(40, range(121), candidates=8, noise=0.0, seed=2)
     done = replay(growth, curves, pool=tuple(curves))
     assert [v.transition for v in done.verdicts] == [None, None, 40, 40]
@@ -430,8 +438,8 @@ def test_nobody_left_names_the_reasons() -> None:
     ("growth", "missing"),
     [
         (GrowthConfig(rule="lag", lag=30), "[30]"),
-        (GrowthConfig(lag=40, rungs=(15, 40), min_rank_correlation=-1), "[15]"),
-        (GrowthConfig(lag=40, rungs=(20, 40)), "[16]"),
+        (GrowthConfig(rung_value="last", lag=40, rungs=(15, 40), min_rank_correlation=-1), "[15]"),
+        (GrowthConfig(rung_value="last", lag=40, rungs=(20, 40)), "[16]"),
         (GrowthConfig(rule="lag", lag=40, rung_value="mean"), "[32]"),
         (GrowthConfig(rule="lag", lag="auto", rungs=(10, 20, 40)), "[8]"),
     ],
@@ -531,7 +539,9 @@ def test_lag_is_the_lowest_loss_at_the_lag(losses: list[list[float]]) -> None:
 def test_halving_is_cutting_a_sorted_table(losses: list[list[float]], eta: int) -> None:
     """An independent computation, guard off, over candidates that do not fail."""
     table = np.array(losses)
-    growth = GrowthConfig(lag=40, rungs=(10, 20, 40), eta=eta, min_rank_correlation=-1)
+    growth = GrowthConfig(
+        rung_value="last", lag=40, rungs=(10, 20, 40), eta=eta, min_rank_correlation=-1
+    )
     left, steps = np.arange(len(table)), np.full(len(table), 40)
     for column, rung in ((2, 10), (4, 20)):
         order = left[np.argsort(table[left, column], kind="stable")]

@@ -158,6 +158,12 @@ def test_an_impossible_growth_is_refused() -> None:
         growth_pools(config_of({"policy": "progressive", "layers": [4, 6], "steps": 9}))
 
 
+def test_an_exhaustive_search_needs_a_known_end() -> None:
+    stages = [{"steps": 9}, {"steps": 9, "num_layers": 6, "until_slope": -0.05}]
+    with pytest.raises(ConfigError, match="exhaustive trains candidates"):
+        config_of(stages, growth={"lag": 2, "exhaustive": True})
+
+
 def test_a_decay_to_an_unknown_end_is_refused() -> None:
     stages = [{"steps": 9, "until_slope": -0.05}]
     with pytest.raises(ConfigError, match=r"needs optimizer\.schedule\.decay_steps"):

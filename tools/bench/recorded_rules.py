@@ -18,6 +18,7 @@ from lag_megatron.selection.analysis import ended_curves
 SMALLEST_POOL = 16
 VALUES = ("last", "mean", "ema")
 ETAS = (2, 3, 4)
+GUARDS = (0.8, 0.5, -1.0)
 _DEFAULTS = GrowthConfig()
 # Losses are recorded to six decimals.
 ROUNDING = 1e-6
@@ -30,8 +31,8 @@ class Rule:
     name: str
     rungs: tuple[float, ...] | None = None
     eta: int = _DEFAULTS.eta
-    value: str = _DEFAULTS.rung_value
-    guard: float = _DEFAULTS.min_rank_correlation
+    value: str = _DEFAULTS.compared_by
+    guard: float = _DEFAULTS.rank_bar
 
     def settings(self, lag: int) -> list[str]:
         """As ``key=value`` over those of a search."""
@@ -47,8 +48,9 @@ class Rule:
         if self.rungs:
             parts = " ".join(f"1/{round(1 / part)}" if part < 1 else "1" for part in self.rungs)
         eta = f" eta {self.eta}" if self.name == "halving" else ""
-        unguarded = ", no guard" if self.name == "halving" and self.guard == -1 else ""
-        return f"{self.name}{eta}, rungs at {parts} k, {self.value}{unguarded}"
+        guard = "no guard" if self.guard == -1 else f"guard {self.guard:g}"
+        guarded = f", {guard}" if self.name == "halving" else ""
+        return f"{self.name}{eta}, rungs at {parts} k, {self.value}{guarded}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,8 @@ class Outcome:
 
 
 DEFAULT = Rule(_DEFAULTS.rule)
-LAG = Rule("lag")
+# The paper's rule: the loss at k.
+LAG = Rule("lag", value="last")
 
 
 def rules_figures(folder: Path) -> dict[str, float]:
@@ -182,10 +185,9 @@ def _variants() -> Iterator[Rule]:
         yield Rule("lag", value=value)
         for part in (0.5, 0.25):
             yield Rule("lag", rungs=(part,), value=value)
-    for eta, value in itertools.product(ETAS, VALUES):
-        yield Rule("halving", eta=eta, value=value)
+    for eta, value, guard in itertools.product(ETAS, VALUES, GUARDS):
+        yield Rule("halving", eta=eta, value=value, guard=guard)
     for eta in ETAS:
-        yield Rule("halving", eta=eta, guard=-1.0)
         yield Rule("halving", rungs=(0.5, 1.0), eta=eta)
         yield Rule("halving", rungs=(0.125, 0.25, 0.5, 1.0), eta=eta, guard=-1.0)
 

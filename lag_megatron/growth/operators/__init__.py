@@ -20,7 +20,7 @@ from lag_megatron.growth.operators.depth import (
     random_top,
     slices,
 )
-from lag_megatron.growth.operators.inserted import llama_pro, post_ln_identity
+from lag_megatron.growth.operators.inserted import llama_pro, post_ln_identity, staged
 
 OPERATORS: Mapping[str, Callable[..., LayerMap]] = {
     "identity": identity,
@@ -34,6 +34,7 @@ OPERATORS: Mapping[str, Callable[..., LayerMap]] = {
     "slices": slices,
     "llama_pro": llama_pro,
     "post_ln_identity": post_ln_identity,
+    "staged": staged,
 }
 
 

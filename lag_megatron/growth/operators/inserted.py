@@ -2,18 +2,20 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.layer_map import (
     Branch,
+    Init,
     LayerMap,
     LayerOrigin,
     map_of_sources,
     require_more_layers,
 )
 from lag_megatron.growth.operators.depth import require_even_blocks
-from lag_megatron.growth.operators.options import layer_list
+from lag_megatron.growth.operators.options import layer_list, whole_number
 
 
 def llama_pro(source_layers: int, target_layers: int) -> LayerMap:
@@ -53,6 +55,51 @@ def post_ln_identity(source_layers: int, target_layers: int, *, after: Any = Non
     return tuple(
         origin for layer in range(source_layers) for origin in _chain(layer, counts[layer])
     )
+
+
+def staged(
+    source_layers: int,
+    target_layers: int,
+    *,
+    placement: Any = "alternate",
+    matrices: Any = "identity",
+    query_groups: Any = None,
+) -> LayerMap:
+    """Doubling by layers that hear nothing (Shen et al. 2022, arXiv 2203.06211), for pre-LN models.
+
+    A new layer is the identity because the norms before its branches have weight and bias 0, and
+    its biases are 0 (``growth.silent``: what exactly, and what differs under a gated MLP).
+    ``moments: auto`` is ``zero`` for it, as in the paper, whose schedule warms the rate up again
+    over 150 to 200 steps; take ``borrow`` where it does not.
+
+    Option ``placement`` puts a new layer after each old one (``alternate``) or all on top
+    (``append``).  Its ``matrices`` are pieces of the ``identity``, or a ``copy`` of the old
+    layer's, of which it stands for one as in progressive stacking.  ``query_groups`` of the
+    attention is needed for the former alone, where the checkpoint does not tell it.
+    """
+    require_more_layers(source_layers, target_layers)
+    if target_layers != 2 * source_layers:
+        raise PlanError(
+            f"operator 'staged' doubles the layers: {source_layers} become {2 * source_layers}, "
+            f"not {target_layers}. Give {2 * source_layers} layers, or take 'llama_pro'."
+        )
+    _one_of("placement", placement, ("alternate", "append"))
+    _one_of("matrices", matrices, ("identity", "copy"))
+    if query_groups is not None and whole_number("staged", "query_groups", query_groups) < 1:
+        raise PlanError(f"operator 'staged': query_groups must be 1 or more (got {query_groups}).")
+    old = [LayerOrigin(layer, is_new=False) for layer in range(source_layers)]
+    init: Init = "identity" if matrices == "identity" else "duplicate"
+    new = [replace(origin, is_new=True, init=init, silent=True) for origin in old]
+    if placement == "append":
+        return (*old, *new)
+    return tuple(origin for pair in zip(old, new, strict=True) for origin in pair)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise PlanError(
+            f"operator 'staged': {name} must be {' or '.join(allowed)} (got {value!r})."
+        )
 
 
 def _chain(layer: int, new_layers: int) -> Iterator[LayerOrigin]:

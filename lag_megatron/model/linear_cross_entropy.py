@@ -1,0 +1,214 @@
+"""The output layer and the cross-entropy of its logits in one, in chunks, under tensor parallelism.
+
+Logits of a whole batch never exist: those of some rows are made, turned into their gradient in
+place, and multiplied back at once, as Liger Kernel does (Hsu et al. 2024, arXiv 2410.10989,
+section 3.2); here the vocabulary may be cut over tensor-parallel ranks as well (Shoeybi et al.
+2019, section 3).  Backward only scales what forward found, so no product is computed twice.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+# Logits of a chunk: on a CPU enough rows for fast products while they stay near the cache, on a GPU
+# enough to fill it.
+_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Which of the vocabulary's rows this rank has, and with whom it shares the others."""
+
+    first: int = 0
+    group: dist.ProcessGroup | None = None
+
+    def reduce(self, values: Tensor, how: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """``values`` of all ranks together, in place."""
+        if self.group is not None:
+            dist.all_reduce(values, how, group=self.group)
+        return values
+
+
+class LossLinear(ColumnParallelLinear):
+    """An output layer that also computes the loss of its logits, if it is given labels.
+
+    A model's own layer becomes one by :meth:`adopt`; parameters and their names stay.
+    """
+
+    @classmethod
+    def adopt(cls, layer: ColumnParallelLinear) -> None:
+        """Give a layer that Megatron-Core has built this forward."""
+        layer.__class__ = cls
+
+    def forward(
+        self,
+        hidden_sbd: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits as Megatron-Core gives them, or the sum of the labels' cross-entropies.
+
+        Args:
+            hidden_sbd: (s, b, d), or under sequence parallelism this rank's part of s.
+            weight: (vocabulary / tensor, d), where it is another layer's.
+            labels: int64 (b, s); None asks for logits.
+            loss_mask: fp32 (b, s), the weight of each label.
+        """
+        if labels is None or loss_mask is None:
+            return super().forward(hidden_sbd, weight, runtime_gather_output)
+        weight = self.weight if weight is None else weight
+        if self.sequence_parallel:
+            hidden_sbd = gather_from_sequence_parallel_region(hidden_sbd, group=self.tp_group)
+        else:
+            hidden_sbd = copy_to_tensor_model_parallel_region(hidden_sbd, group=self.tp_group)
+        parts = dist.get_world_size(self.tp_group) if dist.is_initialized() else 1
+        rank = dist.get_rank(self.tp_group) if parts > 1 else 0
+        mine = Slice(rank * weight.shape[0], self.tp_group if parts > 1 else None)
+        # Labels are turned, not hidden states: Megatron-Core sums gradients over tensor-parallel
+        # ranks in a copy, which it drops, where they are not contiguous.
+        loss = linear_cross_entropy(
+            hidden_sbd.reshape(-1, hidden_sbd.shape[-1]),
+            weight,
+            self.bias,
+            labels.t().reshape(-1),
+            loss_mask.t().reshape(-1),
+            mine,
+        )
+        return loss, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    loss_mask: Tensor,
+    mine: Slice | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """Sum over rows of ``loss_mask`` times the cross-entropy of ``hidden weight^T + bias``.
+
+    Args:
+        hidden: (n, d) in any floating type; products are computed in it, the softmax in fp32 or
+            above.
+        weight: (v, d), this rank's rows of the vocabulary.
+        bias: (v,) or None.
+        labels: int64 (n,), numbers in the whole vocabulary; of rows of weight 0 they are ignored.
+        loss_mask: (n,).
+        mine: the vocabulary's cut; None is a whole one.
+        label_smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016,
+            section 7).
+        z_loss: coefficient of the squared log of the softmax's sum (Chowdhery et al. 2022, PaLM,
+            section 5).
+        chunk: logits that exist at a time; by default what suits the device.
+
+    Returns:
+        A scalar, the same on all ranks; the gradient of ``hidden`` is this rank's part of a sum.
+    """
+    if hidden.device.type == "cpu":  # no one waits for the number of rows there
+        kept = loss_mask != 0
+        if not bool(kept.all()):
+            hidden, labels, loss_mask = hidden[kept], labels[kept], loss_mask[kept]
+    size = chunk or _CHUNK.get(hidden.device.type, _CHUNK["cuda"])
+    rows = max(1, size // max(weight.shape[0], 1))
+    options = (mine or Slice(), label_smoothing, z_loss, rows)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, loss_mask, options)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, loss_mask, options):  # type: ignore[no-untyped-def]
+        mine, smoothing, z_loss, rows = options
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wants = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        made = [
+            torch.zeros_like(tensor, dtype=wide if number else tensor.dtype) if wanted else None
+            for number, (tensor, wanted) in enumerate(
+                zip((hidden, weight, bias), wants, strict=True)
+            )
+        ]
+        whole = mine.reduce(torch.tensor(float(weight.shape[0]), device=hidden.device))
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = F.linear(hidden[part], weight, bias).to(wide)
+            share = loss_mask[part].to(wide)
+            total += _chunk(logits, labels[part], share, mine, smoothing, z_loss, whole)
+            if any(wants):
+                _multiply_back(logits.to(hidden.dtype), hidden, weight, part, made)
+        ctx.made = [
+            None if m is None else m.to(t.dtype)
+            for m, t in zip(made, (hidden, weight, bias), strict=True)
+        ]
+        return total.float() if wide is torch.float32 else total
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        found = [None if made is None else made.mul_(grad.to(made.dtype)) for made in ctx.made]
+        ctx.made = None  # scaled in place: a second backward would find them wrong
+        return (*found, None, None, None)
+
+
+def _chunk(
+    logits: Tensor,
+    labels: Tensor,
+    share: Tensor,
+    mine: Slice,
+    smoothing: float,
+    z_loss: float,
+    vocabulary: Tensor,
+) -> Tensor:
+    """The chunk's loss; ``logits`` (rows, v) become the gradient."""
+    top = mine.reduce(logits.amax(dim=1, keepdim=True), dist.ReduceOp.MAX)
+    logits -= top
+    place = labels - mine.first
+    is_mine = (place >= 0) & (place < logits.shape[1])
+    place = place.clamp(0, logits.shape[1] - 1)[:, None]
+    sums = torch.empty((3, len(labels)), dtype=logits.dtype, device=logits.device)
+    sums[0] = logits.gather(1, place)[:, 0].masked_fill_(~is_mine, 0.0)
+    sums[1] = logits.sum(dim=1) if smoothing else 0.0
+    sums[2] = logits.exp_().sum(dim=1)
+    at_label, everywhere, normaliser = mine.reduce(sums)
+    log_sum = normaliser.log()
+    losses = log_sum - (1.0 - smoothing) * at_label - smoothing * everywhere / vocabulary
+    scale = share / normaliser
+    if z_loss:
+        whole_log = log_sum + top[:, 0]
+        losses += z_loss * whole_log.square()
+        scale = scale * (1.0 + 2.0 * z_loss * whole_log)
+    logits *= scale[:, None]
+    if smoothing:
+        logits -= (smoothing * share / vocabulary)[:, None]
+    taken = torch.where(is_mine, (smoothing - 1.0) * share, 0.0)
+    logits.scatter_add_(1, place, taken[:, None])
+    return (losses * share).sum()
+
+
+def _multiply_back(
+    gradient: Tensor, hidden: Tensor, weight: Tensor, part: slice, made: list[Tensor | None]
+) -> None:
+    """Add a chunk's part of the gradients of hidden states, weight and bias."""
+    of_hidden, of_weight, of_bias = made
+    if of_hidden is not None:
+        torch.mm(gradient, weight, out=of_hidden[part])
+    if of_weight is not None:
+        if of_weight.dtype == hidden.dtype:
+            of_weight.addmm_(gradient.t(), hidden[part])
+        else:
+            of_weight += gradient.t() @ hidden[part]
+    if of_bias is not None:
+        of_bias += gradient.sum(dim=0)

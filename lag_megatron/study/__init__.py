@@ -1,0 +1,51 @@
+"""Growth policies compared at equal FLOPs: planned, run, and reported over seeds."""
+
+import json
+from pathlib import Path
+
+from lag_megatron.files import write_atomically
+from lag_megatron.report.html import to_html
+from lag_megatron.report.markdown import to_markdown
+from lag_megatron.report.plots import plots_available
+from lag_megatron.study.content import study_blocks
+from lag_megatron.study.figures import draw_study
+from lag_megatron.study.findings import findings
+from lag_megatron.study.launch import Ended, StudyFolder, prepare, run_all
+from lag_megatron.study.plan import PlannedRun, StudyPlan, plan_study
+from lag_megatron.study.results import study_results
+from lag_megatron.study.schema import Study, load_study
+from lag_megatron.study.table import plan_text
+
+__all__ = [
+    "Ended",
+    "PlannedRun",
+    "Study",
+    "StudyFolder",
+    "StudyPlan",
+    "load_study",
+    "plan_study",
+    "plan_text",
+    "prepare",
+    "run_all",
+    "write_study",
+]
+
+
+def write_study(plan: StudyPlan, folder: StudyFolder) -> Path:
+    """Write ``results.json``, ``report.html``, ``report.md`` and ``figures/*.png``.
+
+    Returns:
+        The path of ``report.html``.
+    """
+    results = study_results(plan, folder)
+    folder.root.mkdir(parents=True, exist_ok=True)
+    pictures = draw_study(results, folder.root / "figures") if plots_available() else None
+    content = list(study_blocks(results, pictures))
+    results["findings"] = findings(results)
+    write_atomically(
+        folder.root / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n"
+    )
+    write_atomically(folder.root / "report.md", to_markdown(content))
+    page = folder.root / "report.html"
+    write_atomically(page, to_html(content, title=f"{plan.study.name}: report"))
+    return page

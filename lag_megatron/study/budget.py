@@ -1,0 +1,66 @@
+"""What a run is planned to cost, and how long its last stage may be for a given budget."""
+
+from dataclasses import dataclass, replace
+
+from lag_megatron.config import RunConfig
+from lag_megatron.dry_run import estimate_vocab_size, growth_pools
+from lag_megatron.search_cost import search_cost, training_flops
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCost:
+    """Floating-point operations of a run's own steps and of its searches."""
+
+    training: int
+    search: int
+
+    @property
+    def total(self) -> int:
+        """Both together; validating the run itself is not counted."""
+        return self.training + self.search
+
+
+class Price:
+    """The planned cost of a configuration as a function of the length of its last stage.
+
+    The size of the vocabulary is the dry run's: an estimate where the tokenizer is not there yet.
+
+    Args:
+        config: the run; the steps of its last stage do not matter.
+
+    Attributes:
+        vocab_size: rows of the embedding, on which costs depend.
+        vocab_origin: where that number comes from.
+
+    Raises:
+        PlanError: if a growth of it is impossible.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self.vocab_size, self.vocab_origin = estimate_vocab_size(config)
+        self._pools = {stage: len(pool) for stage, pool in growth_pools(config).items()}
+
+    def of(self, last_steps: int) -> PlannedCost:
+        """The cost with that many steps in the last stage."""
+        config = with_last_steps(self._config, last_steps)
+        search = sum(
+            search_cost(config, stage, candidates=pool, vocab_size=self.vocab_size).flops
+            for stage, pool in self._pools.items()
+        )
+        return PlannedCost(training_flops(config, vocab_size=self.vocab_size), search)
+
+    def steps_within(self, budget: int) -> int:
+        """The most steps of the last stage that cost no more than ``budget``; 0 if none do.
+
+        Searches end at a lag, however long the stage that follows, so the cost is linear in it.
+        """
+        fixed = self.of(0).total
+        a_step = self.of(1).total - fixed
+        return max(budget - fixed, 0) // a_step
+
+
+def with_last_steps(config: RunConfig, steps: int) -> RunConfig:
+    """``config`` with a last stage of that many steps."""
+    *earlier, last = config.stages
+    return replace(config, stages=(*earlier, replace(last, steps=steps)))

@@ -1,0 +1,35 @@
+"""The plan of a study as text: what each arm trains, and what that costs."""
+
+from collections.abc import Iterator
+
+from lag_megatron.study.launch import StudyFolder
+from lag_megatron.study.plan import PlannedRun, StudyPlan
+
+
+def plan_text(plan: StudyPlan, folder: StudyFolder) -> str:
+    """The arms at the budget, and how many of the runs have finished already."""
+    return "\n".join(_lines(plan, folder))
+
+
+def _lines(plan: StudyPlan, folder: StudyFolder) -> Iterator[str]:
+    settings = plan.study.config
+    yield f"budget: {plan.budget:.4e} FLOPs for each run, search included"
+    yield f"vocabulary: {plan.vocab_size:,} ({plan.vocab_origin})"
+    shown: dict[str, PlannedRun] = {}
+    for run in plan.runs:
+        shown.setdefault(run.arm, run)
+    width = max(map(len, shown))
+    yield f"{'arm':<{width}} {'FLOPs':>10} {'below':>10} {'search':>7}  layers x steps"
+    for arm, run in shown.items():
+        config, cost = run.config, run.cost
+        stages = ", ".join(
+            f"{config.layers_of(number)} x {stage.steps:,}"
+            for number, stage in enumerate(config.stages)
+        )
+        below, share = plan.budget - cost.total, cost.search / cost.total
+        yield f"{arm:<{width}} {cost.total:>10.4e} {below:>10.3e} {share:>7.1%}  {stages}"
+    done = sum(folder.finished(run) for run in plan.runs)
+    yield (
+        f"{len(plan.runs)} runs: {len(settings.arms)} arms x {len(settings.learning_rates)} "
+        f"learning rates x {len(settings.seeds)} seeds; {done} finished"
+    )
