@@ -80,7 +80,7 @@ class Engine:
         # takes a step while it is built.
         self._engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=make_optimizer(model, config.optimizer, fused=world.device.type == "cuda"),
+            optimizer=make_optimizer(model, config.optimizer),
             config=settings,
             mpu=groups,
             dist_init_required=False,

@@ -27,7 +27,7 @@ class StackingConfig:
             fourth stage and at even ones after it (Karp et al. 2024, section 5 and appendix A.3);
             ``last``, ``midas``, ``random_top``, ``progressive`` (which doubles): that operator
             each time; ``g_stack``: one hop between two sizes; ``scratch``: one size, no growth.
-        layers: number of layers of each stage, rising.
+        layers: number of layers of each stage, rising; the first is the model's.
         steps: of all stages together, split by ``split``, or of each.
         tokens: the same in tokens.
         split: ``uniform``, or ``proportional``: stage i of K, from 1, gets the share ``i^alpha`` of
@@ -56,7 +56,11 @@ def expand_stages(tree: Tree) -> tuple[Tree, list[str]]:
         return tree, [f"stages.{line}" for line in lines]
     if lines := list(_problems(stacking)):
         return tree, lines
-    return {**tree, "stages": _stages(stacking)}, []
+    tree = {**tree, "stages": _stages(stacking)}
+    model = tree.get("model")
+    if isinstance(model, dict) and "num_layers" not in model:
+        tree["model"] = {**model, "num_layers": stacking.layers[0]}
+    return tree, []
 
 
 def shares(total: int, parts: int, *, alpha: float) -> list[int]:

@@ -16,12 +16,10 @@ def decay_split(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
     return decayed, others
 
 
-def make_optimizer(
-    model: torch.nn.Module, options: OptimizerConfig, *, fused: bool
-) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer, which decays matrices alone; its learning rate is 0 until a step sets it.
 
-    ``fused`` asks for AdamW's one kernel for all parameters; Adafactor has none.
+    AdamW is torch's fused one, a single pass over the partition on a CPU too; Adafactor has none.
     """
     decayed, others = decay_split(model)
     groups = [
@@ -36,7 +34,7 @@ def make_optimizer(
         lr=0.0,
         betas=options.betas,
         eps=options.eps,
-        fused=fused or None,
+        fused=True,
     )
 
 

@@ -20,12 +20,13 @@ def lineage_data(growths: Sequence[Json], *, first_layers: int) -> list[Json]:
     Returns:
         Per model ``growth`` (the event that made it; 0 is the first model), ``chosen``, and
         ``layers``, from the bottom: ``source`` (the layer of the model before, from 0; None for
-        those of the first model and fresh ones), ``kind`` (``first``, ``old``, ``duplicate``,
-        ``random``, ...), ``ancestor`` (the layer of the first model whose weights it began with;
-        None where they were fresh) and ``born`` (the event that made these; 0 is the first model).
+        those of the first model and fresh ones), ``kind`` (``first``, ``old``, ``duplicate`` or
+        ``fresh``), ``ancestor`` (the layer of the first model whose weights it began with;
+        None where they were fresh), ``born`` (the event that made these; 0 is the first model) and
+        ``init`` (how: ``random`` or ``identity``).
     """
     first = [
-        {"source": None, "kind": "first", "born": 0, "ancestor": layer}
+        {"source": None, "kind": "first", "born": 0, "init": "random", "ancestor": layer}
         for layer in range(first_layers)
     ]
     models: list[Json] = [{"growth": 0, "chosen": None, "layers": first}]
@@ -61,7 +62,7 @@ def lineage_blocks(models: Sequence[Json]) -> Iterator[Block]:
     yield Table(("model", "operator", ">layers", "origins from bottom to top"), rows)
     yield Text(
         "Numbers are layers of the first model, from 1; * was added as a copy by that event, "
-        "R3 began with random weights in growth 3, R3* is a copy of such a layer.",
+        "R3 began with random weights in growth 3, I3 as an identity, R3* is a copy of one.",
         small=True,
     )
 
@@ -72,12 +73,13 @@ def _layer(entry: Mapping[str, Any], before: Sequence[Json], growth: int) -> Jso
     if not entry["new"]:
         return {**source, "source": entry["source"], "kind": "old"}
     if entry["init"] != "duplicate":
-        return {"source": None, "kind": entry["init"], "born": growth, "ancestor": None}
+        fresh = {"born": growth, "init": entry["init"], "ancestor": None}
+        return {"source": None, "kind": "fresh", **fresh}
     return {**source, "source": entry["source"], "kind": "duplicate"}
 
 
 def _name(layer: Json) -> str:
-    fresh = f"R{layer['born']}"
+    fresh = f"{'I' if layer['init'] == 'identity' else 'R'}{layer['born']}"
     name = fresh if layer["ancestor"] is None else str(layer["ancestor"] + 1)
     return f"{name}*" if layer["kind"] == "duplicate" else name
 

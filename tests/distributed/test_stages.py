@@ -104,20 +104,27 @@ def numpy_slopes(run_dir, stage):
     return {points[i + WINDOW - 1][0]: np.polyfit(*logs[i : i + WINDOW].T, 1)[0] for i in starts}
 
 
-def test_a_stage_ends_where_its_slope_has_flattened(tiny, tmp_path):
-    run_ranks(train, 2, tiny, tmp_path / "run", SLOPE)
-    (cut,) = events_of(tmp_path / "run", "stage_cut")
-    slopes = numpy_slopes(tmp_path / "run", stage=0)
+@pytest.fixture(scope="module")
+def sloping(tmp_path_factory, tiny_tree):
+    """A run whose first stage ends where its slope has flattened."""
+    folder = tmp_path_factory.mktemp("sloping")
+    run_ranks(train, 2, tiny_tree(folder), folder / "run", SLOPE)
+    return folder / "run"
+
+
+def test_a_stage_ends_where_its_slope_has_flattened(sloping):
+    (cut,) = events_of(sloping, "stage_cut")
+    slopes = numpy_slopes(sloping, stage=0)
     passed = [s for s, slope in slopes.items() if slope > -0.02]
     steep = min(s for s, slope in slopes.items() if slope <= -0.02)
     assert cut["step"] == min(step for step in passed if step > steep) == max(slopes)
     assert cut["slope"] == pytest.approx(slopes[cut["step"]], rel=1e-6)
     assert cut["step"] < 90
-    (finished,) = events_of(tmp_path / "run", "run_finished")
+    (finished,) = events_of(sloping, "run_finished")
     assert finished["step"] == cut["step"] + 12
-    assert [e["step"] for e in events_of(tmp_path / "run", "growth_started")] == [cut["step"]]
+    assert [e["step"] for e in events_of(sloping, "growth_started")] == [cut["step"]]
     # Rewound, and warmed up again.
-    rates = losses_of(tmp_path / "run", "train/lr")
+    rates = losses_of(sloping, "train/lr")
     assert rates[cut["step"]] == pytest.approx(3e-3)
     assert rates[cut["step"] + 1] == pytest.approx(3e-3 / 4)
 
@@ -143,13 +150,12 @@ def stopped_at(step, *, before):
 
 
 @pytest.mark.parametrize("before", sparing([True, False], slow=lambda before: not before))
-def test_a_kill_at_the_end_that_the_slope_chose(before, tiny, tmp_path):
-    run_ranks(train, 2, tiny, tmp_path / "calm", SLOPE)
-    (cut,) = events_of(tmp_path / "calm", "stage_cut")
+def test_a_kill_at_the_end_that_the_slope_chose(before, sloping, tiny, tmp_path):
+    (cut,) = events_of(sloping, "stage_cut")
     fault = stopped_at(cut["step"], before=before)
     with pytest.raises(LagError, match="stop here"):
         run_ranks(train, 2, tiny, tmp_path / "run", SLOPE, fault)
     run_ranks(train, 2, tiny, tmp_path / "run", SLOPE)
     assert len(events_of(tmp_path / "run", "stage_cut")) == 1
     for key in ("train/loss", "val/loss"):
-        assert losses_of(tmp_path / "run", key) == losses_of(tmp_path / "calm", key)
+        assert losses_of(tmp_path / "run", key) == losses_of(sloping, key)
