@@ -211,7 +211,9 @@ def counts_of(config, parallel):
     batch = family_batches(config, world, 0)[0]
     batch.pop("prefix_length", None)
     assert batch["labels"].shape[1] == PREDICTIONS or config.model.family == "gpt"
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    batch["loss_mask"].fill_(1.0)  # rows without weight are not computed
+    # With gradients, the head's share of the backward pass would be counted, too.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         loss_sums(model, batch)
     stop_world()
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops()

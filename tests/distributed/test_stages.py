@@ -73,7 +73,7 @@ def killed_in_probes_of(growth):
 def test_killed_in_the_fourth_stages_probes_it_goes_on_as_if_nothing_had_been(tiny, tmp_path):
     run_ranks(train, 2, tiny, tmp_path / "calm", POLICY)
     fault = killed_in_probes_of(3)
-    with pytest.raises(ChildProcessError):
+    with pytest.raises((ChildProcessError, RuntimeError)):  # whichever rank is noticed first
         run_ranks(train, 2, tiny, tmp_path / "killed", POLICY, fault, timeout=120)
     assert len(decisions_of(tmp_path / "killed")) == 2
     assert events_of(tmp_path / "killed", "probe_started")[-1]["growth"] == 3

@@ -2,8 +2,10 @@
 """Record exhaustive searches, on whose curves rules are compared (probes.py replays them).
 
 Each is a run of launch/train.py on one rank: a small model pretrained on the running Python's
-own standard library, grown by 16 to 24 candidates that are all trained to the end of the stage.
-Seeds, shapes, depths, pools, learning rates and the length of the pretraining differ.
+own standard library, grown by 16 or 18 candidates that are all trained to the end of the stage.
+Seeds, shapes, depths, pools, learning rates and the length of the pretraining differ.  The lag is
+four times the phase transition or more; `searches/short_lags/` holds earlier ones, of 160 and 240
+steps, whose first rung lies before it.
 """
 
 import argparse
@@ -24,36 +26,23 @@ LLAMA = (
     "model.positions=rope", "model.norm=rmsnorm", "model.bias=false", "model.activation=swiglu",
     "model.tied_embeddings=false", "model.num_query_groups=1", "model.ffn_hidden_size=96",
 )  # fmt: skip
-# A shorter lag; evaluated more often, on more text and with averaged weights: what comparing rung
-# values needs.
-THOROUGH = (
-    "stages.1.steps=320",
-    "data.validation_tokens=16384",
-    "growth.lag=160",
-    "growth.rungs=[40, 80, 160]",
-    "growth.rung_value=ema",
-    "growth.eval_steps=[10, 20, 28, 32, 36, 40, 52, 64, 80, 104, 128, 160, 240, 320]",
-)
 LONG = ("model.seq_length=64", "parallel={micro_batch: 32, global_batch: 32, zero_stage: 1}")
 SLOW = ("optimizer.lr=2.5e-3",)
-YOUNG = ("stages.0.steps=500",)
-DEEP = ("model.num_layers=4", "stages.1.num_layers=8", "growth.pool.scale=[1.0, 0.5, 0.2]")
-PLACES = ("model.num_layers=4", "growth.pool.scale=[1.0, 0.3]")
+YOUNG = ("stages.0.steps=500", "optimizer.schedule.stable_steps=940")
+PLACES = ("model.num_layers=3", "stages.1.num_layers=5", "growth.pool.scale=[1.0, 0.3]")
+ONE = ("model.num_layers=3", "growth.pool.scale=[1.0, 0.5, 0.2]")
 # The number at a name's end is the seed of the weights, of the growth and of the text's order.
 SEARCHES: dict[str, tuple[str, ...]] = {
-    "gpt-1": THOROUGH,
-    "llama-2": (*LLAMA, *THOROUGH),
     "gpt-3": (),
-    "gpt-deep-3": (*DEEP, *THOROUGH),
-    "llama-places-4": (*LLAMA, *PLACES, *THOROUGH),
+    "llama-8": LLAMA,
+    "gpt-places-1": PLACES,
+    "llama-one-2": (*LLAMA, *ONE),
     "gpt-long-5": LONG,
     "llama-young-6": (*LLAMA, *YOUNG),
-    "gpt-places-7": PLACES,
-    "llama-8": LLAMA,
+    "gpt-one-7": ONE,
+    "llama-places-4": (*LLAMA, *PLACES),
     "gpt-slow-9": SLOW,
     "llama-long-10": (*LLAMA, *LONG),
-    "gpt-young-11": YOUNG,
-    "llama-12": LLAMA,
 }
 
 
