@@ -47,7 +47,7 @@ class GrowthConfig:
 
     The rule ``lag`` trains every candidate to the lag.  ``halving`` lets the best ``1 / eta`` of
     the candidates go on from each rung, unless the rankings at 0.8 of the rung and at it correlate
-    below ``min_rank_correlation`` (null is 0.5, and 0.8 for ``lag: auto``).  With ``lag: auto`` the
+    below ``min_rank_correlation`` (null is 0.4, and 0.8 for ``lag: auto``).  With ``lag: auto`` the
     rungs are where the phase transition is looked for.  ``rung_value`` is what candidates are
     compared by: the loss of the last evaluation, the mean of those in the second half before it, or
     the loss of an average of the weights; ``auto`` is the last for ``lag``, as in the paper, and
@@ -87,7 +87,7 @@ class GrowthConfig:
     def rank_bar(self) -> float:
         """What ``min_rank_correlation`` stands for."""
         if self.min_rank_correlation is None:
-            return 0.8 if self.lag == "auto" else 0.5
+            return 0.8 if self.lag == "auto" else 0.4
         return self.min_rank_correlation
 
     @property

@@ -18,7 +18,7 @@ from lag_megatron.selection.analysis import ended_curves
 SMALLEST_POOL = 16
 VALUES = ("last", "mean", "ema")
 ETAS = (2, 3, 4)
-GUARDS = (0.8, 0.5, -1.0)
+GUARDS = (0.8, 0.4, -1.0)
 _DEFAULTS = GrowthConfig()
 # Losses are recorded to six decimals.
 ROUNDING = 1e-6
