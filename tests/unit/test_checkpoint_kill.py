@@ -72,6 +72,8 @@ def test_killed_at_any_moment(checkpoint, tmp_path):
     chance = random.Random(0)
     moments = [(moment, False) for moment in chance.sample(range(1, total - last), ANYWHERE)]
     moments += [(1 + last * part // AT_THE_END, True) for part in range(AT_THE_END)]
+    # The last calls, between the rename and `latest`: most before are those of writing JSON.
+    moments += [(last - back, True) for back in (4, 8, 16, 24)]
     outcomes = set()
     for moment, publishing in moments:
         target = tmp_path / f"{moment}-{publishing}" / "step3"
