@@ -20,7 +20,7 @@ RUN := PATH="$(BIN):$$PATH"
 PIP := $(RUN) "$(BIN)/python" -m pip --disable-pip-version-check install --quiet
 PYTEST := $(RUN) OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest
 
-.PHONY: setup demo test test-slow clean
+.PHONY: setup demo test test-processes test-ranks test-slow clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -46,8 +46,15 @@ demo: setup
 	$(if $(FRESH),rm -rf runs/demo)
 	$(RUN) bash launch/demo.sh
 
+# Tests of one process leave a core idle, which those of several ranks can use.
 test: setup $(EVAL)
-	$(PYTEST) -m "not slow and not gpu"
+	$(MAKE) --jobs=2 --output-sync=line test-processes test-ranks
+
+test-processes:
+	$(PYTEST) -m "not slow and not gpu" tests/static tests/unit
+
+test-ranks:
+	$(PYTEST) -m "not slow and not gpu" tests/distributed tests/e2e
 
 test-slow: setup $(EVAL)
 	$(PYTEST) -m slow
