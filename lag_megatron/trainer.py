@@ -41,8 +41,8 @@ class Position:
 class Trainer:
     """Takes a run from wherever it stands to its end; every rank has one."""
 
-    def __init__(self, job: Job, world: World, recorder: Recorder, *, resume: str = "auto") -> None:
-        self.world, self.recorder, self._resume = world, recorder, resume
+    def __init__(self, job: Job, world: World, recorder: Recorder) -> None:
+        self.world, self.recorder = world, recorder
         self._engine: Engine | None = None
         self._take(job)
 

@@ -93,6 +93,14 @@ class SyntheticRun:
         if until is None:
             self.event("stage_finished", stage=stage, step=end, val_loss=self.loss(end))
 
+    def go_through(self) -> None:
+        """All stages and growths, to the end."""
+        for stage in range(len(self.config.stages)):
+            if stage:
+                self.grow(stage)
+            self.train(stage)
+        self.finish()
+
     def loss(self, step: int) -> float:
         return round(4.0 + 4.32 * math.exp(-step / 150), 4)
 

@@ -48,11 +48,7 @@ def test_ancestors_equal_the_product_of_the_maps(tmp_path: Path) -> None:
     """Independently: rows of 0 and 1, multiplied."""
     pool = {"operator": "lag", "index": "all", "init": ["duplicate"]}
     run = SyntheticRun(tmp_path / "demo", layers=(4, 6, 9), pool=pool)
-    for stage in range(3):
-        if stage:
-            run.grow(stage)
-        run.train(stage)
-    run.finish()
+    run.go_through()
     data = report_data(run.path)
     product = np.eye(4, dtype=int)
     for growth in (1, 2):

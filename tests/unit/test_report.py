@@ -198,11 +198,7 @@ def test_a_run_without_growth(tmp_path: Path) -> None:
 
 def test_several_growths(tmp_path: Path) -> None:
     run = SyntheticRun(tmp_path / "demo", layers=(4, 6, 8))
-    for stage in range(3):
-        if stage:
-            run.grow(stage)
-        run.train(stage)
-    run.finish()
+    run.go_through()
     data = report_data(run.path)
     assert [g["target_layers"] for g in data["growth"]] == [6, 8]
     shown = " ".join(parse(write_report(run.path)).text)
