@@ -13,7 +13,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["lag_megatron", "lag_megatron.*"]),
-    package_data={"lag_megatron": ["evaluation/tasks/*.yaml"]},
+    package_data={"lag_megatron": ["evaluation/tasks/*.yaml", "kernels/*.cu"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19,<0.20",
@@ -37,6 +37,7 @@ setup(
         "dev": [
             "pytest>=9,<10",
             "pytest-timeout>=2.3,<3",
+            "triton>=3.6,<4; platform_system == 'Linux'",  # its interpreter, where torch is a CPU build
             "psutil>=5.9,<8",
             "hypothesis>=6.100,<7",
             "ruff>=0.17,<0.18",

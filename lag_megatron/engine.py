@@ -42,6 +42,7 @@ from lag_megatron.model.parameter_groups import decay_split, gradient_squares, m
 from lag_megatron.model.random_state import seed_everywhere, seed_step
 from lag_megatron.parallel import DeepSpeedGroups, World, topology_of
 from lag_megatron.step_result import StepResult
+from lag_megatron.zero_step import use_one_pass
 
 Batch = dict[str, Tensor]
 Flag = Callable[[], bool]
@@ -85,6 +86,9 @@ class Engine:
             mpu=groups,
             dist_init_required=False,
         )
+        stage = config.parallel.zero_stage
+        if stage and config.optimizer.name == "adamw" and config.optimizer.one_pass:
+            use_one_pass(self._engine.optimizer, stage=stage)
         self._forget_steps()
         self._new_layers: frozenset[int] = frozenset()
 

@@ -26,6 +26,8 @@ from hypothesis import settings
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not Path("/dev/nvidiactl").exists():  # before anything imports Triton, whose own parts look too
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("same", derandomize=True, deadline=None, database=None)
 settings.load_profile("same")
@@ -57,6 +59,7 @@ def run_ranks(fn: Any, world_size: int, *args: Any, timeout: float = 120) -> lis
     try:
         for process in ranks:
             process.start()
+        (folder / "go").touch()
         return _collect(ranks, folder, time.monotonic() + timeout)
     finally:
         for process in ranks:
@@ -207,6 +210,10 @@ def _work(fn, args, rank, world_size, port, folder):
         GLOO_SOCKET_IFNAME="lo",
     )
     torch.set_num_threads(1)
+    # A rank that came to the store before all are forked would set its thread to work, whose locks
+    # the next fork would copy.
+    while not (folder / "go").exists():
+        time.sleep(0.001)
     stack = (folder / f"{rank}.stack").open("w")
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
     try:

@@ -37,6 +37,8 @@ class OptimizerConfig:
     ``adafactor`` is factored (Shazeer and Stern 2018) and runs without ZeRO alone, whose flat
     partitions have no rows and columns; ``betas`` and ``eps`` are AdamW's.  Its ``lr`` is relative
     to each parameter's own scale; T5 and UL2 take 0.01, no weight decay and no ``grad_clip``.
+    ``one_pass`` makes AdamW's step under ZeRO 1 to 3 a single pass over each rank's partition;
+    false leaves it to DeepSpeed, with the same result but for the rounding of the gradient norm.
     """
 
     __pydantic_config__ = FORBID
@@ -46,4 +48,5 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     grad_clip: float = 1.0
+    one_pass: bool = True
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -1,9 +1,10 @@
-"""Core attention through torch's scaled dot product, which is fast on CUDA and runs on a CPU.
+"""Core attention: torch's scaled dot product, or on a CPU for short sequences plain products.
 
 Masks are booleans, True where attention is hidden, as Megatron's are.
 """
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class SDPACoreAttention(MegatronModule):
     Letters: s sequence, b batch, h query heads and g key-value heads of this rank, k head size.
     """
 
+    by_products = True  # on a CPU, where that is faster
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -99,6 +102,12 @@ class SDPACoreAttention(MegatronModule):
 
     def _attend(self, heads: list[Tensor], hidden: Tensor | None) -> Tensor:
         query, key, value = heads
+        if self.by_products and torch.is_grad_enabled() and _is_short(query):
+            scale = self.softmax_scale or query.shape[-1] ** -0.5
+            if hidden is None and self.causal:
+                hidden = _future(query.shape[2])
+            dropout = self.dropout if self.training else 0.0
+            return attend_by_products(query, key, value, hidden, scale=scale, dropout=dropout)
         grouped = key.shape[1] != query.shape[1]
         if grouped and hidden is not None:
             # On CUDA no kernel takes both a mask and groups but the slow one that holds all scores.
@@ -123,6 +132,56 @@ class SDPACoreAttention(MegatronModule):
         if self.training and self.dropout and not self.config.sequence_parallel:
             return get_cuda_rng_tracker().fork()
         return contextlib.nullcontext()
+
+
+def attend_by_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden: Tensor | None,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention whose scores exist whole: two batched products each way, without recomputation.
+
+    On a CPU the backward of torch's own recomputes the scores in small blocks, which costs more
+    than their memory is worth while sequences are short.
+
+    Args:
+        query: (b, h, s, k).
+        key: (b, g, s, k), and so is ``value``; h is a multiple of g.
+        hidden: bool, broadcast to (b, h, s, s); None hides nothing.
+        scale: of the scores.
+        dropout: share of the attention weights that is dropped.
+
+    Returns:
+        (b, h, s, k).
+    """
+    batch, count, length, size = query.shape
+    groups = key.shape[1]
+    # The query heads of a group lie one below the other, so that none of its keys is repeated.
+    query = (query * scale).reshape(batch, groups, -1, size)
+    scores = (query @ key.transpose(2, 3)).view(batch, count, length, -1)
+    if hidden is not None:
+        scores = scores.masked_fill_(hidden, -torch.inf)
+    weights = F.dropout(scores.softmax(dim=-1), dropout, training=dropout > 0)
+    out: Tensor = weights.view(batch, groups, -1, weights.shape[-1]) @ value
+    return out.view(batch, count, length, size)
+
+
+# What tools/bench/attention.py finds: up to this many positions plain products win on a CPU.
+_SHORT = {torch.float32: 512, torch.bfloat16: 512}
+
+
+def _is_short(query: Tensor) -> bool:
+    return query.device.type == "cpu" and query.shape[2] <= _SHORT.get(query.dtype, 0)
+
+
+@functools.lru_cache(maxsize=8)
+def _future(length: int) -> Tensor:
+    """The mask of causal attention, bool (s, s)."""
+    return torch.ones(length, length, dtype=torch.bool).triu_(1)
 
 
 def _to_sequence(out_bhsk: Tensor) -> Tensor:

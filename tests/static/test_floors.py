@@ -44,6 +44,7 @@ FLOORS = (
         "live",
         "layer_rates",
         "averaging",
+        "zero_step",
         "engine",
     ),
     ("probe",),

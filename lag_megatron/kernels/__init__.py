@@ -1,0 +1,1 @@
+"""Kernels of our own: on a CPU in torch, on CUDA in Triton."""

@@ -1,0 +1,168 @@
+"""The one-pass AdamW against its formula in double precision and against torch's own."""
+
+import functools
+import math
+import subprocess
+
+import pytest
+import torch
+
+from lag_megatron.kernels.adamw import (
+    _CHUNK,
+    Partition,
+    Rates,
+    adamw_step,
+    on_device,
+    squared_norms,
+)
+from lag_megatron.kernels.adamw_cuda import compile_to, nvcc_path
+
+RATES = Rates(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+
+def partition(length, *, parts=(), gradient=torch.float32, weights=torch.float32, updates=3):
+    """A partition after some updates, whose gradient lies in parts of these lengths."""
+    draw = torch.Generator().manual_seed(length)
+    master, exp_avg, noise = (torch.randn(length, generator=draw) for _ in range(3))
+    lengths = [*parts] or [length]
+    return Partition(
+        master=master,
+        exp_avg=exp_avg,
+        exp_avg_sq=noise.square(),
+        step=torch.tensor(float(updates)),
+        weights=master.to(weights),
+        gradients=[torch.randn(n, generator=draw).to(gradient) for n in lengths],
+    )
+
+
+def copy_of(given):
+    values = {name: getattr(given, name).clone() for name in Partition.__slots__[:-1]}
+    return Partition(**values, gradients=[g.clone() for g in given.gradients])
+
+
+def formula(given, scale):
+    """Master and moments by algorithm 2 of Loshchilov and Hutter, in double precision."""
+    gradient = torch.zeros(given.master.numel(), dtype=torch.float64)
+    joined = torch.cat([g.reshape(-1) for g in given.gradients]).double()
+    gradient[: len(joined)] = joined * scale
+    (beta1, beta2), step = RATES.betas, float(given.step) + 1
+    exp_avg = beta1 * given.exp_avg.double() + (1 - beta1) * gradient
+    exp_avg_sq = beta2 * given.exp_avg_sq.double() + (1 - beta2) * gradient**2
+    first, second = exp_avg / (1 - beta1**step), exp_avg_sq / (1 - beta2**step)
+    master = given.master.double() * (1 - RATES.lr * RATES.weight_decay)
+    return master - RATES.lr * first / (second.sqrt() + RATES.eps), exp_avg, exp_avg_sq
+
+
+@pytest.fixture(params=["torch", "triton"])
+def update(request):
+    """The update on a CPU, and the device's, which Triton's interpreter runs there."""
+    if request.param == "torch":
+        return adamw_step
+    if torch.cuda.is_available():
+        pytest.skip("Triton compiles here: the tests marked gpu run it")
+    pytest.importorskip("triton")
+    return functools.partial(on_device, by="triton")
+
+
+@pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("length", "parts"), [(1, ()), (1023, ()), (2500, (1, 700, 1024, 770))])
+def test_an_update_is_the_formulas(update, length, parts, gradient, weights):
+    given = partition(length, parts=parts, gradient=gradient, weights=weights)
+    master, exp_avg, exp_avg_sq = formula(given, 0.25)
+    update(given, RATES, torch.tensor(0.25))
+    assert float(given.step) == 4
+    torch.testing.assert_close(given.exp_avg.double(), exp_avg, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(given.exp_avg_sq.double(), exp_avg_sq, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(given.master.double(), master, rtol=2e-6, atol=1e-6)
+    assert torch.equal(given.weights, given.master.to(weights))
+
+
+def test_padding_has_no_gradient(update):
+    given = partition(64, parts=(10, 40))
+    master, *_ = formula(given, 1.0)
+    update(given, RATES, torch.tensor(1.0))
+    torch.testing.assert_close(given.master.double(), master, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_a_scale_that_is_not_finite_changes_nothing(update, scale):
+    given = partition(100, weights=torch.bfloat16)
+    before = copy_of(given)
+    update(given, RATES, torch.tensor(scale))
+    for name in Partition.__slots__[:-1]:
+        assert torch.equal(getattr(given, name), getattr(before, name)), name
+
+
+def test_weights_that_are_not_numbers_stay_so(update):
+    given = partition(32, weights=torch.bfloat16)
+    given.master[::2] = math.nan
+    update(given, RATES, torch.tensor(1.0))
+    assert given.weights[::2].isnan().all()
+    assert given.weights[1::2].isfinite().all()
+
+
+@pytest.mark.parametrize("length", [_CHUNK - 1, _CHUNK, 2 * _CHUNK + 7])
+def test_chunks_do_not_show(length):
+    """Masters and moments are those of torch's optimizer over the whole partition, bit for bit."""
+    given = partition(length, parts=(5, length // 2, length - length // 2 - 5))
+    master = given.master.clone().requires_grad_()
+    master.grad = torch.cat(given.gradients).mul_(torch.tensor(0.3))
+    options = {"lr": RATES.lr, "betas": RATES.betas, "weight_decay": RATES.weight_decay}
+    optimizer = torch.optim.AdamW([master], fused=True, **options)
+    optimizer.state[master] = {
+        "step": given.step.clone(),
+        "exp_avg": given.exp_avg.clone(),
+        "exp_avg_sq": given.exp_avg_sq.clone(),
+    }
+    optimizer.step()
+    adamw_step(given, RATES, torch.tensor(0.3))
+    assert torch.equal(given.master, master.detach())
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        assert torch.equal(getattr(given, name), optimizer.state[master][name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_are_summed_over_all_tensors(dtype):
+    draw = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(n, generator=draw).to(dtype) for n in (3, 800)]
+    expected = sum(float(t.double().square().sum()) for t in tensors)
+    assert float(squared_norms(tensors)) == pytest.approx(expected, rel=1e-6)
+    assert float(squared_norms([])) == 0
+
+
+@pytest.mark.skipif(nvcc_path() is None, reason="no nvcc here: AdamW's CUDA kernel is not compiled")
+def test_the_cuda_kernel_compiles(tmp_path):
+    compile_to(tmp_path / "adamw.so", ["80", "90"])
+    symbols = subprocess.check_output(["nm", "-D", tmp_path / "adamw.so"], text=True)
+    assert " T lag_adamw" in symbols
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by", ["triton", "cuda"])
+@pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("length", "first"), [(1, 0), (4096, 0), (100_003, 0), (5000, 2)])
+def test_a_gpus_update_is_the_formulas(by, length, first, gradient, weights):
+    """``first`` cuts elements off at the beginning, so that nothing is aligned to 16 bytes."""
+    parts = (length // 2, length // 3)
+    given = partition(length + first, parts=parts, gradient=gradient, weights=weights)
+    values = {name: getattr(given, name).cuda() for name in Partition.__slots__[:-1]}
+    for name in values.keys() - {"step"}:
+        values[name] = values[name][first:]
+    moved = Partition(**values, gradients=[g.cuda() for g in given.gradients])
+    expected = Partition(
+        **{name: value.cpu().clone() for name, value in values.items()}, gradients=given.gradients
+    )
+    master, exp_avg, exp_avg_sq = formula(expected, 0.25)
+    on_device(moved, RATES, torch.tensor(0.25, device="cuda"), by=by)
+    assert float(moved.step) == 4
+    for found, right in zip(
+        (moved.exp_avg, moved.exp_avg_sq, moved.master), (exp_avg, exp_avg_sq, master), strict=True
+    ):
+        torch.testing.assert_close(found.cpu().double(), right, rtol=2e-6, atol=1e-6)
+    assert torch.equal(moved.weights, moved.master.to(weights))
+    before = moved.master.clone()
+    on_device(moved, RATES, torch.tensor(math.nan, device="cuda"), by=by)
+    assert torch.equal(moved.master, before)
+    assert float(moved.step) == 4

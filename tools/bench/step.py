@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""One training step beside other trainers: the same model, the same batches, in turns.
+
+python tools/bench/step.py [--shape small] [--dtypes bf16 fp32] [--peers ...] [--rounds 7]
+                           [--profile] [--json FILE]
+
+Each trainer is a process of one rank that waits while the others run.  On a CPU the time is the
+process's own, on one thread; on CUDA that of its events.  Their losses over the first steps must
+agree before anything is timed.  A figure is the median of the rounds.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import tempfile
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from figures import write_figures
+from step_peers import PEERS, SHAPES, Job, serve, write_weights
+
+STEPS = 3  # of a round
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3}
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.pt"
+        _apart(write_weights, options.shape, weights)
+        for dtype in options.dtypes:
+            times = _measure(options, dtype, weights)
+            figures |= _report(times, dtype, device=options.device)
+    if options.json:
+        write_figures(options.json, figures)
+    return 0
+
+
+def _measure(options: argparse.Namespace, dtype: str, weights: Path) -> dict[str, float]:
+    """Median seconds of each trainer's step."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for name in options.peers:
+        ours, theirs = context.Pipe()
+        job = Job(options.shape, dtype, weights, options.device, profile=options.profile)
+        processes.append(context.Process(target=serve, args=(name, job, theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        pipes[name] = ours
+        pipes[name].recv()  # it stands
+    losses = {name: _run(pipe, STEPS)[1] for name, pipe in pipes.items()}
+    _require_same(losses, TOLERANCE[dtype])
+    rounds: dict[str, list[float]] = {name: [] for name in pipes}
+    for number in range(1 + options.rounds):
+        for name, pipe in pipes.items():
+            seconds, _ = _run(pipe, STEPS)
+            if number:  # the first warms up
+                rounds[name].append(statistics.fmean(seconds))
+    for pipe in pipes.values():
+        pipe.send(0)
+    for process in processes:
+        process.join()
+    return {name: statistics.median(values) for name, values in rounds.items()}
+
+
+def _run(pipe: Connection, steps: int) -> tuple[list[float], list[float]]:
+    pipe.send(steps)
+    seconds, losses = pipe.recv()
+    return seconds, losses
+
+
+def _require_same(losses: dict[str, list[float]], tolerance: float) -> None:
+    first = next(iter(losses.values()))
+    for name, found in losses.items():
+        pairs = zip(first, found, strict=True)
+        if not all(math.isclose(a, b, rel_tol=tolerance) for a, b in pairs):
+            raise SystemExit(f"losses differ, nothing timed: {json.dumps(losses)} ({name})")
+
+
+def _report(times: dict[str, float], dtype: str, *, device: str) -> dict[str, float]:
+    figures = {f"{device}_{dtype}_{name}_ms": 1e3 * value for name, value in times.items()}
+    others = {name: value for name, value in times.items() if name != "ours"}
+    for name, value in others.items():
+        figures[f"{device}_{dtype}_vs_{name}"] = value / times["ours"]
+    if others:
+        figures[f"{device}_{dtype}_vs_best"] = min(others.values()) / times["ours"]
+    for name, value in figures.items():
+        print(f"{name:<28} {value:10.3f}", flush=True)
+    return figures
+
+
+def _apart(function: object, *arguments: object) -> None:
+    """Call in a process of its own, so that the trainers start from nothing."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(process.exitcode)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
+    parser.add_argument("--dtypes", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
+    parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), default=sorted(PEERS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--profile", action="store_true", help="print where each one's time goes")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    raise SystemExit(main())
