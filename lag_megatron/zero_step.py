@@ -6,6 +6,7 @@ the gathering of weights) are called as they are.
 
 import functools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -104,6 +105,7 @@ def _update(
     gradients: list[Tensor],
     scale: Tensor,
 ) -> None:
+    """Update one partition; hooks on the step of torch's optimizer see it as they do otherwise."""
     options, state = zero.optimizer.param_groups[group], zero.optimizer.state[master]
     if not state:  # as torch's own makes it at the first step
         state["step"] = torch.zeros((), device=master.device)
@@ -117,4 +119,10 @@ def _update(
         gradients=gradients,
     )
     rates = Rates(options["lr"], options["betas"], options["eps"], options["weight_decay"])
+    inner, shown = zero.optimizer, SimpleNamespace(param_groups=[{"params": [master]}])
+    for hook in inner._optimizer_step_pre_hooks.values():
+        hook(shown, (), {})
     adamw_step(partition, rates, scale)
+    for hook in inner._optimizer_step_post_hooks.values():
+        hook(shown, (), {})
+        partition.weights.copy_(partition.master)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Elements of a chunk on a CPU: its gradient stays in the cache from the cast to the update.
-_CHUNK = 1 << 17
+from lag_megatron.kernels.adamw_cpu import adamw_cpu, squares_cpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +53,14 @@ def adamw_step(partition: Partition, rates: Rates, scale: Tensor) -> None:
         partition: is changed, but for its gradients.
         rates: of this step.
         scale: fp32 scalar on the same device, by which gradients are multiplied first.
+
+    Raises:
+        LagError: if this device's kernel cannot be built.
     """
     if partition.master.device.type == "cuda":
         on_device(partition, rates, scale)
-    else:
-        _in_chunks(partition, rates, scale)
+    elif bool(scale.isfinite()):
+        adamw_cpu(partition, rates, float(scale))
 
 
 def on_device(partition: Partition, rates: Rates, scale: Tensor, *, by: str = "") -> None:
@@ -88,53 +90,8 @@ def _launcher(by: str) -> Callable[..., None]:
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum of the squares of all elements, an fp32 scalar; 0 of nothing."""
-    if not tensors:
-        return torch.zeros(())
+    """Sum of the squares of all elements, an fp32 scalar where the tensors are; 0 of nothing."""
+    if not tensors or not tensors[0].is_cuda:
+        return torch.tensor(squares_cpu(tensors), dtype=torch.float32)
     norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32)
     return torch.stack(norms).square().sum()
-
-
-def _in_chunks(partition: Partition, rates: Rates, scale: Tensor) -> None:
-    if not bool(scale.isfinite()):
-        return
-    partition.step.add_(1)
-    length = partition.master.numel()
-    parts = [part.reshape(-1) for part in partition.gradients]
-    buffer = torch.empty(min(length, _CHUNK), dtype=torch.float32)
-    for start in range(0, length, _CHUNK):
-        end = min(start + _CHUNK, length)
-        gradient = buffer[: end - start]
-        _join(parts, gradient)
-        gradient.mul_(scale)
-        here = slice(start, end)
-        torch._fused_adamw_(
-            [partition.master[here]],
-            [gradient],
-            [partition.exp_avg[here]],
-            [partition.exp_avg_sq[here]],
-            [],
-            [partition.step],
-            amsgrad=False,
-            lr=rates.lr,
-            beta1=rates.betas[0],
-            beta2=rates.betas[1],
-            weight_decay=rates.weight_decay,
-            eps=rates.eps,
-            maximize=False,
-        )
-        partition.weights[here].copy_(partition.master[here])
-
-
-def _join(parts: list[Tensor], out: Tensor) -> None:
-    """Fill ``out`` with the next elements of the parts, which are taken away from them."""
-    filled = 0
-    while parts and filled < out.numel():
-        taken = min(parts[0].numel(), out.numel() - filled)
-        out[filled : filled + taken].copy_(parts[0][:taken])
-        filled += taken
-        if taken == parts[0].numel():
-            parts.pop(0)
-        else:
-            parts[0] = parts[0][taken:]
-    out[filled:].zero_()

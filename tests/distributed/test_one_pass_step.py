@@ -73,10 +73,12 @@ def test_the_state_is_deepspeeds(stage, precision, ranks, tensor, grad_clip):
         clipped = any(norm > grad_clip for norm in our_norms)
         assert clipped == (grad_clip < 1)
         for one, other in zip(ours, theirs, strict=True):
-            if clipped and one.dtype is torch.float32:
-                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-            elif not clipped:
-                assert torch.equal(one, other)
+            assert one.dtype is other.dtype
+            # The rate is 1e-2; a norm that is rounded otherwise tells where gradients are noise.
+            rounding = {"rtol": 1e-5, "atol": 1e-5 if clipped else 1e-7}
+            if one.dtype is torch.bfloat16:
+                rounding = {"rtol": 8e-3, "atol": 1e-5}
+            torch.testing.assert_close(one, other, **rounding)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

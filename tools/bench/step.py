@@ -44,7 +44,7 @@ def _measure(options: argparse.Namespace, dtype: str, weights: Path) -> dict[str
     """Median seconds of each trainer's step."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
-    for name in options.peers:
+    for name in ("ours", *options.peers):
         ours, theirs = context.Pipe()
         job = Job(options.shape, dtype, weights, options.device, profile=options.profile)
         processes.append(context.Process(target=serve, args=(name, job, theirs), daemon=True))
@@ -86,8 +86,7 @@ def _report(times: dict[str, float], dtype: str, *, device: str) -> dict[str, fl
     others = {name: value for name, value in times.items() if name != "ours"}
     for name, value in others.items():
         figures[f"{device}_{dtype}_vs_{name}"] = value / times["ours"]
-    if others:
-        figures[f"{device}_{dtype}_vs_best"] = min(others.values()) / times["ours"]
+    figures[f"{device}_{dtype}_vs_best"] = min(others.values()) / times["ours"]
     for name, value in figures.items():
         print(f"{name:<28} {value:10.3f}", flush=True)
     return figures
@@ -103,10 +102,11 @@ def _apart(function: object, *arguments: object) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    others = sorted(PEERS.keys() - {"ours"})
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
     parser.add_argument("--dtypes", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
-    parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), default=sorted(PEERS))
+    parser.add_argument("--peers", nargs="+", choices=others, default=others)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--profile", action="store_true", help="print where each one's time goes")

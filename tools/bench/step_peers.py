@@ -156,12 +156,14 @@ def stock(job: Job, *, spec: Any = None) -> Step:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
+    from lag_megatron.model.random_state import seed_everywhere
     from lag_megatron.model.transformer import transformer_config
     from lag_megatron.model.without_cuda import run_megatron_without_cuda
     from lag_megatron.parallel import DeepSpeedGroups
 
     world = start_world(tensor=1)
     run_megatron_without_cuda()
+    seed_everywhere(0)
     deepspeed.init_distributed()
     config, shape = job.config, SHAPES[job.shape]
     layers = config.model.num_layers
@@ -195,9 +197,14 @@ def stock(job: Job, *, spec: Any = None) -> Step:
         },
     )
 
+    length = config.model.seq_length
+    future = torch.ones(1, 1, length, length, dtype=torch.bool, device=job.device).triu_(1)
+    if spec is not None:
+        future = None
+
     def step(tokens: Tensor, labels: Tensor, number: int) -> float:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        loss = engine(tokens, positions, None, labels=labels).mean()
+        loss = engine(tokens, positions, future, labels=labels).mean()
         engine.backward(loss)
         engine.step()
         return float(loss)

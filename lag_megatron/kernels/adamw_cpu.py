@@ -1,0 +1,69 @@
+"""The one-pass AdamW and the norm before it on a CPU, in C++."""
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lag_megatron.kernels.build import library
+
+if TYPE_CHECKING:
+    from lag_megatron.kernels.adamw import Partition, Rates
+
+SOURCE = Path(__file__).with_name("adamw_cpu.cpp")
+
+
+def adamw_cpu(partition: "Partition", rates: "Rates", scale: float) -> None:
+    """As :func:`lag_megatron.kernels.adamw.adamw_step`, of a finite scale.
+
+    Raises:
+        LagError: if the kernel cannot be built.
+    """
+    partition.step.add_(1)
+    step = float(partition.step)
+    corrections = [1.0 - beta**step for beta in rates.betas]
+    weights, parts = partition.weights, _contiguous(partition.gradients)
+    missing = partition.master.numel() - sum(part.numel() for part in parts)
+    if missing:
+        parts.append(torch.zeros(missing, dtype=parts[0].dtype if parts else torch.float32))
+    beta1, beta2 = rates.betas
+    numbers = (
+        *(scale, rates.lr / corrections[0], corrections[1] ** 0.5),
+        *(1.0 - rates.lr * rates.weight_decay, 1.0 - beta1, beta2, 1.0 - beta2, rates.eps),
+    )
+    library(SOURCE).lag_adamw(
+        *map(_address, (partition.master, partition.exp_avg, partition.exp_avg_sq, weights)),
+        weights.dtype is torch.bfloat16,
+        *_table(parts),
+        *map(ctypes.c_float, numbers),
+        torch.get_num_threads(),
+    )
+
+
+def squares_cpu(tensors: Sequence[Tensor]) -> float:
+    """Sum of the squares of all elements of tensors of one type, fp32 or bf16.
+
+    Raises:
+        LagError: if the kernel cannot be built.
+    """
+    sum_of = library(SOURCE).lag_squares
+    sum_of.restype = ctypes.c_double
+    return float(sum_of(*_table(_contiguous(tensors)), torch.get_num_threads()))
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _table(parts: Sequence[Tensor]) -> tuple[Any, Any, int, bool]:
+    """Addresses, lengths, number and whether bf16."""
+    addresses = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
+    lengths = (ctypes.c_long * len(parts))(*(part.numel() for part in parts))
+    return addresses, lengths, len(parts), bool(parts) and parts[0].dtype is torch.bfloat16
+
+
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
