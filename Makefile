@@ -46,15 +46,16 @@ demo: setup
 	$(if $(FRESH),rm -rf runs/demo)
 	$(RUN) bash launch/demo.sh
 
-# Tests of one process leave a core idle, which those of several ranks can use.
+# Tests of one process leave a core idle, which those of several ranks can use; those of the
+# launcher are there for balance.
 test: setup $(EVAL)
-	$(MAKE) --jobs=2 --output-sync=line test-processes test-ranks
+	$(MAKE) --jobs=2 --output-sync=target test-processes test-ranks
 
 test-processes:
-	$(PYTEST) -m "not slow and not gpu" tests/static tests/unit
+	$(PYTEST) -m "not slow and not gpu" --durations=15 tests/static tests/unit tests/e2e
 
 test-ranks:
-	$(PYTEST) -m "not slow and not gpu" tests/distributed tests/e2e
+	$(PYTEST) -m "not slow and not gpu" --durations=15 tests/distributed
 
 test-slow: setup $(EVAL)
 	$(PYTEST) -m slow

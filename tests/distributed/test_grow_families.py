@@ -75,7 +75,7 @@ def outcomes(tmp_path_factory):
     ("family", "tensor", "stage"),
     sparing(
         [(family, tensor, stage) for family in FAMILIES for tensor in (1, 2) for stage in (1, 3)],
-        slow=lambda at: at[0] == "gpt2" or (at[1:] in ((1, 1), (2, 3)) and at[0] != "bert-post"),
+        slow=lambda at: at[0] == "gpt2" or at[1:] in ((1, 1), (2, 3)),
     ),
 )
 def test_what_was_grown_is_loaded(family, tensor, stage, outcomes):

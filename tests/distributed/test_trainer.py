@@ -225,7 +225,7 @@ def poisonous_gradient():
     engine.loss_sums = losses
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+@pytest.mark.parametrize("zero_stage", sparing([0, 1, 3], slow=lambda stage: stage != 1))
 def test_a_gradient_that_is_not_finite_is_never_saved(zero_stage, tiny, tmp_path):
     overrides = [f"parallel.zero_stage={zero_stage}", "checkpoint.interval=1"]
     with pytest.raises(RunError, match="at step 7; nothing of this step was saved"):
