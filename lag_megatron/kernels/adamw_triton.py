@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lag_megatron.kernels.rounding import to_bf16
+
 if TYPE_CHECKING:
     from lag_megatron.kernels.adamw import Rates
 
@@ -67,13 +69,5 @@ def _adamw(  # type: ignore[no-untyped-def]
     tl.store(exp_avg_of + place, exp_avg, here)
     tl.store(exp_avg_sq_of + place, exp_avg_sq, here)
     if weights_of.dtype.element_ty == tl.bfloat16:
-        master = _rounded_to_bf16(master)
+        master = to_bf16(master)
     tl.store(weights_of + place, master.to(weights_of.dtype.element_ty), here)
-
-
-@triton.jit
-def _rounded_to_bf16(value):  # type: ignore[no-untyped-def]
-    """The nearest bf16, ties to even, still in fp32: the interpreter's own cast cuts off."""
-    bits = value.to(tl.uint32, bitcast=True)
-    bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
-    return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)

@@ -18,6 +18,8 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from lag_megatron.kernels.softmax import reads_any_type, statistics, to_gradient
+
 # Logits of a chunk: on a CPU enough rows for fast products while they stay near the cache, on a GPU
 # enough to fill it.
 _CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -145,7 +147,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part], weight, bias).to(wide)
+            logits = F.linear(hidden[part], weight, bias)
+            if not reads_any_type(hidden.device):
+                logits = logits.to(wide)
             share = loss_mask[part].to(wide)
             total += _chunk(logits, labels[part], share, mine, smoothing, z_loss, whole)
             if any(wants):
@@ -173,28 +177,27 @@ def _chunk(
     vocabulary: Tensor,
 ) -> Tensor:
     """The chunk's loss; ``logits`` (rows, v) become the gradient."""
-    top = mine.reduce(logits.amax(dim=1, keepdim=True), dist.ReduceOp.MAX)
-    logits -= top
     place = labels - mine.first
     is_mine = (place >= 0) & (place < logits.shape[1])
-    place = place.clamp(0, logits.shape[1] - 1)[:, None]
-    sums = torch.empty((3, len(labels)), dtype=logits.dtype, device=logits.device)
-    sums[0] = logits.gather(1, place)[:, 0].masked_fill_(~is_mine, 0.0)
-    sums[1] = logits.sum(dim=1) if smoothing else 0.0
-    sums[2] = logits.exp_().sum(dim=1)
+    place = place.clamp(0, logits.shape[1] - 1)
+    top, sums = statistics(logits, place, is_mine, with_sum=smoothing > 0)
+    highest = mine.reduce(top.clone(), dist.ReduceOp.MAX)
+    below = top - highest  # of what this rank's rows of the vocabulary are relative to
+    sums[0] += torch.where(is_mine, below, 0.0)
+    sums[1] += logits.shape[1] * below
+    sums[2] *= below.exp()
     at_label, everywhere, normaliser = mine.reduce(sums)
     log_sum = normaliser.log()
-    losses = log_sum - (1.0 - smoothing) * at_label - smoothing * everywhere / vocabulary
-    scale = share / normaliser
-    if z_loss:
-        whole_log = log_sum + top[:, 0]
-        losses += z_loss * whole_log.square()
-        scale = scale * (1.0 + 2.0 * z_loss * whole_log)
-    logits *= scale[:, None]
+    losses = log_sum - (1.0 - smoothing) * at_label
     if smoothing:
-        logits -= (smoothing * share / vocabulary)[:, None]
+        losses -= smoothing * everywhere / vocabulary
+    factor = share * below.exp() / normaliser
+    if z_loss:
+        whole_log = log_sum + highest
+        losses += z_loss * whole_log.square()
+        factor = factor * (1.0 + 2.0 * z_loss * whole_log)
     taken = torch.where(is_mine, (smoothing - 1.0) * share, 0.0)
-    logits.scatter_add_(1, place, taken[:, None])
+    to_gradient(logits, top, factor, smoothing * share / vocabulary, place, taken)
     return (losses * share).sum()
 
 

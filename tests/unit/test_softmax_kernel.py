@@ -1,0 +1,73 @@
+"""The kernels of the cross-entropy in Triton against torch, by the interpreter and on a GPU."""
+
+import pytest
+import torch
+
+from lag_megatron.kernels import softmax
+from lag_megatron.model.linear_cross_entropy import linear_cross_entropy
+
+pytest.importorskip("triton")
+from lag_megatron.kernels import softmax_triton
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton compiles here: the tests marked gpu run it"
+)
+
+
+def rows(count, columns, dtype):
+    draw = torch.Generator().manual_seed(columns)
+    logits = 4 * torch.randn(count, columns + 3, generator=draw)
+    place = torch.randint(columns, (count,), generator=draw)
+    is_mine = torch.rand(count, generator=draw) < 0.7
+    return logits.to(dtype)[:, :columns], place, is_mine
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (3, 5), (4, 4096), (2, 9001), (0, 7)])
+def test_rows_are_as_torch_finds_them(count, columns, dtype):
+    logits, place, is_mine = rows(count, columns, dtype)
+    wide = logits.double()
+    top, sums = softmax.statistics(wide, place, is_mine)
+    found_top, found = softmax_triton.statistics_triton(logits, place, is_mine)
+    torch.testing.assert_close(found_top.double(), top)
+    torch.testing.assert_close(found.double(), sums, rtol=1e-5, atol=1e-5)
+    draw = torch.Generator().manual_seed(0)
+    factor, even, taken = (torch.rand(count, generator=draw) for _ in range(3))
+    numbers = [t.double() for t in (factor, even)]
+    softmax.to_gradient(wide, top, *numbers, place, taken.double())
+    softmax_triton.to_gradient_triton(logits, found_top, factor, even, place, taken)
+    if dtype is torch.float32:
+        torch.testing.assert_close(logits.double(), wide, rtol=1e-5, atol=1e-6)
+    else:  # rounded once, to the nearest
+        near = torch.finfo(dtype).eps / 2
+        torch.testing.assert_close(logits.double(), wide, rtol=near * 1.02, atol=1e-6)
+
+
+@interpreted
+def test_a_row_with_no_number_has_none_as_its_sum():
+    logits, place, is_mine = rows(3, 5000, torch.float32)
+    logits[1, 4500] = torch.nan
+    _, sums = softmax_triton.statistics_triton(logits, place, is_mine)
+    assert sums[2].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-2)])
+def test_a_gpus_loss_and_gradients(dtype, smoothing, z_loss):
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 64, generator=draw).to(dtype)
+    weight = (torch.randn(10_007, 64, generator=draw) / 8).to(dtype)
+    labels = torch.randint(len(weight), (len(hidden),), generator=draw)
+    mask = (torch.rand(len(hidden), generator=draw) < 0.8).float()
+    options = {"label_smoothing": smoothing, "z_loss": z_loss, "chunk": 50 * len(weight)}
+    found = []
+    for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
+        tensors = [t.to(device, kind).requires_grad_() for t in (hidden, weight)]
+        loss = linear_cross_entropy(*tensors, None, labels.to(device), mask.to(device), **options)
+        loss.backward()
+        found.append([loss.detach().cpu().double(), *(t.grad.cpu().double() for t in tensors)])
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    for right, ours in zip(*found, strict=True):
+        assert (ours - right).norm() <= tolerance * right.norm()
