@@ -13,6 +13,10 @@ def model_problems(config: RunConfig) -> Iterator[str]:
     model = config.model
     if not 0 <= model.dropout < 1:
         yield f"model.dropout: must be in [0, 1) (got {model.dropout})."
+    if not 0 <= model.label_smoothing < 1:
+        yield f"model.label_smoothing: must be in [0, 1) (got {model.label_smoothing})."
+    if model.z_loss < 0:
+        yield f"model.z_loss: must not be negative (got {model.z_loss})."
     if model.token_types < 0:
         yield f"model.token_types: must not be negative (got {model.token_types})."
 

@@ -15,6 +15,9 @@ class ModelConfig:
         activation: ``gelu`` is the tanh approximation (GPT-2), ``gelu_exact`` the erf (BERT).
         token_types: rows of the embedding that tells BERT's segments apart; 0 has none.
         sentence_head: BERT's pooler and the head that classifies pairs of segments.
+        label_smoothing: share of a token's target that is spread evenly over the vocabulary.
+        z_loss: coefficient of the squared log of the softmax's sum, as of PaLM (1e-4 there).  Both
+            are in the training loss alone; a validation loss is the cross-entropy.
     """
 
     __pydantic_config__ = FORBID
@@ -37,6 +40,8 @@ class ModelConfig:
     token_types: int = 0
     sentence_head: bool = False
     dropout: float = 0.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
     init_std: float = 0.02
 
 

@@ -1,4 +1,4 @@
-"""Core attention: torch's scaled dot product, or on a CPU for short sequences plain products.
+"""Core attention: torch's scaled dot product, or plain products where a CPU is made for them.
 
 Masks are booleans, True where attention is hidden, as Megatron's are.
 """
@@ -55,7 +55,7 @@ class SDPACoreAttention(MegatronModule):
     Letters: s sequence, b batch, h query heads and g key-value heads of this rank, k head size.
     """
 
-    by_products = True  # on a CPU, where that is faster
+    by_products = True  # where products_win says so
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class SDPACoreAttention(MegatronModule):
 
     def _attend(self, heads: list[Tensor], hidden: Tensor | None) -> Tensor:
         query, key, value = heads
-        if self.by_products and torch.is_grad_enabled() and _is_short(query):
+        if self.by_products and torch.is_grad_enabled() and products_win(query):
             scale = self.softmax_scale or query.shape[-1] ** -0.5
             if hidden is None and self.causal:
                 hidden = _future(query.shape[2])
@@ -145,8 +145,8 @@ def attend_by_products(
 ) -> Tensor:
     """Attention whose scores exist whole: two batched products each way, without recomputation.
 
-    On a CPU the backward of torch's own recomputes the scores in small blocks, which costs more
-    than their memory is worth while sequences are short.
+    The backward of torch's own recomputes the scores in small blocks, for which a CPU with matrix
+    instructions has no use.
 
     Args:
         query: (b, h, s, k).
@@ -170,12 +170,17 @@ def attend_by_products(
     return out.view(batch, count, length, size)
 
 
-# What tools/bench/attention.py finds: up to this many positions plain products win on a CPU.
-_SHORT = {torch.float32: 512, torch.bfloat16: 512}
+def products_win(query: Tensor) -> bool:
+    """Whether attention by plain products is the faster one for a (b, h, s, k) in training.
 
-
-def _is_short(query: Tensor) -> bool:
-    return query.device.type == "cpu" and query.shape[2] <= _SHORT.get(query.dtype, 0)
+    By what the CPU can do and not by a trial, since a run has to go on with the same numbers.
+    """
+    return (
+        query.device.type == "cpu"
+        and query.dtype is torch.bfloat16
+        and query.shape[2] <= 256
+        and torch.cpu._is_amx_tile_supported()
+    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,7 +7,10 @@ import torch
 from megatron.core.models.bert.bert_lm_head import BertLMHead
 from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.models.bert.pooler import Pooler
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import get_linear_layer
 from torch import Tensor
@@ -54,6 +57,7 @@ class Bert(BertModel):
             self.encoder.final_layernorm = TorchNorm(config, size, eps)
         self.post_process = True
         self._build_heads(config, tied=model.tied_embeddings)
+        LossLinear.adopt(self.output_layer, model)
 
     def _build_heads(self, config: TransformerConfig, *, tied: bool) -> None:
         # Every tensor-parallel rank has all predicted positions: see forward.
@@ -62,7 +66,7 @@ class Bert(BertModel):
         size = config.hidden_size
         self.lm_head = BertLMHead(size, config)
         self.lm_head.gelu = config.activation_func
-        self.output_layer = LossLinear(
+        self.output_layer = ColumnParallelLinear(
             size,
             self.vocab_size,
             config=config,

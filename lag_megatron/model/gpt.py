@@ -23,7 +23,7 @@ def build_gpt(
         position_embedding_type="rope" if model.positions == "rope" else "learned_absolute",
         rotary_base=model.rotary_base,
     )
-    LossLinear.adopt(built.output_layer)
+    LossLinear.adopt(built.output_layer, model)
     return built
 
 

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from lag_megatron.config import ModelConfig
 from lag_megatron.kernels.softmax import reads_any_type, statistics, to_gradient
 
 # Logits of a chunk: on a CPU enough rows for fast products while they stay near the cache, on a GPU
@@ -45,10 +46,13 @@ class LossLinear(ColumnParallelLinear):
     A model's own layer becomes one by :meth:`adopt`; parameters and their names stay.
     """
 
+    label_smoothing = z_loss = 0.0
+
     @classmethod
-    def adopt(cls, layer: ColumnParallelLinear) -> None:
-        """Give a layer that Megatron-Core has built this forward."""
+    def adopt(cls, layer: ColumnParallelLinear, model: ModelConfig) -> None:
+        """Give a layer that Megatron-Core has built this forward, and a model's kind of loss."""
         layer.__class__ = cls
+        layer.label_smoothing, layer.z_loss = model.label_smoothing, model.z_loss
 
     def forward(
         self,
@@ -85,6 +89,8 @@ class LossLinear(ColumnParallelLinear):
             labels.t().reshape(-1),
             loss_mask.t().reshape(-1),
             mine,
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+            z_loss=self.z_loss if self.training else 0.0,
         )
         return loss, None
 

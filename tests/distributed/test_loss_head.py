@@ -60,3 +60,54 @@ def test_loss_and_gradients_are_megatrons(family, parallel):
         for name, gradient in theirs.items():
             assert gradient.norm() > 0
             torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def regularised(config):
+    """The loss of one batch in training and in evaluation, and the logits."""
+    from lag_megatron.model import build_model, loss_sums
+    from lag_megatron.model.initialize import initialize_weights
+    from lag_megatron.model.random_state import seed_everywhere
+    from lag_megatron.parallel import start_world, stop_world
+
+    world = start_world(tensor=1)
+    seed_everywhere(1)
+    layers = config.model.num_layers
+    model = build_model(
+        config.model, config.parallel, num_layers=layers, vocab_size=PICO_VOCABULARY
+    )
+    initialize_weights(
+        model, config, world, num_layers=layers, gathered=lambda _: contextlib.nullcontext()
+    )
+    batch = family_batches(config, world, 0)[0]
+    with torch.no_grad():
+        losses = [float(loss_sums(model.train(training), batch)[0]) for training in (True, False)]
+        inputs = dict(batch)
+        inputs.pop("prefix_length", None)
+        labels, mask = inputs.pop("labels"), inputs.pop("loss_mask")
+        if "masked_positions" in inputs:
+            kinds = ("tokens", "position_ids", "token_types", "padding_mask", "masked_positions")
+            logits, _ = model(*(inputs[name] for name in kinds))
+        else:
+            logits = model(inputs["tokens"], inputs["position_ids"], None)
+    stop_world()
+    return losses, logits, labels, mask
+
+
+@pytest.mark.parametrize("family", ["llama", "bert-pre"])
+def test_smoothing_and_z_loss_are_in_training_alone(family):
+    config = family_config(family)
+    options = {"dropout": 0.0, "init_std": 0.2, "label_smoothing": 0.1, "z_loss": 1e-2}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **options))
+    (((training, evaluation), logits, labels, mask),) = run_ranks(regularised, 1, config)
+    logits = logits.double().flatten(0, 1)
+
+    def loss(smoothing, z_loss):
+        losses = torch.nn.functional.cross_entropy(
+            logits, labels.flatten(), reduction="none", label_smoothing=smoothing
+        )
+        losses += z_loss * logits.logsumexp(dim=1).square()
+        return float((losses * mask.flatten()).sum())
+
+    assert training == pytest.approx(loss(0.1, 1e-2), rel=1e-5)
+    assert evaluation == pytest.approx(loss(0.0, 0.0), rel=1e-5)
+    assert training > 1.01 * evaluation

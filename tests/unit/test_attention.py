@@ -12,6 +12,14 @@ import torch.nn.functional as F  # noqa: E402
 S, B, HEADS, SIZE = 7, 5, 6, 3
 
 
+@pytest.fixture(params=["torch", "products"])
+def way(request, monkeypatch):
+    """Both ways, whichever this CPU would take."""
+    from lag_megatron.model import attention
+
+    monkeypatch.setattr(attention, "products_win", lambda query: request.param == "products")
+
+
 def attention(kind, groups):
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -63,7 +71,7 @@ def visible_with_prefix(prefix):
 @pytest.mark.parametrize(
     "prefix", [[0, 0, 0, 0, 0], [3, 0, 7, 0, 1], [2, 3, 4, 5, 6], [0, 0, 0, 0, 4]]
 )
-def test_prefixes_are_seen_in_both_directions(prefix, groups):
+def test_prefixes_are_seen_in_both_directions(prefix, groups, way):
     from lag_megatron.model.attention import prefix_mask
 
     inputs = heads(groups)
@@ -76,7 +84,7 @@ def test_prefixes_are_seen_in_both_directions(prefix, groups):
 
 @pytest.mark.parametrize("groups", [6, 2])
 @pytest.mark.parametrize("lengths", [[7, 7, 7, 7, 7], [7, 4, 1, 6, 2]])
-def test_padding_is_hidden(lengths, groups):
+def test_padding_is_hidden(lengths, groups, way):
     from lag_megatron.model.attention import padding_mask
 
     is_token = torch.arange(S) < torch.tensor(lengths)[:, None]
@@ -108,3 +116,15 @@ def test_only_rows_with_a_prefix_are_masked(monkeypatch):
     calls.clear()
     core(*inputs, mask)
     assert sorted((rows, causal) for rows, causal, _ in calls) == [(2, False), (3, True)]
+
+
+def test_products_drop_weights_as_torch_does():
+    """The share that is kept is scaled up: the mean over draws is the attention without dropout."""
+    from lag_megatron.model.attention import attend_by_products
+
+    torch.manual_seed(0)
+    heads = [torch.randn(1, 2, S, SIZE) for _ in range(3)]
+    whole = attend_by_products(*heads, None, scale=1.0)
+    draws = [attend_by_products(*heads, None, scale=1.0, dropout=0.3) for _ in range(4000)]
+    assert not torch.equal(draws[0], draws[1])
+    torch.testing.assert_close(torch.stack(draws).mean(0), whole, rtol=0, atol=0.06)

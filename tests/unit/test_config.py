@@ -523,6 +523,8 @@ def _default(path):
         ),
         (["model.dropout=1"], "model.dropout: must be in [0, 1) (got 1.0)."),
         (["model.dropout=-0.1"], "model.dropout: must be in [0, 1) (got -0.1)."),
+        (["model.label_smoothing=1"], "model.label_smoothing: must be in [0, 1) (got 1.0)."),
+        (["model.z_loss=-1"], "model.z_loss: must not be negative (got -1.0)."),
         (["data.paths=[x]"], "data.paths: the source 'stdlib' takes no paths (got ['x'])."),
         (
             ["data.source=text"],
