@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from lag_megatron.config.data import DataConfig, Ul2Config
+from lag_megatron.config.data import DataConfig, MlmConfig, Ul2Config
 from lag_megatron.config.schema import RunConfig
 from lag_megatron.config.spans import sentinels_needed, span_lengths
 
@@ -12,10 +12,17 @@ _SPECIAL = 3  # [CLS] and two [SEP]
 
 def objective_problems(config: RunConfig) -> Iterator[str]:
     """Contradictions in the settings of ``data.objective``, one line each."""
-    if config.data.objective == "mlm":
+    data = config.data
+    for name, given, plain in (("mlm", data.mlm, MlmConfig()), ("ul2", data.ul2, Ul2Config())):
+        if data.objective != name and given != plain:
+            yield (
+                f"data.{name}: is for the objective {name!r} (got {data.objective!r}). Remove it, "
+                f"or set data.objective: {name}."
+            )
+    if data.objective == "mlm":
         yield from _mlm(config)
-    if config.data.objective == "ul2":
-        found = list(_ul2(config.data.ul2, config.model.seq_length))
+    if data.objective == "ul2":
+        found = list(_ul2(data.ul2, config.model.seq_length))
         # With impossible spans the number of sentinels would say nothing.
         yield from found or _sentinels(config)
 

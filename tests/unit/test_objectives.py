@@ -162,6 +162,12 @@ def test_text_too_short_for_one_batch_of_sentences(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "model", "message"),
     [
+        ({"mlm": MlmConfig(whole_word=True)}, {}, "data.mlm: .* 'mlm' .got 'causal'.. Remove it"),
+        (
+            {"objective": "mlm", "ul2": Ul2Config(mode_tokens=False)},
+            {},
+            "data.ul2: is for the objective 'ul2' .got 'mlm'.",
+        ),
         ({"objective": "mlm"}, {}, "data.tokenizer.type: .* 'wordpiece'"),
         ({"objective": "mlm", "mlm": MlmConfig(probability=1.0)}, {}, "data.mlm.probability: "),
         ({"objective": "mlm"}, {"sentence_head": True}, "data.mlm.sentence_pairs: .* 'none'"),
