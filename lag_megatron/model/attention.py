@@ -102,7 +102,7 @@ class SDPACoreAttention(MegatronModule):
 
     def _attend(self, heads: list[Tensor], hidden: Tensor | None) -> Tensor:
         query, key, value = heads
-        if self.by_products and torch.is_grad_enabled() and products_win(query):
+        if self.by_products and self.training and products_win(query):
             scale = self.softmax_scale or query.shape[-1] ** -0.5
             if hidden is None and self.causal:
                 hidden = _future(query.shape[2])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from figures import write_figures
-from step_peers import LR, SHAPES, Job
+from step_job import LR, SHAPES, Job
 
 from lag_megatron.engine import Engine
 from lag_megatron.model import loss_sums

@@ -20,7 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from figures import write_figures
-from step_peers import PEERS, SHAPES, Job, serve, write_weights
+from step_job import SHAPES, Job, write_weights
+from step_peers import PEERS, serve
 
 STEPS = 3  # of a round
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3}
