@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lag_megatron.errors import LagError
 from lag_megatron.kernels.build import library
 
 if TYPE_CHECKING:
@@ -20,13 +21,19 @@ def adamw_cpu(partition: "Partition", rates: "Rates", scale: float) -> None:
     """As :func:`lag_megatron.kernels.adamw.adamw_step`, of a finite scale.
 
     Raises:
-        LagError: if the kernel cannot be built.
+        LagError: if the kernel cannot be built, or there are more gradients than masters.
     """
     partition.step.add_(1)
     step = float(partition.step)
     corrections = [1.0 - beta**step for beta in rates.betas]
-    weights, parts = partition.weights, _contiguous(partition.gradients)
+    weights, parts = partition.weights, _plain(partition.gradients)
     missing = partition.master.numel() - sum(part.numel() for part in parts)
+    if missing < 0:
+        raise LagError(
+            f"the gradients have {-missing} elements more than the {partition.master.numel()} of "
+            "their partition: this version of DeepSpeed cuts them in a way that is not understood "
+            "here. Set optimizer.one_pass: false."
+        )
     if missing:
         parts.append(torch.zeros(missing, dtype=parts[0].dtype if parts else torch.float32))
     beta1, beta2 = rates.betas
@@ -44,18 +51,21 @@ def adamw_cpu(partition: "Partition", rates: "Rates", scale: float) -> None:
 
 
 def squares_cpu(tensors: Sequence[Tensor]) -> float:
-    """Sum of the squares of all elements of tensors of one type, fp32 or bf16.
+    """Sum of the squares of all elements.
 
     Raises:
         LagError: if the kernel cannot be built.
     """
-    sum_of = library(SOURCE).lag_squares
+    sum_of, parts = library(SOURCE).lag_squares, _plain(tensors)
     sum_of.restype = ctypes.c_double
-    return float(sum_of(*_table(_contiguous(tensors)), torch.get_num_threads()))
+    return float(sum_of(*_table(parts), torch.get_num_threads()))
 
 
-def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
+def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors as the kernel reads them: contiguous, and all fp32 or all bf16."""
+    kinds = {tensor.dtype for tensor in tensors}
+    kind = torch.bfloat16 if kinds == {torch.bfloat16} else torch.float32
+    return [tensor.to(kind).contiguous() for tensor in tensors]
 
 
 def _table(parts: Sequence[Tensor]) -> tuple[Any, Any, int, bool]:

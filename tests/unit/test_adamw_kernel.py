@@ -7,6 +7,7 @@ import subprocess
 import pytest
 import torch
 
+from lag_megatron.errors import LagError
 from lag_megatron.kernels.adamw import (
     Partition,
     Rates,
@@ -83,6 +84,27 @@ def test_padding_has_no_gradient(update):
     master, *_ = formula(given, 1.0)
     update(given, RATES, torch.tensor(1.0))
     torch.testing.assert_close(given.master.double(), master, rtol=2e-6, atol=1e-6)
+
+
+def test_more_gradients_than_masters_are_refused():
+    given = partition(64, parts=(40, 30))
+    before = given.master.clone()
+    with pytest.raises(LagError, match="6 elements more than the 64 of their partition"):
+        adamw_step(given, RATES, torch.tensor(1.0))
+    assert torch.equal(given.master, before)
+
+
+def test_gradients_that_lie_apart_or_differ_in_type():
+    given, turned = (partition(64, parts=(24, 40)) for _ in range(2))
+    first, second = turned.gradients
+    second = second.to(torch.bfloat16)
+    given.gradients[1] = second.float()
+    turned.gradients[:] = [torch.stack([first, first], dim=1)[:, 0], second]
+    assert not turned.gradients[0].is_contiguous()
+    for each in (given, turned):
+        adamw_step(each, RATES, torch.tensor(1.0))
+    assert torch.equal(given.master, turned.master)
+    assert float(squared_norms(turned.gradients)) == float(squared_norms(given.gradients))
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf])
