@@ -102,7 +102,9 @@ def _train(world: World, run: RunDirectory, request: Request, stop: StopFlag) ->
     world.from_each(lambda: open_prepared(data.folder))
     vocab_size = world.from_coordinator(lambda: _vocab_size(config, data))
     begun = world.from_coordinator(lambda: cut_stages(config, Journal(run.journal).events))
-    job = Job(begun, run, Feed(data, config, world), stop, vocab_size)
+    # On a CPU a thread would take its time from the training.
+    feed = Feed(data, config, world, ahead=world.device.type == "cuda")
+    job = Job(begun, run, feed, stop, vocab_size)
     world.from_coordinator(lambda: _note_facts(world, run, config, data, vocab_size))
     books = _books(world, run, config, data, console) if world.is_coordinator else None
     recorder = Recorder(books)

@@ -1,9 +1,12 @@
 """This rank's part of every global batch."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import torch
 
 from lag_megatron.config import ParallelConfig, RunConfig
+from lag_megatron.data.ahead import Ahead
 from lag_megatron.data.batches import Batch, TrainingData, ValidationData
 from lag_megatron.data.blended import Prepared
 from lag_megatron.parallel import World
@@ -13,9 +16,17 @@ class Feed:
     """Cuts global batches into the micro-batches of one data-parallel rank.
 
     Tensor-parallel ranks of a replica get the same rows.
+
+    Args:
+        prepared: tokens and tokenizer.
+        config: of the run.
+        world: says which rows are this rank's.
+        ahead: make batches by a thread, in pinned memory, before they are asked for.
     """
 
-    def __init__(self, prepared: Prepared, config: RunConfig, world: World) -> None:
+    def __init__(
+        self, prepared: Prepared, config: RunConfig, world: World, *, ahead: bool = False
+    ) -> None:
         model, data, batch = config.model, config.data, config.parallel.global_batch
         self._training = TrainingData(
             prepared, seq_length=model.seq_length, global_batch=batch, seed=data.seed, data=data
@@ -31,12 +42,13 @@ class Feed:
         self._seq_length = model.seq_length
         self._validation_tokens = self._validation.num_batches * batch * model.seq_length
         self._parallel = config.parallel
-        self._rows = _rows_of(config.parallel, world)
+        self._is_ahead = ahead
+        self._cut_for(world)
 
     def on(self, world: World) -> "Feed":
         """The same global batches, cut for the ranks of another world."""
         other = copy.copy(self)
-        other._rows = _rows_of(self._parallel, world)
+        other._cut_for(world)
         return other
 
     @property
@@ -53,12 +65,35 @@ class Feed:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global batch ``step``."""
-        return [self._training.batch(step, rows) for rows in self._rows]
+        return self._steps.take(step) if self._steps else self._training_parts(step)
 
     def validation(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each batch of the fixed validation set."""
-        for number in range(self._validation.num_batches):
-            yield [self._validation.batch(number, rows) for rows in self._rows]
+        count = self._validation.num_batches
+        if self._evaluations:
+            yield from self._evaluations.each(count)
+        else:
+            yield from map(self._validation_parts, range(count))
+
+    def _cut_for(self, world: World) -> None:
+        self._rows = _rows_of(self._parallel, world)
+        self._steps = Ahead(self._pinned(self._training_parts)) if self._is_ahead else None
+        self._evaluations = Ahead(self._pinned(self._validation_parts)) if self._is_ahead else None
+
+    def _training_parts(self, step: int) -> list[Batch]:
+        return [self._training.batch(step, rows) for rows in self._rows]
+
+    def _validation_parts(self, number: int) -> list[Batch]:
+        return [self._validation.batch(number, rows) for rows in self._rows]
+
+    @staticmethod
+    def _pinned(make: Callable[[int], list[Batch]]) -> Callable[[int], list[Batch]]:
+        """Only from pinned memory does a copy to the device not wait."""
+        if not torch.cuda.is_available():
+            return make
+        return lambda number: [
+            {name: tensor.pin_memory() for name, tensor in part.items()} for part in make(number)
+        ]
 
 
 def _rows_of(parallel: ParallelConfig, world: World) -> list[range]:

@@ -73,10 +73,10 @@ def prepared_for(config: RunConfig, folder: Path) -> Prepared:
     return prepare_data(config.data, cache_dir=folder / "cache")
 
 
-def feeds(config: RunConfig, folder: Path, *, ranks: int) -> list[Feed]:
+def feeds(config: RunConfig, folder: Path, *, ranks: int, ahead: bool = False) -> list[Feed]:
     prepared = prepared_for(config, folder)
     return [
-        Feed(prepared, config, SimpleNamespace(data_rank=rank, data_size=ranks))
+        Feed(prepared, config, SimpleNamespace(data_rank=rank, data_size=ranks), ahead=ahead)
         for rank in range(ranks)
     ]
 
@@ -104,6 +104,24 @@ def test_batches_of_an_objective(folder: Path, name: str) -> None:
         floats = {key for key, value in micro.items() if value.dtype == torch.float32}
         assert floats == {"loss_mask"}
         assert micro["loss_mask"].any(dim=1).all(), "a sample without anything to predict"
+
+
+def test_batches_made_ahead_are_the_same(folder: Path) -> None:
+    config = config_of(folder, "mlm")
+    (plain,) = feeds(config, folder, ranks=1)
+    (ahead,) = feeds(config, folder, ranks=1, ahead=True)
+    half = SimpleNamespace(data_rank=1, data_size=2)
+    for one, other in ((plain, ahead), (plain.on(half), ahead.on(half))):
+        for step in (0, 1, 2, 7, 3, 3):
+            assert same(one.micro_batches(step), other.micro_batches(step))
+        next(other.validation())  # given up after the first batch
+        parts = zip(one.validation(), other.validation(), strict=True)
+        assert all([same(*pair) for pair in parts])
+
+
+def same(one: list[dict[str, torch.Tensor]], other: list[dict[str, torch.Tensor]]) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
