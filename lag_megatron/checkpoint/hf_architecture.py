@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lag_megatron.checkpoint.tensor_map import GPT2, LLAMA, Row
+from lag_megatron.checkpoint.tensor_map import BERT, GPT2, LLAMA, Row
 from lag_megatron.config import ModelConfig
 from lag_megatron.errors import ConfigError
 
@@ -97,6 +97,21 @@ def _llama(model: ModelConfig, num_layers: int) -> Settings:
     }
 
 
+def _bert(model: ModelConfig, num_layers: int) -> Settings:
+    return {
+        "max_position_embeddings": model.seq_length,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "type_vocab_size": model.token_types,
+        "hidden_act": {"gelu": "gelu_new", "gelu_exact": "gelu"}[model.activation],
+        "layer_norm_eps": model.norm_eps,
+        "hidden_dropout_prob": model.dropout,
+        "attention_probs_dropout_prob": model.dropout,
+    }
+
+
 ARCHITECTURES = (
     Architecture(
         name="GPT2LMHeadModel",
@@ -126,5 +141,20 @@ ARCHITECTURES = (
         rows=LLAMA,
         settings=_llama,
         grouped_queries=True,
+    ),
+    Architecture(
+        name="BertForMaskedLM",
+        model_type="bert",
+        needs={
+            "family": ("bert",),
+            "norm_position": ("post",),
+            "activation": ("gelu", "gelu_exact"),
+            "tied_embeddings": (True,),
+            "token_types": (1, 2),
+            "sentence_head": (False,),
+        },
+        rows=BERT,
+        settings=_bert,
+        grouped_queries=False,
     ),
 )

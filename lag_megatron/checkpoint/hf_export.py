@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tokenizers
+import tokenizers.processors
 import torch
 from pydantic import TypeAdapter, ValidationError
 
@@ -218,7 +219,10 @@ class Export:
         import transformers  # seconds; what only describes a checkpoint does without
 
         end_id = None if self.tokenizer is None else self.tokenizer.end_id
+        is_decoder = self.model.family == "gpt"
         special: dict[str, Any] = {"bos_token_id": end_id, "eos_token_id": end_id}
+        if not is_decoder:
+            special = {}
         config = transformers.AutoConfig.for_model(
             self.architecture.model_type,
             **self.architecture.settings(self.model, self.num_layers),
@@ -230,14 +234,29 @@ class Export:
             dtype=str(DTYPES[dtype]).removeprefix("torch."),
         )
         config.save_pretrained(folder)
-        transformers.GenerationConfig(**special).save_pretrained(folder)
+        if is_decoder:
+            transformers.GenerationConfig(**special).save_pretrained(folder)
         if self.tokenizer is not None:
             backend = self.tokenizer.load()
             end = backend.id_to_token(self.tokenizer.end_id)
+            names = {"bos_token": end, "eos_token": end} if is_decoder else _for_bert(backend)
             transformers.PreTrainedTokenizerFast(
                 tokenizer_object=backend,
-                bos_token=end,
-                eos_token=end,
+                **names,
                 model_max_length=self.model.seq_length,
                 clean_up_tokenization_spaces=False,
             ).save_pretrained(folder)
+
+
+def _for_bert(backend: tokenizers.Tokenizer) -> dict[str, str]:
+    """The names of BERT's tokens that a tokenizer has; it now puts [CLS] and [SEP] around text."""
+    known = {name: f"[{name.upper()}]" for name in ("cls", "sep", "mask", "pad", "unk")}
+    known = {name: token for name, token in known.items() if backend.token_to_id(token) is not None}
+    if {"cls", "sep"} <= known.keys():
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(t, backend.token_to_id(t)) for t in ("[CLS]", "[SEP]")],
+        )
+    known.setdefault("pad", known.get("sep", ""))
+    return {f"{name}_token": token for name, token in known.items() if token}

@@ -93,6 +93,39 @@ LLAMA: tuple[Row, ...] = (
     Row("output_layer.weight", ("lm_head.weight",), "vocabulary"),
 )
 
+_BERT_LAYER = "bert.encoder.layer.{layer}"
+_ENCODER = "encoder.layers.{layer}"
+_PREDICTIONS = "cls.predictions"
+BERT: tuple[Row, ...] = (
+    Row(
+        "embedding.word_embeddings.weight",
+        ("bert.embeddings.word_embeddings.weight",),
+        "vocabulary",
+    ),
+    Row("embedding.position_embeddings.weight", ("bert.embeddings.position_embeddings.weight",)),
+    Row("embedding.tokentype_embeddings.weight", ("bert.embeddings.token_type_embeddings.weight",)),
+    Row(f"embedding.embedding_dropout.layernorm.{PART}", (f"bert.embeddings.LayerNorm.{PART}",)),
+    Row(
+        f"{_ENCODER}.self_attention.linear_qkv.{PART}",
+        tuple(f"{_BERT_LAYER}.attention.self.{p}.{PART}" for p in ("query", "key", "value")),
+        "qkv",
+    ),
+    Row(
+        f"{_ENCODER}.self_attention.linear_proj.{PART}",
+        (f"{_BERT_LAYER}.attention.output.dense.{PART}",),
+    ),
+    Row(
+        f"{_ENCODER}.post_attn_layernorm.{PART}",
+        (f"{_BERT_LAYER}.attention.output.LayerNorm.{PART}",),
+    ),
+    Row(f"{_ENCODER}.mlp.linear_fc1.{PART}", (f"{_BERT_LAYER}.intermediate.dense.{PART}",)),
+    Row(f"{_ENCODER}.mlp.linear_fc2.{PART}", (f"{_BERT_LAYER}.output.dense.{PART}",)),
+    Row(f"{_ENCODER}.post_mlp_layernorm.{PART}", (f"{_BERT_LAYER}.output.LayerNorm.{PART}",)),
+    Row(f"lm_head.dense.{PART}", (f"{_PREDICTIONS}.transform.dense.{PART}",)),
+    Row(f"lm_head.layer_norm.{PART}", (f"{_PREDICTIONS}.transform.LayerNorm.{PART}",)),
+    Row("output_layer.bias", (f"{_PREDICTIONS}.bias",), "vocabulary"),
+)
+
 
 def expand(
     rows: Sequence[Row], *, num_layers: int, bias: bool, tied_embeddings: bool

@@ -59,7 +59,11 @@ def resolve(path: Path) -> Path:
 
 @contextlib.contextmanager
 def as_transformers(path: Path, options: ExportOptions) -> Iterator[Path]:
-    """A directory of transformers with the model of ``path``, which :func:`resolve` gave."""
+    """A directory of transformers with the model of ``path``, which :func:`resolve` gave.
+
+    Raises:
+        ConfigError: if that is no decoder.
+    """
     if hf.looks_like_transformers(path):
         if options.tokenizer or options.folder:
             raise ConfigError(
@@ -72,8 +76,14 @@ def as_transformers(path: Path, options: ExportOptions) -> Iterator[Path]:
         folder = options.folder
         if folder is None:
             folder = Path(held.enter_context(tempfile.TemporaryDirectory())) / path.name
+        checkpoint = ZeroCheckpoint.open(path)
+        if (checkpoint.client_state.get("model") or {}).get("family") == "bert":
+            raise ConfigError(
+                f"{path}: a BERT, which predicts tokens that are masked; the tasks ask a decoder "
+                "for those that follow. Evaluate it by its validation loss."
+            )
         export_to_transformers(
-            ZeroCheckpoint.open(path),
+            checkpoint,
             folder,
             tokenizer=tokenizer_of(path, options.tokenizer),
             dtype=options.dtype,

@@ -12,6 +12,7 @@ import tokenizers
 import torch
 import transformers
 from conftest import PICO_VOCABULARY, pico_config, run_ranks, train_and_save
+from families import family_batches
 from full_state import read_full
 from tokenizers import models, pre_tokenizers, processors
 
@@ -20,6 +21,7 @@ from lag_megatron.checkpoint.hf_architecture import architecture_of
 from lag_megatron.checkpoint.hf_export import TokenizerFile, export_to_transformers
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, ConfigError
+from lag_megatron.evaluation.subject import ExportOptions, as_transformers
 
 WORDS = 50  # of 64 rows: the rest is padding
 END = "<|endoftext|>"
@@ -119,6 +121,102 @@ def test_transformers_computes_the_same_logits(case, tokenizer, tmp_path):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
+BERT = {
+    "family": "bert",
+    "norm_position": "post",
+    "activation": "gelu_exact",
+    "token_types": 2,
+    "norm_eps": 1e-2,
+}
+BERT_WORDS = ["[CLS]", "[SEP]", "[MASK]", "[UNK]"]
+
+
+@pytest.mark.parametrize(("world", "model"), [(2, {"zero_stage": 3}), (2, {"tensor": 2})])
+def test_a_bert_fills_masks_as_ours_does(world, model, tmp_path):
+    """Through AutoModelForMaskedLM, and by a pipeline that reads the tokenizer's files."""
+    config = pico_config(**BERT, **model)
+    run_ranks(train_bert, world, config, tmp_path)
+    path, out = tmp_path / "step3", tmp_path / "hf"
+    backend = tokenizers.Tokenizer(
+        models.WordLevel(
+            {w: i for i, w in enumerate([*BERT_WORDS, *(f"w{n}" for n in range(4, WORDS))])},
+            unk_token="[UNK]",
+        )
+    )
+    backend.add_special_tokens(BERT_WORDS)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = TokenizerFile(tmp_path / "tokenizer.json", end_id=1)
+    export_to_transformers(ZeroCheckpoint.open(path), out, tokenizer=tokenizer)
+    loaded, report = transformers.AutoModelForMaskedLM.from_pretrained(
+        out, dtype="float32", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    tokens = torch.randint(4, WORDS, (3, 8), generator=torch.Generator().manual_seed(5))
+    kinds = torch.zeros_like(tokens)
+    kinds[:, 5:] = 1
+    with torch.no_grad():
+        logits = loaded.eval()(tokens, token_type_ids=kinds).logits
+    state, _ = read_full(
+        path,
+        stage=config.parallel.zero_stage,
+        data_size=world // config.parallel.tensor,
+        tensor_size=config.parallel.tensor,
+        precision="fp32",
+    )
+    (expected,) = run_ranks(bert_logits, 1, config, state, tokens, kinds)
+    assert float(expected.abs().max()) > 0.05
+    torch.testing.assert_close(logits, expected[..., :WORDS], rtol=0, atol=1e-5)
+    fill = transformers.pipeline("fill-mask", model=str(out), device="cpu")
+    (best, *_) = fill("w7 w9 [MASK] w11")
+    assert best["token_str"] in backend.get_vocab()
+    ids = fill.tokenizer("w7 w9 [MASK] w11").input_ids
+    assert ids == [0, 7, 9, 2, 11, 1]
+    with (
+        pytest.raises(ConfigError, match="a BERT, which predicts tokens that are masked"),
+        as_transformers(path, ExportOptions(tokenizer=tokenizer.path)),
+    ):
+        pytest.fail("the tasks of the harness ask decoders")
+
+
+def train_bert(config, folder):
+    """A checkpoint of three steps of a BERT, which says its shape."""
+    from lag_megatron.engine import Engine
+    from lag_megatron.parallel import start_world, stop_world
+
+    world = start_world(tensor=config.parallel.tensor)
+    layers = config.model.num_layers
+    engine = Engine(config, world, num_layers=layers, vocab_size=PICO_VOCABULARY)
+    for step in range(3):
+        batches = family_batches(config, world, step)
+        engine.train_step(batches, step=step, lr=1e-2)
+    engine.save(folder, "step3", client_state={"step": 3, "model": asdict(config.model)})
+    world.barrier()
+    stop_world()
+
+
+def bert_logits(config, state, tokens, kinds):
+    """Logits (b, s, v) of our BERT on one rank with these whole tensors."""
+    from lag_megatron.model import build_model
+    from lag_megatron.parallel import start_world, stop_world
+
+    start_world(tensor=1)
+    model = build_model(
+        config.model,
+        replace(config.parallel, tensor=1, zero_stage=0),
+        num_layers=config.model.num_layers,
+        vocab_size=PICO_VOCABULARY,
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state["fp32", name])
+        places = torch.arange(tokens.shape[1]).expand_as(tokens)
+        whole = torch.ones_like(tokens, dtype=torch.bool)
+        logits, _ = model.eval()(tokens, places, kinds, whole)
+    stop_world()
+    return logits.float()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("trained"))
@@ -169,10 +267,10 @@ def test_without_a_tokenizer_the_padding_stays(trained, tmp_path):
     assert not (tmp_path / "hf" / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("architecture", ["GPT2", "LLAMA"])
+@pytest.mark.parametrize("architecture", ["GPT2", "LLAMA", "BERT"])
 def test_the_tables_lead_back(architecture):
     rows = getattr(tensor_map, architecture)
-    groups = 4 if architecture == "GPT2" else 2
+    groups = 2 if architecture == "LLAMA" else 4
     heads = tensor_map.Heads(groups, head_size=3)
     draw = torch.Generator().manual_seed(1)
     for row in tensor_map.expand(rows, num_layers=2, bias=True, tied_embeddings=False):

@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""The README's table of figures that have a bound, from the files under tools/bench/results.
+
+python tools/bench/tables.py [--write]
+
+Prints the table, or writes it between the README's markers.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "tools" / "bench" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- figures: tools/bench/tables.py -->", "<!-- end of figures -->"
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a figure has to reach: at least ``low``, or at most ``high``."""
+
+    file: str
+    figure: str
+    low: float | None = None
+    high: float | None = None
+
+    def met(self, value: float) -> bool:
+        """Whether a value is within."""
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+    def __str__(self) -> str:
+        return f"≥ {self.low:g}" if self.low is not None else f"≤ {self.high:g}"
+
+
+BOUNDS = (
+    Bound("growth", "copy_ratio", low=0.7),
+    Bound("growth", "worker_anon_mb", high=64),
+    Bound("growth", "read_ratio", high=1.05),
+    Bound("growth", "gather_speedup", low=5),
+    Bound("growth", "gather_memory_ratio", low=4),
+    Bound("growth", "switch_step_ratio", high=0.10),
+    Bound("growth", "switch_reload_speedup", low=15),
+    Bound("probes_rules", "probe_step_ratio", high=0.42),
+    Bound("probes_rules", "searches_no_worse", low=0.9),
+    Bound("probes_search", "search_speedup", low=4),
+    Bound("probes_search", "coordinator_share", high=0.01),
+    Bound("probes_groups", "groups_throughput_ratio", low=1.2),
+    Bound("loss_heads", "chunked_ce_memory_ratio", high=0.125),
+    Bound("loss_heads", "chunked_ce_time_ratio", high=1.0),
+    Bound("loss_heads", "mlm_head_speedup", low=5),
+    Bound("optimizer", "optimizer_vs_fused", high=1.25),
+    Bound("step", "cpu_bf16_vs_stock", low=1.6),
+    Bound("step", "cpu_bf16_vs_best", low=0.80),
+    Bound("step", "cpu_fp32_vs_best", low=0.92),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    if not options.write:
+        print(table())
+        return 0
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+    return 0
+
+
+def table() -> str:
+    """Markdown, a row for each figure."""
+    rows = ["| figure | measured | bound | | date | machine |", "|---|--:|--:|---|---|---|"]
+    for bound in BOUNDS:
+        result = json.loads((RESULTS / f"{bound.file}.json").read_text(encoding="utf-8"))
+        value = result["figures"][bound.figure]
+        verdict = "met" if bound.met(value) else "**missed**"
+        rows.append(
+            f"| `{bound.figure}` | {value:.3g} | {bound} | {verdict} | {result['date']} | "
+            f"{result['machine']} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
