@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """One training step beside other trainers: the same model, the same batches, in turns.
 
-python tools/bench/step.py [--shape small] [--dtypes bf16 fp32] [--peers ...] [--rounds 7]
-                           [--profile] [--json FILE]
+python tools/bench/step.py [--shape small] [--dtypes bf16 fp32] [--peers NAME ...]
+                           [--rounds 7] [--device cpu] [--profile] [--json FILE]
 
 Each trainer is a process of one rank that waits while the others run.  On a CPU the time is the
 process's own, on one thread; on CUDA that of its events.  Their losses over the first steps must
@@ -35,7 +35,7 @@ def main() -> int:
         _apart(write_weights, options.shape, weights)
         for dtype in options.dtypes:
             times = _measure(options, dtype, weights)
-            figures |= _report(times, dtype, device=options.device)
+            figures |= _report(times, dtype, shape=options.shape, device=options.device)
     if options.json:
         write_figures(options.json, figures)
     return 0
@@ -45,7 +45,7 @@ def _measure(options: argparse.Namespace, dtype: str, weights: Path) -> dict[str
     """Median seconds of each trainer's step."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
-    for name in ("ours", *options.peers):
+    for name in ("ours", *(options.peers or SHAPES[options.shape].peers)):
         ours, theirs = context.Pipe()
         job = Job(options.shape, dtype, weights, options.device, profile=options.profile)
         processes.append(context.Process(target=serve, args=(name, job, theirs), daemon=True))
@@ -82,12 +82,13 @@ def _require_same(losses: dict[str, list[float]], tolerance: float) -> None:
             raise SystemExit(f"losses differ, nothing timed: {json.dumps(losses)} ({name})")
 
 
-def _report(times: dict[str, float], dtype: str, *, device: str) -> dict[str, float]:
-    figures = {f"{device}_{dtype}_{name}_ms": 1e3 * value for name, value in times.items()}
+def _report(times: dict[str, float], dtype: str, *, shape: str, device: str) -> dict[str, float]:
+    prefix = "" if shape == "small" else f"{shape}_"
+    figures = {f"{prefix}{device}_{dtype}_{name}_ms": 1e3 * value for name, value in times.items()}
     others = {name: value for name, value in times.items() if name != "ours"}
     for name, value in others.items():
-        figures[f"{device}_{dtype}_vs_{name}"] = value / times["ours"]
-    figures[f"{device}_{dtype}_vs_best"] = min(others.values()) / times["ours"]
+        figures[f"{prefix}{device}_{dtype}_vs_{name}"] = value / times["ours"]
+    figures[f"{prefix}{device}_{dtype}_vs_best"] = min(others.values()) / times["ours"]
     for name, value in figures.items():
         print(f"{name:<28} {value:10.3f}", flush=True)
     return figures
@@ -103,11 +104,12 @@ def _apart(function: object, *arguments: object) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    others = sorted(PEERS.keys() - {"ours"})
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
     parser.add_argument("--dtypes", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
-    parser.add_argument("--peers", nargs="+", choices=others, default=others)
+    parser.add_argument(
+        "--peers", nargs="+", choices=sorted(PEERS.keys() - {"ours"}), help="all by default"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--profile", action="store_true", help="print where each one's time goes")

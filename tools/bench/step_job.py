@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lag_megatron.checkpoint import tensor_map
+from lag_megatron.checkpoint.hf_architecture import architecture_of
 from lag_megatron.config import RunConfig, parse_config
 from lag_megatron.engine import Engine
 from lag_megatron.parallel import start_world, stop_world
@@ -18,20 +19,42 @@ LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model and how many sequences a step has."""
+    """A model, how many sequences a step has, and who can train it besides this project."""
 
     model: Mapping[str, Any]
     vocabulary: int
     batch: int
+    peers: tuple[str, ...]
 
 
+_GPT2 = {"family": "gpt", "positions": "learned", "norm": "layernorm", "activation": "gelu"}
+_LLAMA = {"family": "gpt", "positions": "rope", "norm": "rmsnorm", "activation": "swiglu",
+          "bias": False, "tied_embeddings": False}  # fmt: skip
+# As Megatron-Core has it: pre-norm, and exact GELU in its head.
+_BERT = {"family": "bert", "activation": "gelu_exact", "token_types": 2}
+_SMALL = {"num_layers": 12, "hidden_size": 256, "ffn_hidden_size": 1024, "num_attention_heads": 4,
+          "num_query_groups": 4, "seq_length": 128}  # fmt: skip
 SHAPES = {
     "small": Shape(
-        {"num_layers": 12, "hidden_size": 256, "ffn_hidden_size": 1024, "num_attention_heads": 4,
-         "num_query_groups": 4, "seq_length": 128, "positions": "learned", "norm": "layernorm",
-         "activation": "gelu", "bias": True, "tied_embeddings": True},
+        _GPT2 | _SMALL,
         vocabulary=8192,
         batch=8,
+        peers=("stock", "stock_sdpa", "hugging_face", "minimal"),
+    ),
+    "small_bert": Shape(_BERT | _SMALL, vocabulary=8192, batch=8, peers=("stock",)),
+    "bert16": Shape(
+        _BERT | {"num_layers": 16, "hidden_size": 768, "ffn_hidden_size": 3072,
+                 "num_attention_heads": 12, "num_query_groups": 12, "seq_length": 512},
+        vocabulary=30592,
+        batch=64,
+        peers=("stock",),
+    ),
+    "decoder1b": Shape(
+        _LLAMA | {"num_layers": 12, "hidden_size": 2048, "ffn_hidden_size": 5120,
+                  "num_attention_heads": 16, "num_query_groups": 16, "seq_length": 1280},
+        vocabulary=256_000,
+        batch=8,
+        peers=("stock", "stock_sdpa", "hugging_face"),
     ),
 }  # fmt: skip
 
@@ -51,21 +74,42 @@ class Job:
         """The run that this project trains."""
         return _config(self.shape, self.dtype)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens and labels of a step, both (b, s)."""
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """A step's batch as this project's data give it; BERT predicts 15 % of the positions."""
         shape = SHAPES[self.shape]
+        rows, length = shape.batch, shape.model["seq_length"]
         draw = torch.Generator().manual_seed(step)
-        size = (shape.batch, shape.model["seq_length"] + 1)
-        text = torch.randint(shape.vocabulary, size, generator=draw).to(self.device)
-        return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+        text = torch.randint(shape.vocabulary, (rows, length + 1), generator=draw)
+        batch = {
+            "tokens": text[:, :-1].contiguous(),
+            "labels": text[:, 1:].contiguous(),
+            "position_ids": torch.arange(length).repeat(rows, 1),
+            "loss_mask": torch.ones(rows, length),
+        }
+        if shape.model["family"] == "bert":
+            count = round(0.15 * length)
+            places = torch.stack([torch.randperm(length, generator=draw) for _ in range(rows)])
+            places = places[:, :count].sort().values
+            batch |= {
+                "token_types": torch.zeros_like(batch["tokens"]),
+                "padding_mask": torch.ones(rows, length, dtype=torch.bool),
+                "masked_positions": places,
+                "labels": batch["labels"].gather(1, places),
+                "loss_mask": torch.ones(rows, count),
+            }
+        return batch
 
 
 def _config(shape: str, dtype: str) -> RunConfig:
     given = SHAPES[shape]
     return parse_config(
         {
-            "model": {"family": "gpt", "dropout": 0.0, "norm_position": "pre", **given.model},
-            "data": {"source": "stdlib"},
+            "model": dict(given.model),
+            "data": {
+                "source": "stdlib",
+                "objective": "mlm" if given.model["family"] == "bert" else "causal",
+                "tokenizer": {"type": "wordpiece"},
+            },
             "optimizer": {
                 "lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": DECAY,
                 "grad_clip": CLIP,
@@ -94,7 +138,7 @@ def weights_for_transformers(job: Job) -> dict[str, Tensor]:
     size = model.hidden_size // model.num_attention_heads
     heads = tensor_map.Heads(model.num_query_groups, size)
     rows = tensor_map.expand(
-        tensor_map.GPT2,
+        architecture_of(model).rows,
         num_layers=model.num_layers,
         bias=model.bias,
         tied_embeddings=model.tied_embeddings,

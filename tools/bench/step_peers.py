@@ -10,10 +10,12 @@ from minimal_gpt import MinimalGpt
 from step_job import BETAS, CLIP, DECAY, EPS, LR, SHAPES, Job, weights_for_transformers
 from torch import Tensor
 
+from lag_megatron.checkpoint.hf_architecture import architecture_of
 from lag_megatron.engine import Engine
 from lag_megatron.parallel import start_world
 
-Step = Callable[[Tensor, Tensor, int], float]
+Batch = dict[str, Tensor]
+Step = Callable[[Batch, int], float]
 
 
 def serve(name: str, job: Job, pipe: Connection) -> None:
@@ -23,9 +25,9 @@ def serve(name: str, job: Job, pipe: Connection) -> None:
     while count := pipe.recv():
         seconds, losses = [], []
         for number in range(done, done + count):
-            tokens, labels = job.batch(number)
+            batch = {name: tensor.to(job.device) for name, tensor in job.batch(number).items()}
             started = _now(job.device)
-            losses.append(step(tokens, labels, number))
+            losses.append(step(batch, number))
             seconds.append(_now(job.device) - started)
         done += count
         pipe.send((seconds, losses))
@@ -46,7 +48,7 @@ def _profile(name: str, job: Job, step: Step, done: int) -> None:
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds) as profile:
         for number in range(done, done + 3):
-            step(*job.batch(number), number)
+            step({name: t.to(job.device) for name, t in job.batch(number).items()}, number)
     order = f"self_{job.device}_time_total"
     print(f"{name}\n{profile.key_averages().table(sort_by=order, row_limit=18)}", flush=True)
 
@@ -57,26 +59,17 @@ def ours(job: Job) -> Step:
     vocabulary = SHAPES[job.shape].vocabulary
     engine = Engine(config, world, num_layers=config.model.num_layers, vocab_size=vocabulary)
 
-    def step(tokens: Tensor, labels: Tensor, number: int) -> float:
-        batch = {
-            "tokens": tokens,
-            "labels": labels,
-            "position_ids": torch.arange(tokens.shape[1]).expand_as(tokens),
-            "loss_mask": torch.ones(tokens.shape),
-        }
+    def step(batch: Batch, number: int) -> float:
         return engine.train_step([batch], step=number, lr=LR).loss
 
     return step
 
 
-def stock(job: Job, *, spec: Any = None) -> Step:
-    """Megatron-Core's GPT by its own local layers, under DeepSpeed ZeRO-1 with torch's AdamW."""
+def stock(job: Job, *, attention: type | None = None) -> Step:
+    """Megatron-Core's model by its own local layers, under DeepSpeed ZeRO-1 with torch's AdamW."""
     import deepspeed
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     from lag_megatron.model.random_state import seed_everywhere
-    from lag_megatron.model.transformer import transformer_config
     from lag_megatron.model.without_cuda import run_megatron_without_cuda
     from lag_megatron.parallel import DeepSpeedGroups
 
@@ -84,15 +77,8 @@ def stock(job: Job, *, spec: Any = None) -> Step:
     run_megatron_without_cuda()
     seed_everywhere(0)
     deepspeed.init_distributed()
-    config, shape = job.config, SHAPES[job.shape]
-    layers = config.model.num_layers
-    model = GPTModel(
-        config=transformer_config(config.model, config.parallel, num_layers=layers),
-        transformer_layer_spec=spec or get_gpt_layer_local_spec(),
-        vocab_size=shape.vocabulary,
-        max_sequence_length=config.model.seq_length,
-        share_embeddings_and_output_weights=config.model.tied_embeddings,
-        position_embedding_type="learned_absolute",
+    model, loss_of = (_stock_bert if job.config.model.family == "bert" else _stock_gpt)(
+        job, attention
     )
     weights = torch.load(job.weights)
     with torch.no_grad():
@@ -104,7 +90,7 @@ def stock(job: Job, *, spec: Any = None) -> Step:
         mpu=DeepSpeedGroups(world),
         dist_init_required=False,
         config={
-            "train_batch_size": shape.batch,
+            "train_batch_size": SHAPES[job.shape].batch,
             "zero_optimization": {"stage": 1},
             "bf16": {"enabled": job.dtype == "bf16"},
             "gradient_clipping": CLIP,
@@ -116,14 +102,8 @@ def stock(job: Job, *, spec: Any = None) -> Step:
         },
     )
 
-    length = config.model.seq_length
-    future = torch.ones(1, 1, length, length, dtype=torch.bool, device=job.device).triu_(1)
-    if spec is not None:
-        future = None
-
-    def step(tokens: Tensor, labels: Tensor, number: int) -> float:
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        loss = engine(tokens, positions, future, labels=labels).mean()
+    def step(batch: Batch, number: int) -> float:
+        loss = loss_of(engine, batch)
         engine.backward(loss)
         engine.step()
         return float(loss)
@@ -131,37 +111,104 @@ def stock(job: Job, *, spec: Any = None) -> Step:
     return step
 
 
-def stock_sdpa(job: Job) -> Step:
-    """The same with torch's scaled dot product as its attention."""
+Stock = tuple[torch.nn.Module, Callable[[Any, Batch], Tensor]]
+
+
+def _stock_gpt(job: Job, attention: type | None) -> Stock:
+    from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from lag_megatron.model import attention
+    config = job.config.model
+    spec = get_gpt_layer_local_spec(
+        normalization="RMSNorm" if config.norm == "rmsnorm" else "LayerNorm"
+    )
+    if attention is not None:
+        spec.submodules.self_attention.submodules.core_attention = attention
+    model = GPTModel(
+        config=_stock_config(job),
+        transformer_layer_spec=spec,
+        vocab_size=SHAPES[job.shape].vocabulary,
+        max_sequence_length=config.seq_length,
+        share_embeddings_and_output_weights=config.tied_embeddings,
+        position_embedding_type="rope" if config.positions == "rope" else "learned_absolute",
+    )
+    shape = (1, 1, config.seq_length, config.seq_length)
+    future = torch.ones(shape, dtype=torch.bool, device=job.device).triu_(1)
+    mask = future if attention is None else None
 
-    class Sdpa(attention.SDPACoreAttention):
+    def loss_of(engine: Any, batch: Batch) -> Tensor:
+        losses = engine(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
+        return losses.mean()
+
+    return model, loss_of
+
+
+def _stock_bert(job: Job, attention: type | None) -> Stock:
+    """Its head computes all positions, and the loss of those that are not predicted counts 0."""
+    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+    from megatron.core.models.bert.bert_model import BertModel
+
+    if attention is not None:
+        raise SystemExit("stock_sdpa: its check of BERT's mask asks for Transformer Engine.")
+    config = job.config.model
+    model = BertModel(
+        config=_stock_config(job),
+        num_tokentypes=config.token_types,
+        transformer_layer_spec=bert_layer_local_spec,
+        vocab_size=SHAPES[job.shape].vocabulary,
+        max_sequence_length=config.seq_length,
+        share_embeddings_and_output_weights=config.tied_embeddings,
+        add_binary_head=False,
+    )
+
+    def loss_of(engine: Any, batch: Batch) -> Tensor:
+        places, tokens = batch["masked_positions"], batch["tokens"]
+        labels = torch.zeros_like(tokens).scatter_(1, places, batch["labels"])
+        weights = torch.zeros_like(tokens, dtype=torch.float32)
+        weights.scatter_(1, places, batch["loss_mask"])
+        whole, kinds = torch.ones_like(tokens), batch["token_types"]
+        losses, _ = engine(tokens, whole, kinds, lm_labels=labels)
+        return (losses * weights).sum() / weights.sum()
+
+    return model, loss_of
+
+
+def _stock_config(job: Job) -> Any:
+    from lag_megatron.model.transformer import transformer_config
+
+    config = job.config
+    return transformer_config(config.model, config.parallel, num_layers=config.model.num_layers)
+
+
+def stock_sdpa(job: Job) -> Step:
+    """The same with torch's scaled dot product as its attention."""
+    from lag_megatron.model.attention import SDPACoreAttention
+
+    class Sdpa(SDPACoreAttention):
         by_products = False
 
-    spec = get_gpt_layer_local_spec()
-    spec.submodules.self_attention.submodules.core_attention = Sdpa
-    return stock(job, spec=spec)
+    return stock(job, attention=Sdpa)
 
 
 def hugging_face(job: Job) -> Step:
-    """GPT-2 of transformers with torch's fused AdamW; bf16 by autocast, as its Trainer does."""
+    """The model of transformers with torch's fused AdamW; bf16 by autocast, as its Trainer does."""
     import transformers
 
-    from lag_megatron.checkpoint.hf_architecture import architecture_of
-
-    model_config = job.config.model
-    architecture = architecture_of(model_config)
-    settings = architecture.settings(model_config, model_config.num_layers)
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=SHAPES[job.shape].vocabulary, **settings)
-    ).to(job.device)
+    config = job.config.model
+    architecture = architecture_of(config)
+    settings = transformers.AutoConfig.for_model(
+        architecture.model_type,
+        vocab_size=SHAPES[job.shape].vocabulary,
+        tie_word_embeddings=config.tied_embeddings,
+        **architecture.settings(config, config.num_layers),
+    )
+    model = getattr(transformers, architecture.name)(settings).to(job.device)
     model.load_state_dict(weights_for_transformers(job), strict=False)
     model.tie_weights()
     optimizer = torch.optim.AdamW(_groups(model), lr=LR, betas=BETAS, eps=EPS, fused=True)
 
-    def step(tokens: Tensor, labels: Tensor, number: int) -> float:
+    def step(batch: Batch, number: int) -> float:
+        tokens, labels = batch["tokens"], batch["labels"]
         with torch.autocast(job.device, torch.bfloat16, enabled=job.dtype == "bf16"):
             logits = model(tokens).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
@@ -189,8 +236,8 @@ def minimal(job: Job) -> Step:
     )  # fmt: skip
     compiled = torch.compile(model)
 
-    def step(tokens: Tensor, labels: Tensor, number: int) -> float:
-        loss = compiled(tokens, labels)
+    def step(batch: Batch, number: int) -> float:
+        loss = compiled(batch["tokens"], batch["labels"])
         loss.backward()
         for master, weight in zip(masters, weights, strict=True):
             master.grad = weight.grad.float()
