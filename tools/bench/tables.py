@@ -51,9 +51,6 @@ BOUNDS = (
     Bound("loss_heads", "chunked_ce_time_ratio", high=1.0),
     Bound("loss_heads", "mlm_head_speedup", low=5),
     Bound("optimizer", "optimizer_vs_fused", high=1.25),
-    Bound("step", "cpu_bf16_vs_stock", low=1.6),
-    Bound("step", "cpu_bf16_vs_best", low=0.80),
-    Bound("step", "cpu_fp32_vs_best", low=0.92),
 )
 
 
