@@ -37,7 +37,8 @@ setup(
         "dev": [
             "pytest>=9,<10",
             "pytest-timeout>=2.3,<3",
-            "triton>=3.6,<4; platform_system == 'Linux'",  # its interpreter, where torch is a CPU build
+            # For its interpreter: torch's CPU builds come without it.
+            "triton>=3.6,<4; platform_system == 'Linux'",
             "psutil>=5.9,<8",
             "hypothesis>=6.100,<7",
             "ruff>=0.17,<0.18",

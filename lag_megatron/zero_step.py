@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lag_megatron.kernels.adamw import Partition, Rates, adamw_step, squared_norms
+from lag_megatron.kernels.adamw import adamw_step, squared_norms
+from lag_megatron.kernels.partition import Partition, Rates
 
 
 def use_one_pass(zero: Any, *, stage: int) -> None:

@@ -3,21 +3,19 @@
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lag_megatron.errors import LagError
 from lag_megatron.kernels.build import library
-
-if TYPE_CHECKING:
-    from lag_megatron.kernels.adamw import Partition, Rates
+from lag_megatron.kernels.partition import Partition, Rates
 
 SOURCE = Path(__file__).with_name("adamw_cpu.cpp")
 
 
-def adamw_cpu(partition: "Partition", rates: "Rates", scale: float) -> None:
+def adamw_cpu(partition: Partition, rates: Rates, scale: float) -> None:
     """As :func:`lag_megatron.kernels.adamw.adamw_step`, of a finite scale.
 
     Raises:

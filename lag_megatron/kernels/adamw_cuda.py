@@ -3,22 +3,19 @@
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lag_megatron.errors import LagError
 from lag_megatron.kernels.build import library
-
-if TYPE_CHECKING:
-    from lag_megatron.kernels.adamw import Rates
+from lag_megatron.kernels.partition import Rates
 
 SOURCE = Path(__file__).with_name("adamw.cu")
 
 
 def adamw_cuda(
-    state: Sequence[Tensor], gradient: Tensor, weights: Tensor, numbers: Tensor, rates: "Rates"
+    state: Sequence[Tensor], gradient: Tensor, weights: Tensor, numbers: Tensor, rates: Rates
 ) -> None:
     """Launch the update on the current stream.
 

@@ -1,22 +1,19 @@
 """The one-pass AdamW in Triton, for CUDA; the interpreter runs it on a CPU in tests."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lag_megatron.kernels.partition import Rates
 from lag_megatron.kernels.rounding import to_bf16
-
-if TYPE_CHECKING:
-    from lag_megatron.kernels.adamw import Rates
 
 _BLOCK = 1024
 
 
 def adamw_triton(
-    state: Sequence[Tensor], gradient: Tensor, weights: Tensor, numbers: Tensor, rates: "Rates"
+    state: Sequence[Tensor], gradient: Tensor, weights: Tensor, numbers: Tensor, rates: Rates
 ) -> None:
     """Launch the update; arguments as of :func:`lag_megatron.kernels.adamw_cuda.adamw_cuda`."""
     length = state[0].numel()

@@ -9,14 +9,13 @@ import torch
 
 from lag_megatron.errors import LagError
 from lag_megatron.kernels.adamw import (
-    Partition,
-    Rates,
     adamw_step,
     on_device,
     squared_norms,
 )
 from lag_megatron.kernels.adamw_cuda import SOURCE
 from lag_megatron.kernels.build import build, cuda_command, nvcc_path
+from lag_megatron.kernels.partition import Partition, Rates
 
 RATES = Rates(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
