@@ -101,6 +101,7 @@ def test_adafactor_too(tmp_path):
             assert torch.equal(found, full[name])
 
 
+@pytest.mark.slow
 def test_a_run_with_adafactor_rewound_and_risen_anew(tiny, tmp_path):
     schedule = "{name: cosine, warmup_steps: 4, growth_warmup_steps: 5, growth_warmup: new}"
     overrides = [
