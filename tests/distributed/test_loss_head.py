@@ -9,15 +9,12 @@ from conftest import PICO_VOCABULARY, run_ranks
 from families import family_batches, family_config
 
 
-def both_ways(config, few):
-    """On each rank: the loss and all gradients by Megatron's head, then by ours."""
-    from lag_megatron.model import build_model, linear_cross_entropy, loss_sums
+def model_of(config, world):
+    """This rank's part of a model, its weights drawn."""
+    from lag_megatron.model import build_model
     from lag_megatron.model.initialize import initialize_weights
     from lag_megatron.model.random_state import seed_everywhere
-    from lag_megatron.parallel import start_world, stop_world
 
-    linear_cross_entropy._CHUNK["cpu"] = few
-    world = start_world(tensor=config.parallel.tensor)
     seed_everywhere(1)
     layers = config.model.num_layers
     model = build_model(
@@ -26,6 +23,17 @@ def both_ways(config, few):
     initialize_weights(
         model, config, world, num_layers=layers, gathered=lambda _: contextlib.nullcontext()
     )
+    return model
+
+
+def both_ways(config, few):
+    """On each rank: the loss and all gradients by Megatron's head, then by ours."""
+    from lag_megatron.model import linear_cross_entropy, loss_sums
+    from lag_megatron.parallel import start_world, stop_world
+
+    linear_cross_entropy._CHUNK["cpu"] = few
+    world = start_world(tensor=config.parallel.tensor)
+    model = model_of(config, world)
     first, second, *_ = family_batches(config, world, 0)
     batch = {name: torch.cat([first[name], second[name]]) for name in first}
     batch["loss_mask"][:, ::3] = 0.0
@@ -64,20 +72,11 @@ def test_loss_and_gradients_are_megatrons(family, parallel):
 
 def regularised(config):
     """The loss of one batch in training and in evaluation, and the logits."""
-    from lag_megatron.model import build_model, loss_sums
-    from lag_megatron.model.initialize import initialize_weights
-    from lag_megatron.model.random_state import seed_everywhere
+    from lag_megatron.model import loss_sums
     from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=1)
-    seed_everywhere(1)
-    layers = config.model.num_layers
-    model = build_model(
-        config.model, config.parallel, num_layers=layers, vocab_size=PICO_VOCABULARY
-    )
-    initialize_weights(
-        model, config, world, num_layers=layers, gathered=lambda _: contextlib.nullcontext()
-    )
+    model = model_of(config, world)
     batch = family_batches(config, world, 0)[0]
     with torch.no_grad():
         losses = [float(loss_sums(model.train(training), batch)[0]) for training in (True, False)]
