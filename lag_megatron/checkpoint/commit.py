@@ -18,7 +18,7 @@ import xxhash
 from lag_megatron.errors import CheckpointError
 from lag_megatron.files import flush_to_disk, write_atomically
 
-MANIFEST = "manifest.json"
+MANIFEST, LATEST = "manifest.json", "latest"
 MANIFEST_FORMAT = 1
 _CHUNK = 1 << 20
 _REMOVED = ".removed-"
@@ -46,25 +46,38 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def publish(path: Path, *, files: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def publish(
+    path: Path,
+    *,
+    files: Mapping[str, Any],
+    about: Mapping[str, Any],
+    pointer: str | None = LATEST,
+) -> None:
     """Commit the finished ``<tag>.tmp`` as ``path`` and point its folder's ``latest`` to it.
 
     Args:
         path: the tag directory to come.
         files: manifest entry of every file.
         about: further entries: step, growth plan, source, versions.
+        pointer: the name of the file that points to it; None for none.
     """
     draft = temporary(path)
     manifest = {"format": MANIFEST_FORMAT, **about, "files": dict(sorted(files.items()))}
     write_atomically(draft / MANIFEST, json.dumps(manifest, indent=1))
     flush_to_disk(draft)
     os.rename(draft, path)
-    point_latest(path)
+    if pointer is None:
+        flush_to_disk(path.parent)
+    else:
+        point_latest(path, pointer)
 
 
-def point_latest(path: Path) -> None:
-    """Make ``latest`` of a tag's folder name it, which is where DeepSpeed looks."""
-    write_atomically(path.parent / "latest", path.name)
+def point_latest(path: Path, pointer: str = LATEST, says: str | None = None) -> None:
+    """Make ``latest`` of a tag's folder name it, which is where DeepSpeed looks.
+
+    Other programs look into another ``pointer``, which ``says`` something else.
+    """
+    write_atomically(path.parent / pointer, path.name if says is None else says)
 
 
 def remove(path: Path) -> None:

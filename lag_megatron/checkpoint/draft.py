@@ -10,7 +10,7 @@ from torch import Tensor
 from lag_megatron.checkpoint.layout import DEFAULT_SUB_GROUP_SIZE, GroupState, Layout, Topology
 from lag_megatron.checkpoint.loss_scale import LossScale
 from lag_megatron.checkpoint.regions import Region
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.source import Source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,7 +34,7 @@ class Draft:
     topology: Topology
     layout: Layout
     frozen: Layout
-    template: ZeroCheckpoint
+    template: Source
     names: Mapping[str, str]
     aliases: Mapping[str, str]
     entries: Mapping[str, Any]

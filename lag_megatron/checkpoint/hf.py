@@ -32,6 +32,7 @@ _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 class Entry:
     """A tensor in a safetensors file: where its bytes lie, counted from the file's beginning."""
 
+    file: Path
     dtype: str
     shape: Shape
     begin: int
@@ -58,7 +59,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     try:
         found = json.loads(text)
         found.pop("__metadata__", None)
-        entries = {name: _entry(entry, 8 + length) for name, entry in found.items()}
+        entries = {name: _entry(file, entry, 8 + length) for name, entry in found.items()}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: damaged: its header cannot be read ({error}). Restore it from a copy."
@@ -96,8 +97,8 @@ def describe(path: Path) -> dict[str, Any]:
     config, trainer = (_settings(path / name, problems) for name in (CONFIG, TRAINER))
     if not (path / CONFIG).is_file():
         problems.append(f"{CONFIG}: missing. Without it nobody can say what the weights are for")
-    tensors, problem = _tensors(path)
-    pickled = [] if tensors or problem else _pickled_files(path)
+    tensors, problem = tensors_of(path)
+    pickled = [] if tensors or problem else pickled_files(path)
     if not (tensors or problem or pickled):
         problems.append(f"{path}: no weights: neither {_WEIGHTS} nor {_INDEX} nor {_PICKLED}")
     problems += [*problem, *_pickle_problems(path, pickled)]
@@ -132,12 +133,12 @@ def describe(path: Path) -> dict[str, Any]:
 def damages(path: Path) -> Iterator[str]:
     """Records of pickled weights that do not fit their checksums; safetensors has none."""
     for file in sorted(path.glob("*.bin")):
-        if _is_zip(file):
+        if is_zip(file):
             for record in damaged_records(file):
                 yield f"{file.name}: {record} differs from its checksum"
 
 
-def _tensors(path: Path) -> tuple[dict[str, Entry], list[str]]:
+def tensors_of(path: Path) -> tuple[dict[str, Entry], list[str]]:
     """All tensors of the safetensors files, and what is wrong with those."""
     index, problems = path / _INDEX, []
     placed: Mapping[str, str] = {}
@@ -166,7 +167,8 @@ def _tensors(path: Path) -> tuple[dict[str, Entry], list[str]]:
     return tensors, problems
 
 
-def _pickled_files(path: Path) -> list[str]:
+def pickled_files(path: Path) -> list[str]:
+    """Names of the files that hold a model's weights as pickles."""
     if (path / _PICKLED_INDEX).is_file():
         try:
             return sorted(set(_read_json(path / _PICKLED_INDEX)["weight_map"].values()))
@@ -180,22 +182,23 @@ def _pickle_problems(path: Path, names: list[str]) -> Iterator[str]:
         file = path / name
         if not file.is_file():
             yield f"{file}: missing. Restore it from a copy."
-        elif _is_zip(file):  # what it lists is looked at, not what it pickles
+        elif is_zip(file):  # what it lists is looked at, not what it pickles
             try:
                 has_checksums(file)
             except CheckpointError as error:
                 yield str(error)
 
 
-def _is_zip(file: Path) -> bool:
+def is_zip(file: Path) -> bool:
+    """Whether ``torch.save`` of version 1.6 or later wrote a file."""
     with file.open("rb") as stream:
         return stream.read(2) == b"PK"
 
 
-def _entry(entry: Mapping[str, Any], start: int) -> Entry:
+def _entry(file: Path, entry: Mapping[str, Any], start: int) -> Entry:
     begin, end = entry["data_offsets"]
     shape = tuple(int(size) for size in entry["shape"])
-    return Entry(str(entry["dtype"]), shape, start + int(begin), start + int(end))
+    return Entry(file, str(entry["dtype"]), shape, start + int(begin), start + int(end))
 
 
 def _settings(file: Path, problems: list[str]) -> dict[str, Any]:

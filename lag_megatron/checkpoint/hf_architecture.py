@@ -1,6 +1,6 @@
-"""Which architecture of transformers a model is, and its ``config.json``."""
+"""Which architecture of transformers a model is, and its ``config.json``, both ways."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,26 +11,41 @@ from lag_megatron.errors import ConfigError
 Settings = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """A model of transformers that one of ours can be written as.
+    """A model of transformers that one of ours can be written as, and read from.
 
     Attributes:
         name: its class.
         model_type: what ``config.json`` calls it.
-        needs: by key of the configuration, the values that it can express; whatever is not named
+        needs: by key of our configuration, the values that it can express; whatever is not named
             here, it can express.
         rows: which tensor is which.
-        settings: entries of ``config.json`` beside those that all have.
+        names: keys of ``config.json`` with ours for the same value.
+        activation: the key of the activation's name there.
+        activations: ours, with the name there.
+        expects: what else ``config.json`` must say for ours to compute the same.
+        extra: entries of ``config.json`` that follow from others.
+        extra_model: our keys that are read from such entries.
         grouped_queries: whether several query heads may share a key head.
+        ignored: patterns of tensors that files have and the model does not use: buffers of older
+            versions, further names of tied weights, heads of other tasks.
+        prefix: what files of the bare model leave out of the names.
     """
 
     name: str
     model_type: str
     needs: Mapping[str, tuple[object, ...]]
     rows: Sequence[Row]
-    settings: Callable[[ModelConfig, int], Settings]
+    names: Mapping[str, str]
+    activation: str
+    activations: Mapping[str, str]
+    expects: Mapping[str, object]
+    extra: Callable[[ModelConfig], Settings]
+    extra_model: Callable[[Settings], Settings]
     grouped_queries: bool
+    ignored: tuple[str, ...]
+    prefix: str
 
     def misfits(self, model: ModelConfig) -> list[str]:
         """What of a model it cannot express, each with its key."""
@@ -45,6 +60,50 @@ class Architecture:
                 f"(got {model.num_query_groups})"
             )
         return found
+
+    def settings(self, model: ModelConfig, num_layers: int) -> Settings:
+        """Entries of ``config.json`` beside those that all models have."""
+        values = {theirs: getattr(model, ours) for theirs, ours in self.names.items()}
+        layers = next(theirs for theirs, ours in self.names.items() if ours == "num_layers")
+        values |= {layers: num_layers, self.activation: self.activations[model.activation]}
+        return values | self.extra(model)
+
+    def model(self, settings: Settings) -> Settings:
+        """Our configuration's entries.
+
+        Args:
+            settings: all of ``config.json``, with the defaults of its class.
+
+        Raises:
+            ConfigError: naming every entry that ours does not compute.
+        """
+        problems = list(self._unreadable(settings))
+        if problems:
+            raise ConfigError(f"{self.name}: not computed here: {'; '.join(problems)}")
+        always = {key: allowed[0] for key, allowed in self.needs.items() if len(allowed) == 1}
+        ours = {there: here for here, there in self.activations.items()}
+        values: Settings = always | {ours: settings[theirs] for theirs, ours in self.names.items()}
+        values["activation"] = ours[settings[self.activation]]
+        values |= self.extra_model(settings)
+        values["init_std"] = settings["initializer_range"]
+        values["tied_embeddings"] = settings["tie_word_embeddings"]
+        values.setdefault("num_query_groups", values["num_attention_heads"])
+        if values["ffn_hidden_size"] is None:  # GPT-2's default
+            values["ffn_hidden_size"] = 4 * values["hidden_size"]
+        return values
+
+    def _unreadable(self, settings: Settings) -> Iterator[str]:
+        for key, expected in self.expects.items():
+            if settings.get(key, expected) != expected:
+                yield f"{key}: {settings[key]!r}, expected {expected!r}"
+        if settings[self.activation] not in self.activations.values():
+            known = " or ".join(map(repr, self.activations.values()))
+            yield f"{self.activation}: {settings[self.activation]!r}, expected {known}"
+        for ours in dict.fromkeys(self.names.values()):
+            keys = [theirs for theirs, name in self.names.items() if name == ours]
+            if any(settings[key] != settings[keys[0]] for key in keys):
+                found = ", ".join(f"{key} {settings[key]}" for key in keys)
+                yield f"{found}: expected one value"
 
 
 def architecture_of(model: ModelConfig) -> Architecture:
@@ -65,53 +124,33 @@ def architecture_of(model: ModelConfig) -> Architecture:
     )
 
 
-def _gpt2(model: ModelConfig, num_layers: int) -> Settings:
-    return {
-        "n_positions": model.seq_length,
-        "n_embd": model.hidden_size,
-        "n_layer": num_layers,
-        "n_head": model.num_attention_heads,
-        "n_inner": model.ffn_hidden_size,
-        "activation_function": {"gelu": "gelu_new", "gelu_exact": "gelu"}[model.activation],
-        "layer_norm_epsilon": model.norm_eps,
-        "resid_pdrop": model.dropout,
-        "embd_pdrop": model.dropout,
-        "attn_pdrop": model.dropout,
-    }
+def _nothing(model: ModelConfig | Settings) -> Settings:
+    return {}
 
 
-def _llama(model: ModelConfig, num_layers: int) -> Settings:
+def _llama(model: ModelConfig) -> Settings:
     return {
-        "max_position_embeddings": model.seq_length,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups,
         "head_dim": model.hidden_size // model.num_attention_heads,
-        "rms_norm_eps": model.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rotary_base)},
-        "attention_bias": model.bias,
-        "mlp_bias": model.bias,
-        "attention_dropout": model.dropout,
     }
 
 
-def _bert(model: ModelConfig, num_layers: int) -> Settings:
-    return {
-        "max_position_embeddings": model.seq_length,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "type_vocab_size": model.token_types,
-        "hidden_act": {"gelu": "gelu_new", "gelu_exact": "gelu"}[model.activation],
-        "layer_norm_eps": model.norm_eps,
-        "hidden_dropout_prob": model.dropout,
-        "attention_probs_dropout_prob": model.dropout,
-    }
+def _of_llama(settings: Settings) -> Settings:
+    rope, heads = settings["rope_parameters"], settings["num_attention_heads"]
+    if rope.get("rope_type") != "default":
+        raise ConfigError(f"LlamaForCausalLM: rope_type {rope['rope_type']!r}, expected 'default'")
+    if settings["head_dim"] * heads != settings["hidden_size"]:
+        raise ConfigError(
+            f"LlamaForCausalLM: head_dim {settings['head_dim']} times {heads} heads is not the "
+            f"hidden_size {settings['hidden_size']}"
+        )
+    base = rope["rope_theta"]
+    if base != int(base):
+        raise ConfigError(f"LlamaForCausalLM: rope_theta {base}, expected a whole number")
+    return {"rotary_base": int(base)}
 
 
+_GELU = {"gelu": "gelu_new", "gelu_exact": "gelu"}
 ARCHITECTURES = (
     Architecture(
         name="GPT2LMHeadModel",
@@ -125,8 +164,29 @@ ARCHITECTURES = (
             "bias": (True,),
         },
         rows=GPT2,
-        settings=_gpt2,
+        names={
+            "n_positions": "seq_length",
+            "n_embd": "hidden_size",
+            "n_layer": "num_layers",
+            "n_head": "num_attention_heads",
+            "n_inner": "ffn_hidden_size",
+            "layer_norm_epsilon": "norm_eps",
+            "resid_pdrop": "dropout",
+            "embd_pdrop": "dropout",
+            "attn_pdrop": "dropout",
+        },
+        activation="activation_function",
+        activations=_GELU,
+        expects={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        extra=_nothing,
+        extra_model=_nothing,
         grouped_queries=False,
+        ignored=(r"\.attn\.(masked_)?bias$",),
+        prefix="transformer.",
     ),
     Architecture(
         name="LlamaForCausalLM",
@@ -139,8 +199,26 @@ ARCHITECTURES = (
             "activation": ("swiglu",),
         },
         rows=LLAMA,
-        settings=_llama,
+        names={
+            "max_position_embeddings": "seq_length",
+            "hidden_size": "hidden_size",
+            "intermediate_size": "ffn_hidden_size",
+            "num_hidden_layers": "num_layers",
+            "num_attention_heads": "num_attention_heads",
+            "num_key_value_heads": "num_query_groups",
+            "rms_norm_eps": "norm_eps",
+            "attention_bias": "bias",
+            "mlp_bias": "bias",
+            "attention_dropout": "dropout",
+        },
+        activation="hidden_act",
+        activations={"swiglu": "silu"},
+        expects={},
+        extra=_llama,
+        extra_model=_of_llama,
         grouped_queries=True,
+        ignored=(r"\.rotary_emb\.inv_freq$",),
+        prefix="model.",
     ),
     Architecture(
         name="BertForMaskedLM",
@@ -154,7 +232,28 @@ ARCHITECTURES = (
             "sentence_head": (False,),
         },
         rows=BERT,
-        settings=_bert,
+        names={
+            "max_position_embeddings": "seq_length",
+            "hidden_size": "hidden_size",
+            "intermediate_size": "ffn_hidden_size",
+            "num_hidden_layers": "num_layers",
+            "num_attention_heads": "num_attention_heads",
+            "type_vocab_size": "token_types",
+            "layer_norm_eps": "norm_eps",
+            "hidden_dropout_prob": "dropout",
+            "attention_probs_dropout_prob": "dropout",
+        },
+        activation="hidden_act",
+        activations=_GELU,
+        expects={"is_decoder": False, "add_cross_attention": False},
+        extra=_nothing,
+        extra_model=_nothing,
         grouped_queries=False,
+        ignored=(
+            r"embeddings\.position_ids$",
+            r"^bert\.pooler\.",
+            r"^cls\.seq_relationship\.",
+        ),
+        prefix="bert.",
     ),
 )

@@ -1,11 +1,6 @@
-"""A ZeRO checkpoint as a directory that transformers loads: weights, configuration, tokenizer.
+"""A training state as a directory that transformers loads: weights, configuration, tokenizer."""
 
-Shards stay mapped from disk and tensors pass one at a time, so the memory needed is that of the
-largest one, whatever the size of the model.
-"""
-
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,24 +8,22 @@ from typing import Any, Literal
 
 import tokenizers
 import tokenizers.processors
-import torch
 from pydantic import TypeAdapter, ValidationError
 
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.boxes import Shape, numel
+from lag_megatron.checkpoint.draft import DTYPES
 from lag_megatron.checkpoint.hf_architecture import Architecture, architecture_of
-from lag_megatron.checkpoint.integrity import require_sound
 from lag_megatron.checkpoint.names import layers_in
-from lag_megatron.checkpoint.safetensors_write import SafetensorsWriter
-from lag_megatron.checkpoint.tensor_map import Heads, Row, expand, shape_of, to_transformers
-from lag_megatron.checkpoint.whole import WholeTensors
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.parts import Flush, Order, Part, Told
+from lag_megatron.checkpoint.safetensors_write import INDEX, SafetensorsFile, lay_out
+from lag_megatron.checkpoint.stream import PIECE_BYTES, Span, write_spans
+from lag_megatron.checkpoint.tensor_map import Heads, Row, as_rows, expand, runs, shape_of
+from lag_megatron.checkpoint.whole import WholeState
 from lag_megatron.config import ModelConfig
 from lag_megatron.errors import CheckpointError
-from lag_megatron.files import flush_to_disk
 
 Precision = Literal["fp32", "bf16", "fp16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,75 +41,62 @@ class TokenizerFile:
         return tokenizer
 
 
-def export_to_transformers(
-    checkpoint: ZeroCheckpoint,
-    target: Path,
-    *,
-    tokenizer: TokenizerFile | None = None,
-    dtype: Precision = "fp32",
-    max_shard_size: int | str = "5GB",
-) -> None:
-    """Write a checkpoint as a directory of transformers, whole or not at all.
-
-    Args:
-        checkpoint: of any ZeRO stage, world size and tensor-parallel size.
-        target: the directory to come; it must not exist.
-        tokenizer: written beside the weights; rows of the vocabulary beyond it, which are padding,
-            are left out.  Without one all rows are kept.
-        dtype: of the weights, converted from the fp32 masters.
-        max_shard_size: bytes of a file, or a text like ``5GB``.
-
-    Raises:
-        ConfigError: if no architecture of transformers computes what the model computes.
-        CheckpointError: if the checkpoint is damaged or not one of ours, if the target exists or
-            cannot be written.
-    """
-    if target.exists():
-        raise CheckpointError(f"{target}: exists already. Name another directory, or remove it.")
-    export = Export(checkpoint, tokenizer)
-    export.check()
-    draft = commit.temporary(target)
-    try:
-        commit.remove(draft)
-        draft.mkdir(parents=True)
-        size = sum(map(numel, export.shapes.values())) * DTYPES[dtype].itemsize
-        commit.require_space(draft, needed=size, what="the exported model")
-        export.write(draft, dtype=dtype, max_shard_size=max_shard_size)
-        for path in (*draft.iterdir(), draft):
-            flush_to_disk(path)
-        os.rename(draft, target)
-        flush_to_disk(target.parent)
-    except OSError as error:
-        commit.remove(draft)
-        raise CheckpointError(
-            f"{error.filename or target}: cannot write there: {error.strerror or error}. "
-            "Name another directory."
-        ) from None
-    except BaseException:
-        commit.remove(draft)
-        raise
-
-
 @dataclass(frozen=True)
 class Export:
-    """Everything about an export is known before a tensor is read."""
+    """Everything about an export is known before a tensor is read.
 
-    checkpoint: ZeroCheckpoint
-    tokenizer: TokenizerFile | None
+    Attributes:
+        state: what is written.
+        tokenizer: written beside the weights.
+        dtype: of the weights, converted from the fp32 masters.
+        max_shard_size: bytes of a file, or a text like ``5GB``.
+        vocabulary: rows of the vocabulary to keep, the others being padding; by default as many as
+            the tokenizer has tokens, and without one those of the model that was imported, or all.
+    """
+
+    state: WholeState
+    tokenizer: TokenizerFile | None = None
+    dtype: Precision = "fp32"
+    max_shard_size: int | str = "5GB"
+    vocabulary: int | None = None
+
+    def order(self, target: Path, *, about: Mapping[str, Any]) -> Order:
+        """What has to be written as the directory ``target``.
+
+        Raises:
+            ConfigError: if no architecture of transformers computes what the model computes.
+            CheckpointError: if the state does not say what model it is, or is another, or if the
+                tokenizer has more tokens than it.
+        """
+        files, index = lay_out(
+            self.shapes, dtype=DTYPES[self.dtype], max_shard_size=self.max_shard_size
+        )
+        return Order(
+            target=target,
+            parts=[
+                Part("settings", lambda folder, told, flush: self._write_settings(folder, index)),
+                *(Part(file.name, _writer(self._write_file, file)) for file in files),
+            ],
+            about={**about, "written_as": "hf", "dtype": self.dtype, "vocabulary": self.vocab_size},
+            needed=sum(map(numel, self.shapes.values())) * DTYPES[self.dtype].itemsize,
+            what="the exported model",
+            check=self.state.check,
+            pointer=None,
+        )
 
     @cached_property
     def model(self) -> ModelConfig:
-        """The model's shape as the checkpoint tells it.
+        """The model's shape as the state tells it.
 
         Raises:
             CheckpointError: if it does not.
         """
-        tree = self.checkpoint.client_state.get("model")
+        tree = self.state.draft.entries["lag"].get("model")
         try:
             return TypeAdapter(ModelConfig).validate_python(tree)
         except ValidationError as error:
             raise CheckpointError(
-                f"{self.checkpoint.path}: does not say what model it is "
+                f"{self.state.path}: does not say what model it is "
                 f"({error.errors()[0]['msg']}). Only checkpoints of this program can be exported."
             ) from None
 
@@ -138,30 +118,30 @@ class Export:
         Raises:
             CheckpointError: if the tokenizer has more tokens than the model.
         """
-        (rows, _) = self.whole.shapes["embedding.word_embeddings.weight"]
-        if self.tokenizer is None:
-            return rows
-        known = max(self.tokenizer.load().get_vocab(with_added_tokens=True).values()) + 1
-        if known > rows:
-            raise CheckpointError(
-                f"{self.tokenizer.path}: has {known} tokens, but the model of "
-                f"{self.checkpoint.path} only {rows}. Give the tokenizer that it was trained with."
-            )
-        return known
-
-    @cached_property
-    def whole(self) -> WholeTensors:
-        """What is read."""
-        return WholeTensors(self.checkpoint)
+        (rows, _) = self.state.shapes["embedding.word_embeddings.weight"]
+        wanted = self.vocabulary
+        if self.tokenizer is not None:
+            known = max(self.tokenizer.load().get_vocab(with_added_tokens=True).values()) + 1
+            wanted = known if wanted is None else wanted
+            if known > rows:
+                raise CheckpointError(
+                    f"{self.tokenizer.path}: has {known} tokens, but the model of "
+                    f"{self.state.path} only {rows}. Give the tokenizer that it was trained with."
+                )
+        if wanted is None:
+            wanted = self.state.draft.entries["lag"].get("vocabulary")
+        if wanted is not None and not 0 < wanted <= rows:
+            raise CheckpointError(f"{self.state.path}: has {rows} rows of tokens, not {wanted}.")
+        return rows if wanted is None else wanted
 
     @cached_property
     def num_layers(self) -> int:
         """Layers there are, which growth may have made more than the configuration began with."""
-        return len(layers_in(self.whole.shapes))
+        return len(layers_in(self.state.shapes))
 
     @cached_property
     def rows(self) -> Sequence[Row]:
-        """One for each tensor of the checkpoint.
+        """One for each tensor of the state.
 
         Raises:
             CheckpointError: if there are others, or some are missing.
@@ -174,11 +154,11 @@ class Export:
                 tied_embeddings=self.model.tied_embeddings,
             )
         )
-        expected, found = {row.megatron for row in rows}, set(self.whole.shapes)
+        expected, found = {row.megatron for row in rows}, set(self.state.shapes)
         for names, what in ((expected - found, "lacks"), (found - expected, "also has")):
             if names:
                 raise CheckpointError(
-                    f"{self.checkpoint.path}: {what} {sorted(names)[0]} ({len(names)} tensors), "
+                    f"{self.state.path}: {what} {sorted(names)[0]} ({len(names)} tensors), "
                     f"so it is not what its configuration says: {self.architecture.name}."
                 )
         return rows
@@ -188,34 +168,66 @@ class Export:
         """Of every tensor that is written, by its name in transformers."""
         shapes: dict[str, Shape] = {}
         for row in self.rows:
-            whole = self.whole.shapes[row.megatron]
-            if row.kind == "vocabulary":
-                whole = (self.vocab_size, *whole[1:])
+            whole = self._kept(row)
             shapes.update(zip(row.transformers, shape_of(row, whole, self.heads), strict=True))
         return shapes
 
-    def check(self) -> None:
-        """Refuse what cannot be exported, before anything is written."""
-        self.shapes  # noqa: B018  # all of the above
-        self.checkpoint.check_every_file()
-        require_sound(self.checkpoint.path)
+    def _kept(self, row: Row) -> Shape:
+        """Shape of Megatron's tensor without padding."""
+        whole = self.state.shapes[row.megatron]
+        return (self.vocab_size, *whole[1:]) if row.kind == "vocabulary" else whole
 
-    def write(self, folder: Path, *, dtype: Precision, max_shard_size: int | str) -> None:
-        """Fill a folder."""
-        self._write_settings(folder, dtype)
-        writer = SafetensorsWriter(
-            folder, self.shapes, dtype=DTYPES[dtype], max_shard_size=max_shard_size
-        )
-        for row in self.rows:
-            whole = self.whole.read(row.megatron)
-            if row.kind == "vocabulary":
-                whole = whole[: self.vocab_size]
-            for name, tensor in zip(
-                row.transformers, to_transformers(row, whole, self.heads), strict=True
-            ):
-                writer.write(name, tensor)
+    @cached_property
+    def _places(self) -> dict[str, tuple[Row, int]]:
+        """By name in transformers: the row, and which of its parts the tensor is."""
+        return {
+            name: (row, part) for row in self.rows for part, name in enumerate(row.transformers)
+        }
 
-    def _write_settings(self, folder: Path, dtype: Precision) -> None:
+    def _write_file(
+        self, file: SafetensorsFile, folder: Path, told: Told, flush: Flush
+    ) -> dict[str, Any]:
+        begins = file.create(folder)
+        spans = []
+        for name, begin in begins.items():
+            row, part = self._places[name]
+            if row.transposed and len(file.shapes[name]) == 2:
+                self._write_turned(row, file.mapped(folder, name, begin), told)
+                continue
+            kept = self._kept(row)
+            width = numel(kept[1:])
+            parts = [run for run in runs(row, kept[0], self.heads) if run.part == part]
+            parts.sort(key=lambda run: run.start)
+            found = [(run.low * width, run.count * width) for run in parts]
+            spans.append(Span(begin, file.dtype, self.state.region(row.megatron, "fp32", *found)))
+        # What the spans leave out is there already, and is hashed as it is passed.
+        entry = write_spans(folder / file.name, spans, self.state.fill, written=told)
+        flush(folder / file.name)
+        return {file.name: entry}
+
+    def _write_turned(self, row: Row, target: Any, told: Told) -> None:
+        """Write Megatron's rows as the columns of a mapped tensor, some at a time."""
+        rows, width = self._kept(row)
+        turned, step = as_rows(target, row), max(1, PIECE_BYTES // (4 * width))
+        for run in runs(row, rows, self.heads):
+            for low in range(run.low, run.low + run.count, step):
+                count = min(step, run.low + run.count - low)
+                values = self.state.read(row.megatron, "fp32", low * width, count * width)
+                start = run.start + low - run.low
+                turned[start : start + count] = values.view(count, width)
+                told(count * width * target.element_size())
+
+    def _write_settings(self, folder: Path, index: str | None) -> dict[str, Any]:
+        self._save_config(folder)
+        if self.tokenizer is not None:
+            self._save_tokenizer(self.tokenizer, folder)
+        if index is not None:
+            (folder / INDEX).write_text(index, encoding="utf-8")
+        # Weights are being written beside.
+        written = [p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".jinja")]
+        return {path.name: commit.seal(path) for path in written}
+
+    def _save_config(self, folder: Path) -> None:
         import transformers  # seconds; what only describes a checkpoint does without
 
         end_id = None if self.tokenizer is None else self.tokenizer.end_id
@@ -231,21 +243,31 @@ class Export:
             vocab_size=self.vocab_size,
             initializer_range=self.model.init_std,
             tie_word_embeddings=self.model.tied_embeddings,
-            dtype=str(DTYPES[dtype]).removeprefix("torch."),
+            dtype=str(DTYPES[self.dtype]).removeprefix("torch."),
         )
         config.save_pretrained(folder)
         if is_decoder:
             transformers.GenerationConfig(**special).save_pretrained(folder)
-        if self.tokenizer is not None:
-            backend = self.tokenizer.load()
-            end = backend.id_to_token(self.tokenizer.end_id)
-            names = {"bos_token": end, "eos_token": end} if is_decoder else _for_bert(backend)
-            transformers.PreTrainedTokenizerFast(
-                tokenizer_object=backend,
-                **names,
-                model_max_length=self.model.seq_length,
-                clean_up_tokenization_spaces=False,
-            ).save_pretrained(folder)
+
+    def _save_tokenizer(self, file: TokenizerFile, folder: Path) -> None:
+        import transformers
+
+        backend = file.load()
+        end = backend.id_to_token(file.end_id)
+        is_decoder = self.model.family == "gpt"
+        names = {"bos_token": end, "eos_token": end} if is_decoder else _for_bert(backend)
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            **names,
+            model_max_length=self.model.seq_length,
+            clean_up_tokenization_spaces=False,
+        ).save_pretrained(folder)
+
+
+def _writer(
+    write: Callable[[SafetensorsFile, Path, Told, Flush], dict[str, Any]], file: SafetensorsFile
+) -> Callable[[Path, Told, Flush], dict[str, Any]]:
+    return lambda folder, told, flush: write(file, folder, told, flush)
 
 
 def _for_bert(backend: tokenizers.Tokenizer) -> dict[str, str]:

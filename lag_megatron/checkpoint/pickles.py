@@ -11,7 +11,6 @@ import os
 import pickle
 import shutil
 import threading
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lag_megatron.checkpoint.zipcheck import tensor_records
 from lag_megatron.errors import CheckpointError
 
 
@@ -151,7 +151,7 @@ def byte_offsets(path: Path, tensors: Iterable[Tensor]) -> list[int]:
     listed = list(tensors)
     storages = [t.untyped_storage() for t in listed]
     starts = {s.data_ptr() for s in storages if s.nbytes()}
-    records = sorted(_records(path))
+    records = sorted(record.begin for record in tensor_records(path))
     # The archive keeps one record for each storage, and the mapping keeps their distances.
     base = min(starts) - records[0] if starts and records else 0
     if sorted(start - base for start in starts) != records:
@@ -160,23 +160,6 @@ def byte_offsets(path: Path, tensors: Iterable[Tensor]) -> list[int]:
             "no value was written. This version of torch is not supported."
         )
     return [t.data_ptr() - base if s.nbytes() else 0 for t, s in zip(listed, storages, strict=True)]
-
-
-def _records(path: Path) -> list[int]:
-    """Where the bytes of every tensor's record begin."""
-    begins: list[int] = []
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        for info in archive.infolist():
-            if "/data/" in info.filename and info.file_size:
-                # The local header ends with two lengths, then the name and the padding.
-                file.seek(info.header_offset + 26)
-                lengths = file.read(4)
-                name, extra = (
-                    int.from_bytes(lengths[:2], "little"),
-                    int.from_bytes(lengths[2:], "little"),
-                )
-                begins.append(info.header_offset + 30 + name + extra)
-    return begins
 
 
 def _cause(error: Exception) -> str:

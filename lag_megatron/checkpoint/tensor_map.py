@@ -10,13 +10,14 @@ qkv         by query group: its query heads, its key head, its value head, then 
 gate_up     the gate's rows, then the up projection's.
 
 ``transposed`` matrices are (in, out) in transformers: GPT-2's ``Conv1D``.
+
+Tables are in the order of Megatron-Core's modules, which is that of flat buffers.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 Kind = Literal["plain", "vocabulary", "qkv", "gate_up"]
@@ -49,14 +50,14 @@ GPT2: tuple[Row, ...] = (
     Row("embedding.position_embeddings.weight", ("transformer.wpe.weight",)),
     Row("decoder.layers.{layer}.input_layernorm.{part}", ("transformer.h.{layer}.ln_1.{part}",)),
     Row(
-        f"{_ATTENTION}.linear_qkv.{PART}",
-        ("transformer.h.{layer}.attn.c_attn.{part}",),
-        "qkv",
+        f"{_ATTENTION}.linear_proj.{PART}",
+        ("transformer.h.{layer}.attn.c_proj.{part}",),
         transposed=True,
     ),
     Row(
-        f"{_ATTENTION}.linear_proj.{PART}",
-        ("transformer.h.{layer}.attn.c_proj.{part}",),
+        f"{_ATTENTION}.linear_qkv.{PART}",
+        ("transformer.h.{layer}.attn.c_attn.{part}",),
+        "qkv",
         transposed=True,
     ),
     Row("decoder.layers.{layer}.pre_mlp_layernorm.{part}", ("transformer.h.{layer}.ln_2.{part}",)),
@@ -73,12 +74,12 @@ LLAMA: tuple[Row, ...] = (
         "decoder.layers.{layer}.input_layernorm.weight",
         (f"{_LLAMA_LAYER}.input_layernorm.weight",),
     ),
+    Row(f"{_ATTENTION}.linear_proj.{PART}", (f"{_LLAMA_LAYER}.self_attn.o_proj.{PART}",)),
     Row(
         f"{_ATTENTION}.linear_qkv.{PART}",
         tuple(f"{_LLAMA_LAYER}.self_attn.{p}_proj.{PART}" for p in "qkv"),
         "qkv",
     ),
-    Row(f"{_ATTENTION}.linear_proj.{PART}", (f"{_LLAMA_LAYER}.self_attn.o_proj.{PART}",)),
     Row(
         "decoder.layers.{layer}.pre_mlp_layernorm.weight",
         (f"{_LLAMA_LAYER}.post_attention_layernorm.weight",),
@@ -106,20 +107,20 @@ BERT: tuple[Row, ...] = (
     Row("embedding.tokentype_embeddings.weight", ("bert.embeddings.token_type_embeddings.weight",)),
     Row(f"embedding.embedding_dropout.layernorm.{PART}", (f"bert.embeddings.LayerNorm.{PART}",)),
     Row(
-        f"{_ENCODER}.self_attention.linear_qkv.{PART}",
-        tuple(f"{_BERT_LAYER}.attention.self.{p}.{PART}" for p in ("query", "key", "value")),
-        "qkv",
-    ),
-    Row(
         f"{_ENCODER}.self_attention.linear_proj.{PART}",
         (f"{_BERT_LAYER}.attention.output.dense.{PART}",),
     ),
     Row(
-        f"{_ENCODER}.post_attn_layernorm.{PART}",
-        (f"{_BERT_LAYER}.attention.output.LayerNorm.{PART}",),
+        f"{_ENCODER}.self_attention.linear_qkv.{PART}",
+        tuple(f"{_BERT_LAYER}.attention.self.{p}.{PART}" for p in ("query", "key", "value")),
+        "qkv",
     ),
     Row(f"{_ENCODER}.mlp.linear_fc1.{PART}", (f"{_BERT_LAYER}.intermediate.dense.{PART}",)),
     Row(f"{_ENCODER}.mlp.linear_fc2.{PART}", (f"{_BERT_LAYER}.output.dense.{PART}",)),
+    Row(
+        f"{_ENCODER}.post_attn_layernorm.{PART}",
+        (f"{_BERT_LAYER}.attention.output.LayerNorm.{PART}",),
+    ),
     Row(f"{_ENCODER}.post_mlp_layernorm.{PART}", (f"{_BERT_LAYER}.output.LayerNorm.{PART}",)),
     Row(f"lm_head.dense.{PART}", (f"{_PREDICTIONS}.transform.dense.{PART}",)),
     Row(f"lm_head.layer_norm.{PART}", (f"{_PREDICTIONS}.transform.LayerNorm.{PART}",)),
@@ -161,34 +162,50 @@ def shape_of(row: Row, shape: tuple[int, ...], heads: Heads) -> list[tuple[int, 
     return [s[::-1] if row.transposed else s for s in shapes]
 
 
-def to_transformers(row: Row, whole: Tensor, heads: Heads) -> list[Tensor]:
-    """The row's tensors in transformers as views or copies, vocabulary padding still there."""
-    parts = [whole]
-    if row.kind == "qkv":
-        grouped = whole.view(heads.groups, -1, heads.head_size, *whole.shape[1:])
-        queries = grouped.shape[1] - 2
-        split = torch.split(grouped, [queries, 1, 1], dim=1)
-        parts = [part.reshape(-1, *whole.shape[1:]) for part in split]
-    elif row.kind == "gate_up":
-        parts = list(whole.chunk(2))
-    if len(parts) > len(row.transformers):
-        parts = [torch.cat(parts)]
-    return [_turned(part, row) for part in parts]
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Rows ``low .. low + count`` of Megatron's tensor: those from ``start`` of a part."""
+
+    low: int
+    count: int
+    part: int
+    start: int
 
 
-def to_megatron(row: Row, parts: Sequence[Tensor], heads: Heads) -> Tensor:
-    """Megatron's tensor from the row's tensors in transformers; undoes ``to_transformers``."""
-    whole = torch.cat([_turned(part, row) for part in parts])
+def runs(row: Row, rows: int, heads: Heads) -> list[Run]:
+    """Where each of the ``rows`` of Megatron's tensor stands in the row's tensors, rising.
+
+    Of a ``transposed`` one the rows are transformers' columns.
+    """
+    if row.kind == "gate_up":
+        half = rows // 2
+        return [Run(0, half, 0, 0), Run(half, rows - half, 1, 0)]
     if row.kind != "qkv":
-        return whole
-    keys = heads.groups * heads.head_size
-    split = torch.split(whole, [len(whole) - 2 * keys, keys, keys])
-    grouped = [p.view(heads.groups, -1, heads.head_size, *whole.shape[1:]) for p in split]
-    return torch.cat(grouped, dim=1).reshape(whole.shape)
+        return [Run(0, rows, 0, 0)]
+    size = heads.head_size
+    queries, keys = rows - 2 * heads.groups * size, heads.groups * size
+    lengths, joined = (queries // heads.groups, size, size), len(row.transformers) == 1
+    starts = (0, queries, queries + keys) if joined else (0, 0, 0)
+    found, low = [], 0
+    for group in range(heads.groups):
+        for part, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+            found.append(Run(low, length, 0 if joined else part, start + group * length))
+            low += length
+    return found
 
 
-def _turned(tensor: Tensor, row: Row) -> Tensor:
-    return tensor.t() if row.transposed and tensor.dim() == 2 else tensor
+def to_transformers(row: Row, whole: Tensor, heads: Heads) -> list[Tensor]:
+    """The row's tensors in transformers from all of Megatron's, vocabulary padding still there."""
+    parts = [whole.new_empty(shape) for shape in shape_of(row, tuple(whole.shape), heads)]
+    turned = [as_rows(part, row) for part in parts]
+    for run in runs(row, len(whole), heads):
+        turned[run.part][run.start : run.start + run.count] = whole[run.low : run.low + run.count]
+    return parts
+
+
+def as_rows(part: Tensor, row: Row) -> Tensor:
+    """A view of a tensor of transformers whose rows are Megatron's."""
+    return part.t() if row.transposed and part.dim() == 2 else part
 
 
 def _runs(rows: Sequence[Row]) -> Iterator[tuple[bool, list[Row]]]:

@@ -1,73 +1,63 @@
-"""One whole parameter at a time, put together from the shards that hold it."""
+"""A training state as if nothing had been cut, for formats with a name for each tensor.
 
+It is read a run of elements at a time, so no tensor need fit into memory.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lag_megatron.checkpoint.boxes import Shape, numel
-from lag_megatron.checkpoint.layout import Container, Layout
-from lag_megatron.checkpoint.paging import read_ahead
-from lag_megatron.checkpoint.tensor_parallel import cut_dim, is_gated, pieces, whole_shape
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.draft import Draft
+from lag_megatron.checkpoint.layout import Container, Segment, State
+from lag_megatron.checkpoint.regions import Fill, Region
+
+_HERE = Container(0, 0)  # a region's segments are found by their offsets
 
 
 @dataclass(frozen=True)
-class WholeTensors:
-    """A checkpoint's parameters as if nothing had been cut; shards stay mapped from disk."""
+class WholeState:
+    """What is to be written, under the topology of one rank without ZeRO.
 
-    checkpoint: ZeroCheckpoint
+    Attributes:
+        path: where it is read, for messages.
+        draft: everything beside values.
+        fill: makes the values.
+        check: refuses a source whose content is damaged.
+    """
+
+    path: Path
+    draft: Draft
+    fill: Fill
+    check: Callable[[], None]
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
-        """Whole shapes by name, trained parameters first."""
-        size = self.checkpoint.topology.tensor_size
-        local = {**self.checkpoint.layout.shapes, **self.checkpoint.frozen.shapes}
-        return {name: whole_shape(name, shape, tensor_size=size) for name, shape in local.items()}
+        """Of every parameter, trained ones first."""
+        return {**self.draft.layout.shapes, **self.draft.frozen.shapes}
 
-    def read(self, name: str) -> Tensor:
-        """A new tensor with the parameter's master weights.
+    def is_trained(self, name: str) -> bool:
+        """Whether the optimizer has a parameter."""
+        return name in self.draft.layout.shapes
 
-        Memory: this tensor and, where tensor parallelism cut it, one rank's part of it.
+    def region(self, name: str, state: State = "fp32", *runs: tuple[int, int]) -> Region:
+        """Runs of a parameter's elements, (start, length) each, one behind the other.
+
+        Without runs, all of it.
         """
-        size = self.checkpoint.topology.tensor_size
-        if size == 1 or cut_dim(name) is None:
-            return self._part(name, 0)
-        shape, whole = self.shapes[name], None
-        for rank in range(size):
-            part = self._part(name, rank)
-            whole = torch.empty(shape, dtype=part.dtype) if whole is None else whole
-            found = pieces(name, shape, tensor_rank=rank, tensor_size=size, gated=self._gated)
-            for piece in found:
-                here = _slices(piece.local, piece.box.shape)
-                whole[_slices(piece.box.low, piece.box.shape)] = part[here]
-        assert whole is not None
-        return whole
+        found: list[tuple[str, Segment]] = []
+        offset = 0
+        for start, length in runs or ((0, numel(self.shapes[name])),):
+            found.append((name, Segment(start, length, _HERE, offset)))
+            offset += length
+        return Region(state, tuple(found), offset, trained=self.is_trained(name))
 
-    def _part(self, name: str, tensor_rank: int) -> Tensor:
-        """What one tensor-parallel rank holds of a parameter."""
-        trained = name in self.checkpoint.layout.shapes
-        layout: Layout = self.checkpoint.layout if trained else self.checkpoint.frozen
-        shape = layout.shapes[name]
-        part: Tensor | None = None
-        for segment in layout.segments[name]:
-            buffer = self._buffer(tensor_rank, segment.container, trained=trained)
-            part = torch.empty(numel(shape), dtype=buffer.dtype) if part is None else part
-            end = segment.start + segment.length
-            read_ahead(buffer, segment.offset, segment.length)  # shards are read only on demand
-            part[segment.start : end] = buffer[segment.offset : segment.offset + segment.length]
-        return (torch.empty(0) if part is None else part).view(shape)
-
-    def _buffer(self, tensor_rank: int, container: Container, *, trained: bool) -> Tensor:
-        if trained:
-            return self.checkpoint.buffer(tensor_rank, container, "fp32").view(-1)
-        return self.checkpoint.frozen_buffer(tensor_rank, container)
-
-    @cached_property
-    def _gated(self) -> bool:
-        return is_gated(self.shapes)
-
-
-def _slices(low: Shape, shape: Shape) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(low, shape, strict=True))
+    def read(self, name: str, state: State, start: int, length: int) -> Tensor:
+        """A new flat tensor of some elements, in fp32."""
+        values = torch.empty(length)
+        self.fill(self.region(name, state, (start, length)), values)
+        return values

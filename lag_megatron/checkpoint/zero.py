@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.integrity import require_sound
 from lag_megatron.checkpoint.layout import (
     Container,
     Group,
@@ -25,6 +26,7 @@ from lag_megatron.checkpoint.layout import (
 )
 from lag_megatron.checkpoint.loss_scale import LossScale
 from lag_megatron.checkpoint.paging import read_only_on_demand
+from lag_megatron.checkpoint.source import Mapped
 from lag_megatron.checkpoint.states import Optimizer
 from lag_megatron.checkpoint.zero_files import (
     files_of,
@@ -203,8 +205,19 @@ class ZeroCheckpoint:
             self._checked.add(name)
         return states
 
-    def buffer(self, tensor_rank: int, container: Container, state: State) -> Tensor:
-        """A flat buffer of optimizer state, mapped from disk."""
+    def elements(
+        self, tensor_rank: int, container: Container, state: State, *, trained: bool
+    ) -> Mapped:
+        """A flat buffer of a state, mapped from disk."""
+        if trained:
+            return Mapped(self._buffer(tensor_rank, container, state))
+        return Mapped(self._frozen_buffer(tensor_rank, container))
+
+    def require_sound(self) -> None:
+        """Refuse content that differs from its checksums."""
+        require_sound(self.path)
+
+    def _buffer(self, tensor_rank: int, container: Container, state: State) -> Tensor:
         model = self.model_states(tensor_rank, container.data_rank)
         states = (
             None
@@ -215,7 +228,7 @@ class ZeroCheckpoint:
         buffer = state_buffer(self.topology, model, states, container.key, state, names)
         return read_only_on_demand(buffer)
 
-    def frozen_buffer(self, tensor_rank: int, container: Container) -> Tensor:
+    def _frozen_buffer(self, tensor_rank: int, container: Container) -> Tensor:
         """The flat values of one parameter that is not trained, or of a rank's part of it."""
         name = list(self.frozen.shapes)[container.key]
         model = self.model_states(tensor_rank, container.data_rank)

@@ -116,7 +116,7 @@ def _by_group(draft: Draft, data_rank: int, room: Room) -> dict[str, Any]:
         "base_optimizer_state": {"state": state, "param_groups": groups},
         "single_partition_of_fp32_groups": masters,
         "zero_stage": pickles.ZeroStage(topology.zero_stage),
-        "clip_grad": _clip(draft),
+        **_clip(draft),
         "group_paddings": paddings,
         "param_alignment_paddings": [[0] * len(group) for group in layout.groups],
         "partition_count": [topology.data_size] * len(layout.groups),
@@ -149,9 +149,15 @@ def _by_subgroup(draft: Draft, data_rank: int, room: Room) -> dict[str, Any]:
     }
 
 
-def _clip(draft: Draft) -> float:
-    """The bound of the gradient norm, which ZeRO 1 and 2 take from their checkpoint."""
-    template = draft.template
+def _clip(draft: Draft) -> dict[str, float]:
+    """The bound of the gradient norm, which ZeRO 1 and 2 take from their checkpoint.
+
+    Where nothing says what it was, the entry is left out, and an engine keeps its own.
+    """
+    template, config = draft.template, draft.template.header.get("ds_config") or {}
     if template.topology.zero_stage in (1, 2):
-        return template.optimizer_states(0, 0)["optimizer_state_dict"]["clip_grad"]  # type: ignore[no-any-return]
-    return float((template.header.get("ds_config") or {}).get("gradient_clipping") or 0.0)
+        optimizer = template.optimizer_states(0, 0)["optimizer_state_dict"]
+        return {"clip_grad": optimizer["clip_grad"]}
+    if not config:
+        return {}
+    return {"clip_grad": float(config.get("gradient_clipping") or 0.0)}

@@ -50,12 +50,12 @@ def write_rank(
         room = Room()
         objects = model_objects(draft, **ranks, room=room)
         name = model_file(topology, **ranks)
-        entries[name] = _write(folder / name, objects, room, fill, written, flush)
+        entries[name] = write_objects(folder / name, objects, room, fill, written, flush)
     optimizer = optimizer_file(topology, **ranks)
     if optimizer is not None:
         room = Room()
         objects = optimizer_objects(draft, data_rank=data_rank, room=room)
-        entries[optimizer] = _write(folder / optimizer, objects, room, fill, written, flush)
+        entries[optimizer] = write_objects(folder / optimizer, objects, room, fill, written, flush)
     return entries
 
 
@@ -70,7 +70,7 @@ def bytes_of(topology: Topology, layout: Layout, frozen: Layout | None = None) -
     return size * topology.tensor_size
 
 
-def _write(
+def write_objects(
     path: Path,
     objects: Any,
     room: Room,
@@ -78,6 +78,19 @@ def _write(
     written: Callable[[int], object],
     flush: Callable[[Path], object],
 ) -> dict[str, Any]:
+    """Write a file of ``torch.save`` whose large tensors are filled in, and return its entry.
+
+    Args:
+        path: the file.
+        objects: what it holds; tensors that ``room`` made are filled, others taken over.
+        room: knows which those are.
+        fill: makes the values.
+        written: told the number of bytes after each piece.
+        flush: called with the finished file.
+
+    Raises:
+        CheckpointError: when it cannot be written; nothing of it stays then.
+    """
     spans = _laid_out(path, objects, room)
     try:
         entry = write_spans(path, spans, fill, written=written)

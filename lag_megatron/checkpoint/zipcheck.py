@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -26,6 +27,15 @@ DAMAGE = (
     struct.error,
     OSError,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Bytes of a file that hold a tensor's values; ``packed`` if they are compressed."""
+
+    begin: int
+    length: int
+    packed: bool
 
 
 def damaged_records(path: Path, *, offset: int = 0, length: int | None = None) -> Iterator[str]:
@@ -59,6 +69,22 @@ def has_checksums(path: Path, *, offset: int = 0, length: int | None = None) -> 
     """
     with _opened(path, offset, length) as archive:
         return all(record.CRC for record in archive.infolist() if record.file_size)
+
+
+def tensor_records(path: Path, *, offset: int = 0, length: int | None = None) -> Iterator[Record]:
+    """Where the values of each tensor of an archive lie, those without any left out.
+
+    Raises:
+        CheckpointError: as ``damaged_records``.
+    """
+    with _opened(path, offset, length) as archive, path.open("rb") as file:
+        for info in archive.infolist():
+            if "/data/" in info.filename and info.file_size:
+                # The local header ends with two lengths, then the name and the padding.
+                file.seek(offset + info.header_offset + 26)
+                name, extra = struct.unpack("<HH", file.read(4))
+                begin = offset + info.header_offset + 30 + name + extra
+                yield Record(begin, info.file_size, packed=info.compress_type != zipfile.ZIP_STORED)
 
 
 class _View(io.RawIOBase):

@@ -9,7 +9,7 @@ from lag_megatron.config.data import (
     Ul2Config,
 )
 from lag_megatron.config.load import dump_config, load_config, parse_config
-from lag_megatron.config.model import ModelConfig, ParallelConfig
+from lag_megatron.config.model import ModelConfig, ParallelConfig, padded_vocab_size
 from lag_megatron.config.optimizer import OptimizerConfig, ScheduleConfig
 from lag_megatron.config.schema import (
     CheckpointConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "data_parallel_size",
     "dump_config",
     "load_config",
+    "padded_vocab_size",
     "parse_config",
     "require_groups",
 ]

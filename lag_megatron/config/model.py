@@ -69,3 +69,8 @@ class ParallelConfig:
     recompute: Literal["none", "layers"] = "none"
     world_size: int | None = None
     timeout: float = 300.0
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Round up to a multiple of 128, Megatron's ``--make-vocab-size-divisible-by``."""
+    return -(-vocab_size // 128) * 128

@@ -6,7 +6,7 @@ from lag_megatron.data.corpus import Corpus, open_corpus
 from lag_megatron.data.feed import Feed
 from lag_megatron.data.prepare import open_prepared, prepare_data
 from lag_megatron.data.prepared import PreparedData
-from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
+from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.data.tokenizer_training import train_bpe
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "load_tokenizer",
     "open_corpus",
     "open_prepared",
-    "padded_vocab_size",
     "prepare_data",
     "train_bpe",
 ]

@@ -225,11 +225,6 @@ def _sentinels_of(vocabulary: dict[str, int]) -> Iterator[int]:
         number += 1
 
 
-def padded_vocab_size(vocab_size: int) -> int:
-    """Round up to a multiple of 128, Megatron's ``--make-vocab-size-divisible-by``."""
-    return -(-vocab_size // 128) * 128
-
-
 def _pieces(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """Each text, cut after a line where it is long, with whether its end is reached."""
     for text in texts:

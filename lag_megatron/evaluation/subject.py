@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lag_megatron.checkpoint import commit, formats, hf
-from lag_megatron.checkpoint.hf_export import (
-    Precision,
-    TokenizerFile,
-    export_to_transformers,
-)
+from lag_megatron.checkpoint.hf_export import Precision, TokenizerFile
+from lag_megatron.checkpoint.parts import write
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, ConfigError, DataError
+from lag_megatron.growth.convert import Conversion
 from lag_megatron.rundir import RunDirectory
 
 _TOKENIZER = "tokenizer.json"
@@ -82,12 +80,13 @@ def as_transformers(path: Path, options: ExportOptions) -> Iterator[Path]:
                 f"{path}: a BERT, which predicts tokens that are masked; the tasks ask a decoder "
                 "for those that follow. Evaluate it by its validation loss."
             )
-        export_to_transformers(
-            checkpoint,
-            folder,
+        conversion = Conversion(
+            source=checkpoint,
+            to="hf",
             tokenizer=tokenizer_of(path, options.tokenizer),
             dtype=options.dtype,
         )
+        write(conversion.order(folder))
         yield folder
 
 

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.boxes import Shape
 from lag_megatron.checkpoint.layout import Container, Layout, State, Topology
-from lag_megatron.checkpoint.paging import read_ahead
 from lag_megatron.checkpoint.regions import Region
+from lag_megatron.checkpoint.source import Elements, Source
 from lag_megatron.checkpoint.states import shape_of
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.growth.fresh import fill
 from lag_megatron.growth.growth_map import GrowthMap
 from lag_megatron.growth.transfer import Draw, Move, Place, Side, plan_rank
@@ -35,7 +34,7 @@ class Filler:
     def __init__(
         self,
         growth: GrowthMap,
-        source: ZeroCheckpoint,
+        source: Source,
         topology: Topology,
         layouts: tuple[Layout, Layout],
         *,
@@ -54,7 +53,7 @@ class Filler:
             for trained, there, here in zip((True, False), old, layouts, strict=True)
             for state, theirs in there.states.items()
         }
-        self._buffers: dict[tuple[bool, int, Container, State], Tensor] = {}
+        self._buffers: dict[tuple[bool, int, Container, State], Elements] = {}
 
     def sides(self, *, trained: bool, state: State = "fp32") -> tuple[Side, Side]:
         """Source and target of a state, as plans see them, of trained or of frozen parameters."""
@@ -64,10 +63,10 @@ class Filler:
         """Begin to read from disk what the region needs."""
         for step in self._plan(region):
             if isinstance(step, Move):
-                buffer = self._read(region, step.tensor_rank, step.source.container)
+                there = self._read(region, step.tensor_rank, step.source.container)
                 strides = step.source.strides
                 last = sum((n - 1) * s for n, s in zip(step.shape, strides, strict=True))
-                read_ahead(buffer, step.source.offset, last + 1)
+                there.expect(step.source.offset, last + 1)
 
     def __call__(self, region: Region, buffer: Tensor) -> None:
         """Write the region's values; ``buffer`` is flat and of its length, in any precision."""
@@ -77,7 +76,8 @@ class Filler:
             view = _view(buffer, step.target, step.shape)
             if isinstance(step, Move):
                 there = self._read(region, step.tensor_rank, step.source.container)
-                _copy(view, _view(there, step.source, step.shape), step.scale)
+                origin = there.strided(step.shape, step.source.strides, step.source.offset)
+                _copy(view, origin, step.scale)
             else:
                 fill(view, step.fresh, shape=step.whole, box=step.box)
 
@@ -90,13 +90,11 @@ class Filler:
             tensor_rank=self._tensor_rank,
         )
 
-    def _read(self, region: Region, tensor_rank: int, container: Container) -> Tensor:
+    def _read(self, region: Region, tensor_rank: int, container: Container) -> Elements:
         key = (region.trained, tensor_rank, container, region.state)
         if key not in self._buffers:
-            self._buffers[key] = (
-                self._source.buffer(tensor_rank, container, region.state)
-                if region.trained
-                else self._source.frozen_buffer(tensor_rank, container)
+            self._buffers[key] = self._source.elements(
+                tensor_rank, container, region.state, trained=region.trained
             )
         return self._buffers[key]
 

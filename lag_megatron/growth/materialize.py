@@ -1,6 +1,5 @@
 """A plan bound to a checkpoint: everything about the grown one is known, nothing is written."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -21,8 +20,8 @@ from lag_megatron.checkpoint.layout import (
     make_layout,
 )
 from lag_megatron.checkpoint.names import LAYER, layers_in
+from lag_megatron.checkpoint.source import Source
 from lag_megatron.checkpoint.tensor_parallel import cut_dim, is_gated, local_shape, whole_shape
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.checkpoint.zero_write import bytes_of, write_rank
 from lag_megatron.errors import PlanError
 from lag_megatron.files import flush_to_disk
@@ -44,7 +43,7 @@ class Growth:
         PlanError: when the plan or the topology does not fit the checkpoint.
     """
 
-    source: ZeroCheckpoint
+    source: Source
     plan: GrowthPlan
     target: Topology | None = None
 
@@ -116,22 +115,6 @@ class Growth:
             flush=flush,
         )
 
-    def publish(self, path: Path, files: Mapping[str, Any]) -> None:
-        """Commit the grown checkpoint once all its ranks are written."""
-        commit.publish(path, files=files, about=self._about)
-
-    def was_published(self, path: Path) -> bool:
-        """Whether ``path`` is this growth's result, made by an earlier run.
-
-        Raises:
-            CheckpointError: if it was, but files of it are gone or cut short since.
-        """
-        if not commit.is_committed(path):
-            return False
-        about = json.loads(json.dumps(self._about))  # as it stands in a manifest
-        manifest = commit.check_sizes(path)
-        return all(manifest.get(k) == v for k, v in about.items() if k != "versions")
-
     @cached_property
     def draft(self) -> Draft:
         """What has to be written."""
@@ -151,7 +134,8 @@ class Growth:
         )
 
     @cached_property
-    def _about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Any]:
+        """What the grown checkpoint's manifest says beside its files."""
         source = {
             "path": str(self.source.path.absolute()),
             "digest": commit.digest_of(self.source.path),
@@ -263,7 +247,7 @@ class Growth:
                 )
 
 
-def resharding(source: ZeroCheckpoint, target: Topology) -> Growth:
+def resharding(source: Source, target: Topology) -> Growth:
     """The growth that changes nothing but where everything lies."""
     layers = len(layers_in([*source.layout.shapes, *source.frozen.shapes]))
     plan = GrowthPlan(operator="identity", source_layers=layers, target_layers=layers)

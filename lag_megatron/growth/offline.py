@@ -1,21 +1,13 @@
 """Growing a whole checkpoint in one process, several target shards at a time."""
 
 import itertools
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.integrity import require_sound
 from lag_megatron.checkpoint.layout import Topology
+from lag_megatron.checkpoint.parts import Flush, Order, Part, Told, write
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
-from lag_megatron.errors import CheckpointError, PlanError
-from lag_megatron.files import flush_to_disk
 from lag_megatron.growth.materialize import Growth
 from lag_megatron.growth.plan import GrowthPlan
 
@@ -48,91 +40,32 @@ def grow_checkpoint(
     """
     growth = Growth(ZeroCheckpoint.open(source), plan, topology)
     growth.source.check_every_file()
-    needed = growth.bytes_to_write
-    draft = commit.temporary(target)
-    if target.exists():
-        if not growth.was_published(target):
-            raise PlanError(f"{target}: exists already. Name another target or remove it.")
-        commit.point_latest(target)  # killed between the two, or asked for twice
-        return growth
-    try:
-        commit.remove(draft)
-        draft.mkdir(parents=True)
-        commit.require_space(draft, needed=needed, what="the grown checkpoint")
-        growth.publish(target, _write_all(growth, draft, workers, written))
-    except OSError as error:
-        commit.remove(draft)
-        raise CheckpointError(
-            f"{error.filename or target}: cannot write there: {error.strerror or error}. "
-            "Name another target."
-        ) from None
-    except BaseException:
-        commit.remove(draft)
-        raise
+    write(zero_order(growth, target), workers=workers, written=written)
     return growth
 
 
-def _write_all(
-    growth: Growth, folder: Path, workers: int, written: Callable[[int], object]
-) -> dict[str, Any]:
+def zero_order(growth: Growth, target: Path) -> Order:
+    """What has to be written as the tag directory ``target``, as DeepSpeed's shards."""
     topology = growth.topology
-    ranks = itertools.product(range(topology.tensor_size), range(topology.data_size))
     growth.draft  # noqa: B018  # planned once here, not once in each thread
-    failed = threading.Event()
-
-    def note(count: int) -> None:
-        if failed.is_set():
-            raise _Abandoned
-        written(count)
-
-    with _single_threaded_torch(), _pool(1) as disk, _pool(1) as checker, _pool(workers) as pool:
-        # Beside the writing: the source is compared with its checksums, and finished files go to
-        # the disk while the next are made.
-        flushed: list[Future[None]] = []
-        checked = checker.submit(require_sound, growth.source.path)
-        shards = [
-            pool.submit(
-                growth.write_rank,
-                folder,
-                tensor_rank=tensor_rank,
-                data_rank=data_rank,
-                written=note,
-                flush=lambda path: flushed.append(disk.submit(flush_to_disk, path)),
+    return Order(
+        target=target,
+        parts=[
+            Part(f"{tensor_rank}-{data_rank}", partial(_write, growth, tensor_rank, data_rank))
+            for tensor_rank, data_rank in itertools.product(
+                range(topology.tensor_size), range(topology.data_size)
             )
-            for tensor_rank, data_rank in ranks
-        ]
-        tasks: list[Future[Any]] = [checked, *shards]
-        try:
-            for task in as_completed(tasks):
-                task.result()
-        except BaseException:
-            failed.set()  # the others end at their next piece
-            raise
-        for waited in flushed:
-            waited.result()
-    return {name: entry for shard in shards for name, entry in shard.result().items()}
+        ],
+        about=growth.about,
+        needed=growth.bytes_to_write,
+        what="the grown checkpoint",
+        check=growth.source.require_sound,
+    )
 
 
-class _Abandoned(Exception):
-    """Ends a worker after another one has failed."""
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[Executor]:
-    """Threads; what has not begun is dropped when one fails."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _single_threaded_torch() -> Iterator[None]:
-    """Pieces are small: torch's own threads would cost more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _write(
+    growth: Growth, tensor_rank: int, data_rank: int, folder: Path, written: Told, flush: Flush
+) -> dict[str, object]:
+    return growth.write_rank(
+        folder, tensor_rank=tensor_rank, data_rank=data_rank, written=written, flush=flush
+    )

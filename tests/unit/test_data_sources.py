@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from lag_megatron.config import DataConfig
+from lag_megatron.config import DataConfig, padded_vocab_size
 from lag_megatron.data import (
     Corpus,
     load_tokenizer,
     open_corpus,
-    padded_vocab_size,
     sources,
     tokenizer,
     train_bpe,

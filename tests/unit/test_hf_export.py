@@ -18,10 +18,12 @@ from tokenizers import models, pre_tokenizers, processors
 
 from lag_megatron.checkpoint import formats, tensor_map
 from lag_megatron.checkpoint.hf_architecture import architecture_of
-from lag_megatron.checkpoint.hf_export import TokenizerFile, export_to_transformers
+from lag_megatron.checkpoint.hf_export import TokenizerFile
+from lag_megatron.checkpoint.parts import write
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
-from lag_megatron.errors import CheckpointError, ConfigError
+from lag_megatron.errors import CheckpointError, ConfigError, PlanError
 from lag_megatron.evaluation.subject import ExportOptions, as_transformers
+from lag_megatron.growth.convert import Conversion
 
 WORDS = 50  # of 64 rows: the rest is padding
 END = "<|endoftext|>"
@@ -89,6 +91,11 @@ def tokenizer(tmp_path_factory):
     return TokenizerFile(path, end_id=0)
 
 
+def export(path, out, **options):
+    """A ZeRO checkpoint as a directory of transformers."""
+    write(Conversion(source=ZeroCheckpoint.open(path), to="hf", **options).order(out))
+
+
 LLAMA_BIASED = {"llama": True, "bias": True, "tied_embeddings": True}
 CASES = {
     "gpt2-zero1x2": (2, {}),
@@ -105,9 +112,7 @@ def test_transformers_computes_the_same_logits(case, tokenizer, tmp_path):
     world, model = CASES[case]
     path, config = make_checkpoint(tmp_path, world=world, **model)
     out = tmp_path / "hf"
-    export_to_transformers(
-        ZeroCheckpoint.open(path), out, tokenizer=tokenizer, max_shard_size=5_000
-    )
+    export(path, out, tokenizer=tokenizer, max_shard_size=5_000)
     tokens = torch.randint(0, WORDS, (3, 8), generator=torch.Generator().manual_seed(5))
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
         out, dtype="float32", output_loading_info=True
@@ -147,7 +152,7 @@ def test_a_bert_fills_masks_as_ours_does(world, model, tmp_path):
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = TokenizerFile(tmp_path / "tokenizer.json", end_id=1)
-    export_to_transformers(ZeroCheckpoint.open(path), out, tokenizer=tokenizer)
+    export(path, out, tokenizer=tokenizer)
     loaded, report = transformers.AutoModelForMaskedLM.from_pretrained(
         out, dtype="float32", output_loading_info=True
     )
@@ -225,9 +230,7 @@ def trained(tmp_path_factory):
 def test_what_is_written_is_sound_and_complete(trained, tokenizer, tmp_path):
     path, config = trained
     out = tmp_path / "hf"
-    export_to_transformers(
-        ZeroCheckpoint.open(path), out, tokenizer=tokenizer, max_shard_size=5_000
-    )
+    export(path, out, tokenizer=tokenizer, max_shard_size=5_000)
     facts = formats.describe_any(out)
     assert facts["problems"] == []
     assert facts["layers"] == config.model.num_layers
@@ -251,7 +254,7 @@ def test_16_bit_weights_are_the_masters_rounded(dtype, trained, tmp_path):
     weights = {}
     for name in ("fp32", dtype):
         out = tmp_path / name
-        export_to_transformers(ZeroCheckpoint.open(path), out, dtype=name)
+        export(path, out, dtype=name)
         model = transformers.AutoModelForCausalLM.from_pretrained(out)
         weights[name] = dict(model.named_parameters())
     for name, value in weights[dtype].items():
@@ -261,7 +264,7 @@ def test_16_bit_weights_are_the_masters_rounded(dtype, trained, tmp_path):
 
 def test_without_a_tokenizer_the_padding_stays(trained, tmp_path):
     path, _ = trained
-    export_to_transformers(ZeroCheckpoint.open(path), tmp_path / "hf")
+    export(path, tmp_path / "hf")
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert settings["vocab_size"] == PICO_VOCABULARY
     assert not (tmp_path / "hf" / "tokenizer.json").exists()
@@ -279,7 +282,11 @@ def test_the_tables_lead_back(architecture):
         whole = torch.randn(shape, generator=draw)
         parts = tensor_map.to_transformers(row, whole, heads)
         assert [tuple(p.shape) for p in parts] == tensor_map.shape_of(row, shape, heads)
-        assert torch.equal(tensor_map.to_megatron(row, parts, heads), whole)
+        turned = [tensor_map.as_rows(part, row) for part in parts]
+        found = tensor_map.runs(row, len(whole), heads)
+        assert [run.low for run in found] == sorted(run.low for run in found)
+        back = [turned[run.part][run.start : run.start + run.count] for run in found]
+        assert torch.equal(torch.cat(back), whole)
 
 
 REFUSED = {
@@ -304,21 +311,21 @@ def test_what_no_architecture_computes_is_refused(case):
 def test_refusals_leave_nothing_behind(trained, tokenizer, tmp_path):
     path, _ = trained
     (tmp_path / "there").mkdir()
-    with pytest.raises(CheckpointError, match="exists already"):
-        export_to_transformers(ZeroCheckpoint.open(path), tmp_path / "there")
+    with pytest.raises(PlanError, match="exists already"):
+        export(path, tmp_path / "there")
     backend = tokenizers.Tokenizer.from_file(str(tokenizer.path))
     backend.add_tokens([f"more{i}" for i in range(20)])
     backend.save(str(tmp_path / "big.json"))
     big = TokenizerFile(tmp_path / "big.json", end_id=0)
     with pytest.raises(CheckpointError, match=r"has 70 tokens, but the model of .* only 64"):
-        export_to_transformers(ZeroCheckpoint.open(path), tmp_path / "hf", tokenizer=big)
+        export(path, tmp_path / "hf", tokenizer=big)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["big.json", "there"]
 
 
 def test_a_checkpoint_that_does_not_say_its_shape_is_refused(tmp_path):
     run_ranks(train_and_save, 1, pico_config(), tmp_path)
     with pytest.raises(CheckpointError, match="does not say what model it is"):
-        export_to_transformers(ZeroCheckpoint.open(tmp_path / "step3"), tmp_path / "hf")
+        export(tmp_path / "step3", tmp_path / "hf")
 
 
 def test_other_tensors_than_the_configuration_says_are_refused(tmp_path):
@@ -326,7 +333,7 @@ def test_other_tensors_than_the_configuration_says_are_refused(tmp_path):
     lie = asdict(replace(config.model, tied_embeddings=False))
     run_ranks(save_as, 1, config, tmp_path, lie)
     with pytest.raises(CheckpointError, match=r"lacks output_layer\.weight"):
-        export_to_transformers(ZeroCheckpoint.open(tmp_path / "step3"), tmp_path / "hf")
+        export(tmp_path / "step3", tmp_path / "hf")
 
 
 def save_as(config, folder, model):

@@ -10,8 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from lag_megatron.config import load_config
-from lag_megatron.data import Feed, open_prepared, padded_vocab_size, prepare_data
+from lag_megatron.config import load_config, padded_vocab_size
+from lag_megatron.data import Feed, open_prepared, prepare_data
 from lag_megatron.engine import Engine, mean
 from lag_megatron.parallel import start_world, stop_world
 from lag_megatron.probe.steps import Job

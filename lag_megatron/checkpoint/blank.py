@@ -1,0 +1,107 @@
+"""What DeepSpeed and torch would say of a state that they have not written."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from lag_megatron.checkpoint.boxes import Shape
+from lag_megatron.checkpoint.layout import Group, GroupState
+from lag_megatron.config import ModelConfig
+
+# The version whose files are written here.
+DEEPSPEED = "0.19.8"
+_EXTRA = "_extra_state"
+
+
+def blank_header(
+    module: Sequence[str], *, client_state: Mapping[str, Any], step: int
+) -> dict[str, Any]:
+    """The objects of a DeepSpeed model file without weights.
+
+    Args:
+        module: keys of the module's state.
+        client_state: what our trainer keeps beside.
+        step: optimizer steps taken.
+    """
+    return {
+        "module": dict.fromkeys(module),
+        "buffer_names": [],
+        "optimizer": None,
+        "lr_scheduler": None,
+        "data_sampler": None,
+        "random_ltd": None,
+        "skipped_steps": 0,
+        "global_steps": step,
+        "global_samples": 0,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
+        "ds_config": {},
+        "ds_version": DEEPSPEED,
+        "lag": dict(client_state),
+    }
+
+
+def blank_client_state(
+    model: ModelConfig, groups: Sequence[Group], *, step: int = 0, tokens: int = 0
+) -> dict[str, Any]:
+    """What our trainer would keep of a model of this shape."""
+    return {
+        "step": step,
+        "tokens": tokens,
+        "model": asdict(model),
+        "num_layers": model.num_layers,
+        "parameter_groups": [list(group) for group in groups],
+        "growth_history": [],
+    }
+
+
+def blank_groups(groups: Sequence[Group], *, step: int = 0) -> list[GroupState]:
+    """torch's AdamW as it begins, without decay of vectors."""
+    (settings,) = torch.optim.AdamW([torch.zeros(1)]).param_groups
+    known = {key: value for key, value in settings.items() if key != "params"}
+    return [
+        GroupState(
+            known if _decays(group) else {**known, "weight_decay": 0.0},
+            {"step": torch.tensor(float(step))},
+        )
+        for group in groups
+    ]
+
+
+def decay_groups(shapes: Mapping[str, Shape]) -> list[Group]:
+    """Matrices, then vectors, as our trainer groups them; a group without members is left out."""
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
+    vectors = {name: shape for name, shape in shapes.items() if len(shape) <= 1}
+    return [group for group in (matrices, vectors) if group]
+
+
+def module_keys(names: Sequence[str]) -> list[str]:
+    """Keys of a Megatron-Core module's state with these parameters, in order.
+
+    Its parallel linear layers each have an entry of extra state, which is empty, after their
+    parameters; so has the output layer, which may have no parameter.
+
+    Args:
+        names: parameters in the order of the model.
+    """
+    return list(_with_extra_state(names))
+
+
+def _with_extra_state(names: Sequence[str]) -> Iterator[str]:
+    has_output = False
+    for name, after in zip(names, [*names[1:], ""], strict=True):
+        yield name
+        owner = name.rpartition(".")[0]
+        kind = owner.rpartition(".")[2]
+        has_output = has_output or kind == "output_layer"
+        if (kind.startswith("linear_") or kind == "output_layer") and not after.startswith(owner):
+            yield f"{owner}.{_EXTRA}"
+    if not has_output:
+        yield f"output_layer.{_EXTRA}"
+
+
+def _decays(group: Group) -> bool:
+    return any(len(shape) > 1 for shape in group.values())

@@ -1,0 +1,279 @@
+"""A directory of transformers as a source: weights become masters, and moments are 0."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lag_megatron.checkpoint.blank import (
+    blank_client_state,
+    blank_groups,
+    blank_header,
+    decay_groups,
+    module_keys,
+)
+from lag_megatron.checkpoint.boxes import Shape, numel
+from lag_megatron.checkpoint.hf_architecture import ARCHITECTURES, Architecture
+from lag_megatron.checkpoint.hf_tensors import Stored, open_tensors
+from lag_megatron.checkpoint.layout import State
+from lag_megatron.checkpoint.source import WholeParameters
+from lag_megatron.checkpoint.tensor_map import Heads, Row, Run, expand, runs, shape_of
+from lag_megatron.config import ModelConfig, padded_vocab_size
+from lag_megatron.errors import CheckpointError, ConfigError
+
+_WORDS = "embedding.word_embeddings.weight"
+
+
+def open_transformers(path: Path, *, vocab_size: int | None = None) -> WholeParameters:
+    """Read a directory's settings and headers; tensors stay on disk.
+
+    Args:
+        path: with ``config.json`` and weights as safetensors or ``pytorch_model.bin``.
+        vocab_size: rows of the vocabulary.  Rows beyond the directory's own repeat its last one, as
+            Megatron-LM's converters do: rows of zeros would take part in every softmax with logit
+            0.  The default is the number of tokens rounded up to a multiple of 128.
+
+    Raises:
+        ConfigError: if it is no model that is known here.
+        CheckpointError: naming the tensor that is missing, left over, or of another shape.
+    """
+    settings = _settings(path)
+    found = [a for a in ARCHITECTURES if a.model_type == settings["model_type"]]
+    if not found:
+        known = ", ".join(a.model_type for a in ARCHITECTURES)
+        raise ConfigError(
+            f"{path}: model_type {settings['model_type']!r} is not known here. Known: {known}."
+        )
+    (architecture,) = found
+    tokens = int(settings["vocab_size"])
+    rows = padded_vocab_size(tokens) if vocab_size is None else vocab_size
+    if rows < tokens:
+        raise ConfigError(f"{path}: has {tokens} tokens, but --vocab-size is {rows}.")
+    try:
+        model = ModelConfig(**architecture.model(settings), vocab_size=rows)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if misfits := architecture.misfits(model):
+        raise ConfigError(f"{path}: {architecture.name} needs {'; '.join(misfits)}")
+    return Import(path, architecture, model, tokens).source
+
+
+@dataclass(frozen=True)
+class Import:
+    """Everything about an import is known before a tensor is read.
+
+    Attributes:
+        path: the directory.
+        architecture: what it holds.
+        model: what it becomes.
+        tokens: rows of the directory's vocabulary.
+    """
+
+    path: Path
+    architecture: Architecture
+    model: ModelConfig
+    tokens: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def source(self) -> WholeParameters:
+        """What growth and writers read."""
+        groups = decay_groups({name: self._shape(row) for name, row in self.rows.items()})
+        state = blank_client_state(self.model, groups) | {"vocabulary": self.tokens}
+        keys = module_keys(list(self.rows))
+        return WholeParameters(
+            path=self.path,
+            header=blank_header(keys, client_state=state, step=0),
+            groups=groups,
+            group_states=blank_groups(groups),
+            read=self.read,
+            check=self.check_tied,
+            notes=self.notes,
+        )
+
+    def read(self, name: str, state: State, start: int, length: int) -> Tensor:
+        """Elements of a Megatron parameter; moments are 0."""
+        if state != "fp32":
+            return torch.zeros(length)
+        row = self.rows[name]
+        width = numel(self._shape(row)[1:])
+        first, last = start // width, -(-(start + length) // width)
+        found = list(self._rows(row, first, last))
+        values = found[0] if len(found) == 1 else torch.cat(found)
+        begin = start - first * width
+        return values.reshape(-1)[begin : begin + length]
+
+    def check_tied(self) -> None:
+        """Refuse files that hold tied weights twice, with different values.
+
+        Raises:
+            CheckpointError: naming both tensors.
+        """
+        for other, owner in self._tied:
+            there, here = self.tensors[other], self.tensors[owner]
+            step = max(1, (1 << 20) // max(1, numel(there.shape[1:])))
+            same = there.shape == here.shape and all(
+                torch.equal(there.rows(at, at + step), here.rows(at, at + step))
+                for at in range(0, there.shape[0], step)
+            )
+            if not same:
+                raise CheckpointError(
+                    f"{self.path}: {other} differs from {owner}, but config.json says that they "
+                    "are tied. Set tie_word_embeddings to false, or leave one of them out."
+                )
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Stored]:
+        """The directory's tensors by the names of the whole model."""
+        found = open_tensors(self.path)
+        prefix = self.architecture.prefix
+        bare = not any(name.startswith(prefix) for name in found)
+        return {_name(name, prefix if bare else ""): stored for name, stored in found.items()}
+
+    @cached_property
+    def rows(self) -> dict[str, Row]:
+        """By Megatron's name, in the order of the model.
+
+        Raises:
+            CheckpointError: if tensors are missing, left over or of other shapes.
+        """
+        expanded = expand(
+            self.architecture.rows,
+            num_layers=self.model.num_layers,
+            bias=self.model.bias,
+            tied_embeddings=self.model.tied_embeddings,
+        )
+        rows = {row.megatron: row for row in expanded}
+        expected: dict[str, Shape] = {}
+        for row in rows.values():
+            whole = self._whole_shape(row)
+            expected.update(zip(row.transformers, shape_of(row, whole, self.heads), strict=True))
+        self._refuse_others(expected)
+        return rows
+
+    @cached_property
+    def heads(self) -> Heads:
+        """How attention is cut."""
+        model = self.model
+        return Heads(model.num_query_groups, model.hidden_size // model.num_attention_heads)
+
+    def _refuse_others(self, expected: Mapping[str, Shape]) -> None:
+        tied = {other for other, _ in self._tied}
+        ignored = [name for name in self.tensors if self._is_ignored(name)]
+        extra = sorted(set(self.tensors) - set(expected) - tied - set(ignored))
+        missing = sorted(set(expected) - set(self.tensors))
+        for names, what in ((missing, "is missing"), (extra, "is not a tensor of this model")):
+            if names:
+                raise CheckpointError(
+                    f"{self.path}: {names[0]} {what} ({len(names)} such), so the weights are not "
+                    f"those of the {self.architecture.name} that config.json describes."
+                )
+        for name, shape in expected.items():
+            stored = self.tensors[name]
+            if stored.shape != shape:
+                raise CheckpointError(
+                    f"{stored.file}: {name} has shape {stored.shape}, expected {shape} by "
+                    "config.json."
+                )
+        left = sorted({name.partition(".layer.")[0] for name in ignored})
+        if left:
+            self.notes.append(f"left out, not of {self.architecture.name}: {', '.join(left)}")
+
+    def _is_ignored(self, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in self.architecture.ignored)
+
+    @cached_property
+    def _tied(self) -> list[tuple[str, str]]:
+        """Names under which files repeat a tied tensor, each with its owner."""
+        pairs = [
+            ("lm_head.weight", "transformer.wte.weight"),
+            ("lm_head.weight", "model.embed_tokens.weight"),
+            ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+            ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+        ]
+        tied = self.model.tied_embeddings
+        return [
+            (other, owner)
+            for other, owner in pairs
+            if tied and other in self.tensors and owner in self.tensors
+        ]
+
+    def _shape(self, row: Row) -> Shape:
+        """Of Megatron's parameter."""
+        shape = self._whole_shape(row)
+        if row.kind == "vocabulary":
+            return (int(self.model.vocab_size), *shape[1:])
+        return shape
+
+    def _whole_shape(self, row: Row) -> Shape:
+        """Of Megatron's parameter without padding, as the files' own tensors give it.
+
+        Raises:
+            CheckpointError: if one is missing.
+        """
+        model = self.model
+        outs = {
+            "linear_qkv": model.hidden_size + 2 * self.heads.groups * self.heads.head_size,
+            "linear_fc1": model.ffn_hidden_size * (2 if row.kind == "gate_up" else 1),
+        }
+        owner, _, part = row.megatron.rpartition(".")
+        kind = owner.rpartition(".")[2]
+        out = outs.get(kind, model.hidden_size)
+        out = {
+            "word_embeddings": self.tokens,
+            "output_layer": self.tokens,
+            "position_embeddings": model.seq_length,
+            "tokentype_embeddings": model.token_types,
+        }.get(kind, out)
+        if part == "bias" or "norm" in kind:
+            return (out,)
+        return (out, model.ffn_hidden_size if kind == "linear_fc2" else model.hidden_size)
+
+    def _rows(self, row: Row, first: int, last: int) -> Iterator[Tensor]:
+        """Rows of Megatron's parameter, piece by piece."""
+        known = self.tokens if row.kind == "vocabulary" else last
+        for run in _within(runs(row, self._whole_shape(row)[0], self.heads), first, last):
+            stored = self.tensors[row.transformers[run.part]]
+            yield stored.rows(run.start, run.start + run.count, transposed=row.transposed)
+        if last > known:
+            (name,) = row.transformers
+            padding = self.tensors[name].rows(known - 1, known)
+            yield padding.expand(last - max(first, known), *padding.shape[1:])
+
+
+def _within(found: Sequence[Run], first: int, last: int) -> Iterator[Run]:
+    """The parts of runs that lie in rows ``first .. last``."""
+    for run in found:
+        low, high = max(run.low, first), min(run.low + run.count, last)
+        if low < high:
+            yield replace(run, low=low, count=high - low, start=run.start + low - run.low)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """All entries of ``config.json`` with the defaults of its class.
+
+    Raises:
+        CheckpointError: if there is none, or it cannot be read.
+    """
+    import transformers  # seconds; what only describes a checkpoint does without
+
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path / 'config.json'}: missing. Restore it from a copy.")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        line = str(error).splitlines()[0]
+        raise CheckpointError(f"{path / 'config.json'}: cannot be read: {line}") from None
+    return dict(config.to_dict())
+
+
+def _name(name: str, prefix: str) -> str:
+    """A tensor's name in the whole model, where files have older names, or are of a bare model."""
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+    name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+    return name if name.startswith(("lm_head.", "cls.")) else prefix + name

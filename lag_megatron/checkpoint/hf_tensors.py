@@ -1,0 +1,85 @@
+"""The tensors of a transformers directory, a few rows at a time."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from lag_megatron.checkpoint import hf, pickles
+from lag_megatron.checkpoint.boxes import Shape
+from lag_megatron.errors import CheckpointError
+
+_DTYPES = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor.
+
+    Attributes:
+        file: where it lies.
+        shape: of all of it.
+        values: takes slices as a tensor does.
+    """
+
+    file: Path
+    shape: Shape
+    values: Any
+
+    def rows(self, first: int, last: int, *, transposed: bool = False) -> Tensor:
+        """Rows, or the columns of a ``transposed`` matrix as rows."""
+        if transposed and len(self.shape) == 2:
+            columns: Tensor = self.values[:, first:last]
+            return columns.t()
+        found: Tensor = self.values[first:last]
+        return found
+
+
+def open_tensors(path: Path) -> dict[str, Stored]:
+    """Every tensor of a directory by its name; headers are read, values are not.
+
+    Raises:
+        CheckpointError: if files are missing, damaged, or hold what is no weight.
+    """
+    entries, problems = hf.tensors_of(path)
+    if problems:
+        raise CheckpointError(f"{path}: {problems[0]}")
+    if not entries:
+        return _pickled(path)
+    files = {entry.file for entry in entries.values()}
+    opened: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in files}
+    found: dict[str, Stored] = {}
+    for name, entry in entries.items():
+        if entry.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{entry.file}: {name} is of the type {entry.dtype}, expected one of "
+                f"{', '.join(_DTYPES)}: quantised weights cannot be trained."
+            )
+        found[name] = Stored(entry.file, entry.shape, opened[entry.file].get_slice(name))
+    return found
+
+
+def _pickled(path: Path) -> dict[str, Stored]:
+    """Tensors of ``pytorch_model.bin``, mapped and read ``weights_only``."""
+    names = hf.pickled_files(path)
+    if not names:
+        raise CheckpointError(f"{path}: no weights: neither safetensors nor pytorch_model.bin.")
+    found: dict[str, Stored] = {}
+    for name in names:
+        file = path / name
+        if file.is_file() and not hf.is_zip(file):
+            raise CheckpointError(
+                f"{file}: in torch's format before 1.6, which cannot be mapped. Load it with "
+                "transformers and save it again."
+            )
+        values = pickles.load(file)
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{file}: holds no tensors by name.")
+        found |= {
+            key: Stored(file, tuple(value.shape), value)
+            for key, value in values.items()
+            if isinstance(value, Tensor)
+        }
+    return found

@@ -1,0 +1,119 @@
+"""Parameters' names in Megatron-Core's distributed checkpoints, both ways.
+
+There a norm before a linear layer is stored under that layer, as Transformer Engine fuses them, and
+layers of one kind are stacked under one name along a first axis unless they are numbered.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lag_megatron.checkpoint.boxes import Shape
+from lag_megatron.checkpoint.names import LAYER
+from lag_megatron.errors import CheckpointError
+
+# (the module's own name, the name it is stored under): weight and bias follow.
+_STORED = (
+    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+)
+_STACKED = re.compile(r"^(?P<head>.*\blayers\.)(?P<tail>(?!\d).+)$")
+# Modules in the order in which Megatron-Core registers them, which is that of flat buffers.
+_ORDER = (
+    "embedding.word_embeddings",
+    "embedding.position_embeddings",
+    "embedding.tokentype_embeddings",
+    "embedding.embedding_dropout.layernorm",
+    "layers",
+    "final_layernorm",
+    "lm_head.dense",
+    "lm_head.layer_norm",
+    "pooler.dense",
+    "binary_head",
+    "output_layer",
+)
+_LAYER_ORDER = (
+    "input_layernorm",
+    "self_attention.linear_proj",
+    "self_attention.linear_qkv",
+    "pre_mlp_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+    "post_attn_layernorm",
+    "post_mlp_layernorm",
+)
+_PARTS = ("weight", "bias")
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Where a parameter is stored: the name, and its layer's place on the first axis."""
+
+    key: str
+    layer: int | None
+
+
+def stored_as(name: str) -> Stacked:
+    """The name under which a parameter is stored when layers are stacked."""
+    match = LAYER.match(name)
+    if match is None:
+        return Stacked(name, None)
+    return Stacked(f"{match['head']}{_renamed(match['tail'])}", int(match["layer"]))
+
+
+def parameters_in(shapes: Mapping[str, Shape]) -> dict[str, Stacked]:
+    """Every parameter, with its place, among tensors of these names and whole shapes."""
+    found: dict[str, Stacked] = {}
+    for key, shape in shapes.items():
+        stacked, numbered = _STACKED.match(key), LAYER.match(key)
+        if numbered is not None:
+            tail = _own(numbered["tail"][1:])
+            found[f"{numbered['head']}{numbered['layer']}.{tail}"] = Stacked(key, None)
+        elif stacked is not None:
+            for layer in range(shape[0]):
+                found[f"{stacked['head']}{layer}.{_own(stacked['tail'])}"] = Stacked(key, layer)
+        else:
+            found[key] = Stacked(key, None)
+    return found
+
+
+def in_model_order(names: Iterable[str]) -> list[str]:
+    """Parameters as a model of Megatron-Core registers them.
+
+    Raises:
+        CheckpointError: for one whose place is not known: flat buffers carry no names, so a guess
+            would load without a word.
+    """
+    return sorted(names, key=_place)
+
+
+def _place(name: str) -> tuple[int, int, int, int]:
+    match = LAYER.match(name)
+    owner, _, part = name.rpartition(".")
+    try:
+        if match is None:
+            (place,) = (n for n, known in enumerate(_ORDER) if owner.endswith(known))
+            return place, 0, 0, _PARTS.index(part)
+        inner = match["tail"][1:].rpartition(".")[0]
+        layers = _ORDER.index("layers")
+        return layers, int(match["layer"]), _LAYER_ORDER.index(inner), _PARTS.index(part)
+    except ValueError:
+        raise CheckpointError(
+            f"{name}: not a parameter that is known here, so its place among the others is not. "
+            "Resume in Megatron, and save a model of Megatron-Core's GPT or BERT."
+        ) from None
+
+
+def _renamed(tail: str) -> str:
+    tail = tail.removeprefix(".")
+    for own, stored in _STORED:
+        if tail.startswith(own):
+            return stored + tail.removeprefix(own)
+    return tail
+
+
+def _own(tail: str) -> str:
+    for own, stored in _STORED:
+        if tail.startswith(stored):
+            return own + tail.removeprefix(stored)
+    return tail

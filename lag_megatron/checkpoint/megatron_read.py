@@ -1,0 +1,201 @@
+"""A distributed checkpoint of Megatron-Core, or of torch, as a source."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lag_megatron.checkpoint import commit, dcp, megatron
+from lag_megatron.checkpoint.blank import (
+    blank_groups,
+    blank_header,
+    decay_groups,
+    module_keys,
+)
+from lag_megatron.checkpoint.boxes import Box, Shape, interval_boxes, numel, strides_of
+from lag_megatron.checkpoint.dcp import Contents, Place, StoredTensor
+from lag_megatron.checkpoint.layout import Group, GroupState, State
+from lag_megatron.checkpoint.megatron_arguments import model_of
+from lag_megatron.checkpoint.megatron_names import Stacked, in_model_order, parameters_in
+from lag_megatron.checkpoint.names import layers_in
+from lag_megatron.checkpoint.source import WholeParameters
+from lag_megatron.checkpoint.zipcheck import tensor_records
+from lag_megatron.errors import CheckpointError
+
+# What the optimizer's states are called, by Megatron's optimizers and by torch's.
+_PREFIXES: Mapping[State, tuple[str, ...]] = {
+    "fp32": ("optimizer.state.param.", "optimizer.state.fp32_param."),
+    "exp_avg": ("optimizer.state.exp_avg.",),
+    "exp_avg_sq": ("optimizer.state.exp_avg_sq.",),
+}
+
+
+def open_megatron(path: Path) -> WholeParameters:
+    """Read a directory's metadata and settings; tensors stay on disk.
+
+    Weights are the masters where the optimizer's are there, and where no moments are they are 0.
+
+    Raises:
+        CheckpointError: if it is not finished, damaged, or holds parameters that are not known.
+    """
+    if commit.is_committed(path):
+        commit.check_sizes(path)
+    if problems := megatron.describe(path)["problems"]:
+        raise CheckpointError(f"{path}: {problems[0]}")
+    common: Mapping[str, Any] = {}
+    if megatron.is_megatron(path):
+        common, _ = megatron.read_common(path)
+    return _Reader(path, dcp.read_metadata(path), common).source
+
+
+@dataclass(frozen=True)
+class _Reader:
+    path: Path
+    contents: Contents
+    common: Mapping[str, Any]
+
+    @property
+    def source(self) -> WholeParameters:
+        names = [name for group in self.groups for name in group]
+        kept = megatron.client_state(self.common)
+        step = int(self.common.get("iteration") or kept.get("step") or 0)
+        state = {
+            "step": step,
+            "tokens": 0,
+            "num_layers": len(layers_in(names)),
+            "parameter_groups": [list(group) for group in self.groups],
+            "growth_history": [],
+            **kept,
+        }
+        arguments = self.common.get("args")
+        if "model" not in state and isinstance(arguments, argparse.Namespace):
+            state["model"] = model_of(arguments)
+        ordered = in_model_order(names) if "parameter_groups" not in kept else names
+        return WholeParameters(
+            path=self.path,
+            header=blank_header(module_keys(ordered), client_state=state, step=step),
+            groups=self.groups,
+            group_states=self.group_states(step),
+            read=self.read,
+            check=self.check,
+        )
+
+    @cached_property
+    def parameters(self) -> dict[str, Stacked]:
+        """Where each parameter's weights are stored."""
+        tensors = megatron.model_tensors(self.contents)
+        if not tensors:
+            raise CheckpointError(f"{self.path}: holds no weights.")
+        return parameters_in({name: tensor.shape for name, tensor in tensors.items()})
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Parameters by group: as our trainer kept them, or matrices and vectors."""
+        known = megatron.client_state(self.common).get("parameter_groups")
+        if known is not None:
+            return [{name: self._shape(name) for name in group} for group in known]
+        return decay_groups({name: self._shape(name) for name in in_model_order(self.parameters)})
+
+    def group_states(self, step: int) -> list[GroupState]:
+        """Hyper-parameters where there are as many groups as here; torch's otherwise."""
+        blank = blank_groups(self.groups, step=step if self._has("exp_avg") else 0)
+        kept: Any = self.common.get("optimizer")
+        while isinstance(kept, dict) and "param_groups" not in kept:
+            kept = kept.get("optimizer")
+        listed = kept["param_groups"] if isinstance(kept, dict) else []
+        if len(listed) != len(blank):
+            return blank
+        found = []
+        for group, other in zip(blank, listed, strict=True):
+            known = {key: other[key] for key in group.settings if key in other}
+            steps = {"step": torch.tensor(float(other["step"]))} if "step" in other else {}
+            found.append(GroupState({**group.settings, **known}, {**group.counters, **steps}))
+        return found
+
+    def read(self, name: str, state: State, start: int, length: int) -> Tensor:
+        """Elements of a parameter's state."""
+        where = self.parameters[name]
+        prefix = self._has(state)
+        if prefix is None and state != "fp32":
+            return torch.zeros(length)
+        tensor = self.contents.tensors[(prefix or "") + where.key]
+        shape = self._shape(name)
+        if where.layer is not None:
+            start += where.layer * numel(shape)
+        return self._elements(tensor, start, length)
+
+    def check(self) -> None:
+        """Refuse content that differs from its checksums."""
+        committed = commit.is_committed(self.path)
+        found = list(commit.damages(self.path) if committed else dcp.damages(self.contents))
+        if found:
+            raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
+
+    def _has(self, state: State) -> str | None:
+        """The prefix under which a state is stored; None if it is not."""
+        for prefix in _PREFIXES[state]:
+            if any(name.startswith(prefix) for name in self.contents.tensors):
+                return prefix
+        return None
+
+    def _shape(self, name: str) -> Shape:
+        if name not in self.parameters:
+            raise CheckpointError(f"{self.path}: {name} is missing. Restore it from a copy.")
+        where = self.parameters[name]
+        shape = self.contents.tensors[where.key].shape
+        return shape if where.layer is None else shape[1:]
+
+    def _elements(self, tensor: StoredTensor, start: int, length: int) -> Tensor:
+        """A row-major run of a stored tensor, from the boxes that it was cut into."""
+        found = torch.empty(length, dtype=tensor.dtype)
+        for wanted in interval_boxes(tensor.shape, start, length):
+            for box, place in tensor.chunks:
+                both = wanted.meet(box)
+                if both is None or place is None:
+                    continue
+                values = self._stored(place, tensor.dtype, box.shape)
+                to = both.offset_in(tensor.shape) - start
+                here = found.as_strided(both.shape, strides_of(tensor.shape), to)
+                here.copy_(values[_slices(both.move(box.low, (0,) * len(box.low)))])
+        return found
+
+    def _stored(self, place: Place, dtype: torch.dtype, shape: Shape) -> Tensor:
+        """A stored box, mapped from disk."""
+        key = (place.file, place.offset)
+        if key not in self._mapped:
+            self._mapped[key] = _map(self.path / place.file, place, dtype, shape)
+        return self._mapped[key]
+
+    @cached_property
+    def _mapped(self) -> dict[tuple[str, int], Tensor]:
+        return {}
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(box.low, box.shape, strict=True))
+
+
+def _map(file: Path, place: Place, dtype: torch.dtype, shape: Shape) -> Tensor:
+    """The tensor that ``torch.save`` wrote into part of a file.
+
+    Raises:
+        CheckpointError: if it does not lie there as it should.
+    """
+    try:
+        (record,) = tensor_records(file, offset=place.offset, length=place.length)
+    except ValueError:
+        record = None
+    size = numel(shape) * dtype.itemsize
+    if record is None or record.length != size or record.packed or place.transformed:
+        raise CheckpointError(
+            f"{file}: the tensor at byte {place.offset} is stored in a way that is not understood "
+            "here. Save it without compression."
+        )
+    data = np.memmap(file, dtype=np.uint8, mode="c", offset=record.begin, shape=(size,))
+    return torch.from_numpy(data).view(dtype).view(shape)

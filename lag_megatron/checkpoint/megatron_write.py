@@ -1,0 +1,176 @@
+"""A training state as a distributed checkpoint of Megatron-Core (``torch_dist``).
+
+Weights under the names of ``sharded_state_dict``, layers stacked, and the distributed optimizer's
+``fully_reshardable`` form: masters and moments in the shapes of the weights.  Each stored tensor is
+a file of its own, which a grown checkpoint can link to.
+"""
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as dcp
+
+from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.boxes import numel
+from lag_megatron.checkpoint.dcp import METADATA
+from lag_megatron.checkpoint.draft import DTYPES, Room
+from lag_megatron.checkpoint.layout import STATES, State
+from lag_megatron.checkpoint.megatron import COMMON, CONFIG
+from lag_megatron.checkpoint.megatron_names import stored_as
+from lag_megatron.checkpoint.names import layers_in
+from lag_megatron.checkpoint.parts import Flush, Order, Part, Told
+from lag_megatron.checkpoint.whole import WholeState
+from lag_megatron.checkpoint.zero_write import write_objects
+from lag_megatron.errors import CheckpointError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+# As Megatron's distributed optimizer calls the states.
+STORED_STATES: Mapping[State, str] = {
+    "fp32": "optimizer.state.param.",
+    "exp_avg": "optimizer.state.exp_avg.",
+    "exp_avg_sq": "optimizer.state.exp_avg_sq.",
+}
+_SHARDING = "fully_reshardable"
+_EXTRA = "_extra_state"
+_NOTHING = "__0_nothing.distcp"
+
+
+def megatron_order(
+    state: WholeState, target: Path, *, precision: str, about: Mapping[str, Any]
+) -> Order:
+    """What has to be written as the directory ``target``, an ``iter_0000000``.
+
+    Args:
+        state: what is written.
+        target: the directory to come.
+        precision: of the weights; the optimizer's states are fp32.
+        about: entries of the manifest.
+
+    Raises:
+        CheckpointError: for a state that the format does not hold.
+    """
+    if state.draft.layout.optimizer != "adamw" or state.draft.frozen.shapes:
+        raise CheckpointError(
+            f"{state.path}: Megatron's distributed optimizer keeps Adam's moments of every "
+            "parameter, and this state has other ones. Convert to zero."
+        )
+    stored = _Stored(state, DTYPES[precision])
+    size = sum(map(numel, state.shapes.values()))
+    return Order(
+        target=target,
+        parts=[Part(name, partial(stored.write_parameter, name)) for name in state.shapes],
+        about={**about, "written_as": "megatron", "precision": precision},
+        needed=size * (4 * len(STATES) + DTYPES[precision].itemsize),
+        what="Megatron's checkpoint",
+        check=state.check,
+        finish=stored.write_rest,
+        pointer=TRACKER,
+        says=str(state.draft.template.step),
+    )
+
+
+class _Stored:
+    """The files of a checkpoint, and what its metadata says of them."""
+
+    def __init__(self, state: WholeState, weights: torch.dtype) -> None:
+        self._state, self._weights = state, weights
+        self._layers = len(layers_in(state.shapes))
+        # Numbered, since names may be longer than file systems allow.
+        self._numbers = {name: number for number, name in enumerate(state.shapes)}
+
+    def write_parameter(self, name: str, folder: Path, told: Told, flush: Flush) -> dict[str, Any]:
+        """The files of a parameter's weights, masters and moments."""
+        entries: dict[str, Any] = {}
+        for prefix, kept, dtype in self._kinds():
+            room, file = Room(), self._file(name, prefix)
+            objects = room(self._state.region(name, kept), self._chunk(name).sizes, dtype)
+            entries[file] = write_objects(
+                folder / file, objects, room, self._state.fill, told, flush
+            )
+        return entries
+
+    def write_rest(self, folder: Path, files: Mapping[str, Any]) -> dict[str, Any]:
+        """The files that hold no parameter, the metadata of all that do among them."""
+        torch.save([None], folder / _NOTHING)  # one entry for each object, as Megatron groups them
+        torch.save(self._common(), folder / COMMON)
+        config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        config |= {"common_backend": "torch", "common_backend_version": 1}
+        (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        with (folder / METADATA).open("wb") as file:
+            lengths = {name: entry["size"] for name, entry in files.items()}
+            lengths[_NOTHING] = (folder / _NOTHING).stat().st_size
+            pickle.dump(self._metadata(lengths), file)
+        return {n: commit.seal(folder / n) for n in (_NOTHING, COMMON, CONFIG, METADATA)}
+
+    def _kinds(self) -> Iterator[tuple[str, State, torch.dtype]]:
+        """Prefix, values and precision of everything that is stored of a parameter."""
+        yield "", "fp32", self._weights
+        for kept, prefix in STORED_STATES.items():
+            yield prefix, kept, torch.float32
+
+    def _file(self, name: str, prefix: str) -> str:
+        kind = [prefix for prefix, _, _ in self._kinds()].index(prefix)
+        return f"__0_{self._numbers[name] * 4 + kind}.distcp"
+
+    def _chunk(self, name: str) -> dcp.ChunkStorageMetadata:
+        """A parameter's box in its stored tensor."""
+        shape, layer = self._state.shapes[name], stored_as(name).layer
+        low = tuple(0 for _ in shape)
+        if layer is not None:
+            low, shape = (layer, *low), (1, *shape)
+        return dcp.ChunkStorageMetadata(torch.Size(low), torch.Size(shape))
+
+    def _metadata(self, lengths: Mapping[str, int]) -> dcp.Metadata:
+        """What torch reads first, from the lengths of all files."""
+        tensors: dict[str, dcp.STORAGE_TYPES] = {}
+        places: dict[dcp.MetadataIndex, Any] = {}
+        for name in self._state.shapes:
+            chunk, where = self._chunk(name), stored_as(name)
+            size = [*chunk.sizes] if where.layer is None else [self._layers, *chunk.sizes[1:]]
+            for prefix, _, dtype in self._kinds():
+                key = prefix + where.key
+                properties = dcp.TensorProperties(dtype=dtype)
+                entry = dcp.TensorStorageMetadata(properties, torch.Size(size), [])
+                stored = tensors.setdefault(key, entry)
+                assert isinstance(stored, dcp.TensorStorageMetadata)
+                index = dcp.MetadataIndex(key, chunk.offsets, len(stored.chunks))
+                stored.chunks.append(chunk)
+                file = self._file(name, prefix)
+                places[index] = filesystem._StorageInfo(file, 0, lengths[file])
+        for key in self._empty():
+            tensors[key] = dcp.BytesStorageMetadata()
+            places[dcp.MetadataIndex(key)] = filesystem._StorageInfo(_NOTHING, 0, lengths[_NOTHING])
+        return dcp.Metadata(tensors, None, places, version="1.0.0")
+
+    def _empty(self) -> Iterator[str]:
+        """Names of the extra state of Megatron's linear layers, of which there is none."""
+        for name in self._state.draft.names:
+            if name.endswith(_EXTRA) and not name.startswith("output_layer."):
+                where = stored_as(name)
+                layers = self._layers if where.layer is not None else 1
+                yield f"{where.key}/shard_{where.layer or 0}_{layers}"
+            elif name.startswith("output_layer.") and name.endswith(_EXTRA):
+                yield f"{name}/shard_0_1"
+
+    def _common(self) -> dict[str, Any]:
+        """What is no tensor, as Megatron-LM keeps it."""
+        draft = self._state.draft
+        groups = [
+            {**group.settings, "step": float(group.counters["step"])} for group in draft.groups
+        ]
+        return {
+            "checkpoint_version": 3.0,
+            "iteration": draft.template.step,
+            "optimizer": {
+                "optimizer": {"param_groups": groups},
+                "param_state_sharding_type": _SHARDING,
+            },
+            "content_metadata": {"distrib_optim_sharding_type": _SHARDING},
+            "lag": draft.entries["lag"],
+        }

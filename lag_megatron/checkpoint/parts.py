@@ -1,0 +1,252 @@
+"""Writing a checkpoint in parts: several at a time, resumable, committed when all are there.
+
+Beside the parts lies a record of those that are on disk with their checksums.  After a kill the
+same call skips them; anything else in the draft is written again.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lag_megatron.checkpoint import commit
+from lag_megatron.errors import CheckpointError, PlanError
+from lag_megatron.files import flush_to_disk
+
+_RECORD = ".parts.jsonl"
+Told = Callable[[int], object]
+Flush = Callable[[Path], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Files that are written together.
+
+    Attributes:
+        name: unique among the parts of a checkpoint.
+        write: makes the files in a folder and returns their manifest entries by name; it tells how
+            many bytes each piece had, and which file is finished.
+    """
+
+    name: str
+    write: Callable[[Path, Told, Flush], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What is to be written, and how it is committed.
+
+    Attributes:
+        target: the directory to come; it does not exist.
+        parts: of it.
+        about: entries of its manifest; a draft with others is not gone on with.
+        needed: bytes, all parts together.
+        what: it is, for messages.
+        check: called beside the writing; nothing is committed when it raises.
+        finish: called when all parts are there, with their manifest entries; writes what speaks of
+            them and returns its own.
+        pointer: the file beside the target that will name it; None for none.
+        says: what the pointer says; the target's name by default.
+    """
+
+    target: Path
+    parts: Sequence[Part]
+    about: Mapping[str, Any]
+    needed: int
+    what: str
+    check: Callable[[], None]
+    finish: Callable[[Path, Mapping[str, Any]], Mapping[str, Any]] = lambda folder, files: {}
+    pointer: str | None = commit.LATEST
+    says: str | None = None
+
+    def was_published(self) -> bool:
+        """Whether the target is this order's result, made by an earlier run.
+
+        Raises:
+            CheckpointError: if it was, but files of it are gone or cut short since.
+        """
+        if not commit.is_committed(self.target):
+            return False
+        about = json.loads(json.dumps(_comparable(self.about)))  # as it stands in a manifest
+        manifest = commit.check_sizes(self.target)
+        return all(manifest.get(key) == value for key, value in about.items())
+
+    def point(self) -> None:
+        """Make the pointer name the target."""
+        if self.pointer is not None:
+            commit.point_latest(self.target, self.pointer, self.says)
+
+
+def write(order: Order, *, workers: int = 1, written: Told = lambda count: None) -> bool:
+    """Write and commit, unless an earlier call has; whether it had to.
+
+    Args:
+        order: what to do.
+        workers: parts at a time; each needs a few megabytes.
+        written: told the number of bytes after each piece, e.g. a progress bar's ``update``.
+
+    Raises:
+        PlanError: when the target exists and is another's.
+        CheckpointError: when the disk is too small or fails, or the check finds damage; the draft
+            is removed then.  After a kill or an interruption it stays, for the same call.
+    """
+    if order.target.exists():
+        if not order.was_published():
+            raise PlanError(f"{order.target}: exists already. Name another target or remove it.")
+        order.point()  # killed between the two, or asked for twice
+        return False
+    _write_parts(order, workers, written)
+    return True
+
+
+def _write_parts(order: Order, workers: int, written: Told) -> None:
+    draft = commit.temporary(order.target)
+    try:
+        record = _Record.open(draft, order)
+        for entry in record.entries().values():
+            written(entry["size"])
+        missing = order.needed - sum(entry["size"] for entry in record.entries().values())
+        commit.require_space(draft, needed=max(0, missing), what=order.what)
+        _write_missing(order, record, workers, written)
+        files = record.entries()
+        files |= order.finish(draft, files)
+        (draft / _RECORD).unlink()
+        commit.publish(order.target, files=files, about=order.about, pointer=None)
+        order.point()
+    except OSError as error:
+        commit.remove(draft)
+        raise CheckpointError(
+            f"{error.filename or order.target}: cannot write there: {error.strerror or error}. "
+            "Name another target."
+        ) from None
+    except Exception:
+        commit.remove(draft)
+        raise
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Which parts are on disk."""
+
+    folder: Path
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @staticmethod
+    def open(draft: Path, order: Order) -> "_Record":
+        """The record of an earlier call for the same, or a new one in an empty draft."""
+        first = json.dumps({"about": _comparable(order.about)}, sort_keys=True)
+        lines = _lines(draft / _RECORD)
+        record = _Record(draft)
+        if next(lines, None) == first:
+            names = {part.name for part in order.parts}
+            for line in lines:
+                part = _parsed(line)
+                if part and part["part"] in names and _is_there(draft, part["files"]):
+                    record.done[part["part"]] = part["files"]
+        else:
+            commit.remove(draft)
+            draft.mkdir(parents=True)
+        text = [first, *(_line(name, files) for name, files in record.done.items())]
+        (draft / _RECORD).write_text("".join(f"{line}\n" for line in text), encoding="utf-8")
+        return record
+
+    def note(self, name: str, files: Mapping[str, Any]) -> None:
+        """Write down that a part's files are on disk."""
+        with (self.folder / _RECORD).open("a", encoding="utf-8") as file:
+            file.write(f"{_line(name, files)}\n")
+        self.done[name] = dict(files)
+
+    def entries(self) -> dict[str, Any]:
+        """Manifest entries of every file there is."""
+        return {name: entry for files in self.done.values() for name, entry in files.items()}
+
+
+def _write_missing(order: Order, record: _Record, workers: int, written: Told) -> None:
+    failed = threading.Event()
+
+    def told(count: int) -> None:
+        if failed.is_set():
+            raise _Abandoned
+        written(count)
+
+    with _single_threaded_torch(), _pool(1) as disk, _pool(1) as checker, _pool(workers) as pool:
+        # Beside the writing: the source is compared with its checksums, and finished files go to
+        # the disk, and then into the record, while the next are made.
+        flushed: list[Future[None]] = []
+
+        def write(part: Part) -> None:
+            files = part.write(
+                record.folder, told, lambda path: flushed.append(disk.submit(flush_to_disk, path))
+            )
+            flushed.append(disk.submit(record.note, part.name, files))
+
+        parts = [pool.submit(write, part) for part in order.parts if part.name not in record.done]
+        try:
+            for task in as_completed([checker.submit(order.check), *parts]):
+                task.result()
+        except BaseException:
+            failed.set()  # the others end at their next piece
+            raise
+        for waited in flushed:
+            waited.result()
+
+
+class _Abandoned(Exception):
+    """Ends a worker after another one has failed."""
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if path.is_file():
+        yield from path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A line of the record; None for one that a kill has cut."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and {"part", "files"} <= found.keys() else None
+
+
+def _line(name: str, files: Mapping[str, Any]) -> str:
+    return json.dumps({"part": name, "files": dict(files)})
+
+
+def _is_there(folder: Path, files: Mapping[str, Any]) -> bool:
+    return all(
+        (folder / name).is_file() and (folder / name).stat().st_size == entry["size"]
+        for name, entry in files.items()
+    )
+
+
+def _comparable(about: Mapping[str, Any]) -> Any:
+    """What tells one checkpoint from another."""
+    return {key: value for key, value in about.items() if key != "versions"}
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[Executor]:
+    """Threads; what has not begun is dropped when one fails."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _single_threaded_torch() -> Iterator[None]:
+    """Pieces are small: torch's own threads would cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

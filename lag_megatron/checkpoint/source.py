@@ -1,0 +1,221 @@
+"""What growth and writers ask of a checkpoint, whatever its format.
+
+``ZeroCheckpoint`` answers for DeepSpeed's shards.  Formats that keep every parameter under its own
+name answer through ``WholeParameters``: they look like the state of one rank without ZeRO.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lag_megatron.checkpoint.boxes import Shape
+from lag_megatron.checkpoint.layout import (
+    Container,
+    Group,
+    GroupState,
+    Layout,
+    State,
+    Topology,
+    frozen_layout,
+    make_layout,
+)
+from lag_megatron.checkpoint.loss_scale import LossScale
+from lag_megatron.checkpoint.paging import read_ahead
+from lag_megatron.checkpoint.states import Optimizer
+
+# The layout of a state that nothing has cut.
+WHOLE = Topology(zero_stage=0, data_size=1, tensor_size=1, precision="fp32")
+
+
+class Elements(Protocol):
+    """The flat values of one state in one container."""
+
+    def strided(self, shape: Shape, strides: Shape, offset: int) -> Tensor:
+        """Elements ``offset + sum(i * stride)``; a view, or a tensor made for this call."""
+
+    def expect(self, offset: int, count: int) -> None:
+        """Begin to read ``count`` elements from ``offset`` on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """A buffer that is mapped from disk."""
+
+    buffer: Tensor
+
+    def strided(self, shape: Shape, strides: Shape, offset: int) -> Tensor:
+        """A view of the buffer."""
+        return self.buffer.as_strided(shape, strides, self.buffer.storage_offset() + offset)
+
+    def expect(self, offset: int, count: int) -> None:
+        """Tell the kernel."""
+        read_ahead(self.buffer, offset, count)
+
+
+class Source(Protocol):
+    """A training state that can be grown, spread anew or written in another format."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+
+    @property
+    def topology(self) -> Topology:
+        """How it is spread."""
+
+    @property
+    def header(self) -> Mapping[str, Any]:
+        """The objects of a DeepSpeed model file: its own, or what one would say of this state."""
+
+    @property
+    def client_state(self) -> dict[str, Any]:
+        """What our trainer keeps; for others' checkpoints what is known of it."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+
+    @property
+    def groups(self) -> list[Group]:
+        """Names and one tensor rank's shapes by parameter group, in flat order."""
+
+    @property
+    def layout(self) -> Layout:
+        """Where trained parameters lie."""
+
+    @property
+    def frozen(self) -> Layout:
+        """Where the others lie."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Whose states these are."""
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Further names of parameters, with the name of the owner."""
+
+    @property
+    def group_states(self) -> list[GroupState]:
+        """What the optimizer keeps for each parameter group."""
+
+    def loss_scale(self, precision: str) -> LossScale:
+        """What gradients are multiplied by when training goes on in a precision."""
+
+    def model_states(self, tensor_rank: int, data_rank: int) -> Any:
+        """The objects of a model file."""
+
+    def optimizer_states(self, tensor_rank: int, data_rank: int) -> Any:
+        """The objects of an optimizer file (ZeRO 1 to 3)."""
+
+    def elements(
+        self, tensor_rank: int, container: Container, state: State, *, trained: bool
+    ) -> Elements:
+        """The values of a state in a container."""
+
+    def check_every_file(self) -> None:
+        """Refuse a checkpoint of which a file is missing or of another state."""
+
+    def require_sound(self) -> None:
+        """Refuse a checkpoint whose content differs from its checksums, where it has any."""
+
+
+Read = Callable[[str, State, int, int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Flat:
+    """One parameter's values of one state, read a run at a time."""
+
+    read: Callable[[int, int], Tensor]
+
+    def strided(self, shape: Shape, strides: Shape, offset: int) -> Tensor:
+        span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        return self.read(offset, span).as_strided(shape, strides)
+
+    def expect(self, offset: int, count: int) -> None:
+        """Files that others laid out are read in the kernel's own way."""
+
+
+@dataclass(frozen=True)
+class WholeParameters:
+    """A checkpoint that keeps every parameter whole, under its own name.
+
+    Attributes:
+        path: its directory.
+        header: what a DeepSpeed model file would say.
+        groups: names and shapes by parameter group.
+        group_states: what the optimizer keeps for each.
+        read: gives elements ``start .. start + length`` of a parameter's state, flat and
+            contiguous, in any floating-point precision.
+        untrained: names and shapes of parameters that the optimizer does not train.
+        check: refuses damaged content.
+        notes: what a person should know of the reading.
+    """
+
+    path: Path
+    header: Mapping[str, Any] = field(repr=False)
+    groups: list[Group] = field(repr=False)
+    group_states: list[GroupState] = field(repr=False)
+    read: Read = field(repr=False)
+    untrained: Group = field(default_factory=dict, repr=False)
+    check: Callable[[], None] = field(default=lambda: None, repr=False)
+    notes: Sequence[str] = ()
+
+    topology = WHOLE
+    optimizer: Optimizer = "adamw"
+
+    @property
+    def client_state(self) -> dict[str, Any]:
+        """What our trainer would have stored."""
+        return dict(self.header.get("lag") or {})
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return int(self.header["global_steps"])
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Every parameter in a container of its own."""
+        return make_layout(self.groups, self.topology)
+
+    @cached_property
+    def frozen(self) -> Layout:
+        """The same for parameters that are not trained."""
+        return frozen_layout(self.untrained, self.topology)
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """None: every name is stored once."""
+        return {}
+
+    def loss_scale(self, precision: str) -> LossScale:
+        """As DeepSpeed begins: these formats do not keep it."""
+        return LossScale.initial({}) if precision == "fp16" else LossScale()
+
+    def model_states(self, tensor_rank: int, data_rank: int) -> Any:
+        """The header: there is one file for all."""
+        return self.header
+
+    def optimizer_states(self, tensor_rank: int, data_rank: int) -> Any:
+        """Nothing: without ZeRO there are no optimizer files."""
+        raise LookupError(f"{self.path}: has no optimizer files")
+
+    def elements(
+        self, tensor_rank: int, container: Container, state: State, *, trained: bool
+    ) -> Elements:
+        """A parameter's values."""
+        name = list((self.layout if trained else self.frozen).shapes)[container.key]
+        return _Flat(lambda start, length: self.read(name, state, start, length))
+
+    def check_every_file(self) -> None:
+        """Nothing more: opening it has read every header."""
+
+    def require_sound(self) -> None:
+        """Compare content with the checksums that the format has."""
+        self.check()

@@ -1,0 +1,132 @@
+"""A universal checkpoint as a source."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lag_megatron.checkpoint import commit, pickles, universal
+from lag_megatron.checkpoint.blank import blank_groups
+from lag_megatron.checkpoint.boxes import Shape, numel
+from lag_megatron.checkpoint.layout import Group, GroupState, State
+from lag_megatron.checkpoint.source import WholeParameters
+from lag_megatron.checkpoint.tensor_parallel import whole_shape
+from lag_megatron.checkpoint.universal import FOLDER, OPTIMIZER, Universal
+from lag_megatron.errors import CheckpointError
+
+
+def open_universal(path: Path) -> WholeParameters:
+    """Read the headers of a tag directory; tensors stay on disk.
+
+    Raises:
+        CheckpointError: naming the file that is missing, damaged or of another shape.
+    """
+    if commit.is_committed(path):
+        commit.check_sizes(path)
+    if problems := universal.describe(path)["problems"]:
+        raise CheckpointError(f"{path}: {problems[0]}")
+    return _Reader(path, Universal.open(path)).source
+
+
+@dataclass(frozen=True)
+class _Reader:
+    path: Path
+    checkpoint: Universal
+
+    @property
+    def source(self) -> WholeParameters:
+        header = self.checkpoint.header
+        return WholeParameters(
+            path=self.path,
+            header=header,
+            groups=self.groups,
+            group_states=self.group_states,
+            read=self.read,
+            untrained={
+                name: tuple(self._stored(name, "fp32").shape)
+                for name in sorted(self.checkpoint.frozen)
+            },
+            check=self.check,
+        )
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Whole shapes by parameter group; ZeRO-3 lists them by sub-group."""
+        listed: list[Group] = [
+            {name: self._whole(name, tuple(shape)) for name, shape in group.items()}
+            for group in self.checkpoint.header["param_shapes"]
+        ]
+        settings = self._optimizer["param_groups"]
+        if len(listed) == len(settings):
+            return listed
+        joined: list[Group] = []
+        for group in settings:
+            joined.append({n: s for key in group["params"] for n, s in listed[key].items()})
+        return joined
+
+    @cached_property
+    def group_states(self) -> list[GroupState]:
+        """Hyper-parameters and the number of steps."""
+        found = []
+        for group, listed, blank in zip(
+            self._optimizer["param_groups"], self.groups, blank_groups(self.groups), strict=True
+        ):
+            known = {key: value for key, value in group.items() if key != "params"}
+            settings = {**blank.settings, **known}
+            found.append(GroupState(settings, {"step": self._step(next(iter(listed)))}))
+        return found
+
+    def read(self, name: str, state: State, start: int, length: int) -> Tensor:
+        """Elements of a parameter's state; rows that padded the vocabulary are 0."""
+        stored = self._stored(name, state).reshape(-1)
+        part = stored[start : start + length]
+        if len(part) == length:
+            return part
+        return torch.cat([part, torch.zeros(length - len(part))])
+
+    def check(self) -> None:
+        """Refuse content that differs from its checksums."""
+        damages = commit.damages if commit.is_committed(self.path) else universal.damages
+        if found := list(damages(self.path)):
+            raise CheckpointError(f"{self.path}: damaged: {found[0]}. Convert again.")
+
+    @cached_property
+    def _optimizer(self) -> Any:
+        return pickles.load(self.path / FOLDER / OPTIMIZER)
+
+    def _stored(self, name: str, state: str) -> Tensor:
+        key = (name, state)
+        if key not in self._opened:
+            self._opened[key] = self.checkpoint.state(name, state)
+        return self._opened[key]
+
+    @cached_property
+    def _opened(self) -> dict[tuple[str, str], Tensor]:
+        return {}
+
+    def _whole(self, name: str, local: Shape) -> Shape:
+        """Shape of the whole parameter; its file may leave out rows that pad the vocabulary."""
+        header = self.checkpoint.header
+        degrees = header.get("checkpoint_parallel_dimensions") or {}
+        size = degrees.get("tp_degree", self.checkpoint.model_ranks)
+        shape = whole_shape(name, local, tensor_size=size)
+        stored = self._stored(name, "fp32").numel()
+        row = numel(shape[1:])
+        if stored != numel(shape) and (stored % row or stored > numel(shape)):
+            raise CheckpointError(
+                f"{self.path}: {FOLDER}/{name}/fp32.pt has {stored} elements, but the model files "
+                f"give the parameter the shape {shape}. Convert again."
+            )
+        return shape
+
+    def _step(self, name: str) -> Tensor:
+        """The steps that a parameter has taken; after ZeRO-3 one file says it for all."""
+        file = self.path / FOLDER / name / "step.pt"
+        if file.is_file():
+            return torch.as_tensor(pickles.load(file), dtype=torch.float32).reshape(())
+        state = (self._optimizer.get("optimizer_state_dict") or {}).get("state") or {}
+        taken = state[0]["step"] if 0 in state else self.checkpoint.header["global_steps"]
+        return torch.as_tensor(taken, dtype=torch.float32).reshape(())

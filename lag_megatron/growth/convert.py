@@ -1,0 +1,137 @@
+"""Checkpoints from any format that is read to any that is written, with growth on the way."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lag_megatron.checkpoint import formats
+from lag_megatron.checkpoint.hf_export import Export, Precision, TokenizerFile
+from lag_megatron.checkpoint.hf_import import open_transformers
+from lag_megatron.checkpoint.layout import Topology
+from lag_megatron.checkpoint.megatron_read import open_megatron
+from lag_megatron.checkpoint.megatron_write import megatron_order
+from lag_megatron.checkpoint.parts import Order
+from lag_megatron.checkpoint.source import WHOLE, Source
+from lag_megatron.checkpoint.universal_read import open_universal
+from lag_megatron.checkpoint.universal_write import universal_order
+from lag_megatron.checkpoint.whole import WholeState
+from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.growth.materialize import Growth, resharding
+from lag_megatron.growth.offline import zero_order
+from lag_megatron.growth.plan import GrowthPlan
+
+Format = Literal["zero", "universal", "megatron", "hf"]
+_READERS: dict[str, Callable[[Path], Source]] = {
+    formats.ZERO: ZeroCheckpoint.open,
+    formats.UNIVERSAL: open_universal,
+    formats.MEGATRON: open_megatron,
+    formats.DCP: open_megatron,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What becomes of a checkpoint.
+
+    Attributes:
+        source: what is read.
+        to: the format to write.
+        plan: how it grows on the way; None where it does not.
+        topology: of the job that will load it; of no meaning to ``hf`` and ``megatron``.
+        tokenizer: written with ``hf``.
+        dtype: of the weights of ``hf``.
+        max_shard_size: of a file of ``hf``.
+        vocabulary: rows of the vocabulary to keep in ``hf``.
+    """
+
+    source: Source
+    to: Format
+    plan: GrowthPlan | None = None
+    topology: Topology = WHOLE
+    tokenizer: TokenizerFile | None = None
+    dtype: Precision = "fp32"
+    max_shard_size: int | str = "5GB"
+    vocabulary: int | None = None
+
+    def place(self, folder: Path) -> Path:
+        """Where the checkpoint will lie when the user names ``folder``.
+
+        ``hf`` is the folder itself; the others are a tag in it, as their loaders expect.
+        """
+        step = self.source.step
+        if self.to == "hf":
+            return folder
+        if self.to == "megatron":
+            return folder / f"iter_{step:07d}"
+        name = self.source.path.resolve().name.removesuffix("_universal")
+        if not name.startswith(("step", "global_step")):
+            name = f"step{step:08d}"
+        return folder / (f"{name}_universal" if self.to == "universal" else name)
+
+    def order(self, target: Path) -> Order:
+        """What has to be written as the directory ``target``.
+
+        Raises:
+            LagError: whatever keeps it from being written, before a byte is.
+        """
+        self.source.check_every_file()
+        if self.to == "zero":
+            return zero_order(self.growth(self.topology), target)
+        state = self.whole
+        about = self._about
+        if self.to == "universal":
+            return universal_order(state, target, self.topology, about=about)
+        if self.to == "megatron":
+            return megatron_order(state, target, precision=self.topology.precision, about=about)
+        return self.export.order(target, about=about)
+
+    def growth(self, topology: Topology) -> Growth:
+        """The plan under a topology."""
+        if self.plan is None:
+            return resharding(self.source, topology)
+        return Growth(self.source, self.plan, topology)
+
+    @property
+    def whole(self) -> WholeState:
+        """What is written, as if nothing was cut."""
+        return whole_state(self.growth(WHOLE))
+
+    @property
+    def export(self) -> Export:
+        """The directory of transformers."""
+        return Export(
+            self.whole,
+            tokenizer=self.tokenizer,
+            dtype=self.dtype,
+            max_shard_size=self.max_shard_size,
+            vocabulary=self.vocabulary,
+        )
+
+    @property
+    def _about(self) -> Mapping[str, Any]:
+        about = dict(self.growth(WHOLE).about)
+        return about | ({"topology": None} if self.to in ("hf", "megatron") else {})
+
+
+def open_source(path: Path, *, vocab_size: int | None = None) -> Source:
+    """A checkpoint of any format that is read.
+
+    Args:
+        path: its directory, or one with a pointer to it.
+        vocab_size: rows of the vocabulary of a model of transformers.
+
+    Raises:
+        CheckpointError: if it is damaged or of no known format.
+    """
+    path = formats.resolve(path)
+    kind = formats.detect(path)
+    if kind == formats.HF:
+        return open_transformers(path, vocab_size=vocab_size)
+    return _READERS[kind](path)
+
+
+def whole_state(growth: Growth) -> WholeState:
+    """What a growth under the topology of one rank without ZeRO makes."""
+    source = growth.source
+    return WholeState(source.path, growth.draft, growth.filler(tensor_rank=0), source.require_sound)

@@ -1,0 +1,64 @@
+"""Whether a converted checkpoint holds what its source does, tensor by tensor."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from lag_megatron.checkpoint.boxes import numel
+from lag_megatron.checkpoint.draft import DTYPES
+from lag_megatron.checkpoint.layout import STATES, State
+from lag_megatron.checkpoint.source import WHOLE
+from lag_megatron.checkpoint.whole import WholeState
+from lag_megatron.growth.convert import Conversion, open_source, whole_state
+from lag_megatron.growth.materialize import resharding
+
+_PIECE = 1 << 20  # elements
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
+
+
+def differences(conversion: Conversion, target: Path) -> Iterator[str]:
+    """Every tensor of which the target's values are not the source's, read piece by piece.
+
+    ``hf`` holds weights alone, in its own precision, and no padding of the vocabulary.
+
+    Args:
+        conversion: what was to be done.
+        target: the directory that it made.
+    """
+    source, is_hf = conversion.whole, conversion.to == "hf"
+    rows = next((s[0] for n, s in source.shapes.items() if n in _VOCABULARY), None)
+    found = whole_state(resharding(open_source(target, vocab_size=rows if is_hf else None), WHOLE))
+    yield from _names(source, found)
+    dtype = DTYPES[conversion.dtype] if is_hf else torch.float32
+    states: tuple[State, ...] = STATES[:1] if is_hf else STATES
+    for name in (name for name in source.shapes if name in found.shapes):
+        shape = source.shapes[name]
+        kept = conversion.export.vocab_size if is_hf and name in _VOCABULARY else shape[0]
+        for state in states if source.is_trained(name) else STATES[:1]:
+            count = _unlike(source, found, name, state, kept * numel(shape[1:]), dtype)
+            if count:
+                yield f"{name}: {state}: {count} of {numel(shape)} elements differ"
+
+
+def _names(source: WholeState, found: WholeState) -> Iterator[str]:
+    for name, shape in source.shapes.items():
+        if name not in found.shapes:
+            yield f"{name}: missing"
+        elif found.shapes[name] != shape:
+            yield f"{name}: of shape {found.shapes[name]}, expected {shape}"
+    yield from (f"{name}: not of the source" for name in found.shapes if name not in source.shapes)
+
+
+def _unlike(
+    source: WholeState, found: WholeState, name: str, state: State, end: int, dtype: torch.dtype
+) -> int:
+    """How many of a tensor's first ``end`` elements differ in a bit."""
+    count = 0
+    for start in range(0, end, _PIECE):
+        length = min(_PIECE, end - start)
+        here = source.read(name, state, start, length).to(dtype)
+        there = found.read(name, state, start, length).to(dtype)
+        width = torch.int32 if dtype == torch.float32 else torch.int16
+        count += int((here.view(width) != there.view(width)).sum())
+    return count

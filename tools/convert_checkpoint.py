@@ -1,0 +1,105 @@
+"""Take a checkpoint from one format to another, growing it on the way if asked.
+
+SOURCE may be of DeepSpeed (ZeRO 0 to 3, or universal), of Megatron-Core (torch_dist), of torch
+(Distributed Checkpoint) or of transformers (BERT, GPT-2, Llama).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from growing import add_growth_options, plan_of, progress, topology_of
+
+from lag_megatron.checkpoint.hf_export import TokenizerFile
+from lag_megatron.checkpoint.parts import write
+from lag_megatron.checkpoint.source import WHOLE, Source, WholeParameters
+from lag_megatron.errors import LagError, PlanError
+from lag_megatron.growth.convert import Conversion, open_source
+from lag_megatron.growth.verify import differences
+
+_FORMATS = {
+    "zero": 'DeepSpeed loads it with load_checkpoint("{0}")',
+    "universal": 'DeepSpeed loads it with load_checkpoint("{0}") under '
+    '{{"checkpoint": {{"load_universal": true}}}}',
+    "megatron": "Megatron loads it with --load {0} --ckpt-format torch_dist",
+    "hf": 'transformers loads it with from_pretrained("{0}")',
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and convert; 2 for a user's error, 1 where --verify finds one."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.workers < 1:
+            raise PlanError(f"--workers {options.workers}: expected at least 1.")
+        source = open_source(options.source, vocab_size=options.vocab_size)
+        conversion = _conversion(options, source)
+        target = conversion.place(options.target)
+        order = conversion.order(target)
+        print(f"{source.path} -> {target}")
+        for note in source.notes if isinstance(source, WholeParameters) else ():
+            print(note)
+        print(f"to write: {order.needed / 2**20:.1f} MiB")
+        if options.dry_run:
+            return 0
+        with progress(order.needed) as written:
+            is_new = write(order, workers=options.workers, written=written)
+        done = "written" if is_new else "there already"
+        print(f"{done}: {_FORMATS[options.to].format(options.target)}")
+        return _verify(conversion, target) if options.verify else 0
+    except LagError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _verify(conversion: Conversion, target: Path) -> int:
+    found = list(differences(conversion, target))
+    for line in found:
+        print(line)
+    if not found:
+        print("verified: every tensor of the target has the source's values")
+    return 1 if found else 0
+
+
+def _conversion(options: argparse.Namespace, source: Source) -> Conversion:
+    topology = topology_of(options, source.topology)
+    if source.topology == WHOLE and options.zero_stage is None:
+        topology = topology_of(argparse.Namespace(**{**vars(options), "zero_stage": 1}), WHOLE)
+    return Conversion(
+        source=source,
+        plan=plan_of(options, source, may_stay=True),
+        to=options.to,
+        topology=topology,
+        tokenizer=_tokenizer(options.tokenizer),
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        vocabulary=options.vocab_size if options.to == "hf" else None,
+    )
+
+
+def _tokenizer(file: Path | None) -> TokenizerFile | None:
+    if file is None:
+        return None
+    from lag_megatron.data.tokenizer import load_tokenizer  # brings Megatron: seconds
+
+    return TokenizerFile(file, end_id=load_tokenizer(file).eod)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="its directory, or one that points to it")
+    add("target", type=Path, metavar="TARGET", help="gets a tag; with --to hf it is the directory")
+    add("--to", required=True, choices=sorted(_FORMATS), help="the format to write")
+    add_growth_options(parser)
+    add("--vocab-size", type=int, metavar="N", help="rows of the vocabulary: from transformers "
+        "with padding (default: rounded up to 128), to transformers without")  # fmt: skip
+    add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json to write with --to hf")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights of hf")
+    add("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of hf")
+    add("--verify", action="store_true", help="compare the target with the source afterwards")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
