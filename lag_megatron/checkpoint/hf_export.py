@@ -1,5 +1,6 @@
 """A training state as a directory that transformers loads: weights, configuration, tokenizer."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +51,7 @@ class Export:
         tokenizer: written beside the weights.
         dtype: of the weights, converted from the fp32 masters.
         max_shard_size: bytes of a file, or a text like ``5GB``.
+        carried: files of a tokenizer to copy where none is made.
         vocabulary: rows of the vocabulary to keep, the others being padding; by default as many as
             the tokenizer has tokens, and without one those of the model that was imported, or all.
     """
@@ -58,6 +60,7 @@ class Export:
     tokenizer: TokenizerFile | None = None
     dtype: Precision = "fp32"
     max_shard_size: int | str = "5GB"
+    carried: Sequence[Path] = ()
     vocabulary: int | None = None
 
     def order(self, target: Path, *, about: Mapping[str, Any]) -> Order:
@@ -221,20 +224,22 @@ class Export:
         self._save_config(folder)
         if self.tokenizer is not None:
             self._save_tokenizer(self.tokenizer, folder)
+        for file in self.carried if self.tokenizer is None else ():
+            shutil.copy(file, folder)
         if index is not None:
             (folder / INDEX).write_text(index, encoding="utf-8")
         # Weights are being written beside.
-        written = [p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".jinja")]
+        written = [p for p in folder.iterdir() if p.suffix != ".safetensors" and p.name[0] != "."]
         return {path.name: commit.seal(path) for path in written}
 
     def _save_config(self, folder: Path) -> None:
         import transformers  # seconds; what only describes a checkpoint does without
 
-        end_id = None if self.tokenizer is None else self.tokenizer.end_id
         is_decoder = self.model.family == "gpt"
-        special: dict[str, Any] = {"bos_token_id": end_id, "eos_token_id": end_id}
-        if not is_decoder:
-            special = {}
+        special: dict[str, Any] = dict(self.state.draft.entries["lag"].get("special_tokens") or {})
+        if is_decoder and (self.tokenizer is not None or not special):
+            end_id = None if self.tokenizer is None else self.tokenizer.end_id
+            special = {"bos_token_id": end_id, "eos_token_id": end_id}
         config = transformers.AutoConfig.for_model(
             self.architecture.model_type,
             **self.architecture.settings(self.model, self.num_layers),

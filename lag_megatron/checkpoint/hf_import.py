@@ -26,7 +26,17 @@ from lag_megatron.checkpoint.tensor_map import Heads, Row, Run, expand, runs, sh
 from lag_megatron.config import ModelConfig, padded_vocab_size
 from lag_megatron.errors import CheckpointError, ConfigError
 
-_WORDS = "embedding.word_embeddings.weight"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 def open_transformers(path: Path, *, vocab_size: int | None = None) -> WholeParameters:
@@ -60,7 +70,13 @@ def open_transformers(path: Path, *, vocab_size: int | None = None) -> WholePara
         raise ConfigError(f"{path}: {error}") from None
     if misfits := architecture.misfits(model):
         raise ConfigError(f"{path}: {architecture.name} needs {'; '.join(misfits)}")
-    return Import(path, architecture, model, tokens).source
+    special = {key: value for key, value in settings.items() if key.endswith("_token_id")}
+    return Import(path, architecture, model, tokens, special).source
+
+
+def tokenizer_files(path: Path) -> list[Path]:
+    """The files of a directory that belong to its tokenizer."""
+    return [path / name for name in _TOKENIZER_FILES if (path / name).is_file()]
 
 
 @dataclass(frozen=True)
@@ -72,19 +88,23 @@ class Import:
         architecture: what it holds.
         model: what it becomes.
         tokens: rows of the directory's vocabulary.
+        special_tokens: entries of ``config.json`` that name some of them.
+        notes: what a person should know.
     """
 
     path: Path
     architecture: Architecture
     model: ModelConfig
     tokens: int
+    special_tokens: Mapping[str, Any]
     notes: list[str] = field(default_factory=list)
 
     @property
     def source(self) -> WholeParameters:
         """What growth and writers read."""
         groups = decay_groups({name: self._shape(row) for name, row in self.rows.items()})
-        state = blank_client_state(self.model, groups) | {"vocabulary": self.tokens}
+        state = blank_client_state(self.model, groups)
+        state |= {"vocabulary": self.tokens, "special_tokens": self.special_tokens}
         keys = module_keys(list(self.rows))
         return WholeParameters(
             path=self.path,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lag_megatron.checkpoint import formats
 from lag_megatron.checkpoint.hf_export import Export, Precision, TokenizerFile
-from lag_megatron.checkpoint.hf_import import open_transformers
+from lag_megatron.checkpoint.hf_import import open_transformers, tokenizer_files
 from lag_megatron.checkpoint.layout import Topology
 from lag_megatron.checkpoint.megatron_read import open_megatron
 from lag_megatron.checkpoint.megatron_write import megatron_order
@@ -105,6 +105,7 @@ class Conversion:
             tokenizer=self.tokenizer,
             dtype=self.dtype,
             max_shard_size=self.max_shard_size,
+            carried=tokenizer_files(self.source.path),
             vocabulary=self.vocabulary,
         )
 

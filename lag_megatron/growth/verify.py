@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.boxes import numel
 from lag_megatron.checkpoint.draft import DTYPES
 from lag_megatron.checkpoint.layout import STATES, State
@@ -18,7 +19,8 @@ _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "outpu
 
 
 def differences(conversion: Conversion, target: Path) -> Iterator[str]:
-    """Every tensor of which the target's values are not the source's, read piece by piece.
+    """Every file that is not as it was written, then every tensor of which the target's masters
+    or moments are not the source's, read piece by piece.
 
     ``hf`` holds weights alone, in its own precision, and no padding of the vocabulary.
 
@@ -26,6 +28,7 @@ def differences(conversion: Conversion, target: Path) -> Iterator[str]:
         conversion: what was to be done.
         target: the directory that it made.
     """
+    yield from commit.damages(target)
     source, is_hf = conversion.whole, conversion.to == "hf"
     rows = next((s[0] for n, s in source.shapes.items() if n in _VOCABULARY), None)
     found = whole_state(resharding(open_source(target, vocab_size=rows if is_hf else None), WHOLE))

@@ -1,0 +1,474 @@
+"""Conversions between formats: what arrives, what is refused, and what a kill leaves."""
+
+import json
+import os
+import shutil
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from conftest import PICO_VOCABULARY, run_ranks
+from full_state import read_full
+from hf_weights import HEADS, LAYERS, VOCABULARY, hf_model, megatron_weights
+from safetensors.torch import load_file, save_file
+from test_tools_checkpoint import grow, inspect, program
+from tokenizers import models, pre_tokenizers
+
+from lag_megatron.checkpoint import commit, parts
+from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.config import ModelConfig
+from lag_megatron.errors import CheckpointError
+
+convert = program("convert_checkpoint")
+FAMILIES = ("bert", "gpt2", "llama")
+EXACT = ("--vocab-size", VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """{family: (its model, its directory)}; never to be changed."""
+    found = {}
+    for family in FAMILIES:
+        folder = tmp_path_factory.mktemp(family)
+        model = hf_model(family)
+        model.save_pretrained(folder, max_shard_size="20KB")
+        found[family] = (model, folder)
+    return found
+
+
+@pytest.fixture
+def folder(families, tmp_path):
+    """A copy of the Llama's directory."""
+    return shutil.copytree(families["llama"][1], tmp_path / "llama")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_through_every_format(family, families, tmp_path, capsys):
+    model, source = families[family]
+    step, tags = tmp_path, []
+    ways = [
+        ("zero", "--world-size", 3),
+        ("universal",),
+        ("zero", "--world-size", 4, "--tensor-parallel", 2, "--zero-stage", 3),
+        ("megatron",),
+        ("hf", "--max-shard-size", "20KB"),
+    ]
+    here = source
+    for number, (form, *options) in enumerate(ways):
+        step = tmp_path / str(number)
+        assert convert(here, step, "--to", form, *options, "--verify") == 0, capsys.readouterr()
+        assert "verified: every tensor" in capsys.readouterr().out
+        assert inspect(step, "--verify") == 0
+        tags.append(sorted(p.name for p in step.iterdir() if p.suffix != ".json")[0])
+        here = step
+    assert tags[:4] == ["latest", "latest_universal", "latest", "iter_0000000"]
+    capsys.readouterr()
+    back = type(model).from_pretrained(here)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(back.config, key) == getattr(model.config, key)
+    for name, value in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name
+    assert load_weights(here).keys() == load_weights(source).keys()
+
+
+def load_weights(folder):
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_import_is_the_same_model(family, families, tmp_path):
+    """Weights by the tests' own map, and the logits of our model against transformers'."""
+    model, source = families[family]
+    assert convert(source, tmp_path, "--to", "zero", "--world-size", 2, *EXACT) == 0
+    tag = tmp_path / "step00000000"
+    state, steps = read_full(tag, stage=1, data_size=2, tensor_size=1, precision="fp32")
+    expected = megatron_weights(family, model)
+    assert steps == {0}
+    for name, value in expected.items():
+        assert torch.equal(state["fp32", name], value), name
+        assert torch.equal(state["weight", name], value), name
+        assert not state["exp_avg", name].any()
+    assert {name for kind, name in state if kind == "fp32"} == set(expected)
+    tokens = torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(3))
+    described = ModelConfig(**ZeroCheckpoint.open(tag).client_state["model"])
+    weights = {name: value for (kind, name), value in state.items() if kind == "fp32"}
+    (logits,) = run_ranks(our_logits, 1, described, weights, tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(tokens).logits, rtol=0, atol=1e-5)
+
+
+def our_logits(model_config, weights, tokens):
+    from lag_megatron.config import ParallelConfig
+    from lag_megatron.model import build_model
+    from lag_megatron.parallel import start_world, stop_world
+
+    start_world(tensor=1)
+    model = build_model(
+        model_config, ParallelConfig(), num_layers=LAYERS, vocab_size=model_config.vocab_size
+    )
+    parameters = dict(model.named_parameters())
+    assert list(parameters) == [n for n in parameters if n in weights]
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+        places = torch.arange(tokens.shape[1]).expand_as(tokens)
+        if model_config.family == "bert":
+            whole = torch.ones_like(tokens, dtype=torch.bool)
+            logits, _ = model.eval()(tokens, places, torch.zeros_like(tokens), whole)
+        else:
+            logits = model.eval()(tokens, places, None)
+    stop_world()
+    return logits.float()
+
+
+def test_rows_that_pad_the_vocabulary_repeat_the_last(families, tmp_path):
+    model, source = families["bert"]
+    assert convert(source, tmp_path, "--to", "zero", "--zero-stage", 0) == 0
+    state, _ = read_full(
+        tmp_path / "step00000000", stage=0, data_size=1, tensor_size=1, precision="fp32"
+    )
+    words, bias = (
+        state["fp32", n] for n in ("embedding.word_embeddings.weight", "output_layer.bias")
+    )
+    assert words.shape == (128, 16)
+    assert torch.equal(words[:VOCABULARY], model.bert.embeddings.word_embeddings.weight)
+    assert torch.equal(words[VOCABULARY:], words[VOCABULARY - 1].expand(128 - VOCABULARY, -1))
+    assert torch.equal(bias[VOCABULARY:], bias[VOCABULARY - 1].expand(128 - VOCABULARY))
+
+
+def as_pickle(folder):
+    weights = load_weights(folder)
+    for file in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
+        file.unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+
+
+def rewrite(folder, change):
+    """Change the weights of a directory, and keep them in one file."""
+    weights = load_weights(folder)
+    for file in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
+        file.unlink(missing_ok=True)
+    weights = change(weights) or weights
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def settings(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_ways_to_keep_the_same_weights(family, families, tmp_path, capsys):
+    """A pickle; names of the bare model; tied weights twice; buffers and names of old versions."""
+    _, source = families[family]
+    assert convert(source, tmp_path / "expected", "--to", "zero") == 0
+    pickled = shutil.copytree(source, tmp_path / "pickled")
+    as_pickle(pickled)
+    prefix = {"bert": "bert.", "gpt2": "transformer.", "llama": "model."}[family]
+    bare = shutil.copytree(source, tmp_path / "bare")
+    rewrite(bare, lambda weights: {k.removeprefix(prefix): v for k, v in weights.items()})
+    old = shutil.copytree(source, tmp_path / "old")
+    rewrite(old, {"bert": old_bert, "gpt2": old_gpt2, "llama": old_llama}[family])
+    for other in (pickled, bare, old):
+        assert convert(other, tmp_path / f"{other.name}-zero", "--to", "zero") == 0
+        files = [
+            commit.read_manifest(tmp_path / name / "step00000000")["files"]
+            for name in ("expected", f"{other.name}-zero")
+        ]
+        assert files[0] == files[1], other
+    told = capsys.readouterr().out
+    assert ("left out, not of BertForMaskedLM: bert.embeddings.position_ids, " in told) == (
+        family == "bert"
+    )
+
+
+def old_bert(weights):
+    for new, old in (("weight", "gamma"), ("bias", "beta")):
+        weights = {k.replace(f"LayerNorm.{new}", f"LayerNorm.{old}"): v for k, v in weights.items()}
+    weights["bert.embeddings.position_ids"] = torch.arange(12)[None].float()
+    weights["bert.pooler.dense.weight"] = torch.zeros(16, 16)
+    weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"].clone()
+    words = weights["bert.embeddings.word_embeddings.weight"]
+    weights["cls.predictions.decoder.weight"] = words.clone()
+    return weights
+
+
+def old_gpt2(weights):
+    weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 12, 12)
+    weights["transformer.h.1.attn.masked_bias"] = torch.tensor(-1e4)
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+
+
+def old_llama(weights):
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+
+
+def refused(capsys, code, *arguments):
+    assert convert(*arguments) == code
+    return capsys.readouterr().err
+
+
+def drop(name):
+    return lambda weights: {key: value for key, value in weights.items() if key != name}
+
+
+def put(name, value):
+    return lambda weights: weights.update({name: value})
+
+
+ATTENTION = "model.layers.1.self_attn.q_proj.weight"
+DAMAGED = {
+    "missing": (
+        drop(ATTENTION),
+        f"{ATTENTION} is missing (1 such), so the weights are not those of the LlamaForCausalLM "
+        "that config.json describes",
+    ),
+    "extra": (put("model.new.weight", torch.zeros(2)), "model.new.weight is not a tensor of this"),
+    "shape": (
+        put(ATTENTION, torch.zeros(16, 12)),
+        f"model.safetensors: {ATTENTION} has shape (16, 12), expected (16, 16) by config.json",
+    ),
+    "dtype": (
+        put(ATTENTION, torch.zeros(16, 16, dtype=torch.int8)),
+        f"{ATTENTION} is of the type I8, expected one of F32, BF16, F16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_tensors_that_do_not_fit_are_named(case, folder, tmp_path, capsys):
+    change, message = DAMAGED[case]
+    rewrite(folder, change)
+    assert message in refused(capsys, 2, folder, tmp_path / "out", "--to", "zero")
+    assert not (tmp_path / "out").exists()
+
+
+SETTINGS = {
+    "model_type": ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not known here"),
+    "activation": ({"hidden_act": "relu"}, "hidden_act: 'relu', expected 'silu'"),
+    "rope": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        "rope_type 'linear', expected 'default'",
+    ),
+    "biases": ({"mlp_bias": True}, "attention_bias False, mlp_bias True: expected one value"),
+    "head_dim": ({"head_dim": 8}, "head_dim 8 times 4 heads is not the hidden_size 16"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_models_that_are_not_computed_here_are_named(case, folder, tmp_path, capsys):
+    changes, message = SETTINGS[case]
+    settings(folder, **changes)
+    assert message in refused(capsys, 2, folder, tmp_path / "out", "--to", "zero")
+
+
+def test_tied_weights_that_differ(families, tmp_path, capsys):
+    folder = shutil.copytree(families["gpt2"][1], tmp_path / "gpt2")
+    rewrite(folder, lambda w: w.update({"lm_head.weight": w["transformer.wte.weight"] + 1}))
+    error = refused(capsys, 2, folder, tmp_path / "out", "--to", "zero")
+    assert "lm_head.weight differs from transformer.wte.weight" in error
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_too_small_a_vocabulary(folder, tmp_path, capsys):
+    error = refused(capsys, 2, folder, tmp_path / "out", "--to", "zero", "--vocab-size", 60)
+    assert "has 64 tokens, but --vocab-size is 60" in error
+
+
+def test_files_that_are_cut_short(folder, tmp_path, capsys):
+    file = sorted(folder.glob("*.safetensors"))[0]
+    os.truncate(file, file.stat().st_size - 4)
+    assert "cut short" in refused(capsys, 2, folder, tmp_path / "out", "--to", "zero")
+
+
+@pytest.mark.parametrize("form", ["zero", "universal", "megatron", "hf"])
+def test_verify_finds_one_bit(form, families, tmp_path, capsys):
+    _, source = families["gpt2"]
+    assert convert(source, tmp_path / "out", "--to", form, "--verify") == 0
+    target = max((p for p in (tmp_path / "out").rglob("*") if holds_values(p)), key=size_of)
+    data = bytearray(target.read_bytes())
+    data[len(data) // 2] ^= 1
+    target.write_bytes(data)
+    capsys.readouterr()
+    assert convert(source, tmp_path / "out", "--to", form, "--verify") == 1
+    told = capsys.readouterr().out
+    assert f"{target.name}: content differs from its checksum" in told
+    assert "elements differ" in told
+
+
+def holds_values(path):
+    if path.suffix == ".distcp":  # numbered by what it holds: weights, masters, moments
+        return path.stem.split("_")[-1].isdigit() and int(path.stem.split("_")[-1]) % 4 == 1
+    return path.suffix in (".pt", ".safetensors") and not path.name.startswith("mp_rank")
+
+
+def size_of(path):
+    return path.stat().st_size
+
+
+@pytest.mark.parametrize("form", ["zero", "universal", "megatron", "hf"])
+def test_a_disk_that_is_too_small_is_told_first(form, checkpoint, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(commit.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    error = refused(capsys, 2, checkpoint, tmp_path / "out", "--to", form)
+    assert "needs 0 MiB, but only 0 MiB are free" in error
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
+
+
+def test_goes_on_after_a_kill(checkpoint, tmp_path, monkeypatch):
+    """Parts that are on disk are not written again, and the result is the same."""
+    assert convert(checkpoint, tmp_path / "expected", "--to", "universal") == 0
+    expected = commit.read_manifest(tmp_path / "expected" / "step3_universal")["files"]
+    target, pid = tmp_path / "out", os.fork()
+    if pid == 0:
+        note, left = parts._Record.note, [5]
+
+        def stop(self, name, files):
+            note(self, name, files)
+            left[0] -= 1
+            if not left[0]:
+                os._exit(9)
+
+        parts._Record.note = stop
+        convert(checkpoint, target, "--to", "universal", "--workers", 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert not (target / "latest_universal").exists()
+    draft = target / "step3_universal.tmp"
+    lines = (draft / ".parts.jsonl").read_text().splitlines()
+    done = [json.loads(line)["part"] for line in lines[1:]]
+    assert len(done) == 5
+    with (draft / ".parts.jsonl").open("a") as file:
+        file.write('{"part": "torn')
+    written, note = [], parts._Record.note
+    monkeypatch.setattr(
+        parts._Record,
+        "note",
+        lambda self, name, files: written.append(name) or note(self, name, files),
+    )
+    assert convert(checkpoint, target, "--to", "universal", "--verify") == 0
+    assert written
+    assert not set(written) & set(done)
+    assert commit.read_manifest(target / "step3_universal")["files"] == expected
+    assert not list((target / "step3_universal").glob(".parts*"))
+
+
+def test_another_conversion_does_not_go_on_with_the_draft(checkpoint, tmp_path):
+    draft = tmp_path / "out" / "step3_universal.tmp"
+    draft.mkdir(parents=True)
+    (draft / ".parts.jsonl").write_text('{"about": {}}\n{"part": "optimizer", "files": {}}\n')
+    (draft / "stray").touch()
+    assert convert(checkpoint, tmp_path / "out", "--to", "universal", "--verify") == 0
+    assert not (tmp_path / "out" / "step3_universal" / "stray").exists()
+
+
+def test_damage_in_the_source_leaves_nothing(checkpoint, tmp_path, capsys):
+    source = shutil.copytree(checkpoint, tmp_path / "step3")
+    file = source / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    error = refused(capsys, 2, source, tmp_path / "out", "--to", "megatron")
+    assert "damaged: zero_pp_rank_1_mp_rank_00_optim_states.pt: content differs" in error
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_same_conversion_twice_is_done_once(checkpoint, tmp_path, capsys):
+    assert convert(checkpoint, tmp_path / "out", "--to", "megatron") == 0
+    (tmp_path / "out" / "latest_checkpointed_iteration.txt").unlink()
+    assert convert(checkpoint, tmp_path / "out", "--to", "megatron") == 0
+    assert "there already: Megatron loads it" in capsys.readouterr().out
+    assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "3"
+    other = ("--to", "megatron", "--operator", "last", "--layers", 3)
+    assert "exists already" in refused(capsys, 2, checkpoint, tmp_path / "out", *other)
+
+
+def test_dry_run_writes_nothing(checkpoint, tmp_path, capsys):
+    assert convert(checkpoint, tmp_path / "out", "--to", "hf", "--dry-run") == 0
+    assert f"{checkpoint} -> {tmp_path / 'out'}\nto write: 0.0 MiB" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bert_grows_on_the_way_and_fills_masks(tmp_path):
+    """12 to 16 layers from a directory of transformers to another, for a pipeline."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(40))]
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
+    backend.add_special_tokens(words[:5])
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(1)
+    shape = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24}
+    shape |= {"num_hidden_layers": 12, "max_position_embeddings": 16, "vocab_size": len(words)}
+    config = transformers.BertConfig(**shape)
+    model = transformers.BertForMaskedLM(config)
+    model.save_pretrained(tmp_path / "bert12")
+    options = ("index=6", "block_size=4", "init=duplicate")
+    growth = ("--operator", "lag", *(x for o in options for x in ("--set", o)), "--layers", 16)
+    out = tmp_path / "bert16"
+    source = tmp_path / "bert12"
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, mask_token="[MASK]", pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(source)
+    assert convert(source, out, "--to", "hf", *growth, "--verify") == 0
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    grown = transformers.BertForMaskedLM.from_pretrained(out)
+    assert grown.config.num_hidden_layers == 16
+    assert grown.config.vocab_size == len(words)
+    old, new = (m.bert.encoder.layer for m in (model, grown))
+    plan = json.loads((out / "manifest.json").read_text())["plan"]
+    assert (plan["source_layers"], plan["target_layers"]) == (12, 16)
+    for number, layer in enumerate(new):
+        twin = old[number if number < 10 else number - 4]  # layers 6 to 9 stand twice
+        for name, value in layer.state_dict().items():
+            assert torch.equal(value, twin.state_dict()[name]), (number, name)
+    fill = transformers.pipeline("fill-mask", model=str(out), device="cpu")
+    (best, *_) = fill("w7 w9 [MASK] w11")
+    assert best["token_str"] in words
+
+
+def test_16_bit_weights_become_masters_without_loss(families, tmp_path):
+    model, _ = families["llama"]
+    half = type(model)(model.config).to(torch.bfloat16)
+    half.load_state_dict(model.state_dict())
+    half.save_pretrained(tmp_path / "half")
+    assert convert(tmp_path / "half", tmp_path / "zero", "--to", "zero", *EXACT, "--verify") == 0
+    out = ("--to", "hf", "--dtype", "bf16", "--verify")
+    assert convert(tmp_path / "zero", tmp_path / "back", *out) == 0
+    for name, value in load_weights(tmp_path / "half").items():
+        assert torch.equal(load_weights(tmp_path / "back")[name], value), name
+
+
+def test_an_older_pickle_is_named(folder, tmp_path, capsys):
+    weights = load_weights(folder)
+    as_pickle(folder)
+    file = folder / "pytorch_model.bin"
+    torch.save(weights, file, _use_new_zipfile_serialization=False)
+    error = refused(capsys, 2, folder, tmp_path / "out", "--to", "zero")
+    assert f"{file}: in torch's format before 1.6" in error
+
+
+def test_parameters_unknown_to_megatron_are_refused():
+    from lag_megatron.checkpoint.megatron_names import in_model_order
+
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mixer\.weight: not a parameter that is"):
+        in_model_order(["decoder.layers.0.mixer.weight"])
+
+
+def test_the_grown_and_the_converted_agree(checkpoint, tmp_path):
+    """Growing shards and then converting is converting with growth on the way."""
+    growth = ("--operator", "last", "--layers", 3)
+    assert grow(checkpoint, tmp_path / "grown", *growth) == 0
+    assert convert(tmp_path / "grown", tmp_path / "a", "--to", "universal") == 0
+    assert convert(checkpoint, tmp_path / "b", "--to", "universal", *growth) == 0
+    files = [
+        commit.read_manifest(tmp_path / name / "step3_universal")["files"] for name in ("a", "b")
+    ]
+    values = [{k: v for k, v in listed.items() if k.startswith("zero/")} for listed in files]
+    assert values[0] == values[1]
+    assert (
+        ZeroCheckpoint.open(checkpoint).layout.shapes["embedding.word_embeddings.weight"][0]
+        == PICO_VOCABULARY
+    )
+    assert HEADS == 4
