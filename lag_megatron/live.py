@@ -49,8 +49,10 @@ class LiveState:
         self._place = place
         self._layouts = layout.states
 
-    def require(self, growth: Growth) -> None:
+    def require(self, growth: Growth, *, weights_only: bool = False) -> None:
         """Refuse a growth that ends at another model or topology, before anything is touched.
+
+        With ``weights_only`` it may be of another optimizer.
 
         Raises:
             PlanError: if it ends at another topology.
@@ -62,7 +64,8 @@ class LiveState:
                 f"the growth ends at {growth.topology}, but this engine has {self._topology}."
             )
         require_same_parameters(growth.source.path, growth.layout.groups, self._layout.groups)
-        require_same_optimizer(growth.source.path, growth.layout, self._layout)
+        if not weights_only:
+            require_same_optimizer(growth.source.path, growth.layout, self._layout)
         expected = [self._layout.lengths[c] for c in self._layout.held(self._data_rank)]
         found = [master.numel() for master in self.masters]
         if found != expected or not all(master.is_contiguous() for master in self.masters):
@@ -95,6 +98,13 @@ class LiveState:
             vars(optimizer.loss_scale_config).update(scale.as_entries())
         for counter in _COUNTERS:
             setattr(self._engine, counter, source.header[counter])
+
+    def take_weights(self, growth: Growth) -> None:
+        """Take over masters alone; no collective call."""
+        fill = growth.filler(tensor_rank=self._place["tensor_rank"])
+        for container, held in self._layout.held(self._data_rank).items():
+            region = Region("fp32", held, self._layout.lengths[container])
+            fill(region, self._buffer(self.masters[container.key], "fp32"))
 
     def refresh(self) -> None:
         """Bring the forward weights up to the masters, together with all replicas."""

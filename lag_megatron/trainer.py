@@ -9,6 +9,7 @@ from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.engine import Engine
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.pool import build_pool
+from lag_megatron.initial import growth_history, start_from
 from lag_megatron.measuring import Meter
 from lag_megatron.mirror import show_event
 from lag_megatron.parallel import World, topology_of
@@ -148,7 +149,10 @@ class Trainer:
         )
         if position.checkpoint != self._tag(stage, end):
             engine = self._engine_of(stage, position.checkpoint)
-            history = self.world.from_coordinator(lambda: _history(position.checkpoint))
+            origin = position.checkpoint or self.config.checkpoint.initial
+            history = self.world.from_coordinator(
+                lambda: [] if origin is None else growth_history(Path(origin))
+            )
             if position.step == 0:
                 self._meter.validate(engine, 0, stage)
             for step in range(position.step, end):
@@ -192,7 +196,7 @@ class Trainer:
 
     def _engine_of(self, stage: int, checkpoint: Path | None) -> Engine:
         """An engine of this stage's depth that holds the state ``checkpoint``."""
-        layers = self.config.layers_of(stage)
+        layers, initial = self.config.layers_of(stage), self.config.checkpoint.initial
         if self._engine is not None and self._engine.num_layers != layers:
             self._drop_engine()
         if self._engine is None:
@@ -201,10 +205,13 @@ class Trainer:
                 self.world,
                 num_layers=layers,
                 vocab_size=self.job.vocab_size,
-                draw_weights=stage == 0 and checkpoint is None,
+                draw_weights=stage == 0 and checkpoint is None and initial is None,
             )
         if checkpoint is not None:
             self._engine.load(checkpoint)
+        elif stage == 0 and initial is not None:
+            start_from(self._engine, Path(initial), vocab_size=self.job.vocab_size)
+            self.recorder.say(f"weights from {initial}; the optimizer and the text begin anew")
         return self._engine
 
     def _drop_engine(self) -> None:
@@ -253,10 +260,3 @@ class Trainer:
 
     def _tag(self, stage: int, step: int) -> Path:
         return self.job.run.stage(stage) / tag_of(step)
-
-
-def _history(checkpoint: Path | None) -> list[Any]:
-    """The growth plans that led to a checkpoint."""
-    if checkpoint is None:
-        return []
-    return list(ZeroCheckpoint.open(checkpoint).client_state.get("growth_history", []))

@@ -141,11 +141,16 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """Checkpoint every ``interval`` steps and keep the newest ``keep_last`` of a stage."""
+    """Checkpoint every ``interval`` steps and keep the newest ``keep_last`` of a stage.
+
+    ``initial`` is a checkpoint of DeepSpeed, Megatron-Core or transformers whose weights the run
+    begins with; null draws them.
+    """
 
     __pydantic_config__ = FORBID
     interval: int = 1000
     keep_last: int = 2
+    initial: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

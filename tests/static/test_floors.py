@@ -48,7 +48,17 @@ FLOORS = (
         "engine",
     ),
     ("probe",),
-    ("trainer", "measuring", "session", "mirror", "evaluation", "report", "dry_run", "study"),
+    (
+        "trainer",
+        "initial",
+        "measuring",
+        "session",
+        "mirror",
+        "evaluation",
+        "report",
+        "dry_run",
+        "study",
+    ),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MAX_FILE_LINES = 300

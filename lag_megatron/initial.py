@@ -1,0 +1,65 @@
+"""Beginning a run at the weights of another: a checkpoint of any format that is read."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lag_megatron.checkpoint.source import Source
+from lag_megatron.config import ModelConfig
+from lag_megatron.engine import Engine
+from lag_megatron.errors import CheckpointError
+from lag_megatron.growth.convert import open_source
+from lag_megatron.growth.materialize import resharding
+
+# What two models of the same parameters may compute differently with.
+_COMPUTED = ("family", "num_attention_heads", "num_query_groups", "positions", "rotary_base",
+             "norm", "norm_eps", "norm_position", "activation", "tied_embeddings")  # fmt: skip
+
+
+def start_from(engine: Engine, path: Path, *, vocab_size: int) -> None:
+    """Give an engine the weights of a checkpoint; its optimizer, steps and text begin anew.
+
+    No process holds the model: each rank reads what it keeps.
+
+    Args:
+        engine: every rank calls with its own.
+        path: a checkpoint of DeepSpeed, Megatron-Core or transformers.
+        vocab_size: rows of the vocabulary, to which those of transformers are padded.
+
+    Raises:
+        CheckpointError: if it is damaged, or of another model; the differences are named.
+    """
+    opened: list[Source] = []  # each rank's own: files are not sent
+    engine.world.from_each(lambda: opened.append(_opened(engine, path, vocab_size)))
+    (source,) = opened
+    engine.world.from_coordinator(source.require_sound)
+    growth = resharding(source, engine.topology)
+    live = engine.live
+    engine.world.from_each(lambda: live.require(growth, weights_only=True))
+    engine.world.from_each(lambda: live.take_weights(growth))
+    live.refresh()
+
+
+def growth_history(path: Path) -> list[Any]:
+    """The growth plans that led to a checkpoint's model, oldest first."""
+    return list(open_source(path).client_state.get("growth_history", []))
+
+
+def _opened(engine: Engine, path: Path, vocab_size: int) -> Source:
+    source = open_source(path, vocab_size=vocab_size)
+    source.check_every_file()
+    described = source.client_state.get("model")
+    found = list(_unlike(engine.config.model, described)) if described else []
+    if found:
+        raise CheckpointError(
+            f"{path}: another model than the configuration: {'; '.join(found)}. Change the "
+            "configuration, or name another checkpoint.initial."
+        )
+    return source
+
+
+def _unlike(model: ModelConfig, described: dict[str, Any]) -> Iterator[str]:
+    for key in _COMPUTED:
+        ours = getattr(model, key)
+        if key in described and described[key] != ours:
+            yield f"model.{key} is {ours}, there {described[key]}"
