@@ -1,7 +1,8 @@
 """Grow a DeepSpeed checkpoint shard by shard, or move it to another number of ranks.
 
 DeepSpeed's own loader takes the result.  Without --operator the model stays as it is and only its
-topology changes.
+topology changes.  With --link SOURCE is a universal checkpoint, or a distributed one of
+Megatron-Core, whose values the grown one shares by hard links; only new values are written.
 """
 
 import argparse
@@ -10,12 +11,18 @@ from pathlib import Path
 
 from growing import TOPOLOGY, add_growth_options, plan_of, progress, topology_of
 
+from lag_megatron.checkpoint import formats
 from lag_megatron.checkpoint.integrity import is_verifiable
 from lag_megatron.checkpoint.layout import Topology
+from lag_megatron.checkpoint.parts import write
+from lag_megatron.checkpoint.source import WHOLE
 from lag_megatron.checkpoint.zero import ZeroCheckpoint, resolve
 from lag_megatron.errors import LagError, PlanError
+from lag_megatron.growth.convert import open_source
 from lag_megatron.growth.estimate import estimate
 from lag_megatron.growth.layer_map import draw
+from lag_megatron.growth.linked import linked_universal
+from lag_megatron.growth.linked_dcp import linked_megatron
 from lag_megatron.growth.materialize import Growth
 from lag_megatron.growth.offline import grow_checkpoint
 
@@ -26,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.workers < 1:
             raise PlanError(f"--workers {options.workers}: expected at least 1.")
+        if options.link:
+            return _link(options)
         source = ZeroCheckpoint.open(resolve(options.source))
         moves = any(getattr(options, key) is not None for key in TOPOLOGY)
         plan = plan_of(options, source, may_stay=moves)
@@ -55,11 +64,35 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _link(options: argparse.Namespace) -> int:
+    if any(getattr(options, key) is not None for key in TOPOLOGY):
+        raise PlanError("--link keeps the topology: leave out what would change it.")
+    source = open_source(options.source)
+    kind = formats.detect(source.path)
+    orders = {formats.UNIVERSAL: linked_universal, formats.MEGATRON: linked_megatron}
+    if kind not in orders:
+        raise PlanError(
+            f"{source.path}: a checkpoint of the kind {kind!r} has no file or entry for each "
+            "tensor that could be shared. Convert it to universal or megatron first."
+        )
+    plan = plan_of(options, source, may_stay=False)
+    target = options.target / source.path.resolve().name
+    order = orders[kind](Growth(source, plan, WHOLE), target)
+    print(f"{source.path} -> {target}")
+    print(f"layers {plan.source_layers} -> {plan.target_layers}: {draw(plan.layer_map)}")
+    print(f"to write: {order.needed / 2**20:.1f} MiB; all else is linked")
+    if not options.dry_run:
+        write(order, workers=options.workers)
+        print(f"written: {target} shares files with {source.path}; neither is ever changed")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="a tag directory, or one that holds `latest`")
     add("target", type=Path, metavar="TARGET", help="gets a directory named like the source's tag")
+    add("--link", action="store_true", help="share the source's values instead of copying them")
     add_growth_options(parser)
     return parser
 

@@ -19,6 +19,7 @@ from lag_megatron.errors import CheckpointError
 from lag_megatron.files import flush_to_disk, write_atomically
 
 MANIFEST, LATEST = "manifest.json", "latest"
+SHARED = "shared_with"  # of a file that is linked to one of the source: that one's name
 MANIFEST_FORMAT = 1
 _CHUNK = 1 << 20
 _REMOVED = ".removed-"

@@ -89,13 +89,29 @@ def describe_any(path: Path) -> dict[str, Any]:
         for file in sorted(path.rglob("*"))
         if file.is_file()
     }
+    notes = [*facts["notes"], *_sharing(path)]
     return {
         "path": str(path),
         **facts,
+        "notes": notes,
         "files": files,
         "bytes": sum(files.values()),
         "complete": not facts["problems"],
     }
+
+
+def _sharing(path: Path) -> Iterator[str]:
+    """Which files are another checkpoint's too."""
+    if not commit.is_committed(path):
+        return
+    manifest = commit.read_manifest(path)
+    shared = [entry for entry in manifest["files"].values() if commit.SHARED in entry]
+    if shared:
+        size = sum(entry["size"] for entry in shared)
+        yield (
+            f"{len(shared)} of {len(manifest['files'])} files ({size / 2**20:.1f} MiB) are hard "
+            f"links, made from {manifest['source']['path']}"
+        )
 
 
 def damages(path: Path) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lag_megatron.checkpoint import dcp
+from lag_megatron.checkpoint import dcp, pickles
 from lag_megatron.checkpoint.boxes import numel
 from lag_megatron.checkpoint.dcp import Contents, StoredTensor
 from lag_megatron.checkpoint.names import layers_in
@@ -24,7 +24,6 @@ from lag_megatron.checkpoint.zipcheck import damaged_records
 from lag_megatron.errors import CheckpointError
 
 CONFIG, COMMON = "metadata.json", "common.pt"
-_ENUMERATIONS = ("megatron.core.enums.ModelType", "megatron.core.transformer.enums.AttnBackend")
 _HYPER_PARAMETERS = ("lr", "betas", "eps", "weight_decay")
 _STATE_NAMES = {"param": "fp32", "fp32_param": "fp32"}
 _OPTIMIZER = re.compile(r"(^|\.)(optim|optimizer|optimizers)\.|^state\.|^chained_\d+\.")
@@ -36,13 +35,6 @@ _GROUP_ENTRY = re.compile(
 _STACKED = re.compile(r"(^|\.)layers\.(?!\d)")
 _PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _WRITER = re.compile(r"__(\d+)_\d+\.distcp$")
-
-
-class _Enumerated:
-    """Stands for a choice among Megatron's arguments."""
-
-    def __init__(self, *value: object) -> None:
-        self.value = value
 
 
 def is_megatron(path: Path) -> bool:
@@ -112,9 +104,9 @@ def read_common(path: Path) -> tuple[Mapping[str, Any], str]:
     file = path / COMMON
     if not file.is_file():
         raise CheckpointError(f"{file}: missing. Restore it, or use another checkpoint.")
-    stand_ins = [(_Enumerated, name) for name in _ENUMERATIONS]
+    safe: list[Any] = [argparse.Namespace, *pickles.STAND_INS.items()]
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+        with torch.serialization.safe_globals(safe):
             found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))

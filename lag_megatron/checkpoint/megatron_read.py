@@ -54,6 +54,16 @@ def open_megatron(path: Path) -> WholeParameters:
     return _Reader(path, dcp.read_metadata(path), common).source
 
 
+def prefixes_of(contents: Contents) -> list[tuple[str, State]]:
+    """The prefixes under which a checkpoint stores the optimizer's states, with which it is."""
+    return [
+        (prefix, state)
+        for state, prefixes in _PREFIXES.items()
+        for prefix in prefixes
+        if any(name.startswith(prefix) for name in contents.tensors)
+    ]
+
+
 @dataclass(frozen=True)
 class _Reader:
     path: Path
@@ -76,10 +86,9 @@ class _Reader:
         arguments = self.common.get("args")
         if "model" not in state and isinstance(arguments, argparse.Namespace):
             state["model"] = model_of(arguments)
-        ordered = in_model_order(names) if "parameter_groups" not in kept else names
         return WholeParameters(
             path=self.path,
-            header=blank_header(module_keys(ordered), client_state=state, step=step),
+            header=blank_header(module_keys(in_model_order(names)), client_state=state, step=step),
             groups=self.groups,
             group_states=self.group_states(step),
             read=self.read,
@@ -139,10 +148,7 @@ class _Reader:
 
     def _has(self, state: State) -> str | None:
         """The prefix under which a state is stored; None if it is not."""
-        for prefix in _PREFIXES[state]:
-            if any(name.startswith(prefix) for name in self.contents.tensors):
-                return prefix
-        return None
+        return next((p for p, kept in prefixes_of(self.contents) if kept == state), None)
 
     def _shape(self, name: str) -> Shape:
         if name not in self.parameters:

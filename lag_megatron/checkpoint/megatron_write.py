@@ -6,19 +6,17 @@ a file of its own, which a grown checkpoint can link to.
 """
 
 import json
-import pickle
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint import metadata as dcp
 
 from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.boxes import numel
-from lag_megatron.checkpoint.dcp import METADATA
+from lag_megatron.checkpoint.boxes import Box, numel
+from lag_megatron.checkpoint.dcp import METADATA, Place, StoredTensor
+from lag_megatron.checkpoint.dcp_write import write_metadata
 from lag_megatron.checkpoint.draft import DTYPES, Room
 from lag_megatron.checkpoint.layout import STATES, State
 from lag_megatron.checkpoint.megatron import COMMON, CONFIG
@@ -89,7 +87,7 @@ class _Stored:
         entries: dict[str, Any] = {}
         for prefix, kept, dtype in self._kinds():
             room, file = Room(), self._file(name, prefix)
-            objects = room(self._state.region(name, kept), self._chunk(name).sizes, dtype)
+            objects = room(self._state.region(name, kept), self._box(name).shape, dtype)
             entries[file] = write_objects(
                 folder / file, objects, room, self._state.fill, told, flush
             )
@@ -102,10 +100,9 @@ class _Stored:
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         config |= {"common_backend": "torch", "common_backend_version": 1}
         (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-        with (folder / METADATA).open("wb") as file:
-            lengths = {name: entry["size"] for name, entry in files.items()}
-            lengths[_NOTHING] = (folder / _NOTHING).stat().st_size
-            pickle.dump(self._metadata(lengths), file)
+        lengths = {name: entry["size"] for name, entry in files.items()}
+        nothing = Place(_NOTHING, 0, (folder / _NOTHING).stat().st_size, transformed=False)
+        write_metadata(folder, self._tensors(lengths), dict.fromkeys(self._empty(), nothing))
         return {n: commit.seal(folder / n) for n in (_NOTHING, COMMON, CONFIG, METADATA)}
 
     def _kinds(self) -> Iterator[tuple[str, State, torch.dtype]]:
@@ -118,35 +115,29 @@ class _Stored:
         kind = [prefix for prefix, _, _ in self._kinds()].index(prefix)
         return f"__0_{self._numbers[name] * 4 + kind}.distcp"
 
-    def _chunk(self, name: str) -> dcp.ChunkStorageMetadata:
+    def _box(self, name: str) -> Box:
         """A parameter's box in its stored tensor."""
         shape, layer = self._state.shapes[name], stored_as(name).layer
         low = tuple(0 for _ in shape)
-        if layer is not None:
-            low, shape = (layer, *low), (1, *shape)
-        return dcp.ChunkStorageMetadata(torch.Size(low), torch.Size(shape))
+        return Box(low, shape) if layer is None else Box((layer, *low), (1, *shape))
 
-    def _metadata(self, lengths: Mapping[str, int]) -> dcp.Metadata:
-        """What torch reads first, from the lengths of all files."""
-        tensors: dict[str, dcp.STORAGE_TYPES] = {}
-        places: dict[dcp.MetadataIndex, Any] = {}
+    def _tensors(self, lengths: Mapping[str, int]) -> dict[str, StoredTensor]:
+        """Every stored tensor with its boxes, from the lengths of their files."""
+        boxes: dict[str, list[tuple[Box, Place]]] = {}
+        dtypes: dict[str, torch.dtype] = {}
         for name in self._state.shapes:
-            chunk, where = self._chunk(name), stored_as(name)
-            size = [*chunk.sizes] if where.layer is None else [self._layers, *chunk.sizes[1:]]
             for prefix, _, dtype in self._kinds():
-                key = prefix + where.key
-                properties = dcp.TensorProperties(dtype=dtype)
-                entry = dcp.TensorStorageMetadata(properties, torch.Size(size), [])
-                stored = tensors.setdefault(key, entry)
-                assert isinstance(stored, dcp.TensorStorageMetadata)
-                index = dcp.MetadataIndex(key, chunk.offsets, len(stored.chunks))
-                stored.chunks.append(chunk)
-                file = self._file(name, prefix)
-                places[index] = filesystem._StorageInfo(file, 0, lengths[file])
-        for key in self._empty():
-            tensors[key] = dcp.BytesStorageMetadata()
-            places[dcp.MetadataIndex(key)] = filesystem._StorageInfo(_NOTHING, 0, lengths[_NOTHING])
-        return dcp.Metadata(tensors, None, places, version="1.0.0")
+                file, key = self._file(name, prefix), prefix + stored_as(name).key
+                place = Place(file, 0, lengths[file], transformed=False)
+                boxes.setdefault(key, []).append((self._box(name), place))
+                dtypes[key] = dtype
+        found = {}
+        for key, listed in boxes.items():
+            stacked = len(listed) > 1 or "layers." in key
+            shape = listed[0][0].shape
+            whole = (self._layers, *shape[1:]) if stacked else shape
+            found[key] = StoredTensor(dtypes[key], whole, tuple(listed))
+        return found
 
     def _empty(self) -> Iterator[str]:
         """Names of the extra state of Megatron's linear layers, of which there is none."""

@@ -1,7 +1,8 @@
 """Reading and writing DeepSpeed's files without DeepSpeed, mapped into memory.
 
-The files pickle four DeepSpeed classes.  They are read as stand-ins under ``weights_only``, so a
-checkpoint cannot run code, and written back under the same global names.
+The files pickle four DeepSpeed classes, and Megatron's settings two enumerations.  They are read as
+stand-ins under ``weights_only``, so a checkpoint cannot run code, and written back under the same
+global names.
 """
 
 import enum
@@ -50,7 +51,27 @@ class ZeroStage(enum.IntEnum):
     weights = 3
 
 
+class Enumerated:
+    """Stands for a member of one of Megatron's enumerations."""
+
+    def __init__(self, *value: object) -> None:
+        self.value = value
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), self.value
+
+
+class ModelType(Enumerated):
+    """Stands for Megatron's kind of model."""
+
+
+class AttentionBackend(Enumerated):
+    """Stands for Megatron's choice of attention."""
+
+
 STAND_INS: dict[type, str] = {
+    ModelType: "megatron.core.enums.ModelType",
+    AttentionBackend: "megatron.core.transformer.enums.AttnBackend",
     LossScaler: "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     DynamicLossScaler: "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     FragmentAddress: "deepspeed.utils.tensor_fragment.fragment_address",
@@ -107,6 +128,11 @@ def load(path: Path, *, writable: bool = False) -> Any:
             f"{path}: damaged or cut short ({path.stat().st_size} bytes): {_cause(error)}. "
             "Restore it from a copy, or use another tag."
         ) from None
+
+
+def save(path: Path, objects: Any) -> None:
+    """Write objects that are small, stand-ins under the names of what they stand for."""
+    torch.save(objects, path, pickle_module=_Pickling)
 
 
 def create(path: Path, objects: Any) -> Any:

@@ -7,6 +7,7 @@ from lag_megatron.model.bert import build_bert
 from lag_megatron.model.gpt import build_gpt
 from lag_megatron.model.losses import labels_of, loss_sums, mean_loss
 from lag_megatron.model.sequence_parallel import sum_partial_gradients
+from lag_megatron.model.wide_products import emulates_products, widen_products
 from lag_megatron.model.without_cuda import run_megatron_without_cuda
 
 __all__ = ["build_model", "labels_of", "loss_sums", "mean_loss"]
@@ -19,6 +20,10 @@ def build_model(
     run_megatron_without_cuda()
     build = build_bert if model.family == "bert" else build_gpt
     built = build(model, parallel, num_layers=num_layers, vocab_size=vocab_size)
+    dtype = torch.bfloat16 if parallel.precision == "bf16" else torch.float32
+    stays_here = not torch.cuda.is_available()
+    if stays_here and emulates_products(dtype, torch.device("cpu")):
+        widen_products(built)
     if parallel.sequence_parallel:
         sum_partial_gradients(built)
     return built

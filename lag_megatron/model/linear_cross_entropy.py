@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lag_megatron.config import ModelConfig
 from lag_megatron.kernels.softmax import reads_any_type, statistics, to_gradient
+from lag_megatron.model.wide_products import emulates_products
 
 # Logits of a chunk: on a CPU enough rows for fast products while they stay near the cache, on a GPU
 # enough to fill it.
@@ -130,6 +131,9 @@ def linear_cross_entropy(
         kept = loss_mask != 0
         if not bool(kept.all()):
             hidden, labels, loss_mask = hidden[kept], labels[kept], loss_mask[kept]
+    if emulates_products(hidden.dtype, hidden.device):
+        hidden, weight = hidden.float(), weight.float()
+        bias = None if bias is None else bias.float()
     size = chunk or _CHUNK.get(hidden.device.type, _CHUNK["cuda"])
     rows = max(1, size // max(weight.shape[0], 1))
     options = (mine or Slice(), label_smoothing, z_loss, rows)

@@ -22,7 +22,9 @@ from lag_megatron.checkpoint.parts import write
 from lag_megatron.checkpoint.source import WHOLE
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.growth.convert import Conversion, open_source
-from lag_megatron.growth.materialize import retarget
+from lag_megatron.growth.linked import linked_universal
+from lag_megatron.growth.linked_dcp import linked_megatron
+from lag_megatron.growth.materialize import Growth, retarget
 from lag_megatron.growth.plan import GrowthPlan
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -225,6 +227,34 @@ def test_growth_on_the_way_from_megatron_to_deepspeed(tmp_path):
     run_ranks(load_imported, 2, config, tmp_path / "grown")
     found, _ = full(tmp_path / "back", config, 2)
     for (state, name), value in found.items():
-        layer = {"layers.1.": "layers.0.", "layers.2.": "layers.1."}
-        old = next((name.replace(a, b) for a, b in layer.items() if a in name), name)
-        assert torch.equal(value, expected[state, old]), (state, name)
+        assert torch.equal(value, expected[state, before_growth(name)]), (state, name)
+
+
+def before_growth(name):
+    """The old parameter that a grown one has the values of."""
+    layers = {"layers.1.": "layers.0.", "layers.2.": "layers.1."}
+    return next((name.replace(a, b) for a, b in layers.items() if a in name), name)
+
+
+def test_stock_loaders_take_growth_by_links(tmp_path):
+    path, _, (expected, steps) = trained(tmp_path / "old", 2)
+    config, topology = target_of(2, num_layers=3)
+    for form in ("universal", "megatron"):
+        there = Conversion(source=ZeroCheckpoint.open(path), to=form, topology=topology)
+        write(there.order(there.place(tmp_path / form)))
+    source = open_source(tmp_path / "universal")
+    write(linked_universal(Growth(source, GROW, WHOLE), tmp_path / "linked" / "step3_universal"))
+    run_ranks(load_universal, 2, config, tmp_path / "linked", tmp_path)
+    found, counts = full(tmp_path / "back", config, 2)
+    assert counts == steps
+    for (state, name), value in found.items():
+        assert torch.equal(value, expected[state, before_growth(name)]), (state, name)
+    source = open_source(tmp_path / "megatron")
+    write(linked_megatron(Growth(source, GROW, WHOLE), tmp_path / "linked" / "iter_0000003"))
+    config = replace(config, parallel=replace(config.parallel, tensor=2))
+    ranks = run_ranks(load_dist, 2, config, tmp_path / "linked" / "iter_0000003")
+    for rank, (taken, _, _) in enumerate(ranks):
+        for (state, name), value in taken.items():
+            kept = "fp32" if state == "weight" else state
+            part = part_of(name, expected[kept, before_growth(name)], rank, 2, gated=False)
+            assert torch.equal(value, part), (state, name)

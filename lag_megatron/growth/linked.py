@@ -1,0 +1,112 @@
+"""Growth that writes almost nothing: old values are linked, and only new ones are written.
+
+Here of universal checkpoints, in which every state of a parameter is a file, which a duplicate
+shares by a hard link; ``linked_dcp`` has the others.  Both need the source's file system.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.boxes import numel
+from lag_megatron.checkpoint.layout import STATES, State, Topology
+from lag_megatron.checkpoint.parts import Flush, Order, Part, Told
+from lag_megatron.checkpoint.states import role_of
+from lag_megatron.checkpoint.universal import FOLDER
+from lag_megatron.checkpoint.universal_write import universal_order
+from lag_megatron.errors import CheckpointError
+from lag_megatron.growth.convert import whole_state
+from lag_megatron.growth.growth_map import Copy
+from lag_megatron.growth.materialize import Growth
+
+
+def linked_universal(growth: Growth, target: Path) -> Order:
+    """The order for a grown universal checkpoint of one, for a job of the same topology.
+
+    Args:
+        growth: of a universal checkpoint, under the topology of one rank without ZeRO.
+        target: the tag directory to come.
+    """
+    header = growth.source.header
+    config, degrees = header["ds_config"], header.get("checkpoint_parallel_dimensions") or {}
+    enabled = [p for p in ("bf16", "fp16") if (config.get(p) or {}).get("enabled")]
+    topology = Topology(
+        zero_stage=int((config.get("zero_optimization") or {}).get("stage", 1)),
+        data_size=int(header["dp_world_size"]),
+        tensor_size=int(degrees.get("tp_degree", header["mp_world_size"])),
+        precision=enabled[0] if enabled else "fp32",  # type: ignore[arg-type]
+    )
+    order = universal_order(whole_state(growth), target, topology, about=growth.about)
+    parts = [
+        Part(part.name, partial(_link_parameter, growth, part.name, part.write))
+        if part.name in growth.growth_map.blocks
+        else part
+        for part in order.parts
+    ]
+    return replace(order, parts=parts, needed=fresh_bytes(growth), what="what is not linked")
+
+
+def _link_parameter(
+    growth: Growth,
+    name: str,
+    write: Callable[[Path, Told, Flush], Mapping[str, Any]],
+    folder: Path,
+    told: Told,
+    flush: Flush,
+) -> Mapping[str, Any]:
+    """A parameter's folder: hard links where all its states are another's, files elsewhere."""
+    origins = {origin_of(growth, name, state) for state in STATES}
+    (folder / FOLDER / name).mkdir(parents=True, exist_ok=True)
+    if len(origins) > 1 or None in origins:
+        return write(folder, told, flush)
+    (origin,) = origins
+    source = growth.source.path / FOLDER / str(origin)
+    return dict(
+        link(file, folder / FOLDER / name / file.name, folder, growth.source.path)
+        for file in sorted(source.glob("*.pt"))
+    )
+
+
+def link(file: Path, place: Path, folder: Path, source: Path) -> tuple[str, dict[str, Any]]:
+    """Link a file of a checkpoint into a draft; its name there and its manifest entry.
+
+    Raises:
+        CheckpointError: if the two are not on one file system.
+    """
+    try:
+        place.unlink(missing_ok=True)
+        os.link(file, place)
+    except OSError as error:
+        raise CheckpointError(
+            f"{place}: cannot be linked to {file}: {error.strerror}. Linked growth needs a target "
+            "on the source's file system; leave out --link elsewhere."
+        ) from None
+    name = str(file.relative_to(source))
+    known = commit.read_manifest(source)["files"].get(name) if commit.is_committed(source) else None
+    entry = dict(known) if known is not None else commit.seal(file)
+    return str(place.relative_to(folder)), {**entry, commit.SHARED: name}
+
+
+def origin_of(growth: Growth, name: str, state: State) -> str | None:
+    """The old parameter whose values a grown one has, bit for bit; None if its own are new."""
+    block, *others = growth.growth_map.blocks[name]
+    origin = block.sources[role_of(state)]
+    if others or not isinstance(origin, Copy) or any(origin.low) or origin.scale != 1:
+        return None
+    shapes = {**growth.source.layout.shapes, **growth.source.frozen.shapes}
+    return origin.parameter if shapes[origin.parameter] == block.box.shape else None
+
+
+def fresh_bytes(growth: Growth) -> int:
+    """Bytes of masters and moments that have to be written."""
+    shapes = growth.layout.shapes
+    return sum(
+        4 * numel(shape)
+        for name, shape in shapes.items()
+        for state in STATES
+        if origin_of(growth, name, state) is None
+    )

@@ -1,0 +1,240 @@
+"""Growth of distributed checkpoints by their metadata, which says where values lie.
+
+The data files are linked as they are, a duplicate is one more entry for the same bytes, and only
+values that are new are written.
+"""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from lag_megatron.checkpoint import commit, dcp, megatron, pickles
+from lag_megatron.checkpoint.boxes import Box
+from lag_megatron.checkpoint.dcp import Place, StoredTensor
+from lag_megatron.checkpoint.dcp_write import write_metadata
+from lag_megatron.checkpoint.draft import Room
+from lag_megatron.checkpoint.layout import State
+from lag_megatron.checkpoint.megatron_names import Stacked, parameters_in, stored_as
+from lag_megatron.checkpoint.megatron_read import prefixes_of
+from lag_megatron.checkpoint.megatron_write import TRACKER
+from lag_megatron.checkpoint.names import LAYER
+from lag_megatron.checkpoint.parts import Flush, Order, Part, Told
+from lag_megatron.checkpoint.whole import WholeState
+from lag_megatron.checkpoint.zero_write import write_objects
+from lag_megatron.errors import PlanError
+from lag_megatron.growth.convert import whole_state
+from lag_megatron.growth.linked import fresh_bytes, link, origin_of
+from lag_megatron.growth.materialize import Growth
+
+
+def linked_megatron(growth: Growth, target: Path) -> Order:
+    """The order for a grown distributed checkpoint of one: its data linked, its metadata new.
+
+    Args:
+        growth: of a distributed checkpoint, under the topology of one rank without ZeRO.
+        target: the directory to come, an ``iter_0000000`` for Megatron.
+
+    Raises:
+        PlanError: if stored pieces reach over layers, or settings cannot be brought up to date.
+    """
+    grown = _GrownMetadata(growth, whole_state(growth))
+    return Order(
+        target=target,
+        parts=[
+            *(
+                Part(f"link {file}", partial(grown.link_file, file))
+                for file in sorted({place.file for place in grown.old_places()})
+            ),
+            *(Part(name, partial(grown.write_fresh, name)) for name in grown.fresh),
+        ],
+        about={**growth.about, "written_as": "linked"},
+        needed=fresh_bytes(growth),
+        what="what is not linked",
+        check=growth.source.require_sound,
+        finish=grown.write_rest,
+        pointer=TRACKER if grown.is_megatron else None,
+        says=str(growth.source.step),
+    )
+
+
+@dataclass(frozen=True)
+class _GrownMetadata:
+    """Where everything of a grown distributed checkpoint lies."""
+
+    growth: Growth
+    state: WholeState
+
+    @cached_property
+    def contents(self) -> dcp.Contents:
+        """Of the source."""
+        return dcp.read_metadata(self.growth.source.path)
+
+    @property
+    def is_megatron(self) -> bool:
+        """Whether Megatron-Core wrote the source, or torch."""
+        return megatron.is_megatron(self.growth.source.path)
+
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        """Megatron's settings, brought up to date.
+
+        Raises:
+            PlanError: if they hold what is not known here.
+        """
+        found, note = megatron.read_common(self.growth.source.path)
+        if note:
+            raise PlanError(
+                f"{self.growth.source.path}: {note}, so its number of layers cannot be changed. "
+                "Leave out --link."
+            )
+        common = {**found, "lag": self.growth.client_state}
+        arguments = copy.copy(found.get("args"))
+        if arguments is not None:
+            arguments.num_layers = self.growth.plan.target_layers
+            common["args"] = arguments
+        return common
+
+    @cached_property
+    def old(self) -> dict[str, Stacked]:
+        """Where the source's parameters are stored."""
+        tensors = megatron.model_tensors(self.contents)
+        return parameters_in({name: tensor.shape for name, tensor in tensors.items()})
+
+    @cached_property
+    def kinds(self) -> list[tuple[str, State]]:
+        """Prefix and values of everything that is stored of a parameter."""
+        return [("", "fp32"), *prefixes_of(self.contents)]
+
+    @cached_property
+    def fresh(self) -> dict[str, list[tuple[str, State]]]:
+        """By parameter, what of it has to be written."""
+        found = {
+            name: [kind for kind in self.kinds if origin_of(self.growth, name, kind[1]) is None]
+            for name in self.state.shapes
+        }
+        return {name: kinds for name, kinds in found.items() if kinds}
+
+    def old_places(self) -> Iterator[Place]:
+        """Every place of the source."""
+        for _, place, _ in self.contents.places():
+            if place is not None:
+                yield place
+
+    def link_file(self, name: str, folder: Path, told: Told, flush: Flush) -> dict[str, Any]:
+        """Link a data file of the source."""
+        path = self.growth.source.path
+        return dict([link(path / name, folder / name, folder, path)])
+
+    def write_fresh(self, name: str, folder: Path, told: Told, flush: Flush) -> dict[str, Any]:
+        """Write a parameter's new values."""
+        entries: dict[str, Any] = {}
+        for prefix, state in self.fresh[name]:
+            room, file = Room(), self._file(name, prefix)
+            dtype = self.contents.tensors[prefix + self.old[self._like(name)].key].dtype
+            objects = room(self.state.region(name, state), self._box(name).shape, dtype)
+            fill = self.state.fill
+            entries[file] = write_objects(folder / file, objects, room, fill, told, flush)
+        return entries
+
+    def write_rest(self, folder: Path, files: Mapping[str, Any]) -> dict[str, Any]:
+        """The metadata and the settings."""
+        write_metadata(folder, self._tensors(files), dict(self._objects()))
+        written = [dcp.METADATA]
+        if self.is_megatron:
+            pickles.save(folder / megatron.COMMON, self.common)
+            config = (self.growth.source.path / megatron.CONFIG).read_text(encoding="utf-8")
+            (folder / megatron.CONFIG).write_text(json.dumps(json.loads(config)), encoding="utf-8")
+            written += [megatron.COMMON, megatron.CONFIG]
+        return {name: commit.seal(folder / name) for name in written}
+
+    def _tensors(self, files: Mapping[str, Any]) -> dict[str, StoredTensor]:
+        known = {p + where.key for p, _ in self.kinds for where in self.old.values()}
+        found = {k: v for k, v in self.contents.tensors.items() if k not in known}
+        chunks: dict[str, list[tuple[Box, Place | None]]] = {}
+        for name in self.state.shapes:
+            for prefix, state in self.kinds:
+                key = prefix + self._where(name).key
+                chunks.setdefault(key, []).extend(self._chunks(name, prefix, state, files))
+        for name in self.state.shapes:
+            where = self._where(name)
+            for prefix, _ in self.kinds:
+                like = self.contents.tensors[prefix + self.old[self._like(name)].key]
+                shape = like.shape
+                if where.layer is not None:
+                    shape = (self.growth.plan.target_layers, *shape[1:])
+                key = prefix + where.key
+                found[key] = StoredTensor(like.dtype, shape, tuple(chunks[key]))
+        return found
+
+    def _chunks(
+        self, name: str, prefix: str, state: State, files: Mapping[str, Any]
+    ) -> Iterator[tuple[Box, Place | None]]:
+        """The boxes of one parameter in its stored tensor."""
+        origin = origin_of(self.growth, name, state)
+        if origin is None:
+            file = self._file(name, prefix)
+            yield self._box(name), Place(file, 0, files[file]["size"], transformed=False)
+            return
+        there, here = self.old[origin], self._where(name)
+        for box, place in self.contents.tensors[prefix + there.key].chunks:
+            if there.layer is None or here.layer is None:
+                yield box, place
+            elif box.low[0] == there.layer and box.shape[0] == 1:
+                yield Box((here.layer, *box.low[1:]), box.shape), place
+            elif box.low[0] <= there.layer < box.low[0] + box.shape[0]:
+                raise PlanError(
+                    f"{self.growth.source.path}: {prefix + there.key} is stored in pieces of "
+                    "several layers, which cannot be linked one by one. Leave out --link."
+                )
+
+    def _objects(self) -> Iterator[tuple[str, Place]]:
+        """Places of what is no tensor; that of layers goes where its layer goes."""
+        layers = self.growth.plan.layer_map
+        for name, place in self.contents.objects.items():
+            head, shard, tail = name.partition("/shard_")
+            if place is None:
+                continue
+            if "layers." not in name or not shard:
+                yield name, place
+                continue
+            index, _ = tail.split("_")
+            match = LAYER.match(name)
+            old = int(index if match is None else match["layer"])
+            for new, origin in enumerate(layers):
+                if origin.source == old:
+                    yield self._object(name, head, new, len(layers)), place
+
+    def _object(self, name: str, head: str, new: int, layers: int) -> str:
+        match = LAYER.match(name)
+        if match is None:
+            return f"{head}/shard_{new}_{layers}"
+        return f"{match['head']}{new}{match['tail']}"
+
+    def _where(self, name: str) -> Stacked:
+        """Where a grown parameter is stored, in the source's way."""
+        like = self.old[self._like(name)]
+        if like.layer is None:
+            match = LAYER.match(like.key)
+            if match is None:
+                return like
+            return Stacked(f"{match['head']}{LAYER.match(name)['layer']}{match['tail']}", None)  # type: ignore[index]
+        return stored_as(name)
+
+    def _like(self, name: str) -> str:
+        """An old parameter of the same kind: of the same shape, precision and way of storing."""
+        match = LAYER.match(name)
+        return name if match is None else f"{match['head']}0{match['tail']}"
+
+    def _box(self, name: str) -> Box:
+        shape, layer = self.state.shapes[name], self._where(name).layer
+        low = tuple(0 for _ in shape)
+        return Box(low, shape) if layer is None else Box((layer, *low), (1, *shape))
+
+    def _file(self, name: str, prefix: str) -> str:
+        number = list(self.state.shapes).index(name)
+        kind = [known for known, _ in self.kinds].index(prefix)
+        return f"__grown_{self.growth.plan.digest[:8]}_{number}_{kind}.distcp"

@@ -1,0 +1,97 @@
+"""Products in bf16 on CPUs without instructions for them: the values, the gradients, and when."""
+
+import pytest
+import torch
+from conftest import PICO_VOCABULARY, pico_config, random_batches, run_ranks
+
+from lag_megatron.model import wide_products
+from lag_megatron.model.linear_cross_entropy import linear_cross_entropy
+from lag_megatron.model.wide_products import emulates_products, widen_products
+
+CPU = torch.device("cpu")
+
+
+def test_what_a_cpu_can_do_decides(monkeypatch):
+    assert not emulates_products(torch.float32, CPU)
+    assert not emulates_products(torch.bfloat16, torch.device("cuda"))
+    for supported in (True, False):
+        monkeypatch.setattr(
+            torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda known=supported: known
+        )
+        assert emulates_products(torch.bfloat16, CPU) is not supported
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_rounds_its_product_once(bias):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(24, 40, bias=bias, dtype=torch.bfloat16)
+    hidden = torch.randn(3, 7, 24, dtype=torch.bfloat16, requires_grad=True)
+    wide = torch.nn.functional.linear(
+        hidden.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double()
+    )
+    widen_products(torch.nn.Sequential(layer))
+    out = layer(hidden)
+    assert out.dtype is torch.bfloat16
+    assert (out.float() != wide.float().bfloat16().float()).float().mean() < 0.01
+    torch.testing.assert_close(out.double(), wide, rtol=2**-8, atol=2**-8)
+    gradient = torch.randn_like(out)
+    out.backward(gradient)
+    exact = gradient.flatten(0, 1).double().t() @ hidden.detach().flatten(0, 1).double()
+    assert layer.weight.grad.dtype is hidden.grad.dtype is torch.bfloat16
+    torch.testing.assert_close(layer.weight.grad.double(), exact, rtol=2**-7, atol=2**-6)
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert not layer(hidden).any() or bias  # weights are looked up anew
+
+
+def test_the_loss_head_takes_wide_products(monkeypatch):
+    torch.manual_seed(1)
+    hidden, weight = (torch.randn(n, 16, dtype=torch.bfloat16) for n in (40, 64))
+    labels, mask = torch.randint(64, (40,)), torch.ones(40)
+    exact = torch.nn.functional.cross_entropy(
+        hidden.double() @ weight.double().t(), labels, reduction="sum"
+    )
+    found = {}
+    for wide in (True, False):
+        monkeypatch.setattr(
+            "lag_megatron.model.linear_cross_entropy.emulates_products",
+            lambda dtype, device, answer=wide: answer,
+        )
+        found[wide] = float(linear_cross_entropy(hidden, weight, None, labels, mask))
+    assert abs(found[True] - float(exact)) < 1e-3
+    assert found[False] == pytest.approx(float(exact), rel=1e-2)
+
+
+def losses(config, wide):
+    from lag_megatron.engine import Engine
+    from lag_megatron.parallel import start_world, stop_world
+
+    wide_products_answer(wide)
+    world = start_world(tensor=config.parallel.tensor)
+    engine = Engine(config, world, num_layers=2, vocab_size=PICO_VOCABULARY)
+    found = []
+    for step in range(4):
+        batches = random_batches(config, world, 0)
+        found.append(engine.train_step(batches, step=step, lr=1e-2).loss)
+    stop_world()
+    return found
+
+
+def wide_products_answer(wide):
+    from lag_megatron import model
+
+    for module in (model, model.linear_cross_entropy, wide_products):
+        module.emulates_products = lambda dtype, device: wide and dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("world", "shape"),
+    [(1, {}), (2, {"tensor": 2, "llama": True}), (2, {"zero_stage": 3})],
+    ids=["gpt", "llama-tensor2", "gpt-zero3"],
+)
+def test_training_follows_the_same_curve(world, shape):
+    config = pico_config(precision="bf16", **shape)
+    curves = [run_ranks(losses, world, config, wide)[0] for wide in (True, False)]
+    assert curves[0] != curves[1]  # rounded in other places
+    assert curves[0] == pytest.approx(curves[1], rel=2e-3)
+    assert curves[0][-1] < curves[0][0]
