@@ -48,7 +48,7 @@ from lag_megatron.checkpoint.zero_header import (
 from lag_megatron.checkpoint.zero_load import (
     load_states,
     optimizer_of,
-    refuse_bf16_optimizer,
+    pads_masters,
     require_known_states,
     require_same_list,
     require_same_places,
@@ -193,7 +193,6 @@ class ZeroCheckpoint:
         name = self._optimizer_file(tensor_rank, data_rank)
         states = self._load(name)
         if name not in self._checked:
-            refuse_bf16_optimizer(self.path / name, states)
             self._check_buffers(name, None, states, data_rank)
             require_same_places(self.path / name, states, self.layout.held(data_rank))
             inner = torch_optimizer_state(self.topology, None, states)
@@ -268,7 +267,8 @@ class ZeroCheckpoint:
     def _check_buffers(self, file: str, model: Any, states: Any, data_rank: int) -> None:
         names = list(self.layout.shapes)
         for state, layout in self.layout.states.items():
-            lengths = layout.filled if state == "fp32" else layout.lengths
+            is_lean = state == "fp32" and not pads_masters(states)
+            lengths = layout.filled if is_lean else layout.lengths
             for key in layout.keys(data_rank):
                 try:
                     buffer = state_buffer(self.topology, model, states, key, state, names)

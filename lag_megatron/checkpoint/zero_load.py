@@ -46,18 +46,13 @@ def _require_sound_pickle(file: Path) -> None:
         ) from None
 
 
-def refuse_bf16_optimizer(file: Path, states: Any) -> None:
-    """Refuse a shard of DeepSpeed's BF16_Optimizer, whose masters are padded.
+def pads_masters(states: Any) -> bool:
+    """Whether a shard's masters are padded as its moments are: DeepSpeed's BF16_Optimizer's.
 
-    Raises:
-        CheckpointError: if it is one.
+    It is ZeRO-1's for bf16 with fp32 gradients; each of the two loads the other's files.
     """
-    optimizer = states.get("optimizer_state_dict") or {}
-    if "single_partition_of_fp32_groups" in optimizer and "zero_stage" not in optimizer:
-        raise CheckpointError(
-            f"{file}: written by DeepSpeed's BF16_Optimizer, whose layout is not understood here. "
-            "Resume it without data_types.grad_accum_dtype: fp32, save, and use that."
-        )
+    optimizer = (states or {}).get("optimizer_state_dict") or {}
+    return "single_partition_of_fp32_groups" in optimizer and "zero_stage" not in optimizer
 
 
 def optimizer_of(topology: Topology, model: Any) -> Optimizer:

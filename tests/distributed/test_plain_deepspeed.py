@@ -79,9 +79,11 @@ class At:
     stage: int
     world: int
     precision: str = "fp32"
+    wide_gradients: bool = False  # DeepSpeed's BF16_Optimizer
 
     def __str__(self):
-        return f"zero{self.stage}x{self.world}{self.precision}"
+        wide = "wide" if self.wide_gradients else ""
+        return f"zero{self.stage}x{self.world}{self.precision}{wide}"
 
     def config(self):
         config = {
@@ -96,6 +98,8 @@ class At:
             config["fp16"] = {"enabled": True, "min_loss_scale": 2, **options}
         elif self.precision == "bf16":
             config["bf16"] = {"enabled": True}
+        if self.wide_gradients:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
         return config
 
     def read(self, folder):
@@ -114,6 +118,7 @@ WAYS = [
     (GROW, At(1, 2), At(1, 1)),
     (GROW, At(1, 3, "bf16"), At(2, 2, "bf16")),
     (GROW, At(1, 3, "bf16"), At(3, 2)),
+    (GROW, At(1, 3, "bf16", wide_gradients=True), At(3, 2, "bf16")),
     (GROW, At(2, 3), At(1, 2, "bf16")),
     (GROW, At(2, 2, "fp16"), At(3, 3, "fp16")),
     (GROW, At(2, 2, "fp16"), At(1, 1, "fp16")),
@@ -127,6 +132,7 @@ WAYS = [
 RECOVERED = [
     (At(1, 2), At(1, 3)),
     (At(1, 3, "bf16"), At(2, 2, "bf16")),
+    (At(1, 3, "bf16", wide_gradients=True), At(1, 2, "bf16")),
     (At(2, 2, "fp16"), At(3, 3, "fp16")),
     (At(3, 2), At(3, 1)),
 ]
@@ -299,7 +305,7 @@ def test_what_does_not_grow_is_the_sources(plan, before, after, sources, tmp_pat
     }
     assert set(new["buffer_names"]) == {"places", *gains}
     scalers = [
-        load(folder, "*optim_states.pt")["optimizer_state_dict"]["loss_scaler"]
+        load(folder, "*optim_states.pt")["optimizer_state_dict"].get("loss_scaler")
         for folder in (source, tmp_path / "grown")
     ]
     if after.precision != "fp16":

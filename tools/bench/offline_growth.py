@@ -42,7 +42,7 @@ def copy_ratio(source: Path, plan: GrowthPlan, scratch: Path, *, workers: int) -
             grow_checkpoint(source, target, plan, workers=workers)
         shutil.rmtree(target.parent)
         with _timed(seconds["copy"]):
-            _copy(files, scratch / "copied")
+            copy_files(files, scratch / "copied", root=kept)
         shutil.rmtree(scratch / "copied")
     shutil.rmtree(kept)
     grow, copy = (statistics.median(seconds[k]) for k in ("grow", "copy"))
@@ -50,10 +50,12 @@ def copy_ratio(source: Path, plan: GrowthPlan, scratch: Path, *, workers: int) -
             "copy_gb_s": size / copy / 1e9}  # fmt: skip
 
 
-def _copy(files: list[Path], folder: Path) -> None:
-    folder.mkdir()
+def copy_files(files: list[Path], folder: Path, *, root: Path) -> None:
+    """Copy files under ``root`` by the kernel alone, each brought to the disk."""
     for path in files:
-        with path.open("rb") as source, (folder / path.name).open("wb") as target:
+        place = folder / path.relative_to(root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("rb") as source, place.open("wb") as target:
             size, done = path.stat().st_size, 0
             while done < size:
                 done += os.sendfile(target.fileno(), source.fileno(), done, size - done)

@@ -1,6 +1,8 @@
 """States of any size for benches: two layers that DeepSpeed trained and saved, stacked."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,12 +55,19 @@ def train_step(engine: Engine, step: int) -> float:
     return engine.train_step([batch], step=step, lr=1e-4).loss
 
 
-def seed_checkpoint(world: World, folder: Path, *, hidden: int, vocabulary: int) -> Path:
-    """A state of two layers after two steps, as DeepSpeed saves it."""
+def seed_checkpoint(
+    world: World,
+    folder: Path,
+    *,
+    hidden: int,
+    vocabulary: int,
+    model: Mapping[str, Any] | None = None,
+) -> Path:
+    """A state of two layers after two steps, as DeepSpeed saves it; ``model`` describes it."""
     engine = engine_of(config_of(SEED_LAYERS, hidden=hidden, vocabulary=vocabulary), world)
     for step in range(2):
         train_step(engine, step)
-    engine.save(folder, TAG, client_state={"step": 2})
+    engine.save(folder, TAG, client_state={"step": 2, **({"model": dict(model)} if model else {})})
     engine.destroy()
     return folder / TAG
 
