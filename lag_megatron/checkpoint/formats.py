@@ -10,16 +10,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import commit, dcp, describe, hf, megatron, universal
+from lag_megatron.checkpoint import (
+    commit,
+    dcp,
+    describe,
+    hf,
+    megatron,
+    megatron_legacy,
+    universal,
+)
 from lag_megatron.checkpoint.zero import resolve as resolve_zero
 from lag_megatron.errors import CheckpointError
 
 ZERO, UNIVERSAL, MEGATRON, DCP, HF = "zero", "universal", "megatron", "dcp", "hf"
+LEGACY = "megatron_legacy"
 _MEGATRON_POINTER = "latest_checkpointed_iteration.txt"
 _DESCRIBE: dict[str, Callable[[Path], dict[str, Any]]] = {
     UNIVERSAL: universal.describe,
     MEGATRON: megatron.describe,
     DCP: megatron.describe,
+    LEGACY: megatron_legacy.describe,
     HF: hf.describe,
 }
 _DAMAGES: dict[str, Callable[[Path], Iterator[str]]] = {
@@ -27,6 +37,7 @@ _DAMAGES: dict[str, Callable[[Path], Iterator[str]]] = {
     UNIVERSAL: universal.damages,
     MEGATRON: megatron.damages,
     DCP: megatron.damages,
+    LEGACY: megatron_legacy.damages,
     HF: hf.damages,
 }
 
@@ -65,6 +76,8 @@ def detect(path: Path) -> str:
         return MEGATRON
     if hf.looks_like_transformers(path):
         return HF
+    if megatron_legacy.looks_legacy(path):
+        return LEGACY
     if describe.looks_like_checkpoint(path):  # one of ours, of which only the manifest is left
         return ZERO
     raise CheckpointError(f"{path}: holds no checkpoint. Give a tag directory.")

@@ -9,6 +9,7 @@ from lag_megatron.checkpoint import formats
 from lag_megatron.checkpoint.hf_export import Export, Precision, TokenizerFile
 from lag_megatron.checkpoint.hf_import import open_transformers, tokenizer_files
 from lag_megatron.checkpoint.layout import Topology
+from lag_megatron.checkpoint.megatron_legacy import open_legacy
 from lag_megatron.checkpoint.megatron_read import open_megatron
 from lag_megatron.checkpoint.megatron_write import megatron_order
 from lag_megatron.checkpoint.parts import Order
@@ -27,6 +28,7 @@ _READERS: dict[str, Callable[[Path], Source]] = {
     formats.UNIVERSAL: open_universal,
     formats.MEGATRON: open_megatron,
     formats.DCP: open_megatron,
+    formats.LEGACY: open_legacy,
 }
 
 

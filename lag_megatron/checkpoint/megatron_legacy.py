@@ -1,0 +1,212 @@
+"""Megatron-LM's older checkpoints: a file of ``torch.save`` for each tensor-parallel rank.
+
+``mp_rank_00/model_optim_rng.pt`` and so on, with a model of Megatron-Core.  The weights are read;
+its optimizer keeps states by number, in an order that the file does not say, so they are left out.
+"""
+
+import argparse
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy._core.multiarray import _reconstruct
+from torch import Tensor
+
+from lag_megatron.checkpoint import pickles
+from lag_megatron.checkpoint.blank import (
+    blank_groups,
+    blank_header,
+    decay_groups,
+    module_keys,
+)
+from lag_megatron.checkpoint.boxes import Shape, numel
+from lag_megatron.checkpoint.layout import State
+from lag_megatron.checkpoint.megatron_arguments import model_of
+from lag_megatron.checkpoint.megatron_names import in_model_order
+from lag_megatron.checkpoint.names import layers_in
+from lag_megatron.checkpoint.source import WholeParameters
+from lag_megatron.checkpoint.tensor_parallel import is_gated, pieces, whole_shape
+from lag_megatron.checkpoint.zipcheck import damaged_records
+from lag_megatron.errors import CheckpointError
+
+_FILE = "model_optim_rng.pt"
+_RANK = re.compile(r"mp_rank_(\d+)$")
+# What random states are pickled by: arrays of numpy.
+_NUMPY: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+    *((_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+]
+
+
+def looks_legacy(path: Path) -> bool:
+    """Whether a directory holds at least one rank's file."""
+    return any(path.glob(f"mp_rank_*/{_FILE}"))
+
+
+def open_legacy(path: Path) -> WholeParameters:
+    """Map every rank's file.
+
+    Raises:
+        CheckpointError: if a rank is missing or pipeline-parallel, a file damaged, or the model not
+            one of Megatron-Core.
+    """
+    return _Reader(path).source
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Facts of a directory, and its problems; no tensor is read."""
+    facts: dict[str, Any] = {
+        "format": "Megatron-LM, a file for each rank",
+        "committed": None,
+        "marker": None,
+        "step": None,
+        "tokens": None,
+        "topology": dict.fromkeys(("zero_stage", "data_parallel", "tensor_parallel", "precision")),
+        "parameters": None,
+        "layers": None,
+        "optimizer": [],
+        "optimizer_states": [],
+        "growth_history": [],
+        "problems": [],
+        "notes": [],
+    }
+    try:
+        reader = _Reader(path)
+        shapes, source = reader.shapes, reader.source
+    except CheckpointError as error:
+        return facts | {"problems": [str(error)]}
+    return facts | {
+        "step": source.step,
+        "topology": facts["topology"] | {"tensor_parallel": len(reader.ranks)},
+        "parameters": sum(map(numel, shapes.values())),
+        "layers": len(layers_in(shapes)),
+        "notes": list(source.notes),
+    }
+
+
+def damages(path: Path) -> Iterator[str]:
+    """Records that do not fit their checksums."""
+    for file in sorted(path.glob(f"mp_rank_*/{_FILE}")):
+        for record in damaged_records(file):
+            yield f"{file.relative_to(path)}: {record} differs from its checksum"
+
+
+@dataclass(frozen=True)
+class _Reader:
+    path: Path
+
+    @property
+    def source(self) -> WholeParameters:
+        names = in_model_order(self.shapes)
+        groups = decay_groups({name: self.shapes[name] for name in names})
+        first = self.ranks[0]
+        step = int(first.get("iteration") or 0)
+        arguments = first.get("args")
+        model = model_of(arguments) if isinstance(arguments, argparse.Namespace) else None
+        state = {
+            "step": step,
+            "tokens": 0,
+            "num_layers": len(layers_in(names)),
+            "parameter_groups": [list(group) for group in groups],
+            "growth_history": [],
+            **({"model": model} if model else {}),
+        }
+        return WholeParameters(
+            path=self.path,
+            header=blank_header(module_keys(names), client_state=state, step=step),
+            groups=groups,
+            group_states=blank_groups(groups),
+            read=self.read,
+            check=self.check,
+            notes=["the optimizer's states are left out: the files do not say whose they are"],
+        )
+
+    @cached_property
+    def ranks(self) -> list[Mapping[str, Any]]:
+        """The objects of every tensor-parallel rank's file."""
+        folders = sorted(self.path.glob("mp_rank_*"))
+        numbers = [match and int(match[1]) for match in map(_RANK.search, map(str, folders))]
+        if numbers != list(range(len(folders))):
+            found = ", ".join(folder.name for folder in folders)
+            raise CheckpointError(
+                f"{self.path}: has {found}, expected mp_rank_00 and on: a rank is missing, or "
+                "pipeline parallelism cut the model, which is not understood here. Merge the "
+                "stages with Megatron-LM's own tool."
+            )
+        return [_load(folder / _FILE) for folder in folders]
+
+    @cached_property
+    def parts(self) -> list[dict[str, Tensor]]:
+        """Every rank's parameters."""
+        return [
+            {name: value for name, value in rank["model"].items() if isinstance(value, Tensor)}
+            for rank in self.ranks
+        ]
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """Of whole parameters."""
+        size = len(self.parts)
+        return {
+            name: whole_shape(name, tuple(part.shape), tensor_size=size)
+            for name, part in self.parts[0].items()
+        }
+
+    def read(self, name: str, state: State, start: int, length: int) -> Tensor:
+        """Elements of a parameter; moments are 0."""
+        if state != "fp32":
+            return torch.zeros(length)
+        shape, size = self.shapes[name], len(self.parts)
+        width = numel(shape[1:])
+        first, last = start // width, -(-(start + length) // width)
+        rows = torch.empty((last - first, *shape[1:]), dtype=self.parts[0][name].dtype)
+        for rank, part in enumerate(self.parts):
+            for piece in pieces(
+                name, shape, tensor_rank=rank, tensor_size=size, gated=is_gated(self.shapes)
+            ):
+                low = max(first, piece.box.low[0])
+                high = min(last, piece.box.low[0] + piece.box.shape[0])
+                if low >= high:
+                    continue
+                there = low - piece.box.low[0] + piece.local[0]
+                taken = part[name][there : there + high - low]
+                columns = [
+                    slice(a, a + n)
+                    for a, n in zip(piece.box.low[1:], piece.box.shape[1:], strict=True)
+                ]
+                rows[(slice(low - first, high - first), *columns)] = taken
+        begin = start - first * width
+        return rows.view(-1)[begin : begin + length]
+
+    def check(self) -> None:
+        """Refuse content that differs from its checksums."""
+        if found := list(damages(self.path)):
+            raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
+
+
+def _load(file: Path) -> Mapping[str, Any]:
+    """A rank's objects, mapped, without running what they might bring.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or holds no model.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing. Restore it from a copy.")
+    safe: list[Any] = [argparse.Namespace, *pickles.STAND_INS.items(), *_NUMPY]
+    try:
+        with torch.serialization.safe_globals(safe):
+            found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
+        line = str(error).splitlines()[0]
+        raise CheckpointError(f"{file}: cannot be read: {line}. Restore it from a copy.") from None
+    if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
+        raise CheckpointError(f"{file}: holds no model of Megatron-Core.")
+    return found
