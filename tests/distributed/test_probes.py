@@ -68,6 +68,7 @@ def test_a_number_of_groups_that_does_not_divide_is_refused(tiny, tmp_path):
         run_ranks(train, 2, tiny, tmp_path / "run", ["growth.probe_groups=3"])
 
 
+@pytest.mark.slow
 def test_an_exhaustive_run_goes_on_from_the_winner_s_end(tiny, tmp_path):
     everything = ["growth.exhaustive=true", "growth.rung_value=ema", "growth.eval_steps=[6, 9]"]
     run_ranks(train, 2, tiny, tmp_path / "run", [*CALM, *HALVING, *everything])

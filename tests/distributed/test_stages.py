@@ -70,6 +70,7 @@ def killed_in_probes_of(growth):
     return fault
 
 
+@pytest.mark.slow
 def test_killed_in_the_fourth_stages_probes_it_goes_on_as_if_nothing_had_been(tiny, tmp_path):
     run_ranks(train, 2, tiny, tmp_path / "calm", POLICY)
     fault = killed_in_probes_of(3)

@@ -7,6 +7,7 @@ import shutil
 import convert_checkpoint
 import pytest
 import torch
+from conftest import sparing
 from foreign import torch_dist, universal
 from test_tools_checkpoint import grow, inspect
 
@@ -62,7 +63,7 @@ def shared(tag):
     return {name for name, entry in files.items() if commit.SHARED in entry}
 
 
-@pytest.mark.parametrize("layers", [3, 4])
+@pytest.mark.parametrize("layers", sparing([3, 4], slow=lambda layers: layers == 4))
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("form", ["universal", "megatron"])
 def test_what_is_linked_is_what_growing_makes(form, plan, layers, sources, tmp_path, capsys):
