@@ -62,18 +62,13 @@ def open_tensors(path: Path) -> dict[str, Stored]:
 
 
 def _pickled(path: Path) -> dict[str, Stored]:
-    """Tensors of ``pytorch_model.bin``, mapped and read ``weights_only``."""
+    """Tensors of ``pytorch_model.bin``, read ``weights_only``, and mapped if it is an archive."""
     names = hf.pickled_files(path)
     if not names:
         raise CheckpointError(f"{path}: no weights: neither safetensors nor pytorch_model.bin.")
     found: dict[str, Stored] = {}
     for name in names:
         file = path / name
-        if file.is_file() and not hf.is_zip(file):
-            raise CheckpointError(
-                f"{file}: in torch's format before 1.6, which cannot be mapped. Load it with "
-                "transformers and save it again."
-            )
         values = pickles.load(file)
         if not isinstance(values, dict):
             raise CheckpointError(f"{file}: holds no tensors by name.")

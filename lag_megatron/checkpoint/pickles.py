@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint.zipcheck import tensor_records
+from lag_megatron.checkpoint.zipcheck import is_plain_pickle, tensor_records
 from lag_megatron.errors import CheckpointError
 
 
@@ -99,6 +99,8 @@ _TORCH_SETTINGS = threading.RLock()
 def load(path: Path, *, writable: bool = False) -> Any:
     """The objects in a file, tensors mapped from disk rather than read.
 
+    A file that is no archive cannot be mapped: its tensors are read into memory.
+
     Args:
         path: a file that ``torch.save`` wrote.
         writable: map the file itself, so that writing to a tensor writes to the file.
@@ -117,7 +119,9 @@ def load(path: Path, *, writable: bool = False) -> Any:
             torch.serialization.safe_globals(_SAFE),
             torch.serialization.set_default_mmap_options(flags),
         ):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return torch.load(
+                path, map_location="cpu", mmap=not is_plain_pickle(path), weights_only=True
+            )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds objects that no DeepSpeed checkpoint has ({_cause(error)}). "

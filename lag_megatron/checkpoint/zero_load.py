@@ -9,7 +9,7 @@ from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.layout import Container, Segment, Topology
 from lag_megatron.checkpoint.states import Optimizer, states_of
 from lag_megatron.checkpoint.zero_files import torch_optimizer_state
-from lag_megatron.checkpoint.zipcheck import DAMAGE
+from lag_megatron.checkpoint.zipcheck import DAMAGE, is_plain_pickle
 from lag_megatron.errors import CheckpointError
 
 FOREIGN = "not written by DeepSpeed, or by a version that is not understood here."
@@ -25,7 +25,7 @@ def load_states(file: Path) -> Any:
     Raises:
         CheckpointError: if the file is missing, damaged or none of DeepSpeed's.
     """
-    if file.is_file():
+    if file.is_file() and not is_plain_pickle(file):
         _require_sound_pickle(file)
     states = pickles.load(file)
     if not isinstance(states, dict) or "ds_version" not in states:

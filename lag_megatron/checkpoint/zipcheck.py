@@ -38,10 +38,20 @@ class Record:
     packed: bool
 
 
+def is_plain_pickle(path: Path) -> bool:
+    """Whether torch wrote a file as it did before 1.6: a pickle without archive or checksums.
+
+    DeepSpeed does so where ``checkpoint.checkpoint_serialization`` is false.
+    """
+    with path.open("rb") as file:
+        return file.read(2) == b"\x80\x02"
+
+
 def damaged_records(path: Path, *, offset: int = 0, length: int | None = None) -> Iterator[str]:
     """Names of the records whose bytes are not those that were written, in the file's order.
 
-    A record without a checksum is only looked up.  Memory does not depend on the file's size.
+    A record without a checksum is only looked up; a plain pickle has none.  Memory does not depend
+    on the file's size.
 
     Args:
         path: a file that ``torch.save`` wrote.
@@ -51,6 +61,8 @@ def damaged_records(path: Path, *, offset: int = 0, length: int | None = None) -
     Raises:
         CheckpointError: if it is no zip archive, which a file that was cut short is not either.
     """
+    if not offset and path.is_file() and is_plain_pickle(path):
+        return
     with _opened(path, offset, length) as archive:
         for record in archive.infolist():
             try:
@@ -67,6 +79,8 @@ def has_checksums(path: Path, *, offset: int = 0, length: int | None = None) -> 
     Raises:
         CheckpointError: as ``damaged_records``.
     """
+    if not offset and path.is_file() and is_plain_pickle(path):
+        return False
     with _opened(path, offset, length) as archive:
         return all(record.CRC for record in archive.infolist() if record.file_size)
 

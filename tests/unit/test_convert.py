@@ -50,7 +50,7 @@ def test_round_trip_through_every_format(family, families, tmp_path, capsys):
     ways = [
         ("zero", "--world-size", 3),
         ("universal",),
-        ("zero", "--world-size", 4, "--tensor-parallel", 2, "--zero-stage", 3),
+        ("zero", "--world-size", 2, "--tensor-parallel", 2, "--zero-stage", 3),
         ("megatron",),
         ("hf", "--max-shard-size", "20KB"),
     ]
@@ -440,13 +440,25 @@ def test_16_bit_weights_become_masters_without_loss(families, tmp_path):
         assert torch.equal(load_weights(tmp_path / "back")[name], value), name
 
 
-def test_an_older_pickle_is_named(folder, tmp_path, capsys):
-    weights = load_weights(folder)
-    as_pickle(folder)
-    file = folder / "pytorch_model.bin"
+def test_pickles_of_before_1_6(folder, checkpoint, tmp_path):
+    """Which torch no more writes, but DeepSpeed can be told to, and models still come in."""
+    weights, other = load_weights(folder), shutil.copytree(folder, tmp_path / "pickled")
+    as_pickle(other)
+    file = other / "pytorch_model.bin"
     torch.save(weights, file, _use_new_zipfile_serialization=False)
-    error = refused(capsys, 2, folder, tmp_path / "out", "--to", "zero")
-    assert f"{file}: in torch's format before 1.6" in error
+    old = shutil.copytree(checkpoint, tmp_path / "old" / "step3")
+    (old / "manifest.json").unlink()
+    for file in old.glob("*.pt"):
+        states = torch.load(file, weights_only=False)
+        torch.save(states, file, _use_new_zipfile_serialization=False)
+    for name, (expected, same) in {"hf": (folder, other), "ds": (checkpoint, old)}.items():
+        files = []
+        for source in (expected, same):
+            target = tmp_path / f"{name}-{source.name}-{len(files)}"
+            assert convert(source, target, "--to", "zero", "--zero-stage", 3) == 0
+            (tag,) = target.glob("step*")
+            files.append(commit.read_manifest(tag)["files"])
+        assert files[0] == files[1]
 
 
 def test_parameters_unknown_to_megatron_are_refused():
