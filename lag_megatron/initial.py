@@ -16,7 +16,7 @@ _COMPUTED = ("family", "num_attention_heads", "num_query_groups", "positions", "
              "norm", "norm_eps", "norm_position", "activation", "tied_embeddings")  # fmt: skip
 
 
-def start_from(engine: Engine, path: Path, *, vocab_size: int) -> None:
+def start_from(engine: Engine, path: Path, *, vocab_size: int) -> str:
     """Give an engine the weights of a checkpoint; its optimizer, steps and text begin anew.
 
     No process holds the model: each rank reads what it keeps.
@@ -25,6 +25,9 @@ def start_from(engine: Engine, path: Path, *, vocab_size: int) -> None:
         engine: every rank calls with its own.
         path: a checkpoint of DeepSpeed, Megatron-Core or transformers.
         vocab_size: rows of the vocabulary, to which those of transformers are padded.
+
+    Returns:
+        what a person should know of it.
 
     Raises:
         CheckpointError: if it is damaged, or of another model; the differences are named.
@@ -38,15 +41,18 @@ def start_from(engine: Engine, path: Path, *, vocab_size: int) -> None:
     engine.world.from_each(lambda: live.require(growth, weights_only=True))
     engine.world.from_each(lambda: live.take_weights(growth))
     live.refresh()
+    if "model" not in source.client_state:
+        return "it does not say what model it is, so names and shapes alone were compared"
+    return "the optimizer and the text begin anew"
 
 
 def growth_history(path: Path) -> list[Any]:
     """The growth plans that led to a checkpoint's model, oldest first."""
-    return list(open_source(path).client_state.get("growth_history", []))
+    return list(open_source(path, weights_only=True).client_state.get("growth_history", []))
 
 
 def _opened(engine: Engine, path: Path, vocab_size: int) -> Source:
-    source = open_source(path, vocab_size=vocab_size)
+    source = open_source(path, vocab_size=vocab_size, weights_only=True)
     source.check_every_file()
     described = source.client_state.get("model")
     found = list(_unlike(engine.config.model, described)) if described else []

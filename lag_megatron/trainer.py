@@ -210,8 +210,8 @@ class Trainer:
         if checkpoint is not None:
             self._engine.load(checkpoint)
         elif stage == 0 and initial is not None:
-            start_from(self._engine, Path(initial), vocab_size=self.job.vocab_size)
-            self.recorder.say(f"weights from {initial}; the optimizer and the text begin anew")
+            told = start_from(self._engine, Path(initial), vocab_size=self.job.vocab_size)
+            self.recorder.say(f"weights from {initial}: {told}")
         return self._engine
 
     def _drop_engine(self) -> None:

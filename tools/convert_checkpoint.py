@@ -10,7 +10,7 @@ from pathlib import Path
 
 from growing import add_growth_options, plan_of, progress, topology_of
 
-from lag_megatron.checkpoint.hf_export import TokenizerFile
+from lag_megatron.checkpoint.hf_tokenizer import TokenizerFile
 from lag_megatron.checkpoint.parts import write
 from lag_megatron.checkpoint.source import WHOLE, Source, WholeParameters
 from lag_megatron.errors import LagError, PlanError
@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.workers < 1:
             raise PlanError(f"--workers {options.workers}: expected at least 1.")
-        source = open_source(options.source, vocab_size=options.vocab_size)
+        source = open_source(
+            options.source, vocab_size=options.vocab_size, weights_only=options.weights_only
+        )
         conversion = _conversion(options, source)
         target = conversion.place(options.target)
         order = conversion.order(target)
@@ -63,7 +65,7 @@ def _verify(conversion: Conversion, target: Path) -> int:
 
 def _conversion(options: argparse.Namespace, source: Source) -> Conversion:
     topology = topology_of(options, source.topology)
-    if source.topology == WHOLE and options.zero_stage is None:
+    if isinstance(source, WholeParameters) and options.zero_stage is None:
         topology = topology_of(argparse.Namespace(**{**vars(options), "zero_stage": 1}), WHOLE)
     return Conversion(
         source=source,
@@ -94,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add_growth_options(parser)
     add("--vocab-size", type=int, metavar="N", help="rows of the vocabulary: from transformers "
         "with padding (default: rounded up to 128), to transformers without")  # fmt: skip
+    add("--weights-only", action="store_true", help="leave out a torch_dist's optimizer states")
     add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json to write with --to hf")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights of hf")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of hf")

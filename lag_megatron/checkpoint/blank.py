@@ -13,6 +13,10 @@ from lag_megatron.config import ModelConfig
 # The version whose files are written here.
 DEEPSPEED = "0.19.8"
 _EXTRA = "_extra_state"
+SETTINGS_NOTE = (
+    "the optimizer's settings are torch's defaults (learning rate 0.001, decay 0.01), which "
+    "DeepSpeed's load_checkpoint takes over unless load_optimizer_states=False"
+)
 
 
 def blank_header(

@@ -180,7 +180,8 @@ def digest_of(path: Path) -> str:
     if is_committed(path):
         known: Any = read_manifest(path)["files"]
     else:
-        stats = {file.name: file.stat() for file in path.iterdir() if file.is_file()}
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        stats = {str(file.relative_to(path)): file.stat() for file in files}
         known = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     return xxhash.xxh3_128(json.dumps(known, sort_keys=True).encode()).hexdigest()
 

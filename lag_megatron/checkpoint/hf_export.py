@@ -7,14 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import tokenizers
-import tokenizers.processors
 from pydantic import TypeAdapter, ValidationError
 
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.boxes import Shape, numel
 from lag_megatron.checkpoint.draft import DTYPES
 from lag_megatron.checkpoint.hf_architecture import Architecture, architecture_of
+from lag_megatron.checkpoint.hf_tokenizer import TokenizerFile, save_tokenizer
 from lag_megatron.checkpoint.names import layers_in
 from lag_megatron.checkpoint.parts import Flush, Order, Part, Told
 from lag_megatron.checkpoint.safetensors_write import INDEX, SafetensorsFile, lay_out
@@ -25,21 +24,6 @@ from lag_megatron.config import ModelConfig
 from lag_megatron.errors import CheckpointError
 
 Precision = Literal["fp32", "bf16", "fp16"]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerFile:
-    """A ``tokenizer.json`` and the id of the token that ends a document."""
-
-    path: Path
-    end_id: int
-
-    def load(self) -> tokenizers.Tokenizer:
-        """The tokenizer, adding no tokens of its own: training text is encoded without any."""
-        tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
-        if tokenizer.num_special_tokens_to_add(False):
-            tokenizer.post_processor = None
-        return tokenizer
 
 
 @dataclass(frozen=True)
@@ -71,21 +55,35 @@ class Export:
             CheckpointError: if the state does not say what model it is, or is another, or if the
                 tokenizer has more tokens than it.
         """
-        files, index = lay_out(
-            self.shapes, dtype=DTYPES[self.dtype], max_shard_size=self.max_shard_size
-        )
+        try:
+            files, index = lay_out(
+                self.shapes, dtype=DTYPES[self.dtype], max_shard_size=self.max_shard_size
+            )
+        except ValueError as error:
+            raise CheckpointError(f"--max-shard-size {self.max_shard_size}: {error}") from None
         return Order(
             target=target,
             parts=[
                 Part("settings", lambda folder, told, flush: self._write_settings(folder, index)),
                 *(Part(file.name, _writer(self._write_file, file)) for file in files),
             ],
-            about={**about, "written_as": "hf", "dtype": self.dtype, "vocabulary": self.vocab_size},
+            about={
+                **about,
+                "written_as": "hf",
+                "dtype": self.dtype,
+                "vocabulary": self.vocab_size,
+                "weights": [file.name for file in files],
+                "tokenizer": [commit.checksum(file) for file in self._tokenizer_files],
+            },
             needed=sum(map(numel, self.shapes.values())) * DTYPES[self.dtype].itemsize,
             what="the exported model",
             check=self.state.check,
             pointer=None,
         )
+
+    @property
+    def _tokenizer_files(self) -> Sequence[Path]:
+        return self.carried if self.tokenizer is None else [self.tokenizer.path]
 
     @cached_property
     def model(self) -> ModelConfig:
@@ -223,7 +221,7 @@ class Export:
     def _write_settings(self, folder: Path, index: str | None) -> dict[str, Any]:
         self._save_config(folder)
         if self.tokenizer is not None:
-            self._save_tokenizer(self.tokenizer, folder)
+            save_tokenizer(self.tokenizer, folder, self.model)
         for file in self.carried if self.tokenizer is None else ():
             shutil.copy(file, folder)
         if index is not None:
@@ -254,36 +252,8 @@ class Export:
         if is_decoder:
             transformers.GenerationConfig(**special).save_pretrained(folder)
 
-    def _save_tokenizer(self, file: TokenizerFile, folder: Path) -> None:
-        import transformers
-
-        backend = file.load()
-        end = backend.id_to_token(file.end_id)
-        is_decoder = self.model.family == "gpt"
-        names = {"bos_token": end, "eos_token": end} if is_decoder else _for_bert(backend)
-        transformers.PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            **names,
-            model_max_length=self.model.seq_length,
-            clean_up_tokenization_spaces=False,
-        ).save_pretrained(folder)
-
 
 def _writer(
     write: Callable[[SafetensorsFile, Path, Told, Flush], dict[str, Any]], file: SafetensorsFile
 ) -> Callable[[Path, Told, Flush], dict[str, Any]]:
     return lambda folder, told, flush: write(file, folder, told, flush)
-
-
-def _for_bert(backend: tokenizers.Tokenizer) -> dict[str, str]:
-    """The names of BERT's tokens that a tokenizer has; it now puts [CLS] and [SEP] around text."""
-    known = {name: f"[{name.upper()}]" for name in ("cls", "sep", "mask", "pad", "unk")}
-    known = {name: token for name, token in known.items() if backend.token_to_id(token) is not None}
-    if {"cls", "sep"} <= known.keys():
-        backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single="[CLS] $A [SEP]",
-            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[(t, backend.token_to_id(t)) for t in ("[CLS]", "[SEP]")],
-        )
-    known.setdefault("pad", known.get("sep", ""))
-    return {f"{name}_token": token for name, token in known.items() if token}

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lag_megatron.checkpoint import commit, hf
 from lag_megatron.checkpoint.blank import (
+    SETTINGS_NOTE,
     blank_client_state,
     blank_groups,
     blank_header,
@@ -19,24 +21,12 @@ from lag_megatron.checkpoint.blank import (
 )
 from lag_megatron.checkpoint.boxes import Shape, numel
 from lag_megatron.checkpoint.hf_architecture import ARCHITECTURES, Architecture
-from lag_megatron.checkpoint.hf_tensors import Stored, open_tensors
+from lag_megatron.checkpoint.hf_tensors import DTYPES, Stored, open_tensors
 from lag_megatron.checkpoint.layout import State
 from lag_megatron.checkpoint.source import WholeParameters
 from lag_megatron.checkpoint.tensor_map import Heads, Row, Run, expand, runs, shape_of
 from lag_megatron.config import ModelConfig, padded_vocab_size
 from lag_megatron.errors import CheckpointError, ConfigError
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def open_transformers(path: Path, *, vocab_size: int | None = None) -> WholeParameters:
@@ -74,11 +64,6 @@ def open_transformers(path: Path, *, vocab_size: int | None = None) -> WholePara
     return Import(path, architecture, model, tokens, special).source
 
 
-def tokenizer_files(path: Path) -> list[Path]:
-    """The files of a directory that belong to its tokenizer."""
-    return [path / name for name in _TOKENIZER_FILES if (path / name).is_file()]
-
-
 @dataclass(frozen=True)
 class Import:
     """Everything about an import is known before a tensor is read.
@@ -112,8 +97,8 @@ class Import:
             groups=groups,
             group_states=blank_groups(groups),
             read=self.read,
-            check=self.check_tied,
-            notes=self.notes,
+            check=self.check,
+            notes=[*self.notes, SETTINGS_NOTE],
         )
 
     def read(self, name: str, state: State, start: int, length: int) -> Tensor:
@@ -128,12 +113,15 @@ class Import:
         begin = start - first * width
         return values.reshape(-1)[begin : begin + length]
 
-    def check_tied(self) -> None:
-        """Refuse files that hold tied weights twice, with different values.
+    def check(self) -> None:
+        """Refuse damaged files, and those that hold tied weights twice, with different values.
 
         Raises:
-            CheckpointError: naming both tensors.
+            CheckpointError: naming the file, or both tensors.
         """
+        committed = commit.is_committed(self.path)
+        if found := list(commit.damages(self.path) if committed else hf.damages(self.path)):
+            raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
         for other, owner in self._tied:
             there, here = self.tensors[other], self.tensors[owner]
             step = max(1, (1 << 20) // max(1, numel(there.shape[1:])))
@@ -199,6 +187,11 @@ class Import:
                 raise CheckpointError(
                     f"{stored.file}: {name} has shape {stored.shape}, expected {shape} by "
                     "config.json."
+                )
+            if stored.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{stored.file}: {name} is of the type {stored.dtype}, expected F32, BF16 or "
+                    "F16: quantised weights cannot be trained."
                 )
         left = sorted({name.partition(".layer.")[0] for name in ignored})
         if left:
@@ -286,7 +279,7 @@ def _settings(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / 'config.json'}: missing. Restore it from a copy.")
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         line = str(error).splitlines()[0]
         raise CheckpointError(f"{path / 'config.json'}: cannot be read: {line}") from None
     return dict(config.to_dict())

@@ -11,7 +11,7 @@ from lag_megatron.checkpoint import hf, pickles
 from lag_megatron.checkpoint.boxes import Shape
 from lag_megatron.errors import CheckpointError
 
-_DTYPES = ("F32", "BF16", "F16")
+DTYPES = ("F32", "BF16", "F16", "torch.float32", "torch.bfloat16", "torch.float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +21,13 @@ class Stored:
     Attributes:
         file: where it lies.
         shape: of all of it.
+        dtype: as the file calls it.
         values: takes slices as a tensor does.
     """
 
     file: Path
     shape: Shape
+    dtype: str
     values: Any
 
     def rows(self, first: int, last: int, *, transposed: bool = False) -> Tensor:
@@ -52,12 +54,8 @@ def open_tensors(path: Path) -> dict[str, Stored]:
     opened: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in files}
     found: dict[str, Stored] = {}
     for name, entry in entries.items():
-        if entry.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{entry.file}: {name} is of the type {entry.dtype}, expected one of "
-                f"{', '.join(_DTYPES)}: quantised weights cannot be trained."
-            )
-        found[name] = Stored(entry.file, entry.shape, opened[entry.file].get_slice(name))
+        values = opened[entry.file].get_slice(name)
+        found[name] = Stored(entry.file, entry.shape, entry.dtype, values)
     return found
 
 
@@ -73,7 +71,7 @@ def _pickled(path: Path) -> dict[str, Stored]:
         if not isinstance(values, dict):
             raise CheckpointError(f"{file}: holds no tensors by name.")
         found |= {
-            key: Stored(file, tuple(value.shape), value)
+            key: Stored(file, tuple(value.shape), str(value.dtype), value)
             for key, value in values.items()
             if isinstance(value, Tensor)
         }

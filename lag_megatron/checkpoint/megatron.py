@@ -62,7 +62,7 @@ def describe(path: Path) -> dict[str, Any]:
             notes += [note] if note else []
         except CheckpointError as error:
             problems.append(str(error))
-    step = common.get("iteration") if megatron else _recorded_step(contents)
+    step = common.get("iteration") if megatron else recorded_step(contents)
     arguments = vars(common["args"]) if isinstance(common.get("args"), argparse.Namespace) else {}
     parameters = model_tensors(contents)
     ours = client_state(common)
@@ -214,7 +214,13 @@ def _groups(common: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _recorded_step(contents: Contents) -> int | None:
+def is_optimizer(name: str) -> bool:
+    """Whether a stored tensor belongs to an optimizer, as far as its name tells."""
+    return _OPTIMIZER.search(name) is not None
+
+
+def recorded_step(contents: Contents) -> int | None:
+    """The step that torch's checkpoints keep as an object, if any does."""
     for name in contents.objects:
         if name.rpartition(".")[2] in ("step", "global_step", "iteration"):
             value = contents.read_object(name)

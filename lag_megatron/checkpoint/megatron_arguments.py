@@ -8,7 +8,8 @@ from lag_megatron.config import ModelConfig
 
 # Arguments that change what is computed in ways that ours has not.
 _UNKNOWN = ("num_experts", "squared_relu", "apply_layernorm_1p", "qk_layernorm",
-            "rotary_interleaved", "multi_latent_attention")  # fmt: skip
+            "rotary_interleaved", "multi_latent_attention", "use_rope_scaling",
+            "rotary_seq_len_interpolation_factor")  # fmt: skip
 
 
 def model_of(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -31,6 +32,9 @@ def model_of(arguments: argparse.Namespace) -> dict[str, Any] | None:
     )
     if any(given.get(key) for key in _UNKNOWN) or given.get("rotary_percent", 1.0) != 1.0:
         return None
+    if given.get("kv_channels") not in (None, given["hidden_size"] // heads):
+        return None
+    plain = "gelu" if given.get("bias_gelu_fusion", True) else "gelu_exact"
     if is_bert or positions is None or norm is None or not isinstance(groups, int):
         return None
     model = ModelConfig(
@@ -45,7 +49,7 @@ def model_of(arguments: argparse.Namespace) -> dict[str, Any] | None:
         rotary_base=int(given.get("rotary_base", 10000)),
         norm=norm,  # type: ignore[arg-type]
         norm_eps=given.get("norm_epsilon", 1e-5),
-        activation="swiglu" if given.get("swiglu") else "gelu",
+        activation="swiglu" if given.get("swiglu") else plain,  # type: ignore[arg-type]
         bias=bool(given.get("add_bias_linear", True)),
         tied_embeddings=not given.get("untie_embeddings_and_output_weights", False),
         init_std=given.get("init_method_std", 0.02),

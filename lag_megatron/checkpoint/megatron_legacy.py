@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.blank import (
+    SETTINGS_NOTE,
     blank_groups,
     blank_header,
     decay_groups,
@@ -28,7 +29,7 @@ from lag_megatron.checkpoint.blank import (
 from lag_megatron.checkpoint.boxes import Shape, numel
 from lag_megatron.checkpoint.layout import State
 from lag_megatron.checkpoint.megatron_arguments import model_of
-from lag_megatron.checkpoint.megatron_names import in_model_order
+from lag_megatron.checkpoint.megatron_names import in_model_order, own_name
 from lag_megatron.checkpoint.names import layers_in
 from lag_megatron.checkpoint.source import WholeParameters
 from lag_megatron.checkpoint.tensor_parallel import is_gated, pieces, whole_shape
@@ -126,7 +127,10 @@ class _Reader:
             group_states=blank_groups(groups),
             read=self.read,
             check=self.check,
-            notes=["the optimizer's states are left out: the files do not say whose they are"],
+            notes=[
+                "the optimizer's states are left out: the files do not say whose they are",
+                SETTINGS_NOTE,
+            ],
         )
 
     @cached_property
@@ -146,10 +150,21 @@ class _Reader:
     @cached_property
     def parts(self) -> list[dict[str, Tensor]]:
         """Every rank's parameters."""
-        return [
-            {name: value for name, value in rank["model"].items() if isinstance(value, Tensor)}
+        found = [
+            {
+                own_name(name): value
+                for name, value in rank["model"].items()
+                if isinstance(value, Tensor) and not name.endswith("_extra_state")
+            }
             for rank in self.ranks
         ]
+        if not found[0]:
+            raise CheckpointError(
+                f"{self.path}: holds no model of Megatron-Core: its entries are "
+                f"{', '.join(map(str, self.ranks[0]['model'])) or 'none'}. Convert it with "
+                "Megatron-LM's own tool first."
+            )
+        return found
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
@@ -204,9 +219,15 @@ def _load(file: Path) -> Mapping[str, Any]:
     try:
         with torch.serialization.safe_globals(safe):
             found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
-        line = str(error).splitlines()[0]
-        raise CheckpointError(f"{file}: cannot be read: {line}. Restore it from a copy.") from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file}: holds objects that are not known here ({pickles.cause(error)}). Reading them "
+            "could run code, so it was left alone. Save it as torch_dist."
+        ) from None
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: damaged or cut short: {pickles.cause(error)}. Restore it from a copy."
+        ) from None
     if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
         raise CheckpointError(f"{file}: holds no model of Megatron-Core.")
     return found

@@ -28,9 +28,9 @@ _ORDER = (
     "final_layernorm",
     "lm_head.dense",
     "lm_head.layer_norm",
-    "pooler.dense",
-    "binary_head",
     "output_layer",
+    "binary_head",
+    "pooler.dense",
 )
 _LAYER_ORDER = (
     "input_layernorm",
@@ -75,6 +75,12 @@ def parameters_in(shapes: Mapping[str, Shape]) -> dict[str, Stacked]:
         else:
             found[key] = Stacked(key, None)
     return found
+
+
+def own_name(name: str) -> str:
+    """A parameter's name in the module, of one that is stored under Transformer Engine's."""
+    match = LAYER.match(name)
+    return name if match is None else f"{match['head']}{match['layer']}.{_own(match['tail'][1:])}"
 
 
 def in_model_order(names: Iterable[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,22 +36,65 @@ _PREFIXES: Mapping[State, tuple[str, ...]] = {
 }
 
 
-def open_megatron(path: Path) -> WholeParameters:
+def open_megatron(path: Path, *, weights_only: bool = False) -> WholeParameters:
     """Read a directory's metadata and settings; tensors stay on disk.
 
     Weights are the masters where the optimizer's are there, and where no moments are they are 0.
 
+    Args:
+        path: the directory.
+        weights_only: leave the optimizer's states out, of whatever form they are.
+
     Raises:
-        CheckpointError: if it is not finished, damaged, or holds parameters that are not known.
+        CheckpointError: if it is not finished, damaged, or holds parameters that are not known, or
+            an optimizer's states in a form that is not.
     """
     if commit.is_committed(path):
         commit.check_sizes(path)
     if problems := megatron.describe(path)["problems"]:
         raise CheckpointError(f"{path}: {problems[0]}")
+    contents = dcp.read_metadata(path)
+    optimizer = {name for name in contents.tensors if megatron.is_optimizer(name)}
     common: Mapping[str, Any] = {}
+    note = ""
     if megatron.is_megatron(path):
-        common, _ = megatron.read_common(path)
-    return _Reader(path, dcp.read_metadata(path), common).source
+        common, note = megatron.read_common(path)
+    if weights_only:
+        kept = {name: t for name, t in contents.tensors.items() if name not in optimizer}
+        contents = replace(contents, tensors=kept)
+    elif optimizer:
+        _require_known_optimizer(path, contents, optimizer, note)
+    return _Reader(path, contents, common, note).source
+
+
+def _require_known_optimizer(
+    path: Path, contents: Contents, optimizer: set[str], note: str
+) -> None:
+    """Refuse states that would be taken for none, or for others.
+
+    Raises:
+        CheckpointError: naming one of them.
+    """
+    advice = "Convert with --weights-only, or save it as fully_reshardable."
+    prefixes = [prefix for prefix, _ in prefixes_of(contents)]
+    for name in sorted(optimizer):
+        prefix = next((p for p in prefixes if name.startswith(p)), None)
+        if prefix is None:
+            raise CheckpointError(
+                f"{path}: {name} is an optimizer's state in a form that is not known here. {advice}"
+            )
+        weights = contents.tensors.get(name.removeprefix(prefix))
+        if weights is None or weights.shape != contents.tensors[name].shape:
+            shape = contents.tensors[name].shape
+            like = "are not there" if weights is None else f"have {weights.shape}"
+            raise CheckpointError(
+                f"{path}: {name} has the shape {shape}, and its weights {like}: flattened states "
+                f"are not understood here. {advice}"
+            )
+    if note:
+        raise CheckpointError(
+            f"{path}: {note}, and without its step the optimizer cannot go on. {advice}"
+        )
 
 
 def prefixes_of(contents: Contents) -> list[tuple[str, State]]:
@@ -69,12 +112,14 @@ class _Reader:
     path: Path
     contents: Contents
     common: Mapping[str, Any]
+    note: str
 
     @property
     def source(self) -> WholeParameters:
         names = [name for group in self.groups for name in group]
         kept = megatron.client_state(self.common)
-        step = int(self.common.get("iteration") or kept.get("step") or 0)
+        known = self.common.get("iteration") or kept.get("step")
+        step = int(known or megatron.recorded_step(self.contents) or 0)
         state = {
             "step": step,
             "tokens": 0,
@@ -93,6 +138,7 @@ class _Reader:
             group_states=self.group_states(step),
             read=self.read,
             check=self.check,
+            notes=[self.note] if self.note else [],
         )
 
     @cached_property

@@ -149,12 +149,28 @@ class _Stored:
             elif name.startswith("output_layer.") and name.endswith(_EXTRA):
                 yield f"{name}/shard_0_1"
 
+    def _scheduler(self) -> dict[str, Any]:
+        """How far a schedule is, in samples; for its shape Megatron's command line has to stand."""
+        draft = self._state.draft
+        samples = int(draft.template.header.get("global_samples") or 0)
+        settings = draft.groups[0].settings
+        rate, decay = float(settings.get("lr", 0.0)), float(settings.get("weight_decay", 0.0))
+        return {
+            "max_lr": rate, "min_lr": 0.0, "lr_warmup_steps": 0, "lr_decay_steps": samples,
+            "lr_decay_style": "constant", "num_steps": samples, "start_wd": decay,
+            "end_wd": decay, "wd_incr_steps": samples, "wd_incr_style": "constant",
+        }  # fmt: skip
+
     def _common(self) -> dict[str, Any]:
         """What is no tensor, as Megatron-LM keeps it."""
         draft = self._state.draft
         groups = [
-            {**group.settings, "step": float(group.counters["step"])} for group in draft.groups
-        ]
+            # By the last four Megatron tells its groups apart.
+            {**group.settings, "step": float(group.counters["step"]),
+             "wd_mult": 1.0 if group.settings.get("weight_decay") else 0.0, "lr_mult": 1.0,
+             "is_expert_parallel": False, "is_decoupled_lr": False}
+            for group in draft.groups
+        ]  # fmt: skip
         return {
             "checkpoint_version": 3.0,
             "iteration": draft.template.step,
@@ -162,6 +178,7 @@ class _Stored:
                 "optimizer": {"param_groups": groups},
                 "param_state_sharding_type": _SHARDING,
             },
+            "opt_param_scheduler": self._scheduler(),
             "content_metadata": {"distrib_optim_sharding_type": _SHARDING},
             "lag": draft.entries["lag"],
         }

@@ -20,6 +20,7 @@ from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.files import flush_to_disk
 
 _RECORD = ".parts.jsonl"
+_FLUSHES = 8  # at a time: a file system brings small files to the disk together
 Told = Callable[[int], object]
 Flush = Callable[[Path], object]
 
@@ -152,9 +153,17 @@ class _Record:
         else:
             commit.remove(draft)
             draft.mkdir(parents=True)
+        record._clear()
         text = [first, *(_line(name, files) for name, files in record.done.items())]
         (draft / _RECORD).write_text("".join(f"{line}\n" for line in text), encoding="utf-8")
         return record
+
+    def _clear(self) -> None:
+        """Remove what is half written, or of a part that is no more."""
+        kept = {self.folder / name for name in self.entries()}
+        for path in self.folder.rglob("*"):
+            if path.is_file() and path not in kept:
+                path.unlink()
 
     def note(self, name: str, files: Mapping[str, Any]) -> None:
         """Write down that a part's files are on disk."""
@@ -175,16 +184,28 @@ def _write_missing(order: Order, record: _Record, workers: int, written: Told) -
             raise _Abandoned
         written(count)
 
-    with _single_threaded_torch(), _pool(1) as disk, _pool(1) as checker, _pool(workers) as pool:
+    with (
+        _single_threaded_torch(),
+        _pool(_FLUSHES) as disk,
+        _pool(1) as recorder,
+        _pool(1) as checker,
+        _pool(workers) as pool,
+    ):
         # Beside the writing: the source is compared with its checksums, and finished files go to
         # the disk, and then into the record, while the next are made.
-        flushed: list[Future[None]] = []
+        noted: list[Future[None]] = []
 
         def write(part: Part) -> None:
+            flushed: list[Future[None]] = []
             files = part.write(
                 record.folder, told, lambda path: flushed.append(disk.submit(flush_to_disk, path))
             )
-            flushed.append(disk.submit(record.note, part.name, files))
+            noted.append(recorder.submit(note, part.name, files, flushed))
+
+        def note(name: str, files: Mapping[str, Any], flushed: Sequence[Future[None]]) -> None:
+            for waited in flushed:
+                waited.result()
+            record.note(name, files)
 
         parts = [pool.submit(write, part) for part in order.parts if part.name not in record.done]
         try:
@@ -193,7 +214,7 @@ def _write_missing(order: Order, record: _Record, workers: int, written: Told) -
         except BaseException:
             failed.set()  # the others end at their next piece
             raise
-        for waited in flushed:
+        for waited in noted:
             waited.result()
 
 

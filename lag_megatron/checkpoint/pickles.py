@@ -124,12 +124,12 @@ def load(path: Path, *, writable: bool = False) -> Any:
             )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: holds objects that no DeepSpeed checkpoint has ({_cause(error)}). "
+            f"{path}: holds objects that no DeepSpeed checkpoint has ({cause(error)}). "
             "Reading them could run code, so it was left alone. Use another tag."
         ) from None
     except _DAMAGE as error:
         raise CheckpointError(
-            f"{path}: damaged or cut short ({path.stat().st_size} bytes): {_cause(error)}. "
+            f"{path}: damaged or cut short ({path.stat().st_size} bytes): {cause(error)}. "
             "Restore it from a copy, or use another tag."
         ) from None
 
@@ -160,9 +160,9 @@ def create(path: Path, objects: Any) -> Any:
     except (OSError, RuntimeError) as error:  # the latter where torch's writer fails
         path.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
-        cause = _cause(error) if isinstance(error, OSError) else "the disk is full or failed"
+        why = cause(error) if isinstance(error, OSError) else "the disk is full or failed"
         raise CheckpointError(
-            f"{path}: cannot write: {cause} ({free / 2**20:.0f} MiB free). "
+            f"{path}: cannot write: {why} ({free / 2**20:.0f} MiB free). "
             "Free some space and run the same command again; nothing was changed."
         ) from None
     return load(path, writable=True)
@@ -192,7 +192,7 @@ def byte_offsets(path: Path, tensors: Iterable[Tensor]) -> list[int]:
     return [t.data_ptr() - base if s.nbytes() else 0 for t, s in zip(listed, storages, strict=True)]
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
     """What torch says, without its advice to read the file unsafely."""
     text = error.strerror if isinstance(error, OSError) else None
     lines = [line.strip() for line in (text or str(error)).splitlines() if line.strip()]

@@ -96,7 +96,7 @@ class Source(Protocol):
         """Whose states these are."""
 
     @property
-    def aliases(self) -> dict[str, str]:
+    def aliases(self) -> Mapping[str, str]:
         """Further names of parameters, with the name of the owner."""
 
     @property
@@ -154,6 +154,7 @@ class WholeParameters:
             contiguous, in any floating-point precision.
         untrained: names and shapes of parameters that the optimizer does not train.
         check: refuses damaged content.
+        aliases: further names of parameters, with the name of the owner.
         notes: what a person should know of the reading.
     """
 
@@ -164,6 +165,7 @@ class WholeParameters:
     read: Read = field(repr=False)
     untrained: Group = field(default_factory=dict, repr=False)
     check: Callable[[], None] = field(default=lambda: None, repr=False)
+    aliases: Mapping[str, str] = field(default_factory=dict, repr=False)
     notes: Sequence[str] = ()
 
     topology = WHOLE
@@ -188,11 +190,6 @@ class WholeParameters:
     def frozen(self) -> Layout:
         """The same for parameters that are not trained."""
         return frozen_layout(self.untrained, self.topology)
-
-    @property
-    def aliases(self) -> dict[str, str]:
-        """None: every name is stored once."""
-        return {}
 
     def loss_scale(self, precision: str) -> LossScale:
         """As DeepSpeed begins: these formats do not keep it."""

@@ -28,7 +28,11 @@ def open_universal(path: Path) -> WholeParameters:
         commit.check_sizes(path)
     if problems := universal.describe(path)["problems"]:
         raise CheckpointError(f"{path}: {problems[0]}")
-    return _Reader(path, Universal.open(path)).source
+    checkpoint = Universal.open(path)
+    degrees = checkpoint.header.get("checkpoint_parallel_dimensions") or {}
+    if degrees.get("pp_degree", 1) != 1:
+        raise CheckpointError(f"{path}: pipeline-parallel checkpoints are not understood here.")
+    return _Reader(path, checkpoint).source
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class _Reader:
                 for name in sorted(self.checkpoint.frozen)
             },
             check=self.check,
+            aliases=dict(header.get("shared_params") or {}),
         )
 
     @cached_property
@@ -114,6 +119,13 @@ class _Reader:
         size = degrees.get("tp_degree", self.checkpoint.model_ranks)
         shape = whole_shape(name, local, tensor_size=size)
         stored = self._stored(name, "fp32").numel()
+        tensor = self._stored(name, "fp32")
+        if tensor.dim() > 1 and tuple(tensor.shape[1:]) != shape[1:]:
+            raise CheckpointError(
+                f"{self.path}: {FOLDER}/{name}/fp32.pt has the shape {tuple(tensor.shape)}, "
+                f"expected {shape}: tensor-parallel parts were merged along another dimension. "
+                "Convert the ZeRO checkpoint again, with patterns that say how each was cut."
+            )
         row = numel(shape[1:])
         if stored != numel(shape) and (stored % row or stored > numel(shape)):
             raise CheckpointError(

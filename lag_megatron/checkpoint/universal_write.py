@@ -8,8 +8,8 @@ written loads under ZeRO 1, 2 and 3: a state's file is a dictionary as of ZeRO 1
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def universal_order(
             Part("optimizer", partial(_write_optimizer, draft)),
             Part("model", partial(_write_models, state, draft)),
         ],
-        about={**about, "written_as": "universal"},
+        about={**about, "written_as": "universal", "topology": asdict(topology)},
         needed=moments + weights,
         what="the universal checkpoint",
         check=state.check,
@@ -74,6 +74,22 @@ def _write_parameter(
     state: WholeState, name: str, folder: Path, told: Told, flush: Flush
 ) -> dict[str, Any]:
     """A parameter's folder."""
+    return write_states(state, name, (*STATES, "step"), folder, told, flush)
+
+
+def write_states(
+    state: WholeState, name: str, kinds: Collection[str], folder: Path, told: Told, flush: Flush
+) -> dict[str, Any]:
+    """Some of the files of a parameter's folder, and their manifest entries.
+
+    Args:
+        state: what is written.
+        name: of the parameter.
+        kinds: states, and ``step``; of a parameter that is not trained there are only weights.
+        folder: of the checkpoint.
+        told: told the number of bytes after each piece.
+        flush: called with each finished file.
+    """
     (folder / FOLDER / name).mkdir(parents=True, exist_ok=True)
     shape, trained = state.shapes[name], state.is_trained(name)
     entries: dict[str, Any] = {}
@@ -82,12 +98,12 @@ def _write_parameter(
         file = f"{FOLDER}/{name}/{what}.pt"
         entries[file] = write_objects(folder / file, objects, room, state.fill, told, flush)
 
-    for kept in STATES if trained else STATES[:1]:
+    for kept in (s for s in (STATES if trained else STATES[:1]) if s in kinds):
         room = Room()
         values = room(state.region(name, kept), shape)
         cut = _cut(state, name) if trained else {}
         write(kept, {**cut, "param": values}, room)
-    if trained:
+    if trained and "step" in kinds:
         write("step", _step(state.draft, name), Room())
     return entries
 
@@ -157,7 +173,9 @@ def _model(state: WholeState, draft: Draft) -> dict[str, Any]:
             for n, s in shapes.items()
         )
 
-    module = {n: torch.empty(0) if n in state.shapes else None for n in draft.names}
+    old = draft.template.header["module"]
+    known = {*state.shapes, *draft.aliases}  # buffers and empty entries stay as they are
+    module = {new: torch.empty(0) if new in known else old[n] for new, n in draft.names.items()}
     return {
         **draft.template.header,
         **draft.entries,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lag_megatron.checkpoint import commit, formats, hf
-from lag_megatron.checkpoint.hf_export import Precision, TokenizerFile
+from lag_megatron.checkpoint.hf_export import Precision
+from lag_megatron.checkpoint.hf_tokenizer import TokenizerFile
 from lag_megatron.checkpoint.parts import write
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, ConfigError, DataError

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lag_megatron.checkpoint import formats
-from lag_megatron.checkpoint.hf_export import Export, Precision, TokenizerFile
-from lag_megatron.checkpoint.hf_import import open_transformers, tokenizer_files
+from lag_megatron.checkpoint.hf_export import Export, Precision
+from lag_megatron.checkpoint.hf_import import open_transformers
+from lag_megatron.checkpoint.hf_tokenizer import TokenizerFile, tokenizer_files
 from lag_megatron.checkpoint.layout import Topology
 from lag_megatron.checkpoint.megatron_legacy import open_legacy
 from lag_megatron.checkpoint.megatron_read import open_megatron
@@ -26,8 +27,6 @@ Format = Literal["zero", "universal", "megatron", "hf"]
 _READERS: dict[str, Callable[[Path], Source]] = {
     formats.ZERO: ZeroCheckpoint.open,
     formats.UNIVERSAL: open_universal,
-    formats.MEGATRON: open_megatron,
-    formats.DCP: open_megatron,
     formats.LEGACY: open_legacy,
 }
 
@@ -117,12 +116,13 @@ class Conversion:
         return about | ({"topology": None} if self.to in ("hf", "megatron") else {})
 
 
-def open_source(path: Path, *, vocab_size: int | None = None) -> Source:
+def open_source(path: Path, *, vocab_size: int | None = None, weights_only: bool = False) -> Source:
     """A checkpoint of any format that is read.
 
     Args:
         path: its directory, or one with a pointer to it.
         vocab_size: rows of the vocabulary of a model of transformers.
+        weights_only: leave out a distributed checkpoint's optimizer states, whatever their form.
 
     Raises:
         CheckpointError: if it is damaged or of no known format.
@@ -131,6 +131,8 @@ def open_source(path: Path, *, vocab_size: int | None = None) -> Source:
     kind = formats.detect(path)
     if kind == formats.HF:
         return open_transformers(path, vocab_size=vocab_size)
+    if kind in (formats.MEGATRON, formats.DCP):
+        return open_megatron(path, weights_only=weights_only)
     return _READERS[kind](path)
 
 

@@ -5,7 +5,7 @@ shares by a hard link; ``linked_dcp`` has the others.  Both need the source's fi
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ from lag_megatron.checkpoint.layout import STATES, State, Topology
 from lag_megatron.checkpoint.parts import Flush, Order, Part, Told
 from lag_megatron.checkpoint.states import role_of
 from lag_megatron.checkpoint.universal import FOLDER
-from lag_megatron.checkpoint.universal_write import universal_order
+from lag_megatron.checkpoint.universal_write import universal_order, write_states
+from lag_megatron.checkpoint.whole import WholeState
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.convert import whole_state
 from lag_megatron.growth.growth_map import Copy
@@ -40,35 +41,36 @@ def linked_universal(growth: Growth, target: Path) -> Order:
         tensor_size=int(degrees.get("tp_degree", header["mp_world_size"])),
         precision=enabled[0] if enabled else "fp32",  # type: ignore[arg-type]
     )
-    order = universal_order(whole_state(growth), target, topology, about=growth.about)
+    state = whole_state(growth)
+    order = universal_order(state, target, topology, about=growth.about)
     parts = [
-        Part(part.name, partial(_link_parameter, growth, part.name, part.write))
+        Part(part.name, partial(_link_parameter, growth, state, part.name))
         if part.name in growth.growth_map.blocks
         else part
         for part in order.parts
     ]
-    return replace(order, parts=parts, needed=fresh_bytes(growth), what="what is not linked")
+    return replace(order, parts=parts, needed=_fresh_bytes(growth), what="what is not linked")
 
 
 def _link_parameter(
-    growth: Growth,
-    name: str,
-    write: Callable[[Path, Told, Flush], Mapping[str, Any]],
-    folder: Path,
-    told: Told,
-    flush: Flush,
+    growth: Growth, whole: WholeState, name: str, folder: Path, told: Told, flush: Flush
 ) -> Mapping[str, Any]:
-    """A parameter's folder: hard links where all its states are another's, files elsewhere."""
-    origins = {origin_of(growth, name, state) for state in STATES}
-    (folder / FOLDER / name).mkdir(parents=True, exist_ok=True)
-    if len(origins) > 1 or None in origins:
-        return write(folder, told, flush)
-    (origin,) = origins
-    source = growth.source.path / FOLDER / str(origin)
-    return dict(
-        link(file, folder / FOLDER / name / file.name, folder, growth.source.path)
-        for file in sorted(source.glob("*.pt"))
+    """A parameter's folder: hard links of the states that are another's, files of the others."""
+    place, source = folder / FOLDER / name, growth.source.path / FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    # All parameters of a group have taken the same steps; after ZeRO-3 no file says how many.
+    like = next(file for file in sorted(source.iterdir()) if file.is_dir())
+    origins: dict[str, str | None] = {s: origin_of(growth, name, s) for s in STATES}
+    if whole.is_trained(name) and (like / "step.pt").is_file():
+        origins["step"] = next((o for o in origins.values() if o is not None), None)
+    kept = {kind: source / str(origin) / f"{kind}.pt" for kind, origin in origins.items() if origin}
+    entries = dict(
+        link(file, place / file.name, folder, growth.source.path)
+        for file in kept.values()
+        if file.is_file()
     )
+    fresh = [kind for kind, origin in origins.items() if origin is None]
+    return entries | write_states(whole, name, fresh, folder, told, flush)
 
 
 def link(file: Path, place: Path, folder: Path, source: Path) -> tuple[str, dict[str, Any]]:
@@ -101,7 +103,7 @@ def origin_of(growth: Growth, name: str, state: State) -> str | None:
     return origin.parameter if shapes[origin.parameter] == block.box.shape else None
 
 
-def fresh_bytes(growth: Growth) -> int:
+def _fresh_bytes(growth: Growth) -> int:
     """Bytes of masters and moments that have to be written."""
     shapes = growth.layout.shapes
     return sum(

@@ -12,8 +12,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lag_megatron.checkpoint import commit, dcp, megatron, pickles
-from lag_megatron.checkpoint.boxes import Box
+from lag_megatron.checkpoint.boxes import Box, numel
 from lag_megatron.checkpoint.dcp import Place, StoredTensor
 from lag_megatron.checkpoint.dcp_write import write_metadata
 from lag_megatron.checkpoint.draft import Room
@@ -27,7 +29,7 @@ from lag_megatron.checkpoint.whole import WholeState
 from lag_megatron.checkpoint.zero_write import write_objects
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.convert import whole_state
-from lag_megatron.growth.linked import fresh_bytes, link, origin_of
+from lag_megatron.growth.linked import link, origin_of
 from lag_megatron.growth.materialize import Growth
 
 
@@ -52,13 +54,19 @@ def linked_megatron(growth: Growth, target: Path) -> Order:
             *(Part(name, partial(grown.write_fresh, name)) for name in grown.fresh),
         ],
         about={**growth.about, "written_as": "linked"},
-        needed=fresh_bytes(growth),
+        needed=grown.fresh_bytes,
         what="what is not linked",
         check=growth.source.require_sound,
         finish=grown.write_rest,
         pointer=TRACKER if grown.is_megatron else None,
-        says=str(growth.source.step),
+        says=_tracked(target),
     )
+
+
+def _tracked(target: Path) -> str:
+    """What Megatron's pointer says of a directory: its iteration, or ``release``."""
+    number = target.name.removeprefix("iter_")
+    return str(int(number)) if number.isdigit() else target.name
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,15 @@ class _GrownMetadata:
         }
         return {name: kinds for name, kinds in found.items() if kinds}
 
+    @property
+    def fresh_bytes(self) -> int:
+        """Bytes of values that have to be written."""
+        return sum(
+            numel(self.state.shapes[name]) * self._dtype(name, prefix).itemsize
+            for name, kinds in self.fresh.items()
+            for prefix, _ in kinds
+        )
+
     def old_places(self) -> Iterator[Place]:
         """Every place of the source."""
         for _, place, _ in self.contents.places():
@@ -134,8 +151,8 @@ class _GrownMetadata:
         entries: dict[str, Any] = {}
         for prefix, state in self.fresh[name]:
             room, file = Room(), self._file(name, prefix)
-            dtype = self.contents.tensors[prefix + self.old[self._like(name)].key].dtype
-            objects = room(self.state.region(name, state), self._box(name).shape, dtype)
+            shape, dtype = self._box(name).shape, self._dtype(name, prefix)
+            objects = room(self.state.region(name, state), shape, dtype)
             fill = self.state.fill
             entries[file] = write_objects(folder / file, objects, room, fill, told, flush)
         return entries
@@ -228,6 +245,9 @@ class _GrownMetadata:
         """An old parameter of the same kind: of the same shape, precision and way of storing."""
         match = LAYER.match(name)
         return name if match is None else f"{match['head']}0{match['tail']}"
+
+    def _dtype(self, name: str, prefix: str) -> torch.dtype:
+        return self.contents.tensors[prefix + self.old[self._like(name)].key].dtype
 
     def _box(self, name: str) -> Box:
         shape, layer = self.state.shapes[name], self._where(name).layer

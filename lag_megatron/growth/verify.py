@@ -10,6 +10,7 @@ from lag_megatron.checkpoint.boxes import numel
 from lag_megatron.checkpoint.draft import DTYPES
 from lag_megatron.checkpoint.layout import STATES, State
 from lag_megatron.checkpoint.source import WHOLE
+from lag_megatron.checkpoint.states import shape_of, states_of
 from lag_megatron.checkpoint.whole import WholeState
 from lag_megatron.growth.convert import Conversion, open_source, whole_state
 from lag_megatron.growth.materialize import resharding
@@ -34,12 +35,14 @@ def differences(conversion: Conversion, target: Path) -> Iterator[str]:
     found = whole_state(resharding(open_source(target, vocab_size=rows if is_hf else None), WHOLE))
     yield from _names(source, found)
     dtype = DTYPES[conversion.dtype] if is_hf else torch.float32
-    states: tuple[State, ...] = STATES[:1] if is_hf else STATES
     for name in (name for name in source.shapes if name in found.shapes):
         shape = source.shapes[name]
         kept = conversion.export.vocab_size if is_hf and name in _VOCABULARY else shape[0]
-        for state in states if source.is_trained(name) else STATES[:1]:
-            count = _unlike(source, found, name, state, kept * numel(shape[1:]), dtype)
+        states = states_of(source.draft.layout.optimizer, shape)
+        for state in states if source.is_trained(name) and not is_hf else STATES[:1]:
+            like = shape_of(state, shape)
+            end = kept * numel(shape[1:]) if like == shape else numel(like)
+            count = _unlike(source, found, name, state, end, dtype)
             if count:
                 yield f"{name}: {state}: {count} of {numel(shape)} elements differ"
 

@@ -1,5 +1,6 @@
 """Conversions between formats: what arrives, what is refused, and what a kill leaves."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,16 +9,19 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import PICO_VOCABULARY, run_ranks
+from conftest import PICO_VOCABULARY, pico_config, run_ranks, train_and_save
 from full_state import read_full
 from hf_weights import HEADS, LAYERS, VOCABULARY, hf_model, megatron_weights
 from safetensors.torch import load_file, save_file
 from test_tools_checkpoint import grow, inspect, program
 from tokenizers import models, pre_tokenizers
 
-from lag_megatron.checkpoint import commit, parts
+from lag_megatron.checkpoint import commit, dcp, parts
+from lag_megatron.checkpoint.boxes import Box
+from lag_megatron.checkpoint.dcp import StoredTensor
+from lag_megatron.checkpoint.dcp_write import write_metadata
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
-from lag_megatron.config import ModelConfig
+from lag_megatron.config import ModelConfig, OptimizerConfig
 from lag_megatron.errors import CheckpointError
 
 convert = program("convert_checkpoint")
@@ -186,7 +190,7 @@ def test_other_ways_to_keep_the_same_weights(family, families, tmp_path, capsys)
 def old_bert(weights):
     for new, old in (("weight", "gamma"), ("bias", "beta")):
         weights = {k.replace(f"LayerNorm.{new}", f"LayerNorm.{old}"): v for k, v in weights.items()}
-    weights["bert.embeddings.position_ids"] = torch.arange(12)[None].float()
+    weights["bert.embeddings.position_ids"] = torch.arange(12)[None]
     weights["bert.pooler.dense.weight"] = torch.zeros(16, 16)
     weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"].clone()
     words = weights["bert.embeddings.word_embeddings.weight"]
@@ -195,7 +199,7 @@ def old_bert(weights):
 
 
 def old_gpt2(weights):
-    weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 12, 12)
+    weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 12, 12, dtype=torch.bool)
     weights["transformer.h.1.attn.masked_bias"] = torch.tensor(-1e4)
     weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
 
@@ -231,7 +235,7 @@ DAMAGED = {
     ),
     "dtype": (
         put(ATTENTION, torch.zeros(16, 16, dtype=torch.int8)),
-        f"{ATTENTION} is of the type I8, expected one of F32, BF16, F16",
+        f"{ATTENTION} is of the type I8, expected F32, BF16 or F16",
     ),
 }
 
@@ -459,6 +463,138 @@ def test_pickles_of_before_1_6(folder, checkpoint, tmp_path):
             (tag,) = target.glob("step*")
             files.append(commit.read_manifest(tag)["files"])
         assert files[0] == files[1]
+
+
+def test_the_job_is_part_of_what_a_universal_checkpoint_is(checkpoint, tmp_path, capsys):
+    """Under ZeRO-3 DeepSpeed looks for model files of other names."""
+    out = tmp_path / "out"
+    assert convert(checkpoint, out, "--to", "universal") == 0
+    other = ("--to", "universal", "--world-size", 4, "--zero-stage", 3)
+    assert "exists already" in refused(capsys, 2, checkpoint, out, *other)
+
+
+def test_a_draft_of_other_files_is_not_gone_on_with(families, tmp_path, monkeypatch):
+    _, source = families["gpt2"]
+    seal, left = commit.seal, [2]
+
+    def die(path):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return seal(path)
+
+    monkeypatch.setattr(commit, "seal", die)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "hf", "--to", "hf", "--max-shard-size", "10KB", "--workers", 1)
+    assert list(tmp_path.glob("hf.tmp/*"))
+    monkeypatch.undo()
+    sizes = ("--max-shard-size", "20KB", "--verify")
+    assert convert(source, tmp_path / "hf", "--to", "hf", *sizes) == 0
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    files = {p.name for p in (tmp_path / "hf").glob("*.safetensors")}
+    assert set(index["weight_map"].values()) == files
+
+
+def test_a_shard_size_that_is_none(checkpoint, tmp_path, capsys):
+    error = refused(capsys, 2, checkpoint, tmp_path / "o", "--to", "hf", "--max-shard-size", "abc")
+    assert "--max-shard-size abc" in error
+
+
+def test_a_changed_export_is_seen(families, tmp_path, capsys):
+    assert convert(families["gpt2"][1], tmp_path / "hf", "--to", "hf") == 0
+    file = max((tmp_path / "hf").glob("*.safetensors"), key=size_of)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    error = refused(capsys, 2, tmp_path / "hf", tmp_path / "out", "--to", "zero")
+    assert "content differs from its checksum" in error
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("optimizer.distributed.dp_group_idx_0.gbuf_idx_0.exp_avg", (8,)),
+        ("optimizer.state.fp32_param.embedding.word_embeddings.weight", (4, 256)),
+    ],
+)
+def test_optimizer_states_of_other_forms_are_refused(key, shape, checkpoint, tmp_path, capsys):
+    assert convert(checkpoint, tmp_path / "m", "--to", "megatron") == 0
+    tag = tmp_path / "m" / "iter_0000003"
+    contents = dcp.read_metadata(tag)
+    box = Box(tuple(0 for _ in shape), shape)
+    place = next(iter(contents.tensors.values())).chunks[0][1]
+    tensors = {k: t for k, t in contents.tensors.items() if not k.startswith("optimizer.")}
+    tensors[key] = StoredTensor(
+        torch.float32, shape, ((box, dataclasses.replace(place, length=1 << 20)),)
+    )
+    os.truncate(tag / place.file, 1 << 21)
+    write_metadata(tag, tensors, contents.objects)
+    (tag / "manifest.json").unlink()
+    error = refused(capsys, 2, tag, tmp_path / "out", "--to", "zero")
+    assert key in error
+    assert "Convert with --weights-only" in error
+    assert convert(tag, tmp_path / "out", "--to", "zero", "--weights-only", "--dry-run") == 0
+
+
+def test_what_megatrons_own_optimizer_asks_of_the_settings(checkpoint, tmp_path):
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    assert convert(checkpoint, tmp_path / "m", "--to", "megatron") == 0
+    common = torch.load(tmp_path / "m" / "iter_0000003" / "common.pt", weights_only=False)
+    groups = common["optimizer"]["optimizer"]["param_groups"]
+    assert [group["wd_mult"] for group in groups] == [1.0, 0.0]
+    assert all(set(param_group_identifier_keys) <= set(group) for group in groups)
+    optimizer = torch.optim.AdamW([torch.zeros(1)])
+    scheduler = OptimizerParamScheduler(
+        optimizer, init_lr=0.0, max_lr=1e-3, min_lr=0.0, lr_warmup_steps=1, lr_decay_steps=100,
+        lr_decay_style="linear", start_wd=0.1, end_wd=0.1, wd_incr_steps=1,
+        wd_incr_style="constant", override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
+    )  # fmt: skip
+    scheduler.load_state_dict(common["opt_param_scheduler"])
+    assert scheduler.num_steps == 12  # three steps of four sequences
+
+
+def test_parts_merged_along_another_dimension_are_refused(checkpoint, tmp_path, capsys):
+    assert convert(checkpoint, tmp_path / "u", "--to", "universal") == 0
+    tag = tmp_path / "u" / "step3_universal"
+    (tag / "manifest.json").unlink()
+    for state in ("fp32", "exp_avg", "exp_avg_sq"):
+        file = tag / f"zero/decoder.layers.0.self_attention.linear_proj.weight/{state}.pt"
+        stored = torch.load(file)
+        torch.save(stored | {"param": stored["param"].reshape(32, 8)}, file)
+    error = refused(capsys, 2, tag, tmp_path / "out", "--to", "zero")
+    assert "were merged along another dimension" in error
+
+
+def test_adafactors_means_are_verified(tmp_path):
+    config = pico_config(zero_stage=0)
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(name="adafactor"))
+    run_ranks(train_and_save, 1, config, tmp_path)
+    ways = ("--to", "zero", "--zero-stage", 0, "--verify")
+    assert convert(tmp_path / "step3", tmp_path / "out", *ways) == 0
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_the_order_of_parameters_is_megatrons(head):
+    from lag_megatron.checkpoint.megatron_names import in_model_order
+
+    bert = {"family": "bert", "token_types": 2, "sentence_head": head}
+    for shape in ({}, {"llama": True}, bert, bert | {"norm_position": "post"}):
+        (names,) = run_ranks(names_of, 1, pico_config(**shape))
+        assert in_model_order(sorted(names)) == names
+
+
+def names_of(config):
+    from lag_megatron.model import build_model
+    from lag_megatron.parallel import start_world, stop_world
+
+    start_world(tensor=1)
+    model = build_model(config.model, config.parallel, num_layers=2, vocab_size=PICO_VOCABULARY)
+    names = [name for name, _ in model.named_parameters()]
+    stop_world()
+    return names
 
 
 def test_parameters_unknown_to_megatron_are_refused():

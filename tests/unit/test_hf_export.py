@@ -18,7 +18,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from lag_megatron.checkpoint import formats, tensor_map
 from lag_megatron.checkpoint.hf_architecture import architecture_of
-from lag_megatron.checkpoint.hf_export import TokenizerFile
+from lag_megatron.checkpoint.hf_tokenizer import TokenizerFile
 from lag_megatron.checkpoint.parts import write
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, ConfigError, PlanError

@@ -51,6 +51,14 @@ BOUNDS = (
     Bound("loss_heads", "chunked_ce_time_ratio", high=1.0),
     Bound("loss_heads", "mlm_head_speedup", low=5),
     Bound("optimizer", "optimizer_vs_fused", high=1.25),
+    Bound("step_bf16", "cpu_bf16_vs_stock", low=1.6),
+    Bound("step_bf16", "cpu_bf16_vs_best", low=0.80),
+    Bound("step_fp32", "cpu_fp32_vs_best", low=0.92),
+    Bound("step_bert", "bert_step_speedup", low=1.10),
+    Bound("convert", "convert_copy_ratio", low=0.6),
+    Bound("convert", "convert_vs_ds_to_universal", low=3),
+    Bound("convert", "convert_anon_mb", high=128),
+    Bound("convert", "link_growth_share", high=0.01),
 )
 
 
