@@ -73,7 +73,7 @@ def launch(hosts, config, run_dir, *options):
     """Start a run, one rank a host, as a user without ssh would; the launchers by host."""
     hostfile = run_dir.with_suffix(".hostfile")
     hostfile.write_text("".join(f"{name} slots=1\n" for name in NAMES))
-    port = str(random.SystemRandom().randrange(20_000, 60_000))
+    port = str(random.SystemRandom().randrange(20_000, 32_000))
     launchers = []
     for host in hosts:
         command = [str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(hostfile)]

@@ -17,7 +17,8 @@ PATIENCE_S = 150
 def command(config, run_dir, *options, ranks=2):
     """The launcher's command line, as a user would type it."""
     deepspeed = Path(sys.executable).parent / "deepspeed"
-    port = str(random.SystemRandom().randrange(20_000, 60_000))
+    # Below those that the system gives to connections of tests beside this one.
+    port = str(random.SystemRandom().randrange(20_000, 32_000))
     launcher = [str(deepspeed), "--num_gpus", str(ranks), "--master_port", port]
     script = [str(ROOT / "launch" / "train.py"), "--config", str(config), "--run-dir", str(run_dir)]
     return [*launcher, *script, *options]

@@ -316,7 +316,8 @@ def test_the_tool_scores_a_run(run, data, tmp_path, capsys):
     assert 0 <= results["lambada"]["metrics"]["acc"]["value"] <= 1
     assert results["lambada"]["metrics"]["perplexity"]["value"] > 1
     capsys.readouterr()
-    assert tool()(run, *options, "--export-dir", kept) == 2
+    (tmp_path / "mine").mkdir()
+    assert tool()(run, *options, "--export-dir", tmp_path / "mine") == 2
     assert "exists already" in capsys.readouterr().err
     assert tool()(kept, *options, "--limit", 2, "--output", out) == 0  # what was kept, again
     assert json.loads(out.read_text())["results"] == results

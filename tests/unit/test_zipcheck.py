@@ -105,8 +105,11 @@ def test_a_missing_file_and_the_old_format(tmp_path):
     with pytest.raises(CheckpointError, match="missing"):
         has_checksums(tmp_path / "none.pt")
     torch.save(TENSORS, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert not has_checksums(tmp_path / "old.pt")
+    assert list(damaged_records(tmp_path / "old.pt")) == []
+    (tmp_path / "other.pt").write_bytes(b"neither")
     with pytest.raises(CheckpointError, match="no zip archive"):
-        has_checksums(tmp_path / "old.pt")
+        has_checksums(tmp_path / "other.pt")
 
 
 def test_an_archive_inside_a_file(tmp_path):

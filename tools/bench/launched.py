@@ -132,7 +132,7 @@ def launch(script: Path, arguments: Sequence[str], *, ranks: int) -> None:
     Raises:
         RuntimeError: with the end of its output, if it fails.
     """
-    port = str(random.SystemRandom().randrange(20_000, 60_000))
+    port = str(random.SystemRandom().randrange(20_000, 32_000))
     done = subprocess.run(
         [
             str(Path(sys.executable).parent / "deepspeed"),

@@ -61,7 +61,7 @@ def _losses(
         f"stages=[{{steps: {options.steps}}}]",
         "tracking.wandb.mode=disabled",
     )
-    port = str(random.SystemRandom().randrange(20_000, 60_000))
+    port = str(random.SystemRandom().randrange(20_000, 32_000))
     subprocess.run(
         [
             str(Path(sys.executable).parent / "deepspeed"),
