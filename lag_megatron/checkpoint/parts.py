@@ -117,6 +117,8 @@ def _write_parts(order: Order, workers: int, written: Told) -> None:
         _write_missing(order, record, workers, written)
         files = record.entries()
         files |= order.finish(draft, files)
+        for folder in filter(Path.is_dir, draft.rglob("*")):
+            flush_to_disk(folder)  # the names of its files; those of the draft are published
         (draft / _RECORD).unlink()
         commit.publish(order.target, files=files, about=order.about, pointer=None)
         order.point()

@@ -13,7 +13,7 @@ from lag_megatron.checkpoint.blank import blank_groups
 from lag_megatron.checkpoint.boxes import Shape, numel
 from lag_megatron.checkpoint.layout import Group, GroupState, State
 from lag_megatron.checkpoint.source import WholeParameters
-from lag_megatron.checkpoint.tensor_parallel import whole_shape
+from lag_megatron.checkpoint.tensor_parallel import GATED, is_gated, whole_shape
 from lag_megatron.checkpoint.universal import FOLDER, OPTIMIZER, Universal
 from lag_megatron.errors import CheckpointError
 
@@ -118,8 +118,10 @@ class _Reader:
         degrees = header.get("checkpoint_parallel_dimensions") or {}
         size = degrees.get("tp_degree", self.checkpoint.model_ranks)
         shape = whole_shape(name, local, tensor_size=size)
-        stored = self._stored(name, "fp32").numel()
         tensor = self._stored(name, "fp32")
+        stored = tensor.numel()
+        if size > 1 and GATED.search(name) and is_gated(self.checkpoint.shapes):
+            self._require_halves(name)
         if tensor.dim() > 1 and tuple(tensor.shape[1:]) != shape[1:]:
             raise CheckpointError(
                 f"{self.path}: {FOLDER}/{name}/fp32.pt has the shape {tuple(tensor.shape)}, "
@@ -133,6 +135,17 @@ class _Reader:
                 f"give the parameter the shape {shape}. Convert again."
             )
         return shape
+
+    def _require_halves(self, name: str) -> None:
+        """Refuse a gate and an up half that were merged as one: their shape does not show it."""
+        file = self.path / FOLDER / name / "fp32.pt"
+        kept = pickles.load(file)
+        if not isinstance(kept, dict) or kept.get("param_n_sub_params") != 2:
+            raise CheckpointError(
+                f"{file}: tensor-parallel parts of a gate and an up half were merged as if they "
+                "were one. Convert the ZeRO checkpoint again with "
+                "parameter_with_2_sub_params_cat_dim_0."
+            )
 
     def _step(self, name: str) -> Tensor:
         """The steps that a parameter has taken; after ZeRO-3 one file says it for all."""

@@ -568,6 +568,20 @@ def test_parts_merged_along_another_dimension_are_refused(checkpoint, tmp_path, 
     assert "were merged along another dimension" in error
 
 
+def test_halves_merged_as_one_are_refused(families, tmp_path, capsys):
+    ways = ("--to", "universal", "--world-size", 2, "--tensor-parallel", 2)
+    assert convert(families["llama"][1], tmp_path / "u", *ways) == 0
+    assert convert(tmp_path / "u", tmp_path / "whole", "--to", "zero", "--verify") == 0
+    tag = tmp_path / "u" / "step00000000_universal"
+    (tag / "manifest.json").unlink()
+    file = tag / "zero/decoder.layers.1.mlp.linear_fc1.weight/fp32.pt"
+    stored = torch.load(file)
+    del stored["param_n_sub_params"]
+    torch.save(stored, file)
+    error = refused(capsys, 2, tag, tmp_path / "out", "--to", "zero")
+    assert "a gate and an up half were merged as if they were one" in error
+
+
 def test_adafactors_means_are_verified(tmp_path):
     config = pico_config(zero_stage=0)
     config = dataclasses.replace(config, optimizer=OptimizerConfig(name="adafactor"))
