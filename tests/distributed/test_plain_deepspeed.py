@@ -17,8 +17,10 @@ from conftest import run_ranks
 from full_state import differences, grow_full, read_full, tree_differences
 from torch import nn
 
+from lag_megatron.checkpoint.parts import write
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError
+from lag_megatron.growth.convert import Conversion, open_source
 from lag_megatron.growth.materialize import retarget
 from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
@@ -366,3 +368,24 @@ def test_every_stage_in_turn_keeps_what_it_does_not_list(before, sources, tmp_pa
     assert differences({k: v for k, v in found.items() if k[0] != "weight"}, wanted) == []
     module = load(source, "*model_states.pt")["module"]
     assert differences({name: module[name] for name in weights}, weights) == []
+
+
+@pytest.mark.parametrize("at", [At(1, 2), At(2, 3)], ids=str)
+def test_nothing_is_lost_through_universal(at, sources, tmp_path):
+    """Tied and frozen parameters, buffers, schedules and counters of a model that is not ours."""
+    source, _ = sources[at]
+    ways = [("universal", "u"), ("zero", "z")]
+    here = source
+    for form, name in ways:
+        opened = open_source(here)
+        topology = ZeroCheckpoint.open(source).topology
+        conversion = Conversion(source=opened, to=form, topology=topology)
+        here = conversion.place(tmp_path / name)
+        write(conversion.order(here))
+    before, after = at.read(source), at.read(here)
+    assert after[1] == before[1]
+    assert differences(after[0], before[0]) == []
+    old, new = (load(folder, "mp_rank_00_model_states.pt") for folder in (source, here))
+    assert tree_differences(dict(old["module"]), dict(new["module"])) == []
+    for key in ("shared_params", "buffer_names", "lr_scheduler", "global_steps", *CLIENT_STATE):
+        assert tree_differences(old[key], new[key]) == [], key
