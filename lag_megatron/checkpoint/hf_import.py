@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from lag_megatron.checkpoint import commit, hf
@@ -279,8 +280,8 @@ def _settings(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / 'config.json'}: missing. Restore it from a copy.")
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        line = str(error).splitlines()[0]
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        line = " ".join(str(error).split())
         raise CheckpointError(f"{path / 'config.json'}: cannot be read: {line}") from None
     return dict(config.to_dict())
 

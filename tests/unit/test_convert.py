@@ -256,6 +256,7 @@ SETTINGS = {
         "rope_type 'linear', expected 'default'",
     ),
     "biases": ({"mlp_bias": True}, "attention_bias False, mlp_bias True: expected one value"),
+    "type": ({"num_hidden_layers": "two"}, "config.json: cannot be read: "),
     "head_dim": ({"head_dim": 8}, "head_dim 8 times 4 heads is not the hidden_size 16"),
 }
 
