@@ -1,8 +1,6 @@
 """What a run would do and cost, without a GPU, without data and without torch."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from lag_megatron.config import (
     ParallelConfig,
@@ -11,21 +9,22 @@ from lag_megatron.config import (
     dump_config,
     require_groups,
 )
-from lag_megatron.config.spans import MODES
-from lag_megatron.errors import ConfigError
+from lag_megatron.config.positions import stage_ranges
 from lag_megatron.growth.layer_map import draw
 from lag_megatron.growth.pool import Candidate, build_pool
+from lag_megatron.paths import mean_layers_run
 from lag_megatron.rate_curve import rate_curve
 from lag_megatron.schedule import (
     parameter_count,
     stage_flops,
     state_bytes_per_parameter,
     tokens_per_step,
+    training_flops_per_token,
 )
-from lag_megatron.search_cost import search_cost, training_flops
+from lag_megatron.search_cost import SearchCost, search_cost, training_flops
 from lag_megatron.selection import planned
+from lag_megatron.vocabulary import estimate_vocab_size
 
-VOCAB_MULTIPLE = 128
 MIB = 2**20
 
 
@@ -40,6 +39,10 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
     replicas = data_parallel_size(config.parallel, world_size=world_size)
     vocab_size, origin = estimate_vocab_size(config)
     pools = growth_pools(config)
+    schedule = [
+        *(_searches(config, pools, vocab_size=vocab_size) if pools else ()),
+        *_saving(config, pools, vocab_size=vocab_size),
+    ]
     sections = [
         ("configuration", dump_config(config).splitlines()),
         ("stages", _stages(config, vocab_size=vocab_size, origin=origin)),
@@ -48,7 +51,7 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
             (f"growth {stage}", _growth(config, stage, pool=pool, vocab_size=vocab_size))
             for stage, pool in pools.items()
         ),
-        *([("whole schedule", _schedule(config, pools, vocab_size=vocab_size))] if pools else []),
+        *([("whole schedule", schedule)] if schedule else []),
         ("learning rate", rate_curve(config)),
     ]
     return "\n\n".join("\n".join((f"== {title} ==", *lines)) for title, lines in sections) + "\n"
@@ -69,76 +72,32 @@ def growth_pools(config: RunConfig) -> dict[int, tuple[Candidate, ...]]:
             init_std=config.model.init_std,
         )
         for stage in range(1, len(config.stages))
-        if config.layers_of(stage) > config.layers_of(stage - 1)
+        if config.has_event(stage)
     }
-
-
-def estimate_vocab_size(config: RunConfig) -> tuple[int, str]:
-    """Rows of the embedding, and where the number comes from.
-
-    ``auto`` is known for certain only once the tokenizer is there: until then it is the size asked
-    for, rounded up as for training.
-
-    Raises:
-        ConfigError: if the tokenizer's file is none.
-    """
-    if isinstance(config.model.vocab_size, int):
-        return config.model.vocab_size, "given"
-    tokenizer = config.data.tokenizer
-    added = tokenizer.sentinels + len(MODES) if tokenizer.sentinels else 0
-    for folder in _prepared_folders(config):
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        return _rounded(meta["vocab_size"]), f"read from {folder}"
-    if tokenizer.type != "file":
-        size = _rounded(tokenizer.vocab_size + added)
-        return size, "an estimate from data.tokenizer.vocab_size"
-    if tokenizer.path and Path(tokenizer.path).is_file():
-        return _rounded(
-            _tokenizer_size(Path(tokenizer.path)) + added
-        ), f"read from {tokenizer.path}"
-    return _rounded(tokenizer.vocab_size + added), f"a guess: {tokenizer.path} is not there"
-
-
-def _prepared_folders(config: RunConfig) -> list[Path]:
-    """Folders of prepared text that are there; one decides the tokenizer of all."""
-    data = config.data
-    sources = data.mixture or (data,)
-    paths = [path for source in sources if source.source == "prepared" for path in source.paths]
-    return [Path(path) for path in paths if (Path(path) / "meta.json").is_file()]
-
-
-def _rounded(vocab_size: int) -> int:
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-def _tokenizer_size(path: Path) -> int:
-    """Largest token number of a Hugging Face ``tokenizer.json``, plus one."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        vocab = tree["model"]["vocab"]
-        numbers = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-        added = [token["id"] for token in tree.get("added_tokens", [])]
-        return 1 + int(max([*numbers, *added]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"data.tokenizer.path: {path} is not a Hugging Face tokenizer.json ({error!r})."
-        ) from None
 
 
 def _stages(config: RunConfig, *, vocab_size: int, origin: str) -> Iterator[str]:
     yield f"vocabulary: {vocab_size:,} ({origin})"
-    yield f"{'stage':>5} {'layers':>6} {'parameters':>15} {'steps':>9} {'tokens':>17} {'FLOPs':>10}"
+    yield (
+        f"{'stage':>5} {'layers':>6} {'run':>5} {'parameters':>15} {'steps':>9} {'tokens':>17} "
+        f"{'FLOPs':>10}"
+    )
     per_step = tokens_per_step(config)
     for number, stage in enumerate(config.stages):
         layers = config.layers_of(number)
         parameters = parameter_count(config.model, num_layers=layers, vocab_size=vocab_size)
         flops = stage_flops(config, number, vocab_size=vocab_size)
         yield _stage_row(
-            str(number), str(layers), f"{parameters:,}", stage.steps, stage.steps * per_step, flops
+            str(number),
+            (str(layers), _layers_run(config, number)),
+            f"{parameters:,}",
+            stage.steps,
+            stage.steps * per_step,
+            flops,
         )
     steps = config.total_steps
     yield _stage_row(
-        "all", "", "", steps, steps * per_step, training_flops(config, vocab_size=vocab_size)
+        "all", ("", ""), "", steps, steps * per_step, training_flops(config, vocab_size=vocab_size)
     )
     yield (
         f"{per_step:,} tokens a step. FLOPs: 6 x matrix parameters with the output layer "
@@ -148,9 +107,19 @@ def _stages(config: RunConfig, *, vocab_size: int, origin: str) -> Iterator[str]
 
 
 def _stage_row(
-    stage: str, layers: str, parameters: str, steps: int, tokens: int, flops: int
+    stage: str, layers: tuple[str, str], parameters: str, steps: int, tokens: int, flops: int
 ) -> str:
-    return f"{stage:>5} {layers:>6} {parameters:>15} {steps:>9,} {tokens:>17,} {flops:>10.3e}"
+    there, run = layers
+    return (
+        f"{stage:>5} {there:>6} {run:>5} {parameters:>15} {steps:>9,} {tokens:>17,} {flops:>10.3e}"
+    )
+
+
+def _layers_run(config: RunConfig, stage: int) -> str:
+    """How many layers a step trains, on average; what a pool decides is not known yet."""
+    if config.has_event(stage) and config.growth_before(stage).pool.path_length:
+        return "?"
+    return f"{mean_layers_run(config, stage_ranges(config.stages)[stage]):.4g}"
 
 
 def _memory(config: RunConfig, *, vocab_size: int, replicas: int) -> Iterator[str]:
@@ -250,15 +219,21 @@ def _rule(config: RunConfig, stage: int, candidates: int) -> str:
     return f"Rule halving, eta {growth.eta}: {', '.join(parts)}"
 
 
-def _schedule(
-    config: RunConfig, pools: Mapping[int, Sequence[Candidate]], *, vocab_size: int
-) -> Iterator[str]:
-    """What all searches cost together, and what growing saves all the same."""
-    costs = {
+def _costs(
+    config: RunConfig, pools: Mapping[int, Sequence[Candidate]], vocab_size: int
+) -> dict[int, SearchCost]:
+    return {
         stage: search_cost(config, stage, candidates=len(pool), vocab_size=vocab_size)
         for stage, pool in pools.items()
     }
-    run, last = training_flops(config, vocab_size=vocab_size), len(config.stages) - 1
+
+
+def _searches(
+    config: RunConfig, pools: Mapping[int, Sequence[Candidate]], *, vocab_size: int
+) -> Iterator[str]:
+    """What all searches cost together."""
+    costs = _costs(config, pools, vocab_size)
+    run = training_flops(config, vocab_size=vocab_size)
     columns = ("growth", "    layers", "candidates", "extra steps", "search FLOPs", "of run")
     yield " ".join(columns)
     for stage, cost in costs.items():
@@ -267,22 +242,33 @@ def _schedule(
             f"{stage:>6} {layers:>10} {cost.candidates:>10} {cost.extra_steps:>11,} "
             f"{cost.flops:>12.3e} {cost.flops / run:>6.1%}"
         )
-    extra, search = sum(c.extra_steps for c in costs.values()), sum(c.flops for c in costs.values())
+    extra = sum(cost.extra_steps for cost in costs.values())
     candidates = sum(cost.candidates for cost in costs.values())
     yield (
         f"{len(pools)} growth{'s' * (len(pools) > 1)}, {candidates} candidates: "
         f"{extra:,} extra steps = {extra / config.total_steps:.1%} of the run's"
     )
-    scratch = config.total_steps * stage_flops(config, last, vocab_size=vocab_size)
-    scratch //= config.stages[last].steps
+
+
+def _saving(
+    config: RunConfig, pools: Mapping[int, Sequence[Candidate]], *, vocab_size: int
+) -> Iterator[str]:
+    """What growing and paths save, searches charged, if there are any."""
+    layers = config.layers_of(len(config.stages) - 1)
+    run = training_flops(config, vocab_size=vocab_size)
+    per_token = training_flops_per_token(config, num_layers=layers, vocab_size=vocab_size)
+    scratch = config.total_steps * tokens_per_step(config) * per_token
+    if run == scratch and not pools:
+        return
     yield (
-        f"{config.total_steps:,} steps with {config.layers_of(last)} layers from scratch: "
+        f"{config.total_steps:,} steps with {layers} layers from scratch: "
         f"{scratch:.3e} FLOPs. The stages take {run:.3e},"
     )
-    yield (
-        f"{_less(run / scratch)}; with the searches {run + search:.3e}, "
-        f"{_less((run + search) / scratch)}."
-    )
+    searches = ""
+    if pools:
+        search = sum(cost.flops for cost in _costs(config, pools, vocab_size).values())
+        searches = f"; with the searches {run + search:.3e}, {_less((run + search) / scratch)}"
+    yield f"{_less(run / scratch)}{searches}."
 
 
 def _less(share: float) -> str:

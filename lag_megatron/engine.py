@@ -34,14 +34,15 @@ from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.growth.plan import GrowthPlan
-from lag_megatron.layer_rates import slowed
 from lag_megatron.live import LiveState
 from lag_megatron.model import build_model, labels_of, loss_sums, mean_loss
 from lag_megatron.model.initialize import initialize_weights, mark_cut_parameters
 from lag_megatron.model.parameter_groups import decay_split, gradient_squares, make_optimizer
 from lag_megatron.model.random_state import seed_everywhere, seed_step
 from lag_megatron.parallel import DeepSpeedGroups, World, topology_of
+from lag_megatron.paths import LayerPath
 from lag_megatron.step_result import StepResult
+from lag_megatron.subnetwork import partial_step
 from lag_megatron.zero_step import use_one_pass
 
 Batch = dict[str, Tensor]
@@ -127,6 +128,7 @@ class Engine:
         step: int,
         lr: float,
         new_layers: float = 1.0,
+        path: LayerPath | None = None,
         stop_asked: Flag = bool,
     ) -> StepResult:
         """One optimizer step on this rank's micro-batches of global batch ``step``.
@@ -134,7 +136,7 @@ class Engine:
         Each part of the loss (see :func:`lag_megatron.model.loss_sums`) is its sum over the labels
         of the global batch divided by their number, so that accumulation, world size and masking do
         not change it.  Layers that the last growth added take ``new_layers`` times the rate ``lr``.
-        ``stop_asked`` is looked at last.
+        With a ``path`` its layers alone are trained.  ``stop_asked`` is looked at last.
         """
         world, engine = self.world, self._engine
         engine.train()
@@ -146,8 +148,9 @@ class Engine:
         weights = torch.tensor([world.data_size / max(n, 1.0) for n in counts], device=world.device)
         totals = torch.zeros(len(counts), dtype=torch.float64, device=world.device)
         grad_norm = None
-        slow = new_layers < 1
-        with slowed(self.live, self._new_layers, new_layers) if slow else contextlib.nullcontext():
+        slow = (self._new_layers, new_layers)
+        freeze = self.config.raptr.update_skipped == "freeze"
+        with partial_step(engine, lambda: self.live, slow=slow, path=path, freeze=freeze):
             for batch in batches:
                 sums = loss_sums(engine, self._move(batch))
                 engine.backward((sums * weights).sum(), scale_wrt_gas=False)
@@ -238,7 +241,8 @@ class Engine:
     def _remember(self, client_state: Mapping[str, Any]) -> None:
         """Which layers the last growth of the state that was taken over has added."""
         history = client_state.get("growth_history") or ()
-        self._new_layers = GrowthPlan(**history[-1]).new_layers if history else frozenset()
+        grown = [GrowthPlan(**plan) for plan in history if plan["operator"] != "identity"]
+        self._new_layers = grown[-1].new_layers if grown else frozenset()
 
     @property
     def _trained(self) -> list[list[torch.nn.Parameter]]:
@@ -281,11 +285,6 @@ class Engine:
     def _agree(self, stops: float) -> bool:
         # Tensor-parallel ranks may have been signalled at different steps.
         return self.world.any_rank(stops > 0) if self.world.tensor_size > 1 else stops > 0
-
-
-def mean(values: Sequence[float]) -> float:
-    """Mean of per-batch losses; batches are equally large."""
-    return math.fsum(values) / len(values)
 
 
 def _sharded_construction(config: RunConfig, settings: dict[str, Any], groups: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A smaller learning rate for some layers, whatever the ZeRO stage.
+"""A smaller learning rate for some layers, or none, whatever the ZeRO stage.
 
 A parameter group has one rate, and under ZeRO it is one flat buffer: groups for new layers would
 change the layout of every checkpoint, and differ from candidate to candidate.  But the step that
@@ -7,7 +7,7 @@ the optimizers' states know nothing.  So a part of the step is the step with a p
 """
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,12 +33,43 @@ def slowed(live: LiveState, layers: Collection[int], factor: float) -> Iterator[
             "optimizer.schedule.growth_warmup is 'new', but the state does not say which layers "
             "its last growth has added. Take 'all'."
         )
+    with _around_steps(live, live.parts(_in(layers)), lambda part, old: old.lerp_(part, factor)):
+        yield
+
+
+@contextlib.contextmanager
+def frozen(live: LiveState, layers: Collection[int]) -> Iterator[None]:
+    """While this is open, steps leave weights and moments of ``layers`` as they are.
+
+    A copy of this rank's part of their state is held meanwhile.
+    """
+    with _around_steps(live, live.parts(_in(layers), moments=True), lambda part, old: old):
+        yield
+
+
+def _in(layers: Collection[int]) -> Callable[[str], bool]:
+    """Whether a parameter of this name belongs to one of these layers."""
 
     def belongs(name: str) -> bool:
         match = LAYER.match(name)
         return match is not None and int(match["layer"]) in layers
 
-    parts = live.parts(belongs)
+    return belongs
+
+
+@contextlib.contextmanager
+def _around_steps(
+    live: LiveState,
+    parts: Mapping[int, Sequence[Tensor]],
+    what: Callable[[Tensor, Tensor], Tensor],
+) -> Iterator[None]:
+    """Replace parts of the state, after each step, by what is made of them and of their old values.
+
+    Args:
+        live: whose optimizer steps.
+        parts: by the identity of the masters' buffer that they belong to.
+        what: given a part and a copy of it from before the step, the values it gets.
+    """
     before: list[tuple[Tensor, Tensor]] = []
 
     def keep(optimizer: Any, *unused: Any) -> None:
@@ -49,7 +80,7 @@ def slowed(live: LiveState, layers: Collection[int], factor: float) -> Iterator[
     @torch.no_grad()
     def take_back(*unused: Any) -> None:
         for part, old in before:
-            part.copy_(old.lerp_(part, factor))
+            part.copy_(what(part, old))
         before.clear()
 
     hooks = (

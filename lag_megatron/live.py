@@ -226,16 +226,26 @@ class LiveState:
                 state[moment] = torch.zeros(shape, dtype=master.dtype, device=master.device)
         return state
 
-    def parts(self, wanted: Callable[[str], bool]) -> dict[int, list[Tensor]]:
-        """This rank's masters of some parameters, as runs of the buffers with these identities."""
-        masters, found = self.masters, dict[int, list[Tensor]]()
-        for container, held in self._layout.held(self._data_rank).items():
-            master = masters[container.key]
-            found[id(master)] = [
-                master.detach().view(-1)[part.offset : part.offset + part.length]
-                for name, part in held
-                if wanted(name)
-            ]
+    def parts(
+        self, wanted: Callable[[str], bool], *, moments: bool = False
+    ) -> dict[int, list[Tensor]]:
+        """This rank's masters of some parameters, and their moments where these are asked for.
+
+        They are runs of the buffers that belong to the masters with these identities.
+        """
+        masters = self.masters
+        found: dict[int, list[Tensor]] = {id(master): [] for master in masters}
+        for state, layout in self._layouts.items():
+            if state != "fp32" and not moments:
+                continue
+            for container, held in layout.held(self._data_rank).items():
+                master = masters[container.key]
+                buffer = self._buffer(master, state)
+                found[id(master)] += [
+                    buffer[part.offset : part.offset + part.length]
+                    for name, part in held
+                    if wanted(name)
+                ]
         return found
 
     @property

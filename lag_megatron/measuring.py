@@ -3,14 +3,15 @@
 import math
 from dataclasses import dataclass
 
-from lag_megatron.config.positions import start_positions
-from lag_megatron.engine import Engine, mean
+from lag_megatron.config.positions import stage_ranges, start_positions
+from lag_megatron.engine import Engine
 from lag_megatron.errors import RunError
 from lag_megatron.parallel import World
 from lag_megatron.probe.recorder import Recorder
 from lag_megatron.probe.steps import Job, MetricRow
-from lag_megatron.schedule import stage_ranges, training_flops_per_token
+from lag_megatron.schedule import steps_flops, tokens_per_step
 from lag_megatron.slope import has_flattened, slopes
+from lag_megatron.step_result import mean
 
 # Validations over which the slope is measured: Shen et al. 2022 take the mean over 5 points.
 SLOPE_WINDOW = 5
@@ -95,12 +96,10 @@ class Meter:
         peak, config = self.world.peak_flops, self.job.config
         if peak is None or config.parallel.precision != "bf16":
             return None
-        flops = training_flops_per_token(
-            config,
-            num_layers=config.layers_of(int(row["stage"])),
-            vocab_size=self.job.vocab_size,
-        )
-        return float(row["train/tokens_per_second"]) * flops / (peak * self.world.size)
+        step = int(row["step"]) - 1
+        flops = steps_flops(config, range(step, step + 1), vocab_size=self.job.vocab_size)
+        seconds = tokens_per_step(config) / float(row["train/tokens_per_second"])
+        return flops / seconds / (peak * self.world.size)
 
 
 def _agreed(message: str) -> RunError:

@@ -4,9 +4,8 @@ import textwrap
 from collections.abc import Iterator
 
 from lag_megatron.config import RunConfig
-from lag_megatron.config.positions import last_growth, start_positions
+from lag_megatron.config.positions import last_growth, stage_ranges, start_positions
 from lag_megatron.learning_rate import Rate, position_of, rate_at
-from lag_megatron.schedule import stage_ranges
 
 WIDTH = 72
 HEIGHT = 8

@@ -1,6 +1,6 @@
 """Stages, and what a run costs in parameters, tokens and FLOPs.  Pure arithmetic."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,32 +8,30 @@ from lag_megatron.config import (
     ModelConfig,
     ParallelConfig,
     RunConfig,
-    StageConfig,
 )
+from lag_megatron.config.positions import stage_ranges
+from lag_megatron.paths import layers_run
 
 
-def stage_ranges(stages: Sequence[StageConfig]) -> tuple[range, ...]:
-    """For each stage, the global 0-based indices of its optimizer steps."""
-    ranges: list[range] = []
-    start = 0
-    for stage in stages:
-        ranges.append(range(start, start + stage.steps))
-        start += stage.steps
-    return tuple(ranges)
+def as_journalled(config: RunConfig, events: Iterable[Mapping[str, Any]]) -> RunConfig:
+    """``config`` with what the run found out about its stages.
 
-
-def cut_stages(config: RunConfig, events: Iterable[Mapping[str, Any]]) -> RunConfig:
-    """``config`` with the stages that a measured slope ended as long as they were.
+    Those that a measured slope ended are as long as they were, and those that begin with a
+    candidate that has paths have its paths.
 
     Args:
         config: as the run was asked for.
-        events: journal lines; those that say ``stage_cut`` or have no name are taken.
+        events: all lines of the journal.
     """
     stages = list(config.stages)
     for event in events:
-        if event.get("event", "stage_cut") == "stage_cut":
+        if event["event"] == "stage_cut":
             stage = event["stage"]
             stages[stage] = replace(stages[stage], steps=event["steps"])
+        elif event["event"] == "decision" and "path_length" in event:
+            length = event["path_length"]
+            length = tuple(length) if isinstance(length, list) else length
+            stages[event["growth"]] = replace(stages[event["growth"]], path_length=length)
     return replace(config, stages=tuple(stages))
 
 
@@ -119,12 +117,20 @@ def validation_flops_per_token(config: RunConfig, *, num_layers: int, vocab_size
     return training_flops_per_token(config, num_layers=num_layers, vocab_size=vocab_size) // 3
 
 
+def steps_flops(config: RunConfig, steps: range, *, vocab_size: int) -> int:
+    """Floating-point operations of these optimizer steps of the run (0-based), without validation.
+
+    Layers that a step's path leaves out cost nothing.
+    """
+    return tokens_per_step(config) * sum(
+        count * training_flops_per_token(config, num_layers=layers, vocab_size=vocab_size)
+        for layers, count in layers_run(config, steps).items()
+    )
+
+
 def stage_flops(config: RunConfig, stage: int, *, vocab_size: int) -> int:
     """Floating-point operations of the optimizer steps of one stage, without validation."""
-    per_token = training_flops_per_token(
-        config, num_layers=config.layers_of(stage), vocab_size=vocab_size
-    )
-    return config.stages[stage].steps * tokens_per_step(config) * per_token
+    return steps_flops(config, stage_ranges(config.stages)[stage], vocab_size=vocab_size)
 
 
 def _qkv_size(model: ModelConfig) -> int:

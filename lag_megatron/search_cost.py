@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 
 from lag_megatron.config import RunConfig
-from lag_megatron.schedule import (
-    stage_flops,
-    tokens_per_step,
-    training_flops_per_token,
-    validation_flops_per_token,
-)
+from lag_megatron.config.positions import stage_ranges
+from lag_megatron.paths import with_path_length
+from lag_megatron.schedule import stage_flops, steps_flops, validation_flops_per_token
 from lag_megatron.selection import planned
 
 
@@ -24,7 +21,8 @@ class SearchCost:
         kept_steps: the winner's, which are the first steps of the stage that follows.
         evaluations: of the weights, over all candidates.
         averaged_evaluations: of averaged weights, which the rung value ``ema`` asks for.
-        flops_per_step: floating-point operations of one optimizer step of the grown model.
+        flops_per_step: floating-point operations of one optimizer step of the grown model, on
+            average over the paths that candidates have.
         flops_per_evaluation: of one pass over the validation set.
     """
 
@@ -77,10 +75,22 @@ def search_cost(config: RunConfig, stage: int, *, candidates: int, vocab_size: i
         evaluations=candidates * each,
         # Right after growth the average is the weights.
         averaged_evaluations=candidates * (each - 1) if growth.compared_by == "ema" else 0,
-        flops_per_step=tokens_per_step(config) * training_flops_per_token(config, **shape),
+        flops_per_step=_flops_per_step(config, stage, steps=kept_steps, vocab_size=vocab_size),
         flops_per_evaluation=config.data.validation_tokens
         * validation_flops_per_token(config, **shape),
     )
+
+
+def _flops_per_step(config: RunConfig, stage: int, *, steps: int, vocab_size: int) -> int:
+    """On average over the first ``steps`` steps of the stage and the paths that are tried."""
+    start = stage_ranges(config.stages)[stage].start
+    begun = range(start, start + max(1, min(steps, config.stages[stage].steps)))
+    tried = [
+        with_path_length(config, stage, length)
+        for length in config.growth_before(stage).pool.path_length
+    ] or [config]
+    spent = sum(steps_flops(one, begun, vocab_size=vocab_size) for one in tried)
+    return spent // (len(begun) * len(tried))
 
 
 def training_flops(config: RunConfig, *, vocab_size: int) -> int:

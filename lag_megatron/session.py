@@ -17,7 +17,7 @@ from lag_megatron.probe.rewind import rewind
 from lag_megatron.probe.steps import Job
 from lag_megatron.report import write_report
 from lag_megatron.rundir import RunDirectory, acquire, claim, write_json
-from lag_megatron.schedule import cut_stages, parameter_count
+from lag_megatron.schedule import as_journalled, parameter_count
 from lag_megatron.stopping import StopFlag, Stopped
 from lag_megatron.tracking import Console, MetricsLog, read_rows
 from lag_megatron.trainer import Trainer
@@ -101,7 +101,7 @@ def _train(world: World, run: RunDirectory, request: Request, stop: StopFlag) ->
     data = world.from_coordinator(lambda: prepare_data(config.data, cache_dir=run.data_cache))
     world.from_each(lambda: open_prepared(data.folder))
     vocab_size = world.from_coordinator(lambda: _vocab_size(config, data))
-    begun = world.from_coordinator(lambda: cut_stages(config, Journal(run.journal).events))
+    begun = world.from_coordinator(lambda: as_journalled(config, Journal(run.journal).events))
     # On a CPU a thread would take its time from the training.
     feed = Feed(data, config, world, ahead=world.device.type == "cuda")
     job = Job(begun, run, feed, stop, vocab_size)

@@ -6,6 +6,7 @@ from typing import Any
 
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.config.positions import stage_ranges
 from lag_megatron.engine import Engine
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.pool import build_pool
@@ -22,7 +23,7 @@ from lag_megatron.probe.saving import save_engine
 from lag_megatron.probe.search import search
 from lag_megatron.probe.steps import Job
 from lag_megatron.rundir import step_of, tag_of
-from lag_megatron.schedule import cut_stages, stage_ranges, tokens_per_step
+from lag_megatron.schedule import as_journalled, tokens_per_step
 from lag_megatron.stopping import Stopped
 
 
@@ -118,10 +119,11 @@ class Trainer:
     def _next_start(self, stage: int) -> Path:
         """The state from which a stage starts when the one before has ended."""
         base = self.job.run.stage(stage - 1) / tag_of(self._ranges[stage].start)
-        if self.config.layers_of(stage) == self.config.layers_of(stage - 1):
+        if not self.config.has_event(stage):
             return base
         event = self._event(stage, base)
         state = self._search(event)
+        self._take_findings()
         self.world.from_coordinator(
             lambda: show_event(self.recorder.books.wandb, self.job.run, event)
         )
@@ -191,8 +193,15 @@ class Trainer:
         event = {"stage": stage, "step": step, "steps": step - self._ranges[stage].start}
         self.recorder.happened("stage_cut", once=event, slope=slope)
         self.recorder.say(f"stage {stage}  step {step:>6}: slope {slope:.4f}, the stage ends here")
-        self._take(replace(self.job, config=cut_stages(self.config, [event])))
+        self._take_findings()
         return True
+
+    def _take_findings(self) -> None:
+        """Go on by what the journal says that the run found out."""
+        config = self.world.from_coordinator(
+            lambda: as_journalled(self.config, self.recorder.books.journal.events)
+        )
+        self._take(replace(self.job, config=config))
 
     def _engine_of(self, stage: int, checkpoint: Path | None) -> Engine:
         """An engine of this stage's depth that holds the state ``checkpoint``."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from lag_megatron.config.check_data import data_problems
 from lag_megatron.config.check_model import model_problems
 from lag_megatron.config.check_optimizer import optimizer_problems
+from lag_megatron.config.check_paths import path_problems
 from lag_megatron.config.check_stages import position_problems
 from lag_megatron.config.model import ParallelConfig
 from lag_megatron.config.schema import GrowthConfig, PoolConfig, RunConfig
@@ -22,6 +23,7 @@ def problems_of(config: RunConfig) -> list[str]:
         *optimizer_problems(config),
         *_stages(config),
         *position_problems(config),
+        *path_problems(config),
     ]
 
 
@@ -62,8 +64,8 @@ def require_groups(config: RunConfig, *, world_size: int) -> None:
     replicas = data_parallel_size(config.parallel, world_size=world_size)
     for stage in range(1, len(config.stages)):
         wanted = config.growth_before(stage).probe_groups
-        grows = config.layers_of(stage) > config.layers_of(stage - 1)
-        if grows and wanted != "auto" and (wanted > replicas or replicas % wanted):
+        tried = config.has_event(stage)
+        if tried and wanted != "auto" and (wanted > replicas or replicas % wanted):
             where = f"stages.{stage}.growth" if config.stages[stage].growth else "growth"
             divisors = [count for count in range(1, replicas + 1) if replicas % count == 0]
             raise ConfigError(
@@ -127,7 +129,7 @@ def _stages(config: RunConfig) -> Iterator[str]:
                 f"stages.{number}.num_layers: {layers} is fewer than the "
                 f"{config.layers_of(number - 1)} of the stage before; stages only grow."
             )
-        elif layers > config.layers_of(number - 1):
+        elif config.has_event(number):
             where = f"stages.{number}.growth" if stage.growth else "growth"
             growth = config.growth_before(number)
             yield from _growth(growth, where, stage.steps)

@@ -1,8 +1,19 @@
 """How long each stage is, and where it stands in the learning rate's schedule."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from lag_megatron.config.schema import RunConfig
+from lag_megatron.config.schema import RunConfig, StageConfig
+
+
+def stage_ranges(stages: Sequence[StageConfig]) -> tuple[range, ...]:
+    """For each stage, the global 0-based indices of its optimizer steps."""
+    ranges: list[range] = []
+    start = 0
+    for stage in stages:
+        ranges.append(range(start, start + stage.steps))
+        start += stage.steps
+    return tuple(ranges)
 
 
 def in_steps(config: RunConfig) -> RunConfig:
@@ -62,7 +73,7 @@ def last_growth(config: RunConfig, step: int) -> int | None:
     for number, stage in enumerate(config.stages):
         if first > step:
             break
-        if number and config.layers_of(number) > config.layers_of(number - 1):
+        if config.grows(number):
             found = first
         first += stage.steps
     return found

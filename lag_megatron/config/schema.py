@@ -6,6 +6,7 @@ from typing import Any, Literal
 from lag_megatron.config.data import DataConfig
 from lag_megatron.config.model import ModelConfig, ParallelConfig
 from lag_megatron.config.optimizer import OptimizerConfig
+from lag_megatron.config.raptr import Lengths, Probabilities, RaptrConfig
 from lag_megatron.config.strict import FORBID
 
 # Where, before a rung, candidates are evaluated once more, to see whether their ranking is stable.
@@ -18,6 +19,8 @@ class PoolConfig:
 
     With the operator ``lag`` they are the product of the given indices, block sizes, inits and
     scales (factors on the new layers' branches); any other is a pool of one with its ``options``.
+    Each of them is tried with each of ``path_length``, which the stage that follows then has;
+    ``identity`` grows nothing and tries these alone.
     """
 
     __pydantic_config__ = FORBID
@@ -33,12 +36,14 @@ class PoolConfig:
         "llama_pro",
         "post_ln_identity",
         "staged",
+        "identity",
     ] = "lag"
     index: Literal["all", "even"] | int | tuple[int, ...] = "all"
     block_size: Literal["all"] | int | tuple[int, ...] = "all"
     init: tuple[Literal["duplicate", "random"], ...] = ("random", "duplicate")
     scale: tuple[float, ...] = (1.0,)
     options: dict[str, Any] = field(default_factory=dict)
+    path_length: tuple[Lengths, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +125,9 @@ class StageConfig:
     Attributes:
         steps: how long; with ``until_slope`` at most.
         tokens: instead of ``steps``, which become as many as give at least that many tokens.
+        path_length: in each step so many layers run, drawn anew (Random Path Training: see
+            ``raptr``); several are for equal parts of the stage, one after the other.
+        keep_probability: instead of it, with which each layer runs that is not fixed.
         until_slope: ends the stage at the first validation at which the measured slope
             d log loss / d log compute has risen to this value (Staged Training's tau: Shen et al.
             2022, arXiv 2203.06211, section 4); below 0.
@@ -132,6 +140,8 @@ class StageConfig:
     __pydantic_config__ = FORBID
     steps: int = 0
     tokens: int | None = None
+    path_length: Lengths | None = None
+    keep_probability: Probabilities | None = None
     until_slope: float | None = None
     schedule_position: int | None = None
     rewind: float | None = None
@@ -186,6 +196,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
+    raptr: RaptrConfig = field(default_factory=RaptrConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -202,6 +213,15 @@ class RunConfig:
             if earlier.num_layers is not None:
                 return earlier.num_layers
         return self.model.num_layers
+
+    def grows(self, stage: int) -> bool:
+        """Whether stage ``stage`` has more layers than the one before."""
+        return stage > 0 and self.layers_of(stage) > self.layers_of(stage - 1)
+
+    def has_event(self, stage: int) -> bool:
+        """Whether candidates are tried before stage ``stage``: grown, or with other paths."""
+        tries_paths = stage > 0 and self.growth_before(stage).pool.operator == "identity"
+        return self.grows(stage) or tries_paths
 
     def growth_before(self, stage: int) -> GrowthConfig:
         """The growth event before stage ``stage`` (1-based events: growth 1 is before stage 1)."""

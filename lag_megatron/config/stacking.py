@@ -1,15 +1,18 @@
-"""A policy of stacking, written as one mapping, becomes the list of stages that it stands for.
+"""A policy of stages, written as one mapping, becomes the list of stages that it stands for.
 
 ``stages: {policy: last, layers: [4, 8, 12], steps: 300000, split: proportional}`` is short for
-three stages and two growth events; nothing behind this module knows the short form.
+three stages and two growth events, ``stages: {policy: raptr, layers: [12], paths: [6, 8, 10, 12],
+steps: 300000}`` for four stages of one size; nothing behind this module knows the short form.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from lag_megatron.config.explain import explain
+from lag_megatron.config.shares import shares
 from lag_megatron.config.strict import FORBID
 
 Tree = dict[str, Any]
@@ -26,22 +29,43 @@ class StackingConfig:
         policy: ``adaptive``: LAG before every stage, among duplicates, at all places up to the
             fourth stage and at even ones after it (Karp et al. 2024, section 5 and appendix A.3);
             ``last``, ``midas``, ``random_top``, ``progressive`` (which doubles): that operator
-            each time; ``g_stack``: one hop between two sizes; ``scratch``: one size, no growth.
+            each time; ``g_stack``: one hop between two sizes; ``scratch``: one size, no growth;
+            ``raptr``: one size, of which random paths are trained that lengthen stage by stage
+            (Panigrahi et al. 2024, arXiv 2402.05913).
         layers: number of layers of each stage, rising; the first is the model's.
         steps: of all stages together, split by ``split``, or of each.
         tokens: the same in tokens.
         split: ``uniform``, or ``proportional``: stage i of K, from 1, gets the share ``i^alpha`` of
             the sum (PROP-alpha of Saunshi et al. 2024, arXiv 2409.19044, section 3).
         alpha: exponent of ``proportional``.
+        paths: ``raptr``: the path length of each stage.
+        flops_share: instead of ``paths``, the share of the layers' FLOPs of all steps that the
+            paths may take: ``path_stages`` lengths that rise evenly to all layers, as long as the
+            share allows.
+        path_stages: how many stages ``flops_share`` has.
+        full_warmup: steps (or tokens) at the beginning, of those above, with all layers.
     """
 
     __pydantic_config__ = FORBID
-    policy: Literal["adaptive", "last", "midas", "random_top", "progressive", "g_stack", "scratch"]
+    policy: Literal[
+        "adaptive", "last", "midas", "random_top", "progressive", "g_stack", "scratch", "raptr"
+    ]
     layers: tuple[int, ...]
     steps: int | tuple[int, ...] | None = None
     tokens: int | tuple[int, ...] | None = None
     split: Literal["uniform", "proportional"] = "uniform"
     alpha: float = 1.0
+    paths: tuple[int, ...] = ()
+    flops_share: float | None = None
+    path_stages: int = 4
+    full_warmup: int = 0
+
+    @property
+    def parts(self) -> int:
+        """Into how many stages ``steps`` or ``tokens`` are split."""
+        if self.policy != "raptr":
+            return len(self.layers)
+        return len(self.paths) or self.path_stages
 
 
 def expand_stages(tree: Tree) -> tuple[Tree, list[str]]:
@@ -63,18 +87,11 @@ def expand_stages(tree: Tree) -> tuple[Tree, list[str]]:
     return tree, []
 
 
-def shares(total: int, parts: int, *, alpha: float) -> list[int]:
-    """``total`` cut into whole parts that grow as ``i^alpha``; they add up to it exactly."""
-    weights = [number**alpha for number in range(1, parts + 1)]
-    ends = [round(total * sum(weights[: i + 1]) / sum(weights)) for i in range(parts)]
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
-
-
 def _problems(stacking: StackingConfig) -> list[str]:
     layers, found = stacking.layers, []
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 1:
         found.append(f"stages.layers: must be positive and strictly rising (got {list(layers)}).")
-    exact = {"scratch": 1, "g_stack": 2}.get(stacking.policy)
+    exact = {"scratch": 1, "g_stack": 2, "raptr": 1}.get(stacking.policy)
     if exact is not None and len(layers) != exact:
         found.append(
             f"stages.layers: the policy {stacking.policy!r} has {exact} of them "
@@ -82,42 +99,114 @@ def _problems(stacking: StackingConfig) -> list[str]:
         )
     if stacking.alpha < 0:
         found.append(f"stages.alpha: must not be negative (got {stacking.alpha}).")
+    found += _path_problems(stacking)
     if (stacking.steps is None) == (stacking.tokens is None):
         found.append("stages: give either steps or tokens, of all stages together or of each.")
         return found
     name = "tokens" if stacking.steps is None else "steps"
-    amount = _amount(stacking)
-    if isinstance(amount, tuple) and len(amount) != len(layers):
+    amount, parts = _amount(stacking), stacking.parts
+    if isinstance(amount, tuple) and len(amount) != parts:
         found.append(
-            f"stages.{name}: {len(amount)} numbers for {len(layers)} stages. Give one for each, "
+            f"stages.{name}: {len(amount)} numbers for {parts} stages. Give one for each, "
             "or their sum."
         )
-    elif isinstance(amount, int) and amount < len(layers):
+    elif isinstance(amount, int) and amount - stacking.full_warmup < parts:
+        rest = f" after a full_warmup of {stacking.full_warmup}" if stacking.full_warmup else ""
         found.append(
-            f"stages.{name}: {amount} cannot be split among {len(layers)} stages. Give more."
+            f"stages.{name}: {amount} cannot be split among {parts} stages{rest}. Give more."
+        )
+    elif not found and stacking.flops_share is not None and _ramp(stacking) is None:
+        found.append(
+            f"stages.flops_share: {stacking.flops_share} is less than paths that rise to "
+            f"{layers[0]} layers in {parts} stages take. Give more, or paths."
         )
     return found
 
 
+def _path_problems(stacking: StackingConfig) -> list[str]:
+    """Mistakes in what is said of paths."""
+    share = stacking.flops_share
+    if stacking.policy != "raptr":
+        given = {"paths": stacking.paths, "flops_share": share, "full_warmup": stacking.full_warmup}
+        return [
+            f"stages.{name}: is for the policy 'raptr' (got {value} for {stacking.policy!r})."
+            for name, value in given.items()
+            if value
+        ]
+    found = []
+    if bool(stacking.paths) == (share is not None):
+        found.append("stages: the policy 'raptr' needs either paths or flops_share.")
+    if share is not None and not 0 < share <= 1:
+        found.append(f"stages.flops_share: must be above 0 and at most 1 (got {share}).")
+    if stacking.path_stages < 1:
+        found.append(f"stages.path_stages: must be 1 or more (got {stacking.path_stages}).")
+    if stacking.full_warmup < 0:
+        found.append(f"stages.full_warmup: must not be negative (got {stacking.full_warmup}).")
+    if stacking.full_warmup and isinstance(_either(stacking), tuple):
+        found.append(
+            "stages.full_warmup: with one number for each stage, give the steps of all together."
+        )
+    return found
+
+
+def _ramp(stacking: StackingConfig) -> tuple[int, ...] | None:
+    """The longest lengths that rise evenly to all layers and keep within ``flops_share``."""
+    (layers,), parts = stacking.layers, stacking.parts
+    lengths_of, amounts = max(parts - 1, 1), _split(stacking)
+    assert stacking.flops_share is not None
+    allowed = stacking.flops_share * layers * (stacking.full_warmup + sum(amounts))
+    for start in range(layers * lengths_of, lengths_of - 1, -1):
+        rise = layers * lengths_of - start
+        lengths = tuple(
+            math.floor((start + rise * number / lengths_of) / lengths_of + 0.5)
+            for number in range(parts)
+        )
+        spent = stacking.full_warmup * layers
+        spent += sum(length * amount for length, amount in zip(lengths, amounts, strict=True))
+        if spent <= allowed:
+            return lengths
+    return None
+
+
+def _either(stacking: StackingConfig) -> int | tuple[int, ...] | None:
+    return stacking.tokens if stacking.steps is None else stacking.steps
+
+
 def _amount(stacking: StackingConfig) -> int | tuple[int, ...]:
-    amount = stacking.tokens if stacking.steps is None else stacking.steps
+    amount = _either(stacking)
     assert amount is not None  # _problems has seen to it
     return amount
 
 
-def _stages(stacking: StackingConfig) -> list[Tree]:
+def _split(stacking: StackingConfig) -> list[int]:
+    """Steps or tokens of each stage, without the warm-up."""
     amount = _amount(stacking)
+    if isinstance(amount, tuple):
+        return list(amount)
     alpha = stacking.alpha if stacking.split == "proportional" else 0.0
-    parts = (
-        list(amount)
-        if isinstance(amount, tuple)
-        else shares(amount, len(stacking.layers), alpha=alpha)
-    )
+    return shares(amount - stacking.full_warmup, stacking.parts, alpha=alpha)
+
+
+def _stages(stacking: StackingConfig) -> list[Tree]:
+    parts = _split(stacking)
     unit = "tokens" if stacking.steps is None else "steps"
+    if stacking.policy == "raptr":
+        lengths = stacking.paths or _ramp(stacking) or ()
+        (layers,) = stacking.layers
+        whole = [{unit: stacking.full_warmup, "num_layers": layers}] if stacking.full_warmup else []
+        return whole + [
+            {unit: part, "num_layers": layers, **_path(length, layers)}
+            for part, length in zip(parts, lengths, strict=True)
+        ]
     return [
         {unit: part, "num_layers": layers, **_growth(stacking.policy, number)}
         for number, (part, layers) in enumerate(zip(parts, stacking.layers, strict=True))
     ]
+
+
+def _path(length: int, layers: int) -> Tree:
+    """Nothing for a path of all layers, whose stage is like any other."""
+    return {} if length == layers else {"path_length": length}
 
 
 def _growth(policy: str, stage: int) -> Tree:

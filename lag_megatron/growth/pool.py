@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lag_megatron.config import GrowthConfig, PoolConfig
+from lag_megatron.config.raptr import Lengths
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.layer_map import feasible_block_sizes, feasible_indices
 from lag_megatron.growth.plan import GrowthPlan
@@ -13,10 +14,15 @@ from lag_megatron.growth.plan import GrowthPlan
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One growth plan of a pool; ``id`` names its folder and its curves."""
+    """One growth plan of a pool; ``id`` names its folder and its curves.
+
+    ``path_length`` is that of the stage that follows (Random Path Training), if it is the
+    candidate's to say.
+    """
 
     id: str
     plan: GrowthPlan
+    path_length: Lengths | None = None
 
     def describe(self) -> dict[str, Any]:
         """The candidate's entry in ``pool.json``."""
@@ -33,6 +39,7 @@ class Candidate:
                 | ({"silent": True} if o.silent else {})
                 for o in plan.layer_map
             ],
+            **({} if self.path_length is None else {"path_length": self.path_length}),
             "digest": plan.digest,
         }
 
@@ -58,17 +65,27 @@ def build_pool(
         )
 
     pool = growth.pool
-    if pool.operator != "lag":
-        return (Candidate(pool.operator, plan(pool.operator, dict(pool.options))),)
-    candidates = tuple(
-        Candidate(id_, plan("lag", options))
-        for id_, options in _lag_options(pool, source_layers, target_layers)
-    )
-    if not candidates:
+    if pool.operator == "lag":
+        grown = [
+            Candidate(id_, plan("lag", options))
+            for id_, options in _lag_options(pool, source_layers, target_layers)
+        ]
+    else:
+        grown = [Candidate(pool.operator, plan(pool.operator, dict(pool.options)))]
+    if not grown:
         raise PlanError(
             "the pool is empty: give growth.pool at least one index, block, init and scale."
         )
-    return candidates
+    if not pool.path_length:
+        return tuple(grown)
+    return tuple(
+        Candidate(f"{candidate.id}-p{_spelt(length)}", candidate.plan, length)
+        for candidate, length in itertools.product(grown, pool.path_length)
+    )
+
+
+def _spelt(length: Lengths) -> str:
+    return ".".join(map(str, length)) if isinstance(length, tuple) else str(length)
 
 
 def _lag_options(

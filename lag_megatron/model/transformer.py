@@ -10,11 +10,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from lag_megatron.config import ModelConfig, ParallelConfig
 from lag_megatron.model.attention import SDPACoreAttention
+from lag_megatron.model.path import PathLayer
 
 _ACTIVATIONS = {
     "gelu": functools.partial(F.gelu, approximate="tanh"),
@@ -71,8 +71,8 @@ def block_spec(model: ModelConfig, *, num_layers: int) -> TransformerBlockSubmod
     parts.self_attention.submodules.core_attention = SDPACoreAttention
     if model.family == "bert":
         parts.self_attention.params["attn_mask_type"] = AttnMaskType.padding
+    layer.module = PostNormLayer if is_post else PathLayer
     if is_post:
-        layer.module = PostNormLayer
         parts.sharded_state_dict_keys_map = {}  # renames the norms that are not there
     return TransformerBlockSubmodules(
         layer_specs=[layer] * num_layers, layer_norm=None if is_post else TorchNorm
@@ -97,7 +97,7 @@ class TorchNorm:
         return norm
 
 
-class PostNormLayer(TransformerLayer):
+class PostNormLayer(PathLayer):
     """x = norm(x + attention(x)), then norm(x + mlp(x)) (Vaswani et al. 2017, section 3.1)."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:

@@ -4,15 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint import commit
+from lag_megatron.paths import with_path_length
 from lag_megatron.probe.event import Event
 from lag_megatron.probe.ledger import Entry, Ledger
 from lag_megatron.probe.steps import Job, MetricRow
 from lag_megatron.rundir import RunDirectory
-from lag_megatron.schedule import (
-    tokens_per_step,
-    training_flops_per_token,
-    validation_flops_per_token,
-)
+from lag_megatron.schedule import steps_flops, tokens_per_step, validation_flops_per_token
 from lag_megatron.selection import ProbeCost, ProbeRecord, Verdict, build_decision, replay
 
 
@@ -74,8 +71,8 @@ def _verdicts(event: Event, ledger: Ledger) -> tuple[Verdict, ...]:
 def _cost(job: Job, event: Event, ledger: Ledger, coordinator_seconds: float) -> ProbeCost:
     entries = ledger.entries
     steps = sum(entry.steps for entry in entries)
-    tokens = steps * tokens_per_step(job.config)
     config = job.config
+    trained = sum(_training_flops(job, event, entry) for entry in entries)
     shape = {"num_layers": event.target_layers, "vocab_size": job.vocab_size}
     evaluations = sum(len(entry.curve) for entry in entries)
     if event.growth.compared_by == "ema":  # right after growth the average is the weights
@@ -83,9 +80,17 @@ def _cost(job: Job, event: Event, ledger: Ledger, coordinator_seconds: float) ->
     validated = evaluations * job.feed.validation_tokens
     return ProbeCost(
         probe_steps=steps,
-        tokens=tokens,
-        flops=tokens * training_flops_per_token(config, **shape)
-        + validated * validation_flops_per_token(config, **shape),
+        tokens=steps * tokens_per_step(config),
+        flops=trained + validated * validation_flops_per_token(config, **shape),
         seconds=sum(entry.seconds for entry in entries),
         coordinator_seconds=coordinator_seconds,
     )
+
+
+def _training_flops(job: Job, event: Event, entry: Entry) -> int:
+    """Of a candidate's steps, whose paths may be its own."""
+    config, length = job.config, event.pool[entry.index].path_length
+    if length is not None:
+        config = with_path_length(config, event.number, length)
+    steps = range(event.base_step, event.base_step + entry.steps)
+    return steps_flops(config, steps, vocab_size=job.vocab_size)

@@ -141,7 +141,9 @@ class Coordinator:
         state = self._job.run.relative(winner.state)
         number = self._event.number
         if self._journal.find("decision", growth=number) is None:
-            self._journal.append("decision", growth=number, chosen=winner.id, state=state)
+            length = self._event.pool[winner.index].path_length
+            paths = {} if length is None else {"path_length": length}
+            self._journal.append("decision", growth=number, chosen=winner.id, state=state, **paths)
         if not self._event.growth.exhaustive:
             drop_losers(self._job.run, number, winner=winner.state)
         return winner.state

@@ -16,16 +16,18 @@ from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.integrity import require_sound
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig
-from lag_megatron.engine import Engine, mean
+from lag_megatron.engine import Engine
 from lag_megatron.errors import RunError
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.growth.pool import Candidate
 from lag_megatron.parallel import World
+from lag_megatron.paths import with_path_length
 from lag_megatron.probe.event import Event, Progress, Turn
 from lag_megatron.probe.folder import CURVE, TRAINING, CandidateFolder
 from lag_megatron.probe.saving import save_engine
 from lag_megatron.probe.steps import Job, MetricRow
 from lag_megatron.schedule import tokens_per_step
+from lag_megatron.step_result import mean
 from lag_megatron.stopping import Stopped
 from lag_megatron.watch import watched
 
@@ -38,6 +40,7 @@ class _Held:
 
     index: int
     steps: int
+    job: Job
     growth: Growth
     average: WeightAverage | None
 
@@ -125,8 +128,15 @@ class ProbeGroup:
         if average and steps:
             average.load(folder.state_at(steps), rank=self.world.rank, size=self.world.size)
         assert turn.candidate is not None
-        self._held = _Held(turn.candidate, steps, growth, average)
+        self._held = _Held(turn.candidate, steps, self._job_of(candidate), growth, average)
         return self._held
+
+    def _job_of(self, candidate: Candidate) -> Job:
+        """The job, with the stage's paths as the candidate has them."""
+        if candidate.path_length is None:
+            return self.job
+        config = with_path_length(self.job.config, self.event.number, candidate.path_length)
+        return replace(self.job, config=config)
 
     def _usable(self, state: Path) -> bool:
         """Whether an average that goes with a state is spread as this engine is."""
@@ -181,7 +191,7 @@ class ProbeGroup:
 
     def _step(self, held: _Held, folder: CandidateFolder) -> tuple[MetricRow, str]:
         growth, event = self.event.growth, self.event
-        row, stop = self.job.step(self.engine, event.base_step + held.steps, stage=event.number)
+        row, stop = held.job.step(self.engine, event.base_step + held.steps, stage=event.number)
         held.steps += 1
         failure = _failure(float(row["train/loss"]), growth, "training", held.steps)
         if not math.isfinite(float(row.get("train/grad_norm", 0.0))):

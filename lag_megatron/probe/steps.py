@@ -7,6 +7,7 @@ from lag_megatron.config import RunConfig
 from lag_megatron.data import Feed
 from lag_megatron.engine import Engine
 from lag_megatron.learning_rate import rate_at
+from lag_megatron.paths import path_at
 from lag_megatron.rundir import RunDirectory
 from lag_megatron.schedule import tokens_per_step
 from lag_megatron.stopping import StopFlag
@@ -31,12 +32,13 @@ class Job:
         """
         config = self.config
         started = time.perf_counter()
-        rate = rate_at(step, config)
+        rate, path = rate_at(step, config), path_at(step, config)
         result = engine.train_step(
             self.feed.micro_batches(step),
             step=step,
             lr=rate.lr,
             new_layers=rate.new_layers,
+            path=path,
             stop_asked=lambda: self.stop.asked,
         )
         tokens = tokens_per_step(config)
@@ -50,6 +52,8 @@ class Job:
         }
         if rate.new_layers < 1.0:
             row["train/lr_new_layers"] = rate.lr * rate.new_layers
+        if path is not None:
+            row["train/layers"] = len(path.layers)
         if result.grad_norm is not None:
             row["train/grad_norm"] = result.grad_norm
         return row, result.stop_asked

@@ -77,17 +77,19 @@ def _stages(data: Json) -> Table:
         (
             str(stage["stage"]),
             str(stage["num_layers"]),
+            f"{stage['layers_run']:.3g}",
             integer(stage["parameters"]),
             f"{stage['first_step']:,} to {stage['end_step']:,}",
             integer(stage["tokens"]),
+            NONE if stage["flops"] is None else f"{stage['flops']:.3e}",
             loss(stage["val_loss"]),
             NONE if stage["tokens_per_second"] is None else f"{stage['tokens_per_second']:,.0f}",
             _state(stage),
         )
         for stage in data["stages"]
     ]
-    columns = (">stage", ">layers", ">parameters", ">steps", ">tokens", ">validation loss",
-               ">tokens/s (median)", "state")  # fmt: skip
+    columns = (">stage", ">layers", ">of them run", ">parameters", ">steps", ">tokens", ">FLOPs",
+               ">validation loss", ">tokens/s (median)", "state")  # fmt: skip
     return Table(columns, rows)
 
 

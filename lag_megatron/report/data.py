@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lag_megatron.config.positions import stage_ranges
+from lag_megatron.paths import mean_layers_run
 from lag_megatron.report.analysis import analysis_of_nothing
 from lag_megatron.report.growth import growth_data, growth_settings
 from lag_megatron.report.lineage import lineage_data
@@ -13,7 +15,7 @@ from lag_megatron.report.read import GrowthFiles, Json, RunFiles, finite, read_r
 from lag_megatron.report.recorded import search_of
 from lag_megatron.report.rules import RULES, own_outcome
 from lag_megatron.report.sources import sources_data
-from lag_megatron.schedule import parameter_count, stage_ranges, tokens_per_step
+from lag_megatron.schedule import parameter_count, steps_flops, tokens_per_step
 
 TRAIN, VAL, SPEED = "train/loss", "val/loss", "train/tokens_per_second"
 
@@ -110,6 +112,8 @@ def _stages(files: RunFiles) -> list[Json]:
         {
             "stage": number,
             "num_layers": config.layers_of(number),
+            "layers_run": mean_layers_run(config, steps),
+            "flops": _flops(files, steps),
             "parameters": _parameters(files, number),
             "steps": len(steps),
             "first_step": steps.start,
@@ -122,6 +126,14 @@ def _stages(files: RunFiles) -> list[Json]:
         }
         for number, steps in enumerate(stage_ranges(config.stages))
     ]
+
+
+def _flops(files: RunFiles, steps: range) -> int | None:
+    """Floating-point operations of these optimizer steps."""
+    vocab_size = files.run.get("vocab_size")
+    if not isinstance(vocab_size, int):
+        return None
+    return steps_flops(files.config, steps, vocab_size=vocab_size)
 
 
 def _parameters(files: RunFiles, stage: int) -> int | None:

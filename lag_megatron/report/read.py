@@ -9,7 +9,7 @@ from typing import Any
 
 from lag_megatron.config import RunConfig, load_config
 from lag_megatron.errors import RunError
-from lag_megatron.schedule import cut_stages
+from lag_megatron.schedule import as_journalled
 
 Json = dict[str, Any]
 
@@ -57,7 +57,7 @@ def read_run(run_dir: Path) -> RunFiles:
     journal = read_lines(run_dir / "journal.jsonl")
     return RunFiles(
         path=run_dir,
-        config=cut_stages(load_config(run_dir / "config.yaml"), journal),
+        config=as_journalled(load_config(run_dir / "config.yaml"), journal),
         run=_json(run_dir / "run.json") or {},
         metrics=read_lines(run_dir / "metrics.jsonl"),
         journal=journal,

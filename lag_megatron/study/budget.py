@@ -1,10 +1,12 @@
 """What a run is planned to cost, and how long its last stage may be for a given budget."""
 
+import bisect
 from dataclasses import dataclass, replace
 
 from lag_megatron.config import RunConfig
-from lag_megatron.dry_run import estimate_vocab_size, growth_pools
+from lag_megatron.dry_run import growth_pools
 from lag_megatron.search_cost import search_cost, training_flops
+from lag_megatron.vocabulary import estimate_vocab_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +53,14 @@ class Price:
         return PlannedCost(training_flops(config, vocab_size=self.vocab_size), search)
 
     def steps_within(self, budget: int) -> int:
-        """The most steps of the last stage that cost no more than ``budget``; 0 if none do.
-
-        Searches end at a lag, however long the stage that follows, so the cost is linear in it.
-        """
-        fixed = self.of(0).total
-        a_step = self.of(1).total - fixed
-        return max(budget - fixed, 0) // a_step
+        """The most steps of the last stage that cost no more than ``budget``; 0 if none do."""
+        # Each step costs one layer's passes at the least, so doubling soon goes beyond.
+        over = 1
+        while self.of(over).total <= budget:
+            over *= 2
+        # What costs more with each step is searched for the last number that is allowed.
+        found = bisect.bisect_right(range(over + 1), budget, key=lambda n: self.of(n).total)
+        return max(found - 1, 0)
 
 
 def with_last_steps(config: RunConfig, steps: int) -> RunConfig:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lag_megatron.config import RunConfig
+from lag_megatron.config.positions import stage_ranges
 from lag_megatron.errors import RunError
 from lag_megatron.report.data import SPEED, TRAIN, VAL, last_event, series
 from lag_megatron.report.read import Json, RunFiles, finite, read_run
-from lag_megatron.schedule import stage_ranges, tokens_per_step, training_flops_per_token
+from lag_megatron.schedule import steps_flops, tokens_per_step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,16 +143,7 @@ def _points(
 
 def _own_flops(config: RunConfig, step: int, vocab_size: int) -> int:
     """Of the first ``step`` optimizer steps of the run."""
-    return sum(
-        max(0, min(step, steps.stop) - steps.start) * _flops_per_step(config, stage, vocab_size)
-        for stage, steps in enumerate(stage_ranges(config.stages))
-    )
-
-
-def _flops_per_step(config: RunConfig, stage: int, vocab_size: int) -> int:
-    layers = config.layers_of(stage)
-    per_token = training_flops_per_token(config, num_layers=layers, vocab_size=vocab_size)
-    return tokens_per_step(config) * per_token
+    return steps_flops(config, range(step), vocab_size=vocab_size)
 
 
 def _training_seconds(files: RunFiles) -> list[tuple[int, float]]:
@@ -192,7 +184,8 @@ def _search(files: RunFiles, decision: Json | None, *, stage: int, vocab_size: i
         own_seconds = _until(seconds, start + own) - _until(seconds, start)
         return _Search(
             start,
-            flops=cost["flops"] - own * _flops_per_step(files.config, stage, vocab_size),
+            flops=cost["flops"]
+            - steps_flops(files.config, range(start, start + own), vocab_size=vocab_size),
             tokens=cost["tokens"] - own * tokens_per_step(files.config),
             seconds=max(0.0, cost["seconds"] - own_seconds),
         )

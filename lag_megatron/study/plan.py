@@ -162,15 +162,11 @@ def _unplannable(config: RunConfig, name: str) -> Iterator[str]:
                 f"{name}: stages.{stage}.until_slope: the run's cost is not known beforehand, so "
                 "its budget cannot be set. Give the stage its steps alone."
             )
-        if stage and config.growth_before(stage).exhaustive and _grows(config, stage):
+        if config.has_event(stage) and config.growth_before(stage).exhaustive:
             yield (
                 f"{name}: stages.{stage}: growth.exhaustive trains every candidate to the end, "
                 "which is research on rules, not a policy. Set it to false."
             )
-
-
-def _grows(config: RunConfig, stage: int) -> bool:
-    return config.layers_of(stage) > config.layers_of(stage - 1)
 
 
 def _prices(study: Study, configs: Mapping[tuple[str, str], RunConfig]) -> dict[str, Price]:

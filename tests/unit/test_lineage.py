@@ -10,7 +10,7 @@ from synthetic_run import SyntheticRun
 from lag_megatron.config import parse_config
 from lag_megatron.report import report_data, write_report
 from lag_megatron.report.lineage import lineage_data
-from lag_megatron.schedule import cut_stages
+from lag_megatron.schedule import as_journalled
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +89,6 @@ def test_cutting_changes_nothing_else() -> None:
     }
     config = parse_config(tree)
     other = {"event": "checkpoint", "stage": 1, "steps": 1}
-    cut = cut_stages(config, [other, {"event": "stage_cut", "stage": 0, "steps": 4}])
+    cut = as_journalled(config, [other, {"event": "stage_cut", "stage": 0, "steps": 4}])
     assert [stage.steps for stage in cut.stages] == [4, 5]
-    assert cut_stages(config, [other]) == config
+    assert as_journalled(config, [other]) == config

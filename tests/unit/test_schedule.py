@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from lag_megatron.config import ModelConfig, RunConfig, StageConfig, parse_config
+from lag_megatron.config.positions import stage_ranges
 from lag_megatron.schedule import (
     parameter_count,
     stage_flops,
-    stage_ranges,
     tokens_per_step,
     training_flops_per_token,
     validation_flops_per_token,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lag_megatron.config import load_config, parse_config
-from lag_megatron.config.stacking import shares
+from lag_megatron.config.shares import shares
 from lag_megatron.dry_run import growth_pools
 from lag_megatron.errors import ConfigError, PlanError
 

@@ -1,0 +1,105 @@
+"""What Random Path Training must satisfy: how long paths are, and of what."""
+
+from collections.abc import Iterator
+
+from lag_megatron.config.raptr import resolved
+from lag_megatron.config.schema import RunConfig, StageConfig
+
+
+def path_problems(config: RunConfig) -> Iterator[str]:
+    """Mistakes in ``raptr`` and in the paths of stages and of their candidates."""
+    for number, stage in enumerate(config.stages):
+        where, layers = f"stages.{number}", config.layers_of(number)
+        if stage.path_length is not None and stage.keep_probability is not None:
+            yield f"{where}: give either path_length or keep_probability."
+        if stage.path_length is not None:
+            yield from _lengths(config, stage, stage.path_length, layers, f"{where}.path_length")
+        yield from _probabilities(config, stage, where)
+        if config.has_event(number):
+            yield from _candidates(config, number)
+        if _has_paths(config, number):
+            yield from _fixed(config, number)
+
+
+def _has_paths(config: RunConfig, number: int) -> bool:
+    stage = config.stages[number]
+    tried = config.has_event(number) and config.growth_before(number).pool.path_length
+    return bool(tried) or stage.path_length is not None or stage.keep_probability is not None
+
+
+def _fixed(config: RunConfig, number: int) -> Iterator[str]:
+    layers, fixed = config.layers_of(number), config.raptr.fixed
+    wrong = [layer for layer in fixed if not -layers <= layer < layers]
+    if wrong:
+        yield (
+            f"raptr.fixed: {wrong} are no layers of stage {number}, which has {layers}. They are "
+            f"numbered from 0 to {layers - 1}, or from -1 down from the top."
+        )
+
+
+def _lengths(
+    config: RunConfig, stage: StageConfig, value: object, layers: int, where: str
+) -> Iterator[str]:
+    lengths = value if isinstance(value, tuple) else (value,)
+    least = max(1, len(resolved(config.raptr.fixed, layers)))
+    if any(not least <= length <= layers for length in lengths):
+        yield (
+            f"{where}: must lie between {least}, the layers of raptr.fixed, and the stage's "
+            f"{layers} (got {list(lengths)})."
+        )
+    yield from _parts(stage, lengths, where)
+
+
+def _probabilities(config: RunConfig, stage: StageConfig, where: str) -> Iterator[str]:
+    value = stage.keep_probability
+    if value is None:
+        return
+    values = value if isinstance(value, tuple) else (value,)
+    if any(not 0 < probability <= 1 for probability in values):
+        yield f"{where}.keep_probability: must be above 0 and at most 1 (got {list(values)})."
+    if not config.raptr.fixed:
+        yield (
+            f"{where}.keep_probability: without a layer in raptr.fixed a step could have none at "
+            "all. Fix one, or give path_length."
+        )
+    yield from _parts(stage, values, f"{where}.keep_probability")
+
+
+def _parts(stage: StageConfig, values: tuple[object, ...], where: str) -> Iterator[str]:
+    if not 0 < len(values) <= max(stage.steps, 1):
+        yield (
+            f"{where}: one value, or several for parts of the stage's {stage.steps} steps "
+            f"(got {len(values)})."
+        )
+    if len(values) > 1 and stage.until_slope is not None:
+        yield (
+            f"{where}: equal parts of a stage need its length, which until_slope leaves open. Give "
+            "one value, or remove until_slope."
+        )
+
+
+def _candidates(config: RunConfig, number: int) -> Iterator[str]:
+    """Paths that a pool tries before a stage."""
+    stage, growth = config.stages[number], config.growth_before(number)
+    where = f"stages.{number}.growth.pool" if stage.growth else "growth.pool"
+    pool = growth.pool
+    if pool.operator == "identity" and config.grows(number):
+        yield (
+            f"{where}.operator: 'identity' adds no layers, but stage {number} has more than the "
+            "one before. Take an operator that grows."
+        )
+    if pool.operator == "identity" and not pool.path_length:
+        yield (
+            f"{where}.path_length: with the operator 'identity' candidates differ in their paths "
+            "alone, so one or more are needed, e.g. [6, [6, 8, 12]]."
+        )
+    if len(set(pool.path_length)) < len(pool.path_length):
+        yield f"{where}.path_length: each once (got {list(pool.path_length)})."
+    for value in pool.path_length:
+        layers = config.layers_of(number)
+        yield from _lengths(config, stage, value, layers, f"{where}.path_length")
+    if pool.path_length and (stage.path_length or stage.keep_probability):
+        yield (
+            f"stages.{number}: its candidates' paths ({where}.path_length) are the stage's. Remove "
+            "its own path_length or keep_probability."
+        )

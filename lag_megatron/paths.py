@@ -1,0 +1,135 @@
+"""Which layers run in a step of Random Path Training: a pure function of (seed, step).
+
+So all ranks draw the same, micro-batches and recomputed layers see the same path, and there is
+nothing to save.  Panigrahi et al. 2024 (arXiv 2402.05913), section 3.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lag_megatron.config import RunConfig
+from lag_megatron.config.positions import stage_ranges
+from lag_megatron.config.raptr import Lengths, PathRule, path_rules, resolved
+
+_CHUNK_STEPS = 1 << 14
+# Constants of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+# generators", section 5; the finalizer is Stafford's variant 13).
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX = ((30, np.uint64(0xBF58476D1CE4E5B9)), (27, np.uint64(0x94D049BB133111EB)))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPath:
+    """The layers that run in a step, of a model of ``num_layers``.
+
+    Attributes:
+        layers: 0-based and rising.
+        branch_scale: what their attention and MLP outputs are multiplied with.
+    """
+
+    layers: tuple[int, ...]
+    num_layers: int
+    branch_scale: float
+
+    @property
+    def skipped(self) -> frozenset[int]:
+        """The layers that do not run."""
+        return frozenset(range(self.num_layers)) - frozenset(self.layers)
+
+
+def path_at(step: int, config: RunConfig) -> LayerPath | None:
+    """The path of the optimizer step with 0-based index ``step`` of the whole run.
+
+    None where all layers run, as they do in stages without paths.
+    """
+    here = ((stage, rule) for stage, part, rule in _parts(config) if step in part)
+    stage, rule = next(here, (0, None))
+    if rule is None:
+        return None
+    num_layers = config.layers_of(stage)
+    (runs,) = _draw(config, rule, range(step, step + 1), num_layers)
+    layers = tuple(int(layer) for layer in np.flatnonzero(runs))
+    if len(layers) == num_layers:
+        return None
+    return LayerPath(layers, num_layers, _scale(config, num_layers / len(layers)))
+
+
+def layers_run(config: RunConfig, steps: range) -> Counter[int]:
+    """How many of these steps of the run, 0-based, have so many layers run."""
+    found: Counter[int] = Counter()
+    for stage, part, rule in _parts(config):
+        here = range(max(steps.start, part.start), min(steps.stop, part.stop))
+        num_layers = config.layers_of(stage)
+        if not here:
+            continue
+        if rule is None or rule.length is not None:
+            found[num_layers if rule is None else rule.length or 0] += len(here)
+            continue
+        for start in range(here.start, here.stop, _CHUNK_STEPS):
+            chunk = range(start, min(start + _CHUNK_STEPS, here.stop))
+            lengths = _draw(config, rule, chunk, num_layers).sum(axis=1)
+            found.update(lengths.tolist())
+    return found
+
+
+def mean_layers_run(config: RunConfig, steps: range) -> float:
+    """Layers that these steps run, on average over them; there is at least one step."""
+    counts = layers_run(config, steps)
+    return sum(layers * count for layers, count in counts.items()) / counts.total()
+
+
+def with_path_length(config: RunConfig, stage: int, length: Lengths) -> RunConfig:
+    """``config`` with paths of that length in a stage, as a candidate of its growth has them."""
+    stages = list(config.stages)
+    stages[stage] = replace(stages[stage], path_length=length, keep_probability=None)
+    return replace(config, stages=tuple(stages))
+
+
+def _parts(config: RunConfig) -> Iterator[tuple[int, range, PathRule | None]]:
+    """The parts of all stages: number of the stage, steps of the run, rule."""
+    for number, (stage, steps) in enumerate(
+        zip(config.stages, stage_ranges(config.stages), strict=True)
+    ):
+        rules = path_rules(stage.steps, stage.path_length, stage.keep_probability)
+        for part, rule in rules:
+            yield number, range(steps.start + part.start, steps.start + part.stop), rule
+
+
+def _scale(config: RunConfig, ratio: float) -> float:
+    kind = config.raptr.scale
+    return 1.0 if kind == "none" else ratio if kind == "linear" else math.sqrt(ratio)
+
+
+def _draw(config: RunConfig, rule: PathRule, steps: range, num_layers: int) -> NDArray[np.bool_]:
+    """Whether each layer runs in each step, shape (steps, layers)."""
+    fixed = list(resolved(config.raptr.fixed, num_layers))
+    free = [layer for layer in range(num_layers) if layer not in fixed]
+    runs = np.zeros((len(steps), num_layers), dtype=np.bool_)
+    runs[:, fixed] = True
+    bits = _bits(config.seed, steps, num_layers)[:, free]
+    if rule.length is not None:  # those with the smallest numbers: uniform among the free ones
+        wanted = rule.length - len(fixed)
+        chosen = np.argsort(bits, axis=1, kind="stable")[:, :wanted]
+        np.put_along_axis(runs, np.asarray(free, dtype=np.intp)[chosen], True, axis=1)
+    else:
+        assert rule.probability is not None
+        runs[:, free] = (bits >> np.uint64(11)) * 2.0**-53 < rule.probability
+    return runs
+
+
+def _bits(seed: int, steps: range, num_layers: int) -> NDArray[np.uint64]:
+    """64 random bits for each step and layer, the same with every version of numpy."""
+    key = _mixed(np.full((1, 1), seed & (2**64 - 1), dtype=np.uint64))
+    by_step = _mixed(key + np.arange(steps.start, steps.stop, dtype=np.uint64)[:, None] * _GOLDEN)
+    return _mixed(by_step + np.arange(1, num_layers + 1, dtype=np.uint64) * _GOLDEN)
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    for shift, factor in _MIX:
+        values = (values ^ (values >> np.uint64(shift))) * factor
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,58 @@
+"""How many rows the embedding will have, before there is a tokenizer."""
+
+import json
+from pathlib import Path
+
+from lag_megatron.config import RunConfig, padded_vocab_size
+from lag_megatron.config.spans import MODES
+from lag_megatron.errors import ConfigError
+
+
+def estimate_vocab_size(config: RunConfig) -> tuple[int, str]:
+    """Rows of the embedding, and where the number comes from.
+
+    ``auto`` is known for certain only once the tokenizer is there: until then it is the size asked
+    for, rounded up as for training.
+
+    Raises:
+        ConfigError: if the tokenizer's file is none.
+    """
+    if isinstance(config.model.vocab_size, int):
+        return config.model.vocab_size, "given"
+    tokenizer = config.data.tokenizer
+    added = tokenizer.sentinels + len(MODES) if tokenizer.sentinels else 0
+    for folder in _prepared_folders(config):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        return padded_vocab_size(meta["vocab_size"]), f"read from {folder}"
+    if tokenizer.type != "file":
+        size = padded_vocab_size(tokenizer.vocab_size + added)
+        return size, "an estimate from data.tokenizer.vocab_size"
+    if tokenizer.path and Path(tokenizer.path).is_file():
+        return padded_vocab_size(
+            _tokenizer_size(Path(tokenizer.path)) + added
+        ), f"read from {tokenizer.path}"
+    return padded_vocab_size(
+        tokenizer.vocab_size + added
+    ), f"a guess: {tokenizer.path} is not there"
+
+
+def _prepared_folders(config: RunConfig) -> list[Path]:
+    """Folders of prepared text that are there; one decides the tokenizer of all."""
+    data = config.data
+    sources = data.mixture or (data,)
+    paths = [path for source in sources if source.source == "prepared" for path in source.paths]
+    return [Path(path) for path in paths if (Path(path) / "meta.json").is_file()]
+
+
+def _tokenizer_size(path: Path) -> int:
+    """Largest token number of a Hugging Face ``tokenizer.json``, plus one."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        vocab = tree["model"]["vocab"]
+        numbers = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+        added = [token["id"] for token in tree.get("added_tokens", [])]
+        return 1 + int(max([*numbers, *added]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"data.tokenizer.path: {path} is not a Hugging Face tokenizer.json ({error!r})."
+        ) from None
