@@ -60,5 +60,6 @@ def _forget_last_step(zero: Any) -> None:
     """At stage 3, drop its gradients, which layers left out would show again, and its order."""
     zero.grad_partitions_flat_buffer.zero_()
     coordinator = zero.parameter_offload.get_param_coordinator()
-    if coordinator.is_complete_trace():  # else nothing is fetched ahead
+    # The next forward pass completes an order that is being recorded, and then fetches by it.
+    if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()

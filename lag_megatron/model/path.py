@@ -1,7 +1,7 @@
 """Layers that a training step may leave out (Random Path Training).
 
-A layer that is left out hands its input on: nothing of it is computed or kept, and hooks on its
-parts, by which ZeRO-3 fetches their weights, do not run.
+A layer that is left out hands its input on: nothing of it is computed or kept, and its hooks, by
+which ZeRO-3 fetches weights, do not run.
 """
 
 import contextlib
@@ -33,11 +33,12 @@ class PathLayer(TransformerLayer):
         for name in ("self_attn_bda", "mlp_bda"):
             setattr(self, name, self._scaled(getattr(self, name)))
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        """As Megatron-Core's; what comes in, where the layer is left out."""
+    # Not forward: before that DeepSpeed would fetch the biases that the layer adds for its parts.
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """As Megatron-Core's block calls it; what comes in, where the layer is left out."""
         if not self.runs:
-            return hidden_states, kwargs.get("context")
-        result: tuple[Tensor, Any] = super().forward(hidden_states, *args, **kwargs)
+            return kwargs["hidden_states"], kwargs["context"]
+        result: tuple[Tensor, Any] = super().__call__(*args, **kwargs)
         return result
 
     def _scaled(self, choose: Callable[[bool, bool], Add]) -> Callable[[bool, bool], Add]:

@@ -21,7 +21,6 @@ from lag_megatron.errors import RunError
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.growth.pool import Candidate
 from lag_megatron.parallel import World
-from lag_megatron.paths import with_path_length
 from lag_megatron.probe.event import Event, Progress, Turn
 from lag_megatron.probe.folder import CURVE, TRAINING, CandidateFolder
 from lag_megatron.probe.saving import save_engine
@@ -128,15 +127,9 @@ class ProbeGroup:
         if average and steps:
             average.load(folder.state_at(steps), rank=self.world.rank, size=self.world.size)
         assert turn.candidate is not None
-        self._held = _Held(turn.candidate, steps, self._job_of(candidate), growth, average)
+        job = self.job.with_paths(self.event.number, candidate.path_length)
+        self._held = _Held(turn.candidate, steps, job, growth, average)
         return self._held
-
-    def _job_of(self, candidate: Candidate) -> Job:
-        """The job, with the stage's paths as the candidate has them."""
-        if candidate.path_length is None:
-            return self.job
-        config = with_path_length(self.job.config, self.event.number, candidate.path_length)
-        return replace(self.job, config=config)
 
     def _usable(self, state: Path) -> bool:
         """Whether an average that goes with a state is spread as this engine is."""

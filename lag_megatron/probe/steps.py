@@ -1,13 +1,14 @@
 """One optimizer step and one evaluation, the same in a stage and in a probe."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lag_megatron.config import RunConfig
+from lag_megatron.config.raptr import Lengths
 from lag_megatron.data import Feed
 from lag_megatron.engine import Engine
 from lag_megatron.learning_rate import rate_at
-from lag_megatron.paths import path_at
+from lag_megatron.paths import path_at, with_path_length
 from lag_megatron.rundir import RunDirectory
 from lag_megatron.schedule import tokens_per_step
 from lag_megatron.stopping import StopFlag
@@ -57,6 +58,12 @@ class Job:
         if result.grad_norm is not None:
             row["train/grad_norm"] = result.grad_norm
         return row, result.stop_asked
+
+    def with_paths(self, stage: int, length: Lengths | None) -> "Job":
+        """This job, with a stage's paths as a candidate has them; None is as they are."""
+        if length is None:
+            return self
+        return replace(self, config=with_path_length(self.config, stage, length))
 
     def evaluate(self, engine: Engine) -> list[float]:
         """Loss of each batch of the fixed validation set."""
