@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from lag_megatron.config.explain import explain
+from lag_megatron.config.raptr import RaptrConfig
 from lag_megatron.config.shares import shares
 from lag_megatron.config.strict import FORBID
 
@@ -78,16 +79,24 @@ def expand_stages(tree: Tree) -> tuple[Tree, list[str]]:
     except ValidationError as error:
         lines = explain(error, short, schema=StackingConfig)
         return tree, [f"stages.{line}" for line in lines]
-    if lines := list(_problems(stacking)):
+    least = _least(tree)
+    if lines := list(_problems(stacking, least)):
         return tree, lines
-    tree = {**tree, "stages": _stages(stacking)}
+    tree = {**tree, "stages": _stages(stacking, least)}
     model = tree.get("model")
     if isinstance(model, dict) and "num_layers" not in model:
         tree["model"] = {**model, "num_layers": stacking.layers[0]}
     return tree, []
 
 
-def _problems(stacking: StackingConfig) -> list[str]:
+def _least(tree: Tree) -> int:
+    """The length of the shortest path: of the layers that ``raptr`` fixes, if it says so rightly."""
+    raptr = tree.get("raptr")
+    fixed = raptr.get("fixed") if isinstance(raptr, dict) else None
+    return max(1, len(fixed if isinstance(fixed, list) else RaptrConfig().fixed))
+
+
+def _problems(stacking: StackingConfig, least: int) -> list[str]:
     layers, found = stacking.layers, []
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 1:
         found.append(f"stages.layers: must be positive and strictly rising (got {list(layers)}).")
@@ -115,7 +124,7 @@ def _problems(stacking: StackingConfig) -> list[str]:
         found.append(
             f"stages.{name}: {amount} cannot be split among {parts} stages{rest}. Give more."
         )
-    elif not found and stacking.flops_share is not None and _ramp(stacking) is None:
+    elif not found and stacking.flops_share is not None and _ramp(stacking, least) is None:
         found.append(
             f"stages.flops_share: {stacking.flops_share} is less than paths that rise to "
             f"{layers[0]} layers in {parts} stages take. Give more, or paths."
@@ -149,13 +158,13 @@ def _path_problems(stacking: StackingConfig) -> list[str]:
     return found
 
 
-def _ramp(stacking: StackingConfig) -> tuple[int, ...] | None:
-    """The longest lengths that rise evenly to all layers and keep within ``flops_share``."""
+def _ramp(stacking: StackingConfig, least: int) -> tuple[int, ...] | None:
+    """The longest lengths from ``least`` that rise evenly to all layers within ``flops_share``."""
     (layers,), parts = stacking.layers, stacking.parts
     lengths_of, amounts = max(parts - 1, 1), _split(stacking)
     assert stacking.flops_share is not None
     allowed = stacking.flops_share * layers * (stacking.full_warmup + sum(amounts))
-    for start in range(layers * lengths_of, lengths_of - 1, -1):
+    for start in range(layers * lengths_of, least * lengths_of - 1, -1):
         rise = layers * lengths_of - start
         lengths = tuple(
             math.floor((start + rise * number / lengths_of) / lengths_of + 0.5)
@@ -187,11 +196,11 @@ def _split(stacking: StackingConfig) -> list[int]:
     return shares(amount - stacking.full_warmup, stacking.parts, alpha=alpha)
 
 
-def _stages(stacking: StackingConfig) -> list[Tree]:
+def _stages(stacking: StackingConfig, least: int) -> list[Tree]:
     parts = _split(stacking)
     unit = "tokens" if stacking.steps is None else "steps"
     if stacking.policy == "raptr":
-        lengths = stacking.paths or _ramp(stacking) or ()
+        lengths = stacking.paths or _ramp(stacking, least) or ()
         (layers,) = stacking.layers
         whole = [{unit: stacking.full_warmup, "num_layers": layers}] if stacking.full_warmup else []
         return whole + [

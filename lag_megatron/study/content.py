@@ -86,7 +86,7 @@ def _costs(results: Json) -> Table:
         (
             arm["arm"],
             arm["learning_rate"],
-            " ".join(map(str, arm["layers"])),
+            " ".join(arm["layers_run"]),
             integer(arm["steps"]),
             f"{arm['planned_flops']:.4e}",
             _scientific(arm["flops"]),

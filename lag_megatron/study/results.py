@@ -10,6 +10,7 @@ from lag_megatron.study.launch import StudyFolder
 from lag_megatron.study.outcome import Outcome, Point, read_outcome
 from lag_megatron.study.plan import PlannedRun, StudyPlan
 from lag_megatron.study.statistics import CONFIDENCE, Estimate, estimate, paired
+from lag_megatron.study.table import layers_in_words
 
 LAST = "last"
 AXES = ("flops", "tokens", "all_tokens", "seconds")
@@ -119,6 +120,7 @@ def _arm(plan: StudyPlan, arm: str, rate: str, group: Group, reference: Group) -
         "learning_rate": rate,
         "seeds": list(group),
         "layers": [config.layers_of(stage) for stage in range(len(config.stages))],
+        "layers_run": list(layers_in_words(config)),
         "stage_steps": [stage.steps for stage in config.stages],
         "steps": config.total_steps,
         "planned_flops": run.cost.total,

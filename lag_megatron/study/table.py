@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator
 
+from lag_megatron.config import RunConfig
+from lag_megatron.config.positions import stage_ranges
+from lag_megatron.paths import mean_layers_run
 from lag_megatron.study.launch import StudyFolder
 from lag_megatron.study.plan import PlannedRun, StudyPlan
 
@@ -9,6 +12,14 @@ from lag_megatron.study.plan import PlannedRun, StudyPlan
 def plan_text(plan: StudyPlan, folder: StudyFolder) -> str:
     """The arms at the budget, and how many of the runs have finished already."""
     return "\n".join(_lines(plan, folder))
+
+
+def layers_in_words(config: RunConfig) -> Iterator[str]:
+    """How many layers each stage has, after how many of them a step runs where it takes paths."""
+    for number, steps in enumerate(stage_ranges(config.stages)):
+        layers = config.layers_of(number)
+        run = mean_layers_run(config, steps)
+        yield str(layers) if run == layers else f"{run:.3g}/{layers}"
 
 
 def _lines(plan: StudyPlan, folder: StudyFolder) -> Iterator[str]:
@@ -23,8 +34,8 @@ def _lines(plan: StudyPlan, folder: StudyFolder) -> Iterator[str]:
     for arm, run in shown.items():
         config, cost = run.config, run.cost
         stages = ", ".join(
-            f"{config.layers_of(number)} x {stage.steps:,}"
-            for number, stage in enumerate(config.stages)
+            f"{layers} x {stage.steps:,}"
+            for layers, stage in zip(layers_in_words(config), config.stages, strict=True)
         )
         below, share = plan.budget - cost.total, cost.search / cost.total
         yield f"{arm:<{width}} {cost.total:>10.4e} {below:>10.3e} {share:>7.1%}  {stages}"

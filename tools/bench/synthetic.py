@@ -12,6 +12,7 @@ from lag_megatron.engine import Engine
 from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
 from lag_megatron.parallel import World
+from lag_megatron.paths import LayerPath
 
 TAG = "step00000002"
 SEED_LAYERS = 2
@@ -41,7 +42,7 @@ def engine_of(config: RunConfig, world: World) -> Engine:
     return Engine(config, world, num_layers=config.model.num_layers, vocab_size=size)
 
 
-def train_step(engine: Engine, step: int) -> float:
+def train_step(engine: Engine, step: int, path: LayerPath | None = None) -> float:
     """One step on random tokens; its loss."""
     generator = torch.Generator().manual_seed(step)
     vocabulary = int(engine.config.model.vocab_size)
@@ -52,7 +53,7 @@ def train_step(engine: Engine, step: int) -> float:
         "position_ids": torch.arange(LENGTH).expand(ROWS, LENGTH),
         "loss_mask": torch.ones(ROWS, LENGTH),
     }
-    return engine.train_step([batch], step=step, lr=1e-4).loss
+    return engine.train_step([batch], step=step, lr=1e-4, path=path).loss
 
 
 def seed_checkpoint(

@@ -55,6 +55,7 @@ BOUNDS = (
     Bound("step_bf16", "cpu_bf16_vs_best", low=0.80),
     Bound("step_fp32", "cpu_fp32_vs_best", low=0.92),
     Bound("step_bert", "bert_step_speedup", low=1.10),
+    Bound("raptr", "raptr_step_ratio", high=0.60),
     Bound("convert", "convert_copy_ratio", low=0.6),
     Bound("convert", "convert_vs_ds_to_universal", low=3),
     Bound("convert", "convert_anon_mb", high=128),
