@@ -90,7 +90,7 @@ def expand_stages(tree: Tree) -> tuple[Tree, list[str]]:
 
 
 def _least(tree: Tree) -> int:
-    """The length of the shortest path: of the layers that ``raptr`` fixes, if it says so rightly."""
+    """How long a path is at the least: as many layers as ``raptr`` fixes."""
     raptr = tree.get("raptr")
     fixed = raptr.get("fixed") if isinstance(raptr, dict) else None
     return max(1, len(fixed if isinstance(fixed, list) else RaptrConfig().fixed))

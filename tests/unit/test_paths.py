@@ -111,7 +111,7 @@ def test_the_draws_are_the_same_for_all_time() -> None:
     assert [path.layers for path in drawn(config, 4)] == GOLDEN
 
 
-GOLDEN = [(0, 1, 2, 3, 11)] * 4
+GOLDEN = [(0, 1, 9, 10, 11), (0, 4, 5, 10, 11), (0, 3, 7, 10, 11), (0, 1, 2, 3, 11)]
 
 
 @pytest.mark.parametrize(("scale", "factor"), [("none", 1.0), ("sqrt", 2**0.5), ("linear", 2.0)])
@@ -219,7 +219,7 @@ def test_a_warm_up_of_the_whole_model_counts() -> None:
     assert policy(paths=[6, 12], tokens=51200).total_steps == 100
 
 
-@pytest.mark.parametrize("share", [0.55, 0.6, 0.7, 0.8, 0.9, 0.97])
+@pytest.mark.parametrize("share", [0.6, 0.7, 0.8, 0.9, 0.97])
 @pytest.mark.parametrize("stages", [2, 3, 4, 6])
 def test_a_share_is_kept_and_used(share: float, stages: int) -> None:
     config = policy(flops_share=share, path_stages=stages, steps=600)
@@ -235,7 +235,7 @@ def test_a_share_is_kept_and_used(share: float, stages: int) -> None:
     [
         ({"steps": 100}, "needs either paths or flops_share"),
         ({"steps": 100, "paths": [6], "flops_share": 0.5}, "needs either paths or flops_share"),
-        ({"steps": 100, "flops_share": 0.2}, "less than paths that rise to 12 layers"),
+        ({"steps": 100, "flops_share": 0.55}, "less than paths that rise to 12 layers"),
         ({"steps": 100, "flops_share": 1.5}, "above 0 and at most 1"),
         ({"steps": 100, "flops_share": 0.8, "path_stages": 0}, "path_stages: must be 1"),
         ({"steps": 100, "paths": [6], "full_warmup": -1}, "must not be negative"),
@@ -274,12 +274,7 @@ def test_a_decision_says_the_paths_of_its_stage() -> None:
 def test_the_dry_run_says_how_many_layers_run_and_what_that_saves() -> None:
     text = describe_run(policy(paths=[6, 8, 10, 12], steps=400), world_size=1)
     rows = text[text.index("== stages ==") :].splitlines()[3:7]
-    assert [row.split()[1:3] for row in rows] == [
-        ["12", "6"],
-        ["12", "8"],
-        ["12", "10"],
-        ["12", "12"],
-    ]
+    assert [row.split()[1:3] for row in rows] == [["12", n] for n in ("6", "8", "10", "12")]
     config = policy(paths=[6, 8, 10, 12], steps=400)
     whole = policy(paths=[12], steps=400)
     saved = 1 - steps_flops(config, range(400), vocab_size=128) / steps_flops(
