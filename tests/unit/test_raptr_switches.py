@@ -1,0 +1,35 @@
+"""A jump of the loss where paths lengthen is told from the noise at constant length."""
+
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, pico_config
+
+from lag_megatron.config import RunConfig, StageConfig
+from lag_megatron.report.read import RunFiles
+
+sys.path.insert(0, str(ROOT / "tools" / "bench"))
+
+from dataclasses import replace
+
+from raptr_switches import switches
+
+
+def files_of(config: RunConfig, losses: list[float]) -> RunFiles:
+    metrics = tuple({"step": step, "train/loss": loss} for step, loss in enumerate(losses, 1))
+    return RunFiles(path=ROOT, config=config, run={}, metrics=metrics, journal=(), growths=())
+
+
+@pytest.mark.parametrize(("jump", "above"), [(0.0, False), (0.2, True)])
+def test_a_jump_at_a_switch_is_told_from_noise(jump: float, above: bool) -> None:
+    stages = [StageConfig(steps=200, path_length=n) for n in (6, 9, 12)]
+    config = replace(pico_config(num_layers=12), stages=tuple(stages))
+    noise = np.random.default_rng(0).normal(0, 0.05, 600)
+    losses = 5 - 0.001 * np.arange(600) + noise + jump * (np.arange(600) >= 200)
+    found = list(switches(files_of(config, losses.tolist()), window=25))
+    assert [(s.step, s.lengths) for s in found] == [(200, (6, 9)), (400, (9, 12))]
+    assert found[0].usual == pytest.approx(-0.025, abs=0.01)
+    assert (found[0].deviations > 4) is above
+    assert found[1].deviations < 4
+    assert found[0].change == pytest.approx(jump - 0.025, abs=0.05)

@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""Whether the training loss jumps where a run's paths lengthen.
+
+python tools/bench/raptr_switches.py RUN_DIR… [--window 25] [--json FILE]
+
+At each switch the mean loss of the steps after it, less that of the steps before it, is compared
+with the same difference at every place inside the two stages, where the length stays: its distance
+from their mean, in their standard deviations.  Above 2 or so would be a jump up.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from figures import write_figures
+
+from lag_megatron.config.positions import stage_ranges
+from lag_megatron.paths import mean_layers_run
+from lag_megatron.report.data import TRAIN, series
+from lag_megatron.report.read import RunFiles, read_run
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """A place where the length of paths changes; losses in nats.
+
+    Attributes:
+        step: steps taken before it.
+        lengths: layers that run before and after.
+        change: of the mean loss over a window.
+        usual: mean of the same change inside the stages.
+        noise: its standard deviation there.
+    """
+
+    step: int
+    lengths: tuple[float, float]
+    change: float
+    usual: float
+    noise: float
+
+    @property
+    def deviations(self) -> float:
+        """How far the change lies above the usual one."""
+        return (self.change - self.usual) / self.noise
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run_dir", type=Path, nargs="+")
+    parser.add_argument("--window", type=int, default=25, help="steps (default: 25)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    print(
+        f"{'run':<22} {'step':>6} {'layers':>10} {'change':>8} {'usual':>8} {'noise':>7} {'sd':>6}"
+    )
+    found: list[Switch] = []
+    for run_dir in options.run_dir:
+        for switch in switches(read_run(run_dir), window=options.window):
+            before, after = switch.lengths
+            print(
+                f"{run_dir.name:<22} {switch.step:>6} {before:>4g} -> {after:<3g} "
+                f"{switch.change:>8.4f} {switch.usual:>8.4f} {switch.noise:>7.4f} "
+                f"{switch.deviations:>6.2f}"
+            )
+            found.append(switch)
+    deviations = [switch.deviations for switch in found]
+    figures = {
+        "raptr_switches": float(len(found)),
+        "raptr_switch_deviations_max": max(deviations),
+        "raptr_switch_deviations_mean": statistics.mean(deviations),
+        "raptr_switch_change_max": max(switch.change for switch in found),
+    }
+    for name, value in figures.items():
+        print(f"{name:<30} {value:8.4f}")
+    if options.json:
+        write_figures(options.json, figures)
+    return 0
+
+
+def switches(files: RunFiles, *, window: int) -> Iterator[Switch]:
+    """Every switch of a run whose stages are long enough for the window."""
+    config, losses = files.config, dict(series(files.metrics, TRAIN))
+    ranges = stage_ranges(config.stages)
+    lengths = [mean_layers_run(config, steps) for steps in ranges]
+    for number in range(1, len(ranges)):
+        before, after = ranges[number - 1], ranges[number]
+        if lengths[number] == lengths[number - 1]:
+            continue
+        inside = [
+            change_at(losses, step, window)
+            for steps in (before, after)
+            for step in range(steps.start + window, steps.stop - window + 1)
+        ]
+        yield Switch(
+            step=after.start,
+            lengths=(lengths[number - 1], lengths[number]),
+            change=change_at(losses, after.start, window),
+            usual=statistics.mean(inside),
+            noise=statistics.stdev(inside),
+        )
+
+
+def change_at(losses: Mapping[float, float], step: int, window: int) -> float:
+    """Mean loss of the ``window`` steps after the first ``step`` ones, less that of those before.
+
+    Losses go by the number of steps taken, the step itself included.
+    """
+    after = [losses[taken] for taken in range(step + 1, step + window + 1)]
+    before = [losses[taken] for taken in range(step - window + 1, step + 1)]
+    return statistics.mean(after) - statistics.mean(before)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
