@@ -238,3 +238,39 @@ def test_scales(scale, references, tmp_path):
 def test_deepspeeds_own_step(update, references, tmp_path):
     config = raptr_config("gpt2", update=update, optimizer={"one_pass": False})
     compare(config, 2, references(config), tmp_path)
+
+
+def states_around_a_step(config):
+    """Each parameter's weights and optimizer state before and after one step of a path."""
+    from lag_megatron.parallel import start_world, stop_world
+
+    world = start_world(tensor=1)
+    engine = engine_of(config, world)
+
+    def states():
+        held = engine._engine.optimizer.state
+        return {
+            name: [parameter.detach().clone()]
+            + [value.clone() for key, value in sorted(held[parameter].items()) if key != "step"]
+            for name, parameter in engine._engine.module.named_parameters()
+        }
+
+    engine.train_step(batches_of(config, world, 0), step=0, lr=LR)
+    before = states()
+    path = path_at(1, config)
+    engine.train_step(batches_of(config, world, 1), step=1, lr=LR, path=path)
+    after = states()
+    stop_world()
+    return path, before, after
+
+
+def test_adafactors_statistics_stand_still_too():
+    optimizer = {"name": "adafactor", "grad_clip": 0.0}
+    config = raptr_config("gpt2", update="freeze", optimizer=optimizer, parallel={"zero_stage": 0})
+    ((path, before, after),) = run_ranks(states_around_a_step, 1, config)
+    assert path.skipped
+    for name, values in before.items():
+        match = LAYER.match(name)
+        same = [torch.equal(a, b) for a, b in zip(values, after[name], strict=True)]
+        assert len(same) >= 2
+        assert all(same) if match and int(match["layer"]) in path.skipped else not all(same), name

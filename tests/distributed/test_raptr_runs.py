@@ -89,8 +89,10 @@ def test_paths_inside_stages_then_growth(tiny, tmp_path):
     overrides = [
         "model.num_layers=3",
         "stages=[{steps: 8, path_length: 2}, {steps: 10, num_layers: 5, path_length: [3, 5]}]",
+        "optimizer.schedule={warmup_steps: 4, growth_warmup_steps: 5, growth_warmup: new}",
     ]
     run_ranks(train, 2, tiny, tmp_path / "run", overrides)
+    assert sorted(losses_of(tmp_path / "run", "train/lr_new_layers")) == [9, 10, 11, 12]
     layers = losses_of(tmp_path / "run", "train/layers")
     expected = {step: 2 for step in range(1, 9)} | {step: 3 for step in range(9, 14)}
     assert layers == expected  # the whole model is no path
