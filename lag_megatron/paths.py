@@ -64,16 +64,24 @@ def layers_run(config: RunConfig, steps: range) -> Counter[int]:
     found: Counter[int] = Counter()
     for stage, part, rule in _parts(config):
         here = range(max(steps.start, part.start), min(steps.stop, part.stop))
-        num_layers = config.layers_of(stage)
         if not here:
             continue
-        if rule is None or rule.length is not None:
-            found[num_layers if rule is None else rule.length or 0] += len(here)
-            continue
-        for start in range(here.start, here.stop, _CHUNK_STEPS):
-            chunk = range(start, min(start + _CHUNK_STEPS, here.stop))
-            lengths = _draw(config, rule, chunk, num_layers).sum(axis=1)
-            found.update(lengths.tolist())
+        num_layers = config.layers_of(stage)
+        if rule is None:
+            found[num_layers] += len(here)
+        elif rule.length is not None:
+            found[rule.length] += len(here)
+        else:
+            found += _counts(config, rule, here, num_layers)
+    return found
+
+
+def _counts(config: RunConfig, rule: PathRule, steps: range, num_layers: int) -> Counter[int]:
+    """How many of these steps run so many layers, where that is left to chance."""
+    found: Counter[int] = Counter()
+    for start in range(steps.start, steps.stop, _CHUNK_STEPS):
+        chunk = range(start, min(start + _CHUNK_STEPS, steps.stop))
+        found.update(_draw(config, rule, chunk, num_layers).sum(axis=1).tolist())
     return found
 
 

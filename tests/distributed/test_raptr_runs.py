@@ -4,11 +4,11 @@ import dataclasses
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import PICO_VOCABULARY, pico_config, random_batches, run_ranks, sparing
+from runs import lines_of, losses_of, train
 
 from lag_megatron.config import load_config
 from lag_megatron.paths import LayerPath, path_at
@@ -16,23 +16,6 @@ from lag_megatron.schedule import steps_flops, validation_flops_per_token
 
 PATHS = ["model.num_layers=4", "stages=[{steps: 8, path_length: 2}, {steps: 8, path_length: 3}, "
          "{steps: 4}]"]  # fmt: skip
-
-
-def train(config_path, run_dir, overrides=(), fault=None):
-    """On each rank: a run, with DeepSpeed's real engine."""
-    from lag_megatron.session import Request, train
-
-    if fault is not None:
-        fault()
-    train(Request(load_config(config_path, overrides=overrides), Path(run_dir), "auto"))
-
-
-def lines_of(run_dir, name):
-    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
-
-
-def losses_of(run_dir, key):
-    return {row["step"]: row[key] for row in lines_of(run_dir, "metrics.jsonl") if key in row}
 
 
 def killed_at(step_to_die):

@@ -3,35 +3,17 @@
 import json
 import os
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import run_ranks, sparing
+from runs import lines_of, losses_of, train
 
-from lag_megatron.config import load_config
 from lag_megatron.errors import LagError
 
 POLICY = ["model.num_layers=1", "growth.lag=2", "growth.rungs=[1, 2]", "checkpoint.interval=3",
           "stages={policy: adaptive, layers: [1, 2, 3, 4, 5, 6], steps: 24}"]  # fmt: skip
 WINDOW = 5
-
-
-def train(config_path, run_dir, overrides=(), fault=None):
-    """On each rank: a run, with DeepSpeed's real engine."""
-    from lag_megatron.session import Request, train
-
-    if fault is not None:
-        fault()
-    train(Request(load_config(config_path, overrides=overrides), Path(run_dir), "auto"))
-
-
-def lines_of(run_dir, name):
-    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
-
-
-def losses_of(run_dir, key):
-    return {row["step"]: row[key] for row in lines_of(run_dir, "metrics.jsonl") if key in row}
 
 
 def events_of(run_dir, name):
