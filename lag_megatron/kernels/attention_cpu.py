@@ -28,7 +28,7 @@ def attend_cpu(
     causal: bool,
     scale: float,
 ) -> Tensor:
-    """Two batched products, and five in backward; scores become weights where they lie.
+    """Two batched products, and four in backward; scores become weights where they lie.
 
     Args:
         query: (b, h, s, k) in fp32 or bf16.
@@ -61,30 +61,30 @@ class _Attend(torch.autograd.Function):
         batch, heads, length, size = query.shape
         # oneDNN copies what is not dense, and transposes while it does: far slower than this.
         # The query heads of a group lie one below the other, so that none of its keys is repeated.
-        groups = batch * key.shape[1]
-        query = query.reshape(groups, -1, size).contiguous()
-        key, value = (t.reshape(groups, -1, size).contiguous() for t in (key, value))
+        groups, columns = key.shape[1:3]
+        query = query.reshape(batch * groups, heads // groups * length, size).contiguous()
+        key, value = (
+            t.reshape(batch * groups, columns, size).contiguous() for t in (key, value)
+        )
         weights = query @ key.transpose(1, 2)
         if weights.numel():
-            shape = (batch, heads, length, key.shape[1])
             library(SOURCE).lag_attention_softmax(
                 *_typed(weights),
-                *map(c_long, (heads, length, weights.shape[-1], batch * heads * length)),
-                *_mask(hidden, shape),
+                *map(c_long, (heads, length, columns, batch * heads * length)),
+                *_mask(hidden, (batch, heads, length, columns)),
                 causal,
                 c_float(scale),
                 torch.get_num_threads(),
             )
         ctx.save_for_backward(query, key, value, weights)
-        ctx.scale, ctx.key_heads = scale, groups // max(batch, 1)
+        ctx.scale, ctx.of_keys = scale, (batch, groups, columns, size)
         return (weights @ value).view(batch, heads, length, size)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, weights = ctx.saved_tensors
-        batch, heads, length, size = grad.shape
-        grad = grad.reshape(query.shape).contiguous()
+        shape, grad = grad.shape, grad.reshape(query.shape).contiguous()
         of_value = weights.transpose(1, 2) @ grad
         of_scores = grad @ value.transpose(1, 2)
         if weights.numel():
@@ -96,8 +96,8 @@ class _Attend(torch.autograd.Function):
                 torch.get_num_threads(),
             )
         of_query, of_key = of_scores @ key, of_scores.transpose(1, 2) @ query
-        of_keys = [t.view(batch, ctx.key_heads, -1, size) for t in (of_key, of_value)]
-        return of_query.view(batch, heads, length, size), *of_keys, None, None, None
+        of_keys = [t.view(ctx.of_keys) for t in (of_key, of_value)]
+        return of_query.view(shape), *of_keys, None, None, None
 
 
 def _typed(tensor: Tensor) -> tuple[Any, bool]:

@@ -136,7 +136,7 @@ def linear_cross_entropy(
         bias = None if bias is None else bias.float()
     size = chunk or _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) // hidden.element_size()
     rows = max(1, size // max(weight.shape[0], 1))
-    options = (mine or Slice(), label_smoothing, z_loss, rows)
+    options = (mine or Slice(), label_smoothing, z_loss, rows, torch.is_grad_enabled())
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, loss_mask, options)
     return loss
 
@@ -144,9 +144,11 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, loss_mask, options):  # type: ignore[no-untyped-def]
-        mine, smoothing, z_loss, rows = options
+        mine, smoothing, z_loss, rows, trained = options
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        wants = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        wants = [
+            trained and t is not None and t.requires_grad for t in (hidden, weight, bias)
+        ]
         summed = wide if len(hidden) > rows else hidden.dtype
         make = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk fills them
         made = [

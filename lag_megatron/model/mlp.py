@@ -17,7 +17,7 @@ class OnePassMLP(MLP):
         self, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Output (s, b, d), and the bias that is still to be added to it."""
-        if not one_pass_wins(hidden_states):
+        if not one_pass_wins(hidden_states, self.kind):
             found: tuple[Tensor, Tensor | None] = super().forward(hidden_states, *args, **kwargs)
             return found
         inner, bias = self.linear_fc1(hidden_states)

@@ -61,10 +61,9 @@ def _measure(options: argparse.Namespace, dtype: str, weights: Path) -> dict[str
             seconds, _ = _run(pipe, STEPS)
             if number:  # the first warms up
                 rounds[name].append(statistics.fmean(seconds))
-    for pipe in pipes.values():
+    for pipe, process in zip(pipes.values(), processes, strict=True):
         pipe.send(0)
-    for process in processes:
-        process.join()
+        process.join()  # one after the other: it may have a profile to take
     return {name: statistics.median(values) for name, values in rounds.items()}
 
 
