@@ -1,12 +1,9 @@
 // The one-pass AdamW and the norm before it on a CPU; loops are left for the compiler to vectorise.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <thread>
-#include <vector>
+#include "cpu.h"
 
 namespace {
+
+using namespace lag;
 
 constexpr long kBlock = 4096;  // elements whose squares are summed in fp32, then in fp64
 
@@ -17,25 +14,6 @@ struct Rates {
 struct Scalars {
   float scale, step_size, correction;
 };
-
-inline float widen(float value) { return value; }
-
-inline float widen(uint16_t bf16) {
-  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof(out));
-  return out;
-}
-
-inline void narrow(float value, float* out) { *out = value; }
-
-// The nearest bf16, ties to even.
-inline void narrow(float value, uint16_t* out) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  *out = value == value ? static_cast<uint16_t>(rounded) : 0x7FC0;
-}
 
 // Products and sums in the order of torch's own vectorised kernel, which gives the same bits.
 template <typename G, typename W>
@@ -61,16 +39,6 @@ double squares(const G* values, long count) {
 #pragma omp simd reduction(+ : sum)
   for (long i = 0; i < count; ++i) sum += widen(values[i]) * widen(values[i]);
   return sum;
-}
-
-template <typename Task>
-void share(long total, long grain, int threads, Task task) {
-  const long parts = std::max(1L, std::min<long>(threads, total / grain));
-  std::vector<std::thread> helpers;
-  for (long t = 1; t < parts; ++t)
-    helpers.emplace_back(task, total * t / parts, total * (t + 1) / parts);
-  task(0, total / parts);
-  for (auto& helper : helpers) helper.join();
 }
 
 template <typename G, typename W>

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lag_megatron.errors import LagError
-from lag_megatron.kernels.build import library
+from lag_megatron.kernels.build import address, library
 from lag_megatron.kernels.partition import Partition, Rates
 
 SOURCE = Path(__file__).with_name("adamw_cpu.cpp")
@@ -40,7 +40,7 @@ def adamw_cpu(partition: Partition, rates: Rates, scale: float) -> None:
         *(1.0 - rates.lr * rates.weight_decay, 1.0 - beta1, beta2, 1.0 - beta2, rates.eps),
     )
     library(SOURCE).lag_adamw(
-        *map(_address, (partition.master, partition.exp_avg, partition.exp_avg_sq, weights)),
+        *map(address, (partition.master, partition.exp_avg, partition.exp_avg_sq, weights)),
         weights.dtype is torch.bfloat16,
         *_table(parts),
         *map(ctypes.c_float, numbers),
@@ -71,7 +71,3 @@ def _table(parts: Sequence[Tensor]) -> tuple[Any, Any, int, bool]:
     addresses = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
     lengths = (ctypes.c_long * len(parts))(*(part.numel() for part in parts))
     return addresses, lengths, len(parts), bool(parts) and parts[0].dtype is torch.bfloat16
-
-
-def _address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())

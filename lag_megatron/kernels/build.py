@@ -4,6 +4,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ _CPU_FLAGS = (
     "-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-std=c++17",
     "-shared", "-fPIC", "-pthread",
 )  # fmt: skip
+_X86_FLAGS = ("-mprefer-vector-width=512",)  # by default compilers take half of what AVX-512 has
 
 
 def nvcc_path() -> str | None:
@@ -32,13 +34,23 @@ def cpu_command() -> list[str]:
     Raises:
         LagError: if there is none.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiler = _cpu_compiler()
     if compiler is None:
         raise LagError(
             "g++: not found, so that AdamW's CPU kernel cannot be built. Install a C++ compiler "
             "(CXX), or set optimizer.one_pass: false."
         )
-    return [compiler, *_CPU_FLAGS]
+    return [compiler, *_CPU_FLAGS, *(_X86_FLAGS if platform.machine() == "x86_64" else ())]
+
+
+def builds_for_cpu() -> bool:
+    """Whether kernels in C++ can be had here; what has another form takes that where not."""
+    return _cpu_compiler() is not None
+
+
+@functools.cache
+def _cpu_compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
 def cuda_command(architectures: Sequence[str]) -> list[str]:
@@ -86,13 +98,19 @@ def library(source: Path) -> ctypes.CDLL:
         command, machine = cuda_command([f"{major}{minor}"]), ""
     else:
         command, machine = cpu_command(), _instructions()
-    about = [source.read_text(), *command, machine]
+    headers = [header.read_text() for header in sorted(source.parent.glob("*.h"))]
+    about = [source.read_text(), *headers, *command, machine]
     name = f"{source.stem}-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
     default = Path.home() / ".cache" / "lag_megatron"
     target = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default)) / "lag_megatron" / name
     if not target.exists():
         build(source, command, target)
     return ctypes.CDLL(str(target))
+
+
+def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """Where a kernel finds a tensor's elements; null without one."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def _instructions() -> str:

@@ -1,12 +1,15 @@
 """The softmax and the gradient of a cross-entropy in place of its logits.
 
-On CUDA two kernels in Triton, which read logits in their own type; elsewhere torch.
+Two kernels that read logits in their own type, in Triton on CUDA and in C++ on a CPU; else torch.
 """
 
+import functools
 import importlib.util
 
 import torch
 from torch import Tensor
+
+from lag_megatron.kernels.build import builds_for_cpu
 
 
 def statistics(
@@ -24,10 +27,12 @@ def statistics(
         The largest logit (n,), and (3, n): with that subtracted, the logit at ``place`` or 0, the
         sum of the logits, and the sum of their exponentials; fp32, or the logits' type if wider.
     """
-    if _by_triton(logits):
-        from lag_megatron.kernels.softmax_triton import statistics_triton
-
-        return statistics_triton(logits, place, is_mine)
+    if reads(logits.dtype, logits.device):
+        if logits.is_cuda:
+            from lag_megatron.kernels.softmax_triton import statistics_triton as kernel
+        else:
+            from lag_megatron.kernels.softmax_cpu import statistics_cpu as kernel
+        return kernel(logits, place, is_mine)
     top = logits.amax(dim=1)
     logits -= top[:, None]
     label = logits.gather(1, place[:, None])[:, 0].masked_fill_(~is_mine, 0.0)
@@ -46,10 +51,12 @@ def to_gradient(
         factor: (n,); so are ``even`` and ``taken``.
         place: int64 (n,).
     """
-    if _by_triton(logits):
-        from lag_megatron.kernels.softmax_triton import to_gradient_triton
-
-        to_gradient_triton(logits, top, factor, even, place, taken)
+    if reads(logits.dtype, logits.device):
+        if logits.is_cuda:
+            from lag_megatron.kernels.softmax_triton import to_gradient_triton as kernel
+        else:
+            from lag_megatron.kernels.softmax_cpu import to_gradient_cpu as kernel
+        kernel(logits, top, factor, even, place, taken)
         return
     logits *= factor[:, None]
     if bool(even.any()):
@@ -57,10 +64,13 @@ def to_gradient(
     logits.scatter_add_(1, place[:, None], taken[:, None])
 
 
-def reads_any_type(device: torch.device) -> bool:
-    """Whether logits may stay in 16 bits; elsewhere they have to be fp32 or wider."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+def reads(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a kernel takes logits of this type; others have to be made fp32 or wider."""
+    if device.type == "cuda":
+        return dtype is not torch.float64 and _has_triton()
+    return dtype in (torch.float32, torch.bfloat16) and builds_for_cpu()
 
 
-def _by_triton(logits: Tensor) -> bool:
-    return reads_any_type(logits.device) and logits.dtype is not torch.float64
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -15,6 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from lag_megatron.kernels.attention_cpu import attend_cpu, one_pass_softmax
+
 
 def prefix_mask(prefix_length: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
     """An order of a batch's rows, and the mask of its last ones, those that begin with a prefix.
@@ -103,11 +105,13 @@ class SDPACoreAttention(MegatronModule):
     def _attend(self, heads: list[Tensor], hidden: Tensor | None) -> Tensor:
         query, key, value = heads
         if self.by_products and self.training and products_win(query):
-            scale = self.softmax_scale or query.shape[-1] ** -0.5
-            if hidden is None and self.causal:
-                hidden = _future(query.shape[2])
-            dropout = self.dropout if self.training else 0.0
-            return attend_by_products(query, key, value, hidden, scale=scale, dropout=dropout)
+            return attend_by_products(
+                *heads,
+                hidden,
+                causal=self.causal and hidden is None,
+                scale=self.softmax_scale or query.shape[-1] ** -0.5,
+                dropout=self.dropout,
+            )
         grouped = key.shape[1] != query.shape[1]
         if grouped and hidden is not None:
             # On CUDA no kernel takes both a mask and groups but the slow one that holds all scores.
@@ -141,6 +145,7 @@ def attend_by_products(
     hidden: Tensor | None,
     *,
     scale: float,
+    causal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
     """Attention whose scores exist whole: two batched products each way, without recomputation.
@@ -152,13 +157,18 @@ def attend_by_products(
         query: (b, h, s, k).
         key: (b, g, s, k), and so is ``value``; h is a multiple of g.
         hidden: bool, broadcast to (b, h, s, s); None hides nothing.
+        causal: whether what comes after a position is hidden from it, in place of ``hidden``.
         scale: of the scores.
         dropout: share of the attention weights that is dropped.
 
     Returns:
         (b, h, s, k).
     """
+    if not dropout and one_pass_softmax(query):
+        return attend_cpu(query, key, value, hidden, causal=causal, scale=scale)
     batch, count, length, size = query.shape
+    if causal:
+        hidden = _future(length)
     groups = key.shape[1]
     # The query heads of a group lie one below the other, so that none of its keys is repeated.
     query = (query * scale).reshape(batch, groups, -1, size)
@@ -173,12 +183,13 @@ def attend_by_products(
 def products_win(query: Tensor) -> bool:
     """Whether attention by plain products is the faster one for a (b, h, s, k) in training.
 
-    By what the CPU can do and not by a trial, since a run has to go on with the same numbers.
+    By what the CPU can do and not by a trial, since a run has to go on with the same numbers; the
+    lengths are those of ``tools/bench/attention.py``'s committed table.
     """
     return (
         query.device.type == "cpu"
         and query.dtype is torch.bfloat16
-        and query.shape[2] <= 256
+        and query.shape[2] <= 512
         and torch.cpu._is_amx_tile_supported()
     )
 

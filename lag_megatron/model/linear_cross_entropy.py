@@ -19,12 +19,12 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from lag_megatron.config import ModelConfig
-from lag_megatron.kernels.softmax import reads_any_type, statistics, to_gradient
+from lag_megatron.kernels.softmax import reads, statistics, to_gradient
 from lag_megatron.model.wide_products import emulates_products
 
-# Logits of a chunk: on a CPU enough rows for fast products while they stay near the cache, on a GPU
-# enough to fill it.
-_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
+# Bytes of a chunk's logits: on a CPU enough rows for fast products while they stay near the cache,
+# on a GPU enough to fill it.
+_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +134,9 @@ def linear_cross_entropy(
     if emulates_products(hidden.dtype, hidden.device):
         hidden, weight = hidden.float(), weight.float()
         bias = None if bias is None else bias.float()
-    size = chunk or _CHUNK.get(hidden.device.type, _CHUNK["cuda"])
+    size = chunk or _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) // hidden.element_size()
     rows = max(1, size // max(weight.shape[0], 1))
-    options = (mine or Slice(), label_smoothing, z_loss, rows)
+    options = (mine or Slice(), label_smoothing, z_loss, rows, torch.is_grad_enabled())
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, loss_mask, options)
     return loss
 
@@ -144,13 +144,17 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, loss_mask, options):  # type: ignore[no-untyped-def]
-        mine, smoothing, z_loss, rows = options
+        mine, smoothing, z_loss, rows, trained = options
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        wants = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        wants = [
+            trained and t is not None and t.requires_grad for t in (hidden, weight, bias)
+        ]
+        summed = wide if len(hidden) > rows else hidden.dtype
+        make = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk fills them
         made = [
-            torch.zeros_like(tensor, dtype=wide if number else tensor.dtype) if wanted else None
-            for number, (tensor, wanted) in enumerate(
-                zip((hidden, weight, bias), wants, strict=True)
+            make(tensor, dtype=kind) if wanted else None
+            for tensor, kind, wanted in zip(
+                (hidden, weight, bias), (hidden.dtype, summed, summed), wants, strict=True
             )
         ]
         whole = mine.reduce(torch.tensor(float(weight.shape[0]), device=hidden.device))
@@ -158,12 +162,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = F.linear(hidden[part], weight, bias)
-            if not reads_any_type(hidden.device):
+            if not reads(logits.dtype, logits.device):
                 logits = logits.to(wide)
             share = loss_mask[part].to(wide)
             total += _chunk(logits, labels[part], share, mine, smoothing, z_loss, whole)
             if any(wants):
                 _multiply_back(logits.to(hidden.dtype), hidden, weight, part, made)
+            del logits  # before the next ones are made
         ctx.made = [
             None if m is None else m.to(t.dtype)
             for m, t in zip(made, (hidden, weight, bias), strict=True)
@@ -214,14 +219,22 @@ def _chunk(
 def _multiply_back(
     gradient: Tensor, hidden: Tensor, weight: Tensor, part: slice, made: list[Tensor | None]
 ) -> None:
-    """Add a chunk's part of the gradients of hidden states, weight and bias."""
+    """Add a chunk's part of the gradients of hidden states, weight and bias; the first one is it."""
     of_hidden, of_weight, of_bias = made
     if of_hidden is not None:
         torch.mm(gradient, weight, out=of_hidden[part])
+    is_first = part.start == 0
     if of_weight is not None:
         if of_weight.dtype == hidden.dtype:
-            of_weight.addmm_(gradient.t(), hidden[part])
+            torch.addmm(of_weight, gradient.t(), hidden[part], beta=0.0 if is_first else 1.0, out=of_weight)
         else:
-            of_weight += gradient.t() @ hidden[part]
+            _add(of_weight, gradient.t() @ hidden[part], is_first=is_first)
     if of_bias is not None:
-        of_bias += gradient.sum(dim=0)
+        _add(of_bias, gradient.sum(dim=0, dtype=of_bias.dtype), is_first=is_first)
+
+
+def _add(total: Tensor, more: Tensor, *, is_first: bool) -> None:
+    if is_first:
+        total.copy_(more)
+    else:
+        total += more

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lag_megatron.config import ModelConfig, ParallelConfig
 from lag_megatron.model.attention import SDPACoreAttention
+from lag_megatron.model.mlp import one_pass_mlp
 from lag_megatron.model.path import PathLayer
 
 _ACTIVATIONS = {
@@ -62,13 +63,14 @@ def transformer_config(
 
 
 def block_spec(model: ModelConfig, *, num_layers: int) -> TransformerBlockSubmodules:
-    """Megatron-Core's stack of layers, with torch's attention and norms."""
+    """Megatron-Core's stack of layers, with torch's attention and norms, and a one-pass activation."""
     layer = get_gpt_layer_local_spec(
         normalization="RMSNorm" if model.norm == "rmsnorm" else "LayerNorm"
     )
     parts, is_post = layer.submodules, model.norm_position == "post"
     parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp if is_post else TorchNorm
     parts.self_attention.submodules.core_attention = SDPACoreAttention
+    parts.mlp.module = one_pass_mlp(model.activation)
     if model.family == "bert":
         parts.self_attention.params["attn_mask_type"] = AttnMaskType.padding
     layer.module = PostNormLayer if is_post else PathLayer

@@ -1,6 +1,8 @@
 """Core attention against dense scores, in double precision, with its masks and their gradients."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -128,3 +130,66 @@ def test_products_drop_weights_as_torch_does():
     draws = [attend_by_products(*heads, None, scale=1.0, dropout=0.3) for _ in range(4000)]
     assert not torch.equal(draws[0], draws[1])
     torch.testing.assert_close(torch.stack(draws).mean(0), whole, rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 7, 130])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("kind", ["causal", "rows", "padding", "none"])
+def test_one_pass_softmax_attends_as_torch_does(kind, groups, length, dtype):
+    """Values and gradients against fp64, on views with gaps as the layers give them."""
+    from lag_megatron.kernels.attention_cpu import attend_cpu
+
+    draw = torch.Generator().manual_seed(length)
+    shapes = [(length, B, count, 2 * SIZE) for count in (HEADS, groups, groups)]
+    given = [torch.randn(shape, generator=draw).to(dtype).requires_grad_() for shape in shapes]
+    wide = [t.detach().double().requires_grad_() for t in given]
+    mask = {
+        "rows": torch.rand(B, 1, length, length, generator=draw) < 0.4,
+        "padding": torch.rand(B, 1, 1, length, generator=draw) < 0.4,
+    }.get(kind)
+    if mask is not None:
+        mask[..., 0] = False  # something is seen
+    parts, exact = ([t[..., :SIZE].permute(1, 2, 0, 3) for t in side] for side in (given, wide))
+    out = attend_cpu(*parts, mask, causal=kind == "causal", scale=SIZE**-0.5)
+    right = F.scaled_dot_product_attention(
+        *exact,
+        attn_mask=None if mask is None else ~mask,
+        is_causal=kind == "causal",
+        enable_gqa=True,
+    )
+    grad = torch.randn(right.shape, generator=draw).to(dtype)
+    out.backward(grad)
+    right.backward(grad.double())
+    tolerance = 2e-6 if dtype is torch.float32 else 1e-2
+    for ours, expected in [(out, right), *((a.grad, b.grad) for a, b in zip(given, wide, strict=True))]:
+        assert ours.dtype is dtype
+        assert (ours.double() - expected).norm() <= tolerance * expected.norm() + 1e-6
+
+
+def test_one_pass_softmax_of_nothing_and_of_no_number():
+    from lag_megatron.kernels.attention_cpu import attend_cpu
+
+    empty = torch.zeros(0, 2, 4, 3, requires_grad=True)
+    attend_cpu(empty, empty, empty, None, causal=True, scale=1.0).sum().backward()
+    assert empty.grad.shape == empty.shape
+    query, key, value = (torch.randn(1, 1, 4, 3) for _ in range(3))
+    key[0, 0, 2, 1] = torch.nan
+    out = attend_cpu(query, key, value, None, causal=True, scale=1.0)
+    assert out.isnan().any(-1).flatten().tolist() == [False, False, True, True]
+
+
+def test_the_committed_table_supports_the_choice(monkeypatch):
+    """Where products are taken on a CPU with matrix instructions they were faster."""
+    from lag_megatron.model.attention import products_win
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    results = Path(__file__).parents[2] / "tools" / "bench" / "results" / "attention.json"
+    figures = json.loads(results.read_text())["figures"]
+    taken = []
+    for name, ratio in figures.items():
+        _, dtype, length = name.split("_")
+        if products_win(torch.zeros(1, 1, int(length), 1, dtype=getattr(torch, dtype))):
+            taken.append(name)
+            assert ratio > 1, name
+    assert len(taken) == 8

@@ -1,9 +1,9 @@
-"""The kernels of the cross-entropy in Triton against torch, by the interpreter and on a GPU."""
+"""The kernels of the cross-entropy against torch: in Triton, interpreted and on a GPU, and in C++."""
 
 import pytest
 import torch
 
-from lag_megatron.kernels import softmax
+from lag_megatron.kernels import softmax, softmax_cpu
 from lag_megatron.model.linear_cross_entropy import linear_cross_entropy
 
 pytest.importorskip("triton")
@@ -22,21 +22,29 @@ def rows(count, columns, dtype):
     return logits.to(dtype)[:, :columns], place, is_mine
 
 
-@interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.fixture(params=[pytest.param("triton", marks=interpreted), "cpu"])
+def kernels(request):
+    """Statistics and gradient of one language."""
+    if request.param == "triton":
+        return softmax_triton.statistics_triton, softmax_triton.to_gradient_triton
+    return softmax_cpu.statistics_cpu, softmax_cpu.to_gradient_cpu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (3, 5), (4, 4096), (2, 9001), (0, 7)])
-def test_rows_are_as_torch_finds_them(count, columns, dtype):
+def test_rows_are_as_torch_finds_them(kernels, count, columns, dtype):
     logits, place, is_mine = rows(count, columns, dtype)
     wide = logits.double()
     top, sums = softmax.statistics(wide, place, is_mine)
-    found_top, found = softmax_triton.statistics_triton(logits, place, is_mine)
+    statistics, to_gradient = kernels
+    found_top, found = statistics(logits, place, is_mine)
     torch.testing.assert_close(found_top.double(), top)
     torch.testing.assert_close(found.double(), sums, rtol=1e-5, atol=1e-5)
     draw = torch.Generator().manual_seed(0)
     factor, even, taken = (torch.rand(count, generator=draw) for _ in range(3))
     numbers = [t.double() for t in (factor, even)]
     softmax.to_gradient(wide, top, *numbers, place, taken.double())
-    softmax_triton.to_gradient_triton(logits, found_top, factor, even, place, taken)
+    to_gradient(logits, found_top, factor, even, place, taken)
     if dtype is torch.float32:
         torch.testing.assert_close(logits.double(), wide, rtol=1e-5, atol=1e-6)
     else:  # rounded once, to the nearest
@@ -44,12 +52,16 @@ def test_rows_are_as_torch_finds_them(count, columns, dtype):
         torch.testing.assert_close(logits.double(), wide, rtol=near * 1.02, atol=1e-6)
 
 
-@interpreted
-def test_a_row_with_no_number_has_none_as_its_sum():
+def test_a_row_with_no_number_has_none_as_its_sum(kernels):
     logits, place, is_mine = rows(3, 5000, torch.float32)
     logits[1, 4500] = torch.nan
-    _, sums = softmax_triton.statistics_triton(logits, place, is_mine)
+    _, sums = kernels[0](logits, place, is_mine)
     assert sums[2].isnan().tolist() == [False, True, False]
+
+
+def test_fp16_is_torchs_on_a_cpu():
+    assert not softmax.reads(torch.float16, torch.device("cpu"))
+    assert softmax.reads(torch.bfloat16, torch.device("cpu"))
 
 
 @pytest.mark.gpu

@@ -48,10 +48,9 @@ def _ratio(causal: bool, dtype: torch.dtype, length: int, *, rounds: int) -> flo
     """Time of torch's scaled dot product over that of plain products."""
     shape = (length, POSITIONS // length, HEADS, SIZE)  # as the layers have it: (s, b, h, k)
     heads = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
-    future = torch.ones(length, length, dtype=torch.bool).triu_(1) if causal else None
 
     def products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend_by_products(query, key, value, future, scale=SIZE**-0.5)
+        return attend_by_products(query, key, value, None, causal=causal, scale=SIZE**-0.5)
 
     def torchs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal)

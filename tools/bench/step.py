@@ -6,7 +6,8 @@ python tools/bench/step.py [--shape small] [--dtypes bf16 fp32] [--peers NAME ..
 
 Each trainer is a process of one rank that waits while the others run.  On a CPU the time is the
 process's own, on one thread; on CUDA that of its events.  Their losses over the first steps must
-agree before anything is timed.  A figure is the median of the rounds.
+agree before anything is timed.  A figure is the median of the rounds.  The share of its time that a
+trainer would need at the rate of large products, measured in the same call, is its ``mfu``.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from figures import write_figures
 from step_job import SHAPES, Job, write_weights
-from step_peers import PEERS, serve
+from step_peers import PEERS, matmul_rate, serve
 
 STEPS = 3  # of a round
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3}
@@ -35,7 +36,7 @@ def main() -> int:
         _apart(write_weights, options.shape, weights)
         for dtype in options.dtypes:
             times = _measure(options, dtype, weights)
-            figures |= _report(times, dtype, shape=options.shape, device=options.device)
+            figures |= _report(times, dtype, options)
     if options.json:
         write_figures(options.json, figures)
     return 0
@@ -61,10 +62,9 @@ def _measure(options: argparse.Namespace, dtype: str, weights: Path) -> dict[str
             seconds, _ = _run(pipe, STEPS)
             if number:  # the first warms up
                 rounds[name].append(statistics.fmean(seconds))
-    for pipe in pipes.values():
+    for pipe, process in zip(pipes.values(), processes, strict=True):
         pipe.send(0)
-    for process in processes:
-        process.join()
+        process.join()  # one after the other: it may have a profile to take
     return {name: statistics.median(values) for name, values in rounds.items()}
 
 
@@ -82,13 +82,20 @@ def _require_same(losses: dict[str, list[float]], tolerance: float) -> None:
             raise SystemExit(f"losses differ, nothing timed: {json.dumps(losses)} ({name})")
 
 
-def _report(times: dict[str, float], dtype: str, *, shape: str, device: str) -> dict[str, float]:
+def _report(times: dict[str, float], dtype: str, options: argparse.Namespace) -> dict[str, float]:
+    shape, device = options.shape, options.device
     prefix = "" if shape == "small" else f"{shape}_"
     figures = {f"{prefix}{device}_{dtype}_{name}_ms": 1e3 * value for name, value in times.items()}
     others = {name: value for name, value in times.items() if name != "ours"}
     for name, value in others.items():
         figures[f"{prefix}{device}_{dtype}_vs_{name}"] = value / times["ours"]
     figures[f"{prefix}{device}_{dtype}_vs_best"] = min(others.values()) / times["ours"]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        rate = pool.apply(matmul_rate, (device, dtype))
+    flops = Job(shape, dtype, Path(), device, profile=False).flops
+    figures[f"{prefix}{device}_{dtype}_matmul_tflops"] = rate / 1e12
+    for name, value in times.items():
+        figures[f"{prefix}{device}_{dtype}_{name}_mfu"] = flops / value / rate
     if shape == "small_bert":  # stock Megatron-Core's head makes logits of every token
         figures["bert_step_speedup"] = others["stock"] / times["ours"]
     for name, value in figures.items():

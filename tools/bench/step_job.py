@@ -13,6 +13,7 @@ from lag_megatron.checkpoint.hf_architecture import architecture_of
 from lag_megatron.config import RunConfig, parse_config
 from lag_megatron.engine import Engine
 from lag_megatron.parallel import start_world, stop_world
+from lag_megatron.schedule import training_flops_per_token
 
 LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 
@@ -73,6 +74,15 @@ class Job:
     def config(self) -> RunConfig:
         """The run that this project trains."""
         return _config(self.shape, self.dtype)
+
+    @property
+    def flops(self) -> float:
+        """Operations of a step that the model asks for."""
+        config, shape = self.config, SHAPES[self.shape]
+        per_token = training_flops_per_token(
+            config, num_layers=config.model.num_layers, vocab_size=shape.vocabulary
+        )
+        return float(per_token * shape.batch * config.model.seq_length)
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """A step's batch as this project's data give it; BERT predicts 15 % of the positions."""

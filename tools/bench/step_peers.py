@@ -16,6 +16,7 @@ from lag_megatron.parallel import start_world
 
 Batch = dict[str, Tensor]
 Step = Callable[[Batch, int], float]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def serve(name: str, job: Job, pipe: Connection) -> None:
@@ -40,6 +41,19 @@ def _now(device: str) -> float:
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def matmul_rate(device: str, dtype: str) -> float:
+    """Operations a second of products of large matrices, the best of some, as a step is timed."""
+    torch.set_num_threads(1)
+    size, kind = (2048, 8192)[device == "cuda"], DTYPES[dtype]
+    left, right = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
+    seconds = []
+    for _ in range(6):
+        started = _now(device)
+        left @ right
+        seconds.append(_now(device) - started)
+    return 2.0 * size**3 / min(seconds)
 
 
 def _profile(name: str, job: Job, step: Step, done: int) -> None:

@@ -1,0 +1,30 @@
+"""Megatron-Core's MLP with its activation in one pass, where that is the faster form."""
+
+from typing import Any
+
+from megatron.core.transformer.mlp import MLP
+from torch import Tensor
+
+from lag_megatron.kernels.activation import activate, one_pass_wins
+
+
+class OnePassMLP(MLP):
+    """Parameters and their names are Megatron's."""
+
+    kind: str  # of KINDS
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output (s, b, d), and the bias that is still to be added to it."""
+        if not one_pass_wins(hidden_states, self.kind):
+            found: tuple[Tensor, Tensor | None] = super().forward(hidden_states, *args, **kwargs)
+            return found
+        inner, bias = self.linear_fc1(hidden_states)
+        output, output_bias = self.linear_fc2(activate(inner, bias, self.kind))
+        return output, output_bias
+
+
+def one_pass_mlp(kind: str) -> type[OnePassMLP]:
+    """The MLP of an activation, for Megatron's spec slot ``mlp``."""
+    return type("OnePassMLP", (OnePassMLP,), {"kind": kind})
