@@ -7,7 +7,7 @@ import datetime
 import os
 import socket
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -127,18 +127,6 @@ class World:
             error.on_all_ranks = self.size == dist.get_world_size() or not self.is_coordinator
             raise error
         return value
-
-    def sum_over_data(self, values: Sequence[float]) -> list[float]:
-        """Elementwise sum over the data-parallel replicas, in double precision."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, group=self.data_group)
-        return list(tensor.tolist())
-
-    def sum_over_tensor(self, value: float) -> float:
-        """Sum over the ranks that share this replica's tensors, in double precision."""
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, group=parallel_state.get_tensor_model_parallel_group())
-        return float(tensor.item())
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank."""

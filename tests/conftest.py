@@ -72,6 +72,33 @@ def run_ranks(fn: Any, world_size: int, *args: Any, timeout: float = 120) -> lis
         del store
 
 
+def run_alone(fn: Any, *args: Any, timeout: float = 240) -> Any:
+    """What ``fn(*args)`` returns in a fresh process of one rank: a fork could not use a GPU.
+
+    Raises:
+        ChildProcessError: if it did not return.
+    """
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(send, fn, args), daemon=True)
+    process.start()
+    send.close()
+    try:
+        if not receive.poll(timeout):
+            raise TimeoutError(f"{fn.__name__}: nothing after {timeout:g} s")
+        return receive.recv()
+    except EOFError:
+        process.join()
+        raise ChildProcessError(f"{fn.__name__}: exit code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send_result(send: Any, fn: Any, args: tuple[Any, ...]) -> None:
+    send.send(fn(*args))
+
+
 def pico_config(*, num_layers=2, zero_stage=1, tensor=1, precision="fp32", llama=False, **model):
     """A model of a few thousand parameters on batches of 4 sequences of 8 tokens."""
     from lag_megatron.config import ModelConfig, ParallelConfig, RunConfig, StageConfig

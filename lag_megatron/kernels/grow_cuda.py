@@ -17,7 +17,7 @@ def grow_cuda(rows: Tensor, scales: Tensor, kind: torch.dtype) -> None:
     """Launch the writing on the current stream.
 
     Args:
-        rows: int64 (n, 5) on the device, as :func:`lag_megatron.kernels.grow.table_of` makes them.
+        rows: int64 (n, 5) on the device, as :func:`lag_megatron.kernels.runs.table_of` makes them.
         scales: fp32 (n,) on the device.
         kind: type of the weights.
 

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lag_megatron.kernels.grow import TILE
 from lag_megatron.kernels.rounding import to_bf16
+from lag_megatron.kernels.runs import TILE
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -61,6 +61,6 @@ def _write(  # type: ignore[no-untyped-def]
     if flags < 2:
         tl.store(target_of + place, value, here)
     if weights != 0:
-        if KIND == tl.bfloat16:
+        if tl.bfloat16 == KIND:
             value = to_bf16(value)
         tl.store(weights_of + place, value.to(KIND), here)

@@ -153,7 +153,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 zip((hidden, weight, bias), wants, strict=True)
             )
         ]
-        whole = mine.reduce(torch.tensor(float(weight.shape[0]), device=hidden.device))
+        whole = mine.reduce(torch.full((), float(weight.shape[0]), device=hidden.device))
         total = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
