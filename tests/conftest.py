@@ -23,8 +23,10 @@ import pytest
 import yaml
 from hypothesis import settings
 
+from lag_megatron.caches import keep_caches
+
 ROOT = Path(__file__).parents[1]
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+keep_caches(ROOT)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():  # before anything imports Triton, whose own parts look too
     os.environ.setdefault("TRITON_INTERPRET", "1")

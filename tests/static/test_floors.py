@@ -15,6 +15,7 @@ FLOORS = (
     ("errors", "config"),
     (
         "files",
+        "caches",
         "mixture",
         "learning_rate",
         "rate_curve",
