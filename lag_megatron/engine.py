@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,6 +38,7 @@ from lag_megatron.kept import KeptBase
 from lag_megatron.layer_rates import slowed
 from lag_megatron.live import LiveState
 from lag_megatron.model import build_model, labels_of, loss_sums, mean_loss
+from lag_megatron.model.graphed_layers import graph_layers
 from lag_megatron.model.initialize import initialize_weights, mark_cut_parameters
 from lag_megatron.model.parameter_groups import decay_split, make_optimizer
 from lag_megatron.model.random_state import seed_everywhere, seed_step
@@ -78,6 +78,8 @@ class Engine:
                 config.model, config.parallel, num_layers=num_layers, vocab_size=vocab_size
             )
         mark_cut_parameters(model)
+        if config.parallel.cuda_graphs:
+            graph_layers(model)
         if draw_weights:
             initialize_weights(model, config, world, num_layers=num_layers, gathered=self._gathered)
         # The learning rate is 0 until the first step sets it: DeepSpeed's 16-bit ZeRO-0 optimizer
@@ -279,11 +281,6 @@ class Engine:
     def _agree(self, stops: float) -> bool:
         # Tensor-parallel ranks may have been signalled at different steps.
         return self.world.any_rank(stops > 0) if self.world.tensor_size > 1 else stops > 0
-
-
-def mean(values: Sequence[float]) -> float:
-    """Mean of per-batch losses; batches are equally large."""
-    return math.fsum(values) / len(values)
 
 
 def _sharded_construction(config: RunConfig, settings: dict[str, Any], groups: Any) -> Any:

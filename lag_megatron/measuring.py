@@ -4,13 +4,14 @@ import math
 from dataclasses import dataclass
 
 from lag_megatron.config.positions import start_positions
-from lag_megatron.engine import Engine, mean
+from lag_megatron.engine import Engine
 from lag_megatron.errors import RunError
 from lag_megatron.parallel import World
 from lag_megatron.probe.recorder import Recorder
 from lag_megatron.probe.steps import Job, MetricRow
 from lag_megatron.schedule import stage_ranges, training_flops_per_token
 from lag_megatron.slope import has_flattened, slopes
+from lag_megatron.step_result import mean
 
 # Validations over which the slope is measured: Shen et al. 2022 take the mean over 5 points.
 SLOPE_WINDOW = 5

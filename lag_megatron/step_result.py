@@ -1,5 +1,7 @@
-"""What one optimizer step measured."""
+"""What one optimizer step measured, and an evaluation."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -16,3 +18,8 @@ class StepResult:
     loss: float
     grad_norm: float | None
     stop_asked: bool
+
+
+def mean(values: Sequence[float]) -> float:
+    """Mean of per-batch losses; batches are equally large."""
+    return math.fsum(values) / len(values)

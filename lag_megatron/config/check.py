@@ -18,6 +18,7 @@ def problems_of(config: RunConfig) -> list[str]:
         *_positive(config),
         *model_problems(config),
         *_parallel(config.parallel),
+        *_graphs(config),
         *data_problems(config),
         *optimizer_problems(config),
         *_stages(config),
@@ -109,6 +110,25 @@ def _parallel(parallel: ParallelConfig) -> Iterator[str]:
             data_parallel_size(parallel, world_size=sizes[-1])
         except ConfigError as error:
             yield str(error)
+
+
+def _graphs(config: RunConfig) -> Iterator[str]:
+    """A replay finds everything where it was, on one rank, and draws the same numbers again."""
+    parallel = config.parallel
+    if not parallel.cuda_graphs:
+        return
+    for key, value, allowed in (
+        ("parallel.zero_stage", parallel.zero_stage, (0, 1, 2)),
+        ("parallel.tensor", parallel.tensor, (1,)),
+        ("parallel.recompute", parallel.recompute, ("none",)),
+        ("model.dropout", config.model.dropout, (0.0,)),
+    ):
+        if value not in allowed:
+            choices = " or ".join(str(choice) for choice in allowed)
+            yield (
+                f"parallel.cuda_graphs: layers cannot be replayed with {key} {value}; it has to be "
+                f"{choices}. Change it, or set parallel.cuda_graphs: false."
+            )
 
 
 def _stages(config: RunConfig) -> Iterator[str]:

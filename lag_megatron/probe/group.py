@@ -16,7 +16,7 @@ from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.integrity import require_sound
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig
-from lag_megatron.engine import Engine, mean
+from lag_megatron.engine import Engine
 from lag_megatron.errors import RunError
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.growth.pool import Candidate
@@ -27,6 +27,7 @@ from lag_megatron.probe.folder import CURVE, TRAINING, CandidateFolder
 from lag_megatron.probe.saving import save_engine
 from lag_megatron.probe.steps import Job, MetricRow
 from lag_megatron.schedule import tokens_per_step
+from lag_megatron.step_result import mean
 from lag_megatron.stopping import Stopped
 from lag_megatron.watch import watched
 
