@@ -79,7 +79,7 @@ class World:
     @property
     def peak_flops(self) -> float | None:
         """Dense bf16 FLOP/s of this device by its data sheet; None where it is not known."""
-        return next((peak for name, peak in _PEAK_FLOPS if name in self.device_name), None)
+        return peak_flops(self.device_name)
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -133,6 +133,11 @@ class World:
         tensor = torch.tensor(int(flag))
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
         return bool(tensor.item())
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a device by its data sheet; None where it is not known."""
+    return next((peak for name, peak in _PEAK_FLOPS if name in device_name), None)
 
 
 class RankError(RuntimeError):

@@ -19,9 +19,12 @@ import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import torch
 from figures import write_figures
-from step_job import SHAPES, Job, write_weights
+from step_job import SHAPES, Job, step_flops, write_weights
 from step_peers import PEERS, serve
+
+from lag_megatron.parallel import peak_flops
 
 STEPS = 3  # of a round
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3}
@@ -89,6 +92,9 @@ def _report(times: dict[str, float], dtype: str, *, shape: str, device: str) -> 
     for name, value in others.items():
         figures[f"{prefix}{device}_{dtype}_vs_{name}"] = value / times["ours"]
     figures[f"{prefix}{device}_{dtype}_vs_best"] = min(others.values()) / times["ours"]
+    peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
+    if peak is not None and dtype == "bf16":
+        figures[f"{prefix}{device}_{dtype}_mfu"] = step_flops(shape) / times["ours"] / peak
     if shape == "small_bert":  # stock Megatron-Core's head makes logits of every token
         figures["bert_step_speedup"] = others["stock"] / times["ours"]
     for name, value in figures.items():

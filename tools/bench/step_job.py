@@ -13,6 +13,7 @@ from lag_megatron.checkpoint.hf_architecture import architecture_of
 from lag_megatron.config import RunConfig, parse_config
 from lag_megatron.engine import Engine
 from lag_megatron.parallel import start_world, stop_world
+from lag_megatron.schedule import training_flops_per_token
 
 LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 
@@ -121,6 +122,15 @@ def _config(shape: str, dtype: str) -> RunConfig:
             "stages": [{"steps": 1}],
         }
     )  # fmt: skip
+
+
+def step_flops(shape: str) -> float:
+    """Floating-point operations of a step by the model's arithmetic, as the run accounts them."""
+    given, config = SHAPES[shape], _config(shape, "bf16")
+    per_token = training_flops_per_token(
+        config, num_layers=config.model.num_layers, vocab_size=given.vocabulary
+    )
+    return float(per_token * given.batch * config.model.seq_length)
 
 
 def write_weights(shape: str, file: Path) -> None:
