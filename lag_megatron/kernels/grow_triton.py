@@ -26,18 +26,13 @@ def _grow(rows, scales, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignor
     source_of = source.to(tl.pointer_type(tl.float32))
     weights_of = weights.to(tl.pointer_type(KIND))
     if flags % 2 == 1:  # loads and stores of four elements each
-        _write(
-            tl.multiple_of(target_of, 16),
-            tl.multiple_of(source_of, 16),
-            tl.multiple_of(weights_of, 8),
-            tl.multiple_of(length, 4),
-            *(source, weights, flags, scale, KIND, BLOCK),
-        )
+        target_of = tl.multiple_of(target_of, 16)
+        source_of = tl.multiple_of(source_of, 16)
+        weights_of = tl.multiple_of(weights_of, 8)
+        length = tl.multiple_of(length, 4)
+        _write(target_of, source_of, weights_of, length, source, weights, flags, scale, KIND, BLOCK)
     else:
-        _write(
-            *(target_of, source_of, weights_of, length),
-            *(source, weights, flags, scale, KIND, BLOCK),
-        )
+        _write(target_of, source_of, weights_of, length, source, weights, flags, scale, KIND, BLOCK)
 
 
 @triton.jit

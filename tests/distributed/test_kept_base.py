@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from conftest import PICO_VOCABULARY, run_ranks, sparing, train_and_save
+from conftest import PICO_VOCABULARY, run_alone, run_ranks, sparing, train_and_save
 from test_live import PLANS, config_of, probe, same_files
 
 from lag_megatron.growth.plan import GrowthPlan
@@ -25,11 +25,12 @@ def switch(config, base, folder, plans):
     from lag_megatron.checkpoint.zero import ZeroCheckpoint
     from lag_megatron.engine import Engine
     from lag_megatron.growth.materialize import Growth
+    from lag_megatron.kept import KeptBase
     from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)
-    kept, launches = kept_here(), []
+    kept, launches = KeptBase.on(world.device, local_ranks=1) or kept_here(), []
     write_runs = live_module.write_runs
     live_module.write_runs = lambda runs: (launches.append(len(runs)), write_runs(runs))
     engine.grow_from(Growth(ZeroCheckpoint.open(base), PLANS["duplicate"], engine.topology), kept)
@@ -74,6 +75,19 @@ def test_kept_equals_shards(stage, precision, tensor, base, tmp_path):
         for name, (there, here) in losses.items():
             assert there == here, name
     for name in PLANS:
+        assert same_files(tmp_path / f"{name}-shards", tmp_path / f"{name}-kept") > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_gpu_keeps_its_base(stage, precision, tmp_path):
+    """In device memory, by the kernel: masters, moments, weights and the losses that follow."""
+    run_alone(train_and_save, config_of(1, "fp32", 1, weight_decay=0.3), tmp_path)
+    config = config_of(stage, precision, 1, layers=4)
+    losses = run_alone(switch, config, tmp_path / "step3", tmp_path, PLANS)
+    for name, (there, here) in losses.items():
+        assert there == here, name
         assert same_files(tmp_path / f"{name}-shards", tmp_path / f"{name}-kept") > 0
 
 

@@ -52,6 +52,16 @@ def test_a_row_with_no_number_has_none_as_its_sum():
     assert sums[2].isnan().tolist() == [False, True, False]
 
 
+@interpreted
+def test_a_gradient_with_no_number_stays_in_its_row():
+    logits, place, _ = rows(3, 5000, torch.bfloat16)
+    logits[1, 4500] = torch.nan
+    factor, even, taken = torch.full((3, 3), 0.5)
+    softmax_triton.to_gradient_triton(logits, torch.zeros(3), factor, even, place, taken)
+    assert logits.isnan().any(dim=1).tolist() == [False, True, False]
+    assert logits[1].isnan().sum() == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-2)])
