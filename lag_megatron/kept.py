@@ -26,7 +26,7 @@ from lag_megatron.kernels.runs import Run
 _log = logging.getLogger(__name__)
 
 # Elements that are read and kept together.
-PAGE = 1 << 18
+PAGE = 1 << 20
 # Copies that are cut into more runs than these are left to the path that needs no table of them.
 MAX_RUNS = 1 << 18
 # What activations may still need on the device, and other processes in the host's memory.

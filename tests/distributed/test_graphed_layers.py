@@ -80,18 +80,21 @@ def config_of(stage, precision, *, llama=False, ranks=2):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    run_ranks(train_and_save, 2, pico_config(zero_stage=1), folder)
-    return folder / "step3"
+def bases(tmp_path_factory):
+    """A checkpoint of each family, by whether it is Llama's."""
+    folders = {llama: tmp_path_factory.mktemp("base") for llama in (False, True)}
+    for llama, folder in folders.items():
+        run_ranks(train_and_save, 2, pico_config(zero_stage=1, llama=llama), folder)
+    return {llama: folder / "step3" for llama, folder in folders.items()}
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "bf16")]
+    ("stage", "precision", "llama"),
+    [(0, "fp32", False), (1, "bf16", False), (1, "fp32", True), (2, "bf16", True)],
 )
-def test_replayed_layers_train_the_same(stage, precision, base):
+def test_replayed_layers_train_the_same(stage, precision, llama, bases):
     """Three micro-batches are accumulated in each step: no gradient may be overwritten."""
-    config = config_of(stage, precision)
+    config, base = config_of(stage, precision, llama=llama), bases[llama]
     plain = run_ranks(trained, 2, config, base, False)
     replayed = run_ranks(trained, 2, config, base, True)
     for (expected, none), (found, graphs) in zip(plain, replayed, strict=True):
@@ -154,15 +157,25 @@ def test_a_cpu_refuses_graphs():
         run_ranks(build_on_a_cpu, 1, with_graphs(pico_config()))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("llama", [False, True])
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "bf16")])
-def test_graphs_on_a_gpu_train_the_same(stage, precision, llama, tmp_path):
-    """Without and with, across two switches of candidates, bit for bit."""
-    alone = config_of(stage, precision, llama=llama, ranks=1)
-    run_alone(train_and_save, pico_config(zero_stage=1, llama=llama), tmp_path)
-    base = tmp_path / "step3"
-    expected, _ = run_alone(trained, alone, base, False)
-    found, graphs = run_alone(trained, with_graphs(alone), base, True)
-    assert graphs == [1] * 4
+def plain_and_graphed(config, folder, llama):
+    train_and_save(pico_config(zero_stage=1, llama=llama), folder)
+    base = folder / "step3"
+    graphed = with_graphs(config) if torch.cuda.is_available() else config
+    return trained(config, base, False), trained(graphed, base, True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "llama"),
+    [
+        pytest.param(1, "fp32", False, id="rerun"),
+        pytest.param(1, "bf16", False, marks=pytest.mark.gpu),
+        pytest.param(2, "bf16", True, marks=pytest.mark.gpu),
+        pytest.param(0, "fp32", True, marks=pytest.mark.gpu),
+    ],
+)
+def test_one_rank_alone(stage, precision, llama, tmp_path):
+    """On a GPU by its graphs: without and with, across two switches of candidates, bit for bit."""
+    config = config_of(stage, precision, llama=llama, ranks=1)
+    (expected, none), (found, graphs) = run_alone(plain_and_graphed, config, tmp_path, llama)
+    assert (none, graphs) == ([], [1] * 4)
     assert found == expected

@@ -88,8 +88,7 @@ def waits_on_a_gpu(config):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "bf16")])
 def test_a_step_on_a_gpu_waits_for_nothing(stage, precision):
     config = pico_config(zero_stage=stage, precision=precision)
     alone = dataclasses.replace(config.parallel, world_size=1)

@@ -52,10 +52,10 @@ def _step(shape: str, rounds: int) -> tuple[str, ...]:
 
 
 PARTS = (
-    Part("tests", 150, ("-m", "pytest", "-m", "gpu", "-q", "tests"), has_figures=False),
-    Part("kernels", 100, (str(BENCH / "gpu_kernels.py"),)),
-    Part("step of BERT-base, 16 layers", 130, _step("bert16", 10)),
-    Part("step of a 1B decoder", 130, _step("decoder1b", 5)),
+    Part("tests", 180, ("-m", "pytest", "-m", "gpu", "-q", "tests"), has_figures=False),
+    Part("kernels", 90, (str(BENCH / "gpu_kernels.py"),)),
+    Part("step of BERT-base, 16 layers", 110, _step("bert16", 10)),
+    Part("step of a 1B decoder", 120, _step("decoder1b", 5)),
     Part("switch of candidates", 80, (str(BENCH / "live_switch.py"), "--hidden", "768")),
 )
 
