@@ -4,7 +4,7 @@ Candidates share their base.  From the second on, what a rank needs of it is rea
 once, and each candidate is written from there by one launch.
 """
 
-import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,6 @@ from lag_megatron.growth.fresh import Constant, fill
 from lag_megatron.growth.materialize import Growth
 from lag_megatron.growth.transfer import Draw, Move
 from lag_megatron.kernels.runs import Run
-
-_log = logging.getLogger(__name__)
 
 # Elements that are read and kept together.
 PAGE = 1 << 20
@@ -71,16 +69,19 @@ class KeptBase:
     Args:
         stores: where it may be kept, the best first.
         page: elements that are read together.
+        talks: whether it says where the base is kept; that it is not, it always says.
     """
 
-    def __init__(self, stores: Sequence[Store], *, page: int = PAGE) -> None:
-        self._stores, self._page = stores, page
+    def __init__(self, stores: Sequence[Store], *, page: int = PAGE, talks: bool = False) -> None:
+        self._stores, self._page, self._talks = stores, page, talks
         self._path: Path | None = None
         self._pages: dict[tuple[_Buffer, int], Tensor] = {}
         self._given_up = False
 
     @classmethod
-    def on(cls, device: torch.device, *, local_ranks: int) -> "KeptBase | None":
+    def on(
+        cls, device: torch.device, *, local_ranks: int, talks: bool = False
+    ) -> "KeptBase | None":
         """In the device's memory, and pinned in the host's; None where neither is needed.
 
         On a CPU the mapped shards are in memory already.
@@ -100,7 +101,8 @@ class KeptBase:
                     lambda: _available() * _HOST_SHARE / local_ranks,
                     lambda n: torch.empty(n, pin_memory=True),
                 ),
-            ]
+            ],
+            talks=talks,
         )
 
     @torch.no_grad()
@@ -129,7 +131,7 @@ class KeptBase:
     def _give_up(self, why: str) -> None:
         self._given_up = True
         self._pages.clear()
-        _log.warning("the base of this event is read from its shards for each candidate: %s", why)
+        _tell(f"the base of this event is read from its shards for each candidate: {why}.")
 
     def _read(self, fill: Filler, moves: Sequence[tuple[Region, Move]]) -> bool:
         """Have every page that is needed; whether there was room."""
@@ -151,7 +153,8 @@ class KeptBase:
             found = ", ".join(f"{free / 2**20:.0f} MiB of {name}" for name, free in room.items())
             self._give_up(f"it takes {wanted / 2**20:.0f} MiB more, and there are {found}")
             return False
-        _log.info("%.0f MiB of this event's base are kept in %s", wanted / 2**20, store.name)
+        if self._talks:
+            _tell(f"{wanted / 2**20:.0f} MiB of this event's base are kept in {store.name}.")
         slab = store.take(self._page * len(missing))
         for place, (key, region) in enumerate(missing.items()):
             page = slab[place * self._page : (place + 1) * self._page]
@@ -166,7 +169,9 @@ class KeptBase:
         start = number * self._page
         count = min(self._page, source.layout.filled[buffer.container] - start)
         there = fill.elements(region, buffer.tensor_rank, buffer.container)
-        page[:count].copy_(there.strided((count,), (1,), start))
+        values = there.strided((count,), (1,), start)
+        assert values.dtype is torch.float32, f"{buffer.state} is kept as {values.dtype}"
+        page[:count].copy_(values)
         return page
 
     def _write(self, target: Target, plan: Sequence[Move | Draw]) -> Iterator[Run]:
@@ -248,6 +253,10 @@ def _count(move: Move) -> int:
 
 def _dot(place: Sequence[int], strides: Shape) -> int:
     return sum(a * b for a, b in zip(place, strides, strict=False))
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def _available() -> float:

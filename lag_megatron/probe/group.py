@@ -57,7 +57,10 @@ class ProbeGroup:
     def __init__(self, job: Job, engine: Engine, event: Event, *, count: int) -> None:
         self.job, self.engine, self.event, self.count = job, engine, event, count
         self._held: _Held | None = None
-        self._base = KeptBase.on(engine.world.device, local_ranks=local_ranks(engine.world.size))
+        world = engine.world
+        self._base = KeptBase.on(
+            world.device, local_ranks=local_ranks(world.size), talks=world.is_coordinator
+        )
         self._fits = False  # a step of this engine has not run out of memory
 
     def release(self) -> None:

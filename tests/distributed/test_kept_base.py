@@ -1,7 +1,5 @@
 """A switch from what is kept of the base equals one from its shards, bit for bit."""
 
-import logging
-
 import pytest
 import torch
 from conftest import PICO_VOCABULARY, run_alone, run_ranks, sparing, train_and_save
@@ -93,21 +91,20 @@ def test_a_gpu_keeps_its_base(stage, precision, tmp_path):
         assert same_files(tmp_path / f"{name}-shards", tmp_path / f"{name}-kept") > 0
 
 
-def test_a_base_that_does_not_fit_is_read_from_its_shards(base, caplog):
+def test_a_base_that_does_not_fit_is_read_from_its_shards(base, capsys):
     """It is said once; what else would have to be read stays unread."""
     from lag_megatron.checkpoint.zero import ZeroCheckpoint
     from lag_megatron.growth.materialize import Growth
 
     growth = Growth(ZeroCheckpoint.open(base), PLANS["duplicate"])
     kept, targets = kept_here(limit=4 * PAGE), targets_of(growth)
-    with caplog.at_level(logging.WARNING):
-        found = [kept.runs(growth, growth.filler(tensor_rank=0), targets) for _ in range(4)]
+    found = [kept.runs(growth, growth.filler(tensor_rank=0), targets) for _ in range(4)]
     assert found == [None] * 4
-    (record,) = caplog.records
-    assert "MiB more, and there are 0 MiB of memory" in record.message
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "MiB more, and there are 0 MiB of memory" in line
 
 
-def test_stores_are_taken_in_their_order(base):
+def test_stores_are_taken_in_their_order(base, capsys):
     """The second where the first has no room."""
     from lag_megatron.checkpoint.zero import ZeroCheckpoint
     from lag_megatron.growth.materialize import Growth
@@ -119,13 +116,45 @@ def test_stores_are_taken_in_their_order(base):
         return Store(name, lambda: free, lambda n: (taken.append(name), torch.empty(n))[1])
 
     growth = Growth(ZeroCheckpoint.open(base), PLANS["duplicate"])
-    kept = KeptBase([store("device", 100), store("host", 1e9)], page=PAGE)
+    kept = KeptBase([store("device", 100), store("host", 1e9)], page=PAGE, talks=True)
     fill, targets = growth.filler(tensor_rank=0), targets_of(growth)
     assert kept.runs(growth, fill, targets) is None
     assert kept.runs(growth, fill, targets)
     assert taken == ["host"]
     assert kept.runs(growth, fill, targets)  # nothing more is read
     assert taken == ["host"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("MiB of this event's base are kept in host.")
+
+
+def test_copies_of_too_many_pieces_are_left_to_the_shards(base, capsys, monkeypatch):
+    from lag_megatron import kept as kept_module
+    from lag_megatron.checkpoint.zero import ZeroCheckpoint
+    from lag_megatron.growth.materialize import Growth
+
+    monkeypatch.setattr(kept_module, "MAX_RUNS", 5)
+    growth, kept = Growth(ZeroCheckpoint.open(base), PLANS["duplicate"]), kept_here()
+    fill, targets = growth.filler(tensor_rank=0), targets_of(growth)
+    assert [kept.runs(growth, fill, targets) for _ in range(3)] == [None] * 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "runs, more than 5" in line
+
+
+def test_a_new_base_takes_the_place_of_the_old(base, tmp_path):
+    """Nothing of another checkpoint is ever written."""
+    import shutil
+
+    from lag_megatron.checkpoint.zero import ZeroCheckpoint
+    from lag_megatron.growth.materialize import Growth
+
+    other, kept = tmp_path / "other", kept_here()
+    shutil.copytree(base, other)
+    from_shards = []
+    for path in (base, base, other, other, base):
+        growth = Growth(ZeroCheckpoint.open(path), PLANS["duplicate"])
+        found = kept.runs(growth, growth.filler(tensor_rank=0), targets_of(growth))
+        from_shards.append(found is None)
+    assert from_shards == [True, False, True, False, True]
 
 
 def test_on_a_cpu_nothing_is_kept():
