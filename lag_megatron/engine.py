@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,18 +30,22 @@ from lag_megatron.checkpoint.zero_files import files_of, files_of_rank
 from lag_megatron.checkpoint.zero_write import bytes_of
 from lag_megatron.config import RunConfig
 from lag_megatron.config.deepspeed import deepspeed_config
+from lag_megatron.data.ready import on_device
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.growth.plan import GrowthPlan
+from lag_megatron.kept import KeptBase
 from lag_megatron.live import LiveState
 from lag_megatron.model import build_model, labels_of, loss_sums, mean_loss
+from lag_megatron.model.graphed_layers import graph_layers
 from lag_megatron.model.initialize import initialize_weights, mark_cut_parameters
-from lag_megatron.model.parameter_groups import decay_split, gradient_squares, make_optimizer
+from lag_megatron.model.parameter_groups import decay_split, make_optimizer
 from lag_megatron.model.random_state import seed_everywhere, seed_step
 from lag_megatron.parallel import DeepSpeedGroups, World, topology_of
 from lag_megatron.paths import LayerPath
 from lag_megatron.step_result import StepResult
 from lag_megatron.subnetwork import partial_step
+from lag_megatron.sums import doubles, gradient_norm, over_data, read
 from lag_megatron.zero_step import use_one_pass
 
 Batch = dict[str, Tensor]
@@ -76,6 +79,8 @@ class Engine:
                 config.model, config.parallel, num_layers=num_layers, vocab_size=vocab_size
             )
         mark_cut_parameters(model)
+        if config.parallel.cuda_graphs:
+            graph_layers(model)
         if draw_weights:
             initialize_weights(model, config, world, num_layers=num_layers, gathered=self._gathered)
         # The learning rate is 0 until the first step sets it: DeepSpeed's 16-bit ZeRO-0 optimizer
@@ -138,42 +143,47 @@ class Engine:
         not change it.  Layers that the last growth added take ``new_layers`` times the rate ``lr``.
         With a ``path`` its layers alone are trained.  ``stop_asked`` is looked at last.
         """
-        world, engine = self.world, self._engine
+        world, engine, device = self.world, self._engine, self.world.device
         engine.train()
         seed_step(self.config.seed, step, world)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        counts = world.sum_over_data(labels_of(batches))
+        # Nothing is read from the device before the step is on its way: the host runs ahead.
+        counts = over_data(doubles(labels_of(batches), device), world)
         # DeepSpeed averages gradients over the replicas; this makes them a sum again.
-        weights = torch.tensor([world.data_size / max(n, 1.0) for n in counts], device=world.device)
-        totals = torch.zeros(len(counts), dtype=torch.float64, device=world.device)
-        grad_norm = None
+        weights = (world.data_size / counts.clamp(min=1.0)).float()
+        totals = torch.zeros_like(counts)
+        norm = None
         slow = (self._new_layers, new_layers)
         freeze = self.config.raptr.update_skipped == "freeze"
         with partial_step(engine, lambda: self.live, slow=slow, path=path, freeze=freeze):
             for batch in batches:
-                sums = loss_sums(engine, self._move(batch))
+                sums = loss_sums(engine, on_device(batch, device))
                 engine.backward((sums * weights).sum(), scale_wrt_gas=False)
-                if batch is batches[-1]:
-                    grad_norm = self._unpartitioned_grad_norm()
+                if batch is batches[-1] and not self.config.parallel.zero_stage:
+                    norm = gradient_norm(engine.module)  # DeepSpeed reports none without ZeRO
                 engine.step()
                 totals += sums.detach()
-        *losses, stops = world.sum_over_data([*totals.tolist(), float(stop_asked())])
-        if grad_norm is None and (norm := engine.get_global_grad_norm()) is not None:
-            grad_norm = float(norm)
-        return StepResult(mean_loss(losses, counts), grad_norm, self._agree(stops))
+        norm = engine.get_global_grad_norm() if norm is None else norm
+        stops = doubles([float(stop_asked())], device)
+        summed = over_data(torch.cat([totals, stops]), world)
+        known = [] if norm is None else [torch.as_tensor(norm, device=device)]
+        (*losses, asked), labels, *norms = read(summed, counts, *known)
+        grad_norm = norms[0][0] if norms else None
+        return StepResult(mean_loss(losses, labels), grad_norm, self._agree(asked))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[Batch]]) -> list[float]:
         """Loss in nats of each validation batch, given as this rank's parts: see train_step."""
         self._engine.eval()
+        device = self.world.device
         sums, labels = [], []
         for parts in batches:
-            losses = [loss_sums(self._engine, self._move(batch)).double() for batch in parts]
-            sums.append(torch.stack(losses).sum(0).tolist())
-            labels.append(labels_of(parts))
-        flat = self.world.sum_over_data([v for row in [*sums, *labels] for v in row])
-        both = torch.tensor(flat, dtype=torch.float64).view(2, len(sums), -1).tolist()
+            losses = [loss_sums(self._engine, on_device(batch, device)).double() for batch in parts]
+            sums.append(torch.stack(losses).sum(0))
+            labels += labels_of(parts)
+        counts = doubles(labels, device).view(len(sums), -1)
+        both = over_data(torch.stack([torch.stack(sums), counts]), self.world).tolist()
         return [mean_loss(*pair) for pair in zip(*both, strict=True)]
 
     def save(self, folder: Path, tag: str, *, client_state: Mapping[str, Any]) -> None:
@@ -208,10 +218,11 @@ class Engine:
         self._remember(client_state["lag"])
         return dict(client_state["lag"])
 
-    def grow_from(self, growth: Growth) -> None:
+    def grow_from(self, growth: Growth, base: KeptBase | None = None) -> None:
         """Become, in place, what a growth makes of its source, which may lie on any topology.
 
         The same as writing the grown checkpoint and loading it, bit for bit; nothing is written.
+        ``base`` keeps the source for the next growth from it.
 
         Raises:
             CheckpointError: if the source is damaged, or grows into another model than this.
@@ -219,8 +230,8 @@ class Engine:
         """
         live = self.live
         self.world.from_each(lambda: live.require(growth))
-        self.world.from_each(lambda: live.overwrite(growth))
-        live.refresh()
+        written = self.world.from_each(lambda: live.overwrite(growth, base))
+        live.refresh(written=written[self.world.rank])
         self._remember(growth.client_state)
 
     def parameter_groups(self) -> list[dict[str, tuple[int, ...]]]:
@@ -270,17 +281,6 @@ class Engine:
         if self.config.parallel.zero_stage != 3:
             return contextlib.nullcontext()
         return deepspeed.zero.GatheredParameters(parameter, modifier_rank=0)
-
-    def _move(self, batch: Batch) -> Batch:
-        device = self.world.device
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-    def _unpartitioned_grad_norm(self) -> float | None:
-        """Without ZeRO DeepSpeed reports no norm, so take it from the reduced gradients."""
-        if self.config.parallel.zero_stage != 0:
-            return None
-        whole, cut = gradient_squares(self._engine.module)
-        return math.sqrt(whole + self.world.sum_over_tensor(cut))
 
     def _agree(self, stops: float) -> bool:
         # Tensor-parallel ranks may have been signalled at different steps.

@@ -26,7 +26,10 @@ from lag_megatron.checkpoint.regions import Region
 from lag_megatron.checkpoint.states import shape_of, states_of
 from lag_megatron.checkpoint.zero_write import write_rank
 from lag_megatron.errors import PlanError
+from lag_megatron.forward_weights import follow_masters, own_weights
 from lag_megatron.growth.materialize import Growth
+from lag_megatron.kept import KeptBase, Target
+from lag_megatron.kernels.grow import write_runs
 
 # What DeepSpeed counts, under the same names in its engine and in its checkpoints.
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -74,10 +77,17 @@ class LiveState:
                 "DeepSpeed cuts them in a way that is not understood here."
             )
 
-    def overwrite(self, growth: Growth) -> None:
+    def overwrite(self, growth: Growth, base: KeptBase | None = None) -> bool:
         """Take over masters, moments, counters and hyper-parameters; no collective call.
 
         What fails here has spoilt the state: load one before going on.
+
+        Args:
+            growth: what the state becomes.
+            base: what is kept of the growth's source, if anything.
+
+        Returns:
+            whether this rank's forward weights were brought up to the masters on the way.
 
         Raises:
             CheckpointError: if a file of the source turns out to be damaged.
@@ -88,9 +98,7 @@ class LiveState:
             self._moments(master)["step"].fill_(groups[number].counters["step"])
         for group, taken in zip(self.inner.param_groups, groups, strict=True):
             group.update({k: taken.settings[k] for k in _SETTINGS if k in taken.settings})
-        fill = growth.filler(tensor_rank=self._place["tensor_rank"])
-        for region, tensor in self._regions():
-            fill(region, tensor)
+        written = self._write_values(growth, base)
         scale = source.loss_scale(self._topology.precision)
         if self._topology.zero_stage:
             vars(optimizer.loss_scaler).update(vars(scale.as_object()))
@@ -98,6 +106,19 @@ class LiveState:
             vars(optimizer.loss_scale_config).update(scale.as_entries())
         for counter in _COUNTERS:
             setattr(self._engine, counter, source.header[counter])
+        return written
+
+    def _write_values(self, growth: Growth, base: KeptBase | None) -> bool:
+        """Masters and moments: by one launch from what is kept, else from the shards."""
+        fill = growth.filler(tensor_rank=self._place["tensor_rank"])
+        if base is not None:
+            runs = base.runs(growth, fill, list(self._targets()))
+            if runs is not None:
+                write_runs(runs)
+                return True
+        for region, _, tensor in self._regions():
+            fill(region, tensor)
+        return False
 
     def take_weights(self, growth: Growth) -> None:
         """Take over masters alone; no collective call."""
@@ -106,21 +127,18 @@ class LiveState:
             region = Region("fp32", held, self._layout.lengths[container])
             fill(region, self._buffer(self.masters[container.key], "fp32"))
 
-    def refresh(self) -> None:
-        """Bring the forward weights up to the masters, together with all replicas."""
-        optimizer = self._engine.optimizer
-        if self._topology.zero_stage == 3:
-            optimizer._partition_all_parameters()
-            for number in range(len(optimizer.fp32_partitioned_groups_flat)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(number)
-            if kept_whole := optimizer.persistent_parameters:
-                kept_whole[0].all_gather(kept_whole)
-        elif self._topology.zero_stage in (1, 2):
-            optimizer.update_lp_params()
-        elif self._topology.precision != "fp32":
-            for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-                for weight, master in zip(weights, masters, strict=True):
-                    weight.data.copy_(master.data)
+    def refresh(self, *, written: bool = False) -> None:
+        """Bring the forward weights up to the masters, together with all replicas.
+
+        With ``written`` this rank's own part of them is, and has only to reach the others.
+        """
+        follow_masters(
+            self._engine.optimizer,
+            self._topology,
+            self.masters,
+            data_rank=self._data_rank,
+            written=written,
+        )
 
     def write(
         self, folder: Path, growth: Growth, *, client_state: Mapping[str, Any]
@@ -183,12 +201,19 @@ class LiveState:
         buffer = self._buffer(self.masters[container.key], region.state)
         return buffer, segment.offset + start - segment.start
 
-    def _regions(self) -> Iterator[tuple[Region, Tensor]]:
+    def _regions(self) -> Iterator[tuple[Region, int, Tensor]]:
+        """What every buffer holds, its number, and its values."""
         masters = self.masters
         for state, layout in self._layouts.items():
             for container, held in layout.held(self._data_rank).items():
                 tensor = self._buffer(masters[container.key], state)
-                yield Region(state, held, layout.lengths[container]), tensor
+                yield Region(state, held, layout.lengths[container]), container.key, tensor
+
+    def _targets(self) -> Iterator[Target]:
+        """The buffers, masters with the forward weights that follow them."""
+        weights = own_weights(self._engine.optimizer, self._topology, data_rank=self._data_rank)
+        for region, key, tensor in self._regions():
+            yield Target(region, tensor, weights[key] if region.state == "fp32" else None)
 
     @property
     def _data_rank(self) -> int:

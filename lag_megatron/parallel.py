@@ -7,7 +7,7 @@ import datetime
 import os
 import socket
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -79,7 +79,7 @@ class World:
     @property
     def peak_flops(self) -> float | None:
         """Dense bf16 FLOP/s of this device by its data sheet; None where it is not known."""
-        return next((peak for name, peak in _PEAK_FLOPS if name in self.device_name), None)
+        return peak_flops(self.device_name)
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -128,23 +128,16 @@ class World:
             raise error
         return value
 
-    def sum_over_data(self, values: Sequence[float]) -> list[float]:
-        """Elementwise sum over the data-parallel replicas, in double precision."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, group=self.data_group)
-        return list(tensor.tolist())
-
-    def sum_over_tensor(self, value: float) -> float:
-        """Sum over the ranks that share this replica's tensors, in double precision."""
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, group=parallel_state.get_tensor_model_parallel_group())
-        return float(tensor.item())
-
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank."""
         tensor = torch.tensor(int(flag))
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
         return bool(tensor.item())
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a device by its data sheet; None where it is not known."""
+    return next((peak for name, peak in _PEAK_FLOPS if name in device_name), None)
 
 
 class RankError(RuntimeError):

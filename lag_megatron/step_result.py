@@ -1,4 +1,4 @@
-"""What one optimizer step measured."""
+"""What one optimizer step measured, and an evaluation."""
 
 import math
 from collections.abc import Sequence

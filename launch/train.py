@@ -16,7 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Megatron and torch warn at import about optional packages and their own deprecations.
 warnings.filterwarnings("ignore", module=r"(megatron|torch|deepspeed)(\.|$)")
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+
+from lag_megatron.caches import keep_caches  # noqa: E402
+
+keep_caches(ROOT)
 
 from lag_megatron.config import load_config  # noqa: E402
 from lag_megatron.config.deepspeed import deepspeed_config, read_deepspeed_json  # noqa: E402

@@ -23,8 +23,10 @@ import pytest
 import yaml
 from hypothesis import settings
 
+from lag_megatron.caches import keep_caches
+
 ROOT = Path(__file__).parents[1]
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+keep_caches(ROOT)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():  # before anything imports Triton, whose own parts look too
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -70,6 +72,33 @@ def run_ranks(fn: Any, world_size: int, *args: Any, timeout: float = 120) -> lis
             leftover.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         del store
+
+
+def run_alone(fn: Any, *args: Any, timeout: float = 240) -> Any:
+    """What ``fn(*args)`` returns in a fresh process of one rank: a fork could not use a GPU.
+
+    Raises:
+        ChildProcessError: if it did not return.
+    """
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(send, fn, args), daemon=True)
+    process.start()
+    send.close()
+    try:
+        if not receive.poll(timeout):
+            raise TimeoutError(f"{fn.__name__}: nothing after {timeout:g} s")
+        return receive.recv()
+    except EOFError:
+        process.join()
+        raise ChildProcessError(f"{fn.__name__}: exit code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send_result(send: Any, fn: Any, args: tuple[Any, ...]) -> None:
+    send.send(fn(*args))
 
 
 def pico_config(*, num_layers=2, zero_stage=1, tensor=1, precision="fp32", llama=False, **model):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from lag_megatron.config.check_data import data_problems
 from lag_megatron.config.check_model import model_problems
 from lag_megatron.config.check_optimizer import optimizer_problems
-from lag_megatron.config.check_paths import path_problems
+from lag_megatron.config.check_paths import has_paths, path_problems
 from lag_megatron.config.check_stages import position_problems
 from lag_megatron.config.model import ParallelConfig
 from lag_megatron.config.schema import GrowthConfig, PoolConfig, RunConfig
@@ -19,6 +19,7 @@ def problems_of(config: RunConfig) -> list[str]:
         *_positive(config),
         *model_problems(config),
         *_parallel(config.parallel),
+        *_graphs(config),
         *data_problems(config),
         *optimizer_problems(config),
         *_stages(config),
@@ -111,6 +112,27 @@ def _parallel(parallel: ParallelConfig) -> Iterator[str]:
             data_parallel_size(parallel, world_size=sizes[-1])
         except ConfigError as error:
             yield str(error)
+
+
+def _graphs(config: RunConfig) -> Iterator[str]:
+    """A replay finds everything where it was, on one rank, and draws the same numbers again."""
+    parallel = config.parallel
+    if not parallel.cuda_graphs:
+        return
+    scale = config.raptr.scale if has_paths(config) else "none"  # it is part of what is recorded
+    for key, value, allowed in (
+        ("raptr.scale", scale, ("none",)),
+        ("parallel.zero_stage", parallel.zero_stage, (0, 1, 2)),
+        ("parallel.tensor", parallel.tensor, (1,)),
+        ("parallel.recompute", parallel.recompute, ("none",)),
+        ("model.dropout", config.model.dropout, (0.0,)),
+    ):
+        if value not in allowed:
+            choices = " or ".join(str(choice) for choice in allowed)
+            yield (
+                f"parallel.cuda_graphs: layers cannot be replayed with {key} {value}; it has to be "
+                f"{choices}. Change it, or set parallel.cuda_graphs: false."
+            )
 
 
 def _stages(config: RunConfig) -> Iterator[str]:

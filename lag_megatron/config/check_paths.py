@@ -17,11 +17,16 @@ def path_problems(config: RunConfig) -> Iterator[str]:
         yield from _probabilities(config, stage, where)
         if config.has_event(number):
             yield from _candidates(config, number)
-        if _has_paths(config, number):
+        if _paths_in(config, number):
             yield from _fixed(config, number)
 
 
-def _has_paths(config: RunConfig, number: int) -> bool:
+def has_paths(config: RunConfig) -> bool:
+    """Whether a step of the run may leave layers out."""
+    return any(_paths_in(config, number) for number in range(len(config.stages)))
+
+
+def _paths_in(config: RunConfig, number: int) -> bool:
     stage = config.stages[number]
     tried = config.has_event(number) and config.growth_before(number).pool.path_length
     return bool(tried) or stage.path_length is not None or stage.keep_probability is not None

@@ -57,6 +57,8 @@ class ParallelConfig:
             part of the sequence (Korthikanti et al. 2022); the same losses for less memory.
         recompute: ``layers`` keeps each layer's input alone and computes the rest again in the
             backward pass.
+        cuda_graphs: the launches of a transformer layer are recorded once and replayed, with more
+            memory; for steps so short that a GPU waits for its host.
     """
 
     __pydantic_config__ = FORBID
@@ -67,6 +69,7 @@ class ParallelConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     sequence_parallel: bool = False
     recompute: Literal["none", "layers"] = "none"
+    cuda_graphs: bool = False
     world_size: int | None = None
     timeout: float = 300.0
 

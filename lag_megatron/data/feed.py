@@ -9,6 +9,7 @@ from lag_megatron.config import ParallelConfig, RunConfig
 from lag_megatron.data.ahead import Ahead
 from lag_megatron.data.batches import Batch, TrainingData, ValidationData
 from lag_megatron.data.blended import Prepared
+from lag_megatron.data.ready import ready
 from lag_megatron.parallel import World
 
 
@@ -92,7 +93,8 @@ class Feed:
         if not torch.cuda.is_available():
             return make
         return lambda number: [
-            {name: tensor.pin_memory() for name, tensor in part.items()} for part in make(number)
+            {name: tensor.pin_memory() for name, tensor in ready(part).items()}
+            for part in make(number)
         ]
 
 

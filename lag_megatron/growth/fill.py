@@ -61,9 +61,9 @@ class Filler:
 
     def expect(self, region: Region) -> None:
         """Begin to read from disk what the region needs."""
-        for step in self._plan(region):
+        for step in self.plan(region):
             if isinstance(step, Move):
-                there = self._read(region, step.tensor_rank, step.source.container)
+                there = self.elements(region, step.tensor_rank, step.source.container)
                 strides = step.source.strides
                 last = sum((n - 1) * s for n, s in zip(step.shape, strides, strict=True))
                 there.expect(step.source.offset, last + 1)
@@ -72,16 +72,17 @@ class Filler:
         """Write the region's values; ``buffer`` is flat and of its length, in any precision."""
         if sum(segment.length for _, segment in region.segments) < region.length:
             buffer.zero_()
-        for step in self._plan(region):
+        for step in self.plan(region):
             view = _view(buffer, step.target, step.shape)
             if isinstance(step, Move):
-                there = self._read(region, step.tensor_rank, step.source.container)
+                there = self.elements(region, step.tensor_rank, step.source.container)
                 origin = there.strided(step.shape, step.source.strides, step.source.offset)
                 _copy(view, origin, step.scale)
             else:
                 fill(view, step.fresh, shape=step.whole, box=step.box)
 
-    def _plan(self, region: Region) -> list[Move | Draw]:
+    def plan(self, region: Region) -> list[Move | Draw]:
+        """What has to be done for a region."""
         return plan_rank(
             self._growth,
             *self.sides(trained=region.trained, state=region.state),
@@ -90,7 +91,8 @@ class Filler:
             tensor_rank=self._tensor_rank,
         )
 
-    def _read(self, region: Region, tensor_rank: int, container: Container) -> Elements:
+    def elements(self, region: Region, tensor_rank: int, container: Container) -> Elements:
+        """The values that a move of a region's plan is from."""
         key = (region.trained, tensor_rank, container, region.state)
         if key not in self._buffers:
             self._buffers[key] = self._source.elements(

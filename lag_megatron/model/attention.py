@@ -18,37 +18,29 @@ from torch import Tensor
 from lag_megatron.kernels.attention_cpu import attend_cpu, one_pass_softmax
 
 
-def prefix_mask(prefix_length: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
-    """An order of a batch's rows, and the mask of its last ones, those that begin with a prefix.
+def prefix_mask(prefix_length: Tensor, length: int) -> Tensor:
+    """The mask of a batch's last rows, those that begin with a prefix, bool (n, 1, s, s).
 
-    Rows without a prefix come first and need no mask: the number of rows of the mask alone tells
-    the attention which they are, also where recomputation passes the mask along.
+    Rows before them need none: the number of rows of the mask alone tells the attention which they
+    are, also where recomputation passes the mask along.
 
     Args:
-        prefix_length: int64 (b,); positions below it see each other in both directions.
+        prefix_length: int64 (n,); positions below it see each other in both directions.
         length: s, of the sequences.
-
-    Returns:
-        The order, int64 (b,), and the mask of its last n rows, bool (n, 1, s, s); None where no row
-        has a prefix.
     """
-    count = int((prefix_length > 0).sum())
-    if not count:
-        return None
-    order = torch.argsort((prefix_length > 0).to(torch.int8), stable=True)
     place = torch.arange(length, device=prefix_length.device)
     later = place[None, :] > place[:, None]
-    beyond = place[None, :] >= prefix_length[order[-count:], None]
-    return order, (later & beyond[:, None, :])[:, None]
+    beyond = place[None, :] >= prefix_length[:, None]
+    return (later & beyond[:, None, :])[:, None]
 
 
-def padding_mask(is_token: Tensor) -> Tensor | None:
-    """The mask that hides padding from all positions, bool (b, 1, 1, s); None where there is none.
+def padding_mask(is_token: Tensor) -> Tensor:
+    """The mask that hides padding from all positions, bool (b, 1, 1, s).
 
     Args:
         is_token: bool (b, s), False where a row is padded.
     """
-    return None if bool(is_token.all()) else ~is_token[:, None, None, :]
+    return ~is_token[:, None, None, :]
 
 
 class SDPACoreAttention(MegatronModule):

@@ -87,7 +87,7 @@ class Bert(BertModel):
         tokens: Tensor,
         position_ids: Tensor,
         token_types: Tensor,
-        is_token: Tensor,
+        is_token: Tensor | None,
         masked_positions: Tensor | None = None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
@@ -96,7 +96,7 @@ class Bert(BertModel):
 
         Args:
             tokens: int64 (b, s); so are ``position_ids`` and ``token_types``.
-            is_token: bool (b, s), False at padding.
+            is_token: bool (b, s), False at padding; None where there is none.
             masked_positions: int64 (b, m), what is predicted; None predicts all s positions.
             labels: int64 (b, m); None asks for logits.
             loss_mask: fp32 (b, m), the weight of each label; None asks for the labels' losses.
@@ -111,7 +111,7 @@ class Bert(BertModel):
                 position_ids=position_ids,
                 tokentype_ids=token_types if self.embedding.num_tokentypes else None,
             ),
-            attention_mask=padding_mask(is_token),
+            attention_mask=None if is_token is None else padding_mask(is_token),
         )
         if self.config.sequence_parallel:
             hidden_sbd = gather_from_sequence_parallel_region(

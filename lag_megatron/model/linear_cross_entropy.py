@@ -146,9 +146,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, loss_mask, options):  # type: ignore[no-untyped-def]
         mine, smoothing, z_loss, rows, trained = options
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        wants = [
-            trained and t is not None and t.requires_grad for t in (hidden, weight, bias)
-        ]
+        wants = [trained and t is not None and t.requires_grad for t in (hidden, weight, bias)]
         summed = wide if len(hidden) > rows else hidden.dtype
         make = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk fills them
         made = [
@@ -157,7 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 (hidden, weight, bias), (hidden.dtype, summed, summed), wants, strict=True
             )
         ]
-        whole = mine.reduce(torch.tensor(float(weight.shape[0]), device=hidden.device))
+        whole = mine.reduce(torch.full((), float(weight.shape[0]), device=hidden.device))
         total = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
@@ -226,7 +224,9 @@ def _multiply_back(
     is_first = part.start == 0
     if of_weight is not None:
         if of_weight.dtype == hidden.dtype:
-            torch.addmm(of_weight, gradient.t(), hidden[part], beta=0.0 if is_first else 1.0, out=of_weight)
+            torch.addmm(
+                of_weight, gradient.t(), hidden[part], beta=0.0 if is_first else 1.0, out=of_weight
+            )
         else:
             _add(of_weight, gradient.t() @ hidden[part], is_first=is_first)
     if of_bias is not None:

@@ -15,7 +15,9 @@ Batch = dict[str, Tensor]
 def loss_sums(model: torch.nn.Module, batch: Batch) -> Tensor:
     """Sum over its labels of each part of the loss, in nats, shape (parts,), fp32.
 
-    The first part is the cross-entropy of tokens; models with a sentence head have a second.
+    The first part is the cross-entropy of tokens; models with a sentence head have a second.  A
+    batch whose rows are all whole need not have ``padding_mask``; ``prefix_length`` is of its last
+    rows, and the others have none.
     """
     return _masked(model, batch) if "masked_positions" in batch else _causal(model, batch)
 
@@ -25,11 +27,7 @@ def _causal(model: torch.nn.Module, batch: Batch) -> Tensor:
     tokens, position_ids, labels, loss_mask = (batch[name] for name in names)
     mask = None
     if "prefix_length" in batch:
-        ordered = prefix_mask(batch["prefix_length"], tokens.shape[1])
-        if ordered is not None:
-            order, mask = ordered
-            tokens, position_ids = tokens[order], position_ids[order]
-            labels, loss_mask = labels[order], loss_mask[order]
+        mask = prefix_mask(batch["prefix_length"], tokens.shape[1])
     loss: Tensor = model(tokens, position_ids, mask, labels=labels, loss_mask=loss_mask)
     return loss[None]
 
@@ -39,7 +37,7 @@ def _masked(model: torch.nn.Module, batch: Batch) -> Tensor:
         batch["tokens"],
         batch["position_ids"],
         batch["token_types"],
-        batch["padding_mask"],
+        batch.get("padding_mask"),
         batch["masked_positions"],
         batch["labels"],
         batch["loss_mask"],

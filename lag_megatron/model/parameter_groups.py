@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lag_megatron.config import OptimizerConfig
 from lag_megatron.model.adafactor import Adafactor
@@ -38,12 +39,13 @@ def make_optimizer(model: torch.nn.Module, options: OptimizerConfig) -> torch.op
     )
 
 
-def gradient_squares(model: torch.nn.Module) -> tuple[float, float]:
+def gradient_squares(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
     """Sums of squared gradients of parameters that every tensor-parallel rank holds whole, and of
-    this rank's parts of those that are cut."""
-    sums = {False: 0.0, True: 0.0}
-    for parameter in model.parameters():
+    this rank's parts of those that are cut, in double precision where the gradients are."""
+    parameters = list(model.parameters())
+    whole, cut = torch.zeros(2, dtype=torch.float64, device=parameters[0].device)
+    for parameter in parameters:
         if parameter.grad is not None:
-            is_cut = bool(getattr(parameter, "tensor_model_parallel", False))
-            sums[is_cut] += float(parameter.grad.detach().double().square().sum())
-    return sums[False], sums[True]
+            is_cut = getattr(parameter, "tensor_model_parallel", False)
+            (cut if is_cut else whole).add_(parameter.grad.detach().double().square().sum())
+    return whole, cut

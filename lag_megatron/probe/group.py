@@ -20,7 +20,8 @@ from lag_megatron.engine import Engine
 from lag_megatron.errors import RunError
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.growth.pool import Candidate
-from lag_megatron.parallel import World
+from lag_megatron.kept import KeptBase
+from lag_megatron.parallel import World, local_ranks
 from lag_megatron.probe.event import Event, Progress, Turn
 from lag_megatron.probe.folder import CURVE, TRAINING, CandidateFolder
 from lag_megatron.probe.saving import save_engine
@@ -57,11 +58,15 @@ class ProbeGroup:
     def __init__(self, job: Job, engine: Engine, event: Event, *, count: int) -> None:
         self.job, self.engine, self.event, self.count = job, engine, event, count
         self._held: _Held | None = None
+        world = engine.world
+        self._base = KeptBase.on(
+            world.device, local_ranks=local_ranks(world.size), talks=world.is_coordinator
+        )
         self._fits = False  # a step of this engine has not run out of memory
 
     def release(self) -> None:
         """Let go of the engine, which is about to be destroyed."""
-        self._held = None
+        self._held = self._base = None
 
     @property
     def world(self) -> World:
@@ -122,7 +127,7 @@ class ProbeGroup:
             lambda: folder.resume(rung=turn.rung, usable=self._usable)
         )
         growth = self._growth(candidate, folder.state_at(steps) if steps else None)
-        self.engine.grow_from(growth)
+        self.engine.grow_from(growth, None if steps else self._base)
         average = WeightAverage(self.engine.live) if self._averages else None
         if average and steps:
             average.load(folder.state_at(steps), rank=self.world.rank, size=self.world.size)

@@ -8,6 +8,7 @@ import torch
 from conftest import PICO_VOCABULARY, pico_config, random_batches, run_ranks, train_and_save
 from full_state import tree_differences
 from test_engine import build, load_into_each, steps, stop_and_resume
+from test_kept_base import switch as switch_from_kept
 from test_live import PLANS, same_files, switch
 
 from lag_megatron.checkpoint.describe import describe
@@ -139,6 +140,16 @@ def test_in_place_equals_disk(precision, base, tmp_path):
     for name in PLANS:
         assert same_files(tmp_path / f"{name}-loaded", tmp_path / f"{name}-grown") > 0
         assert same_files(tmp_path / f"{name}-saved", tmp_path / f"{name}-written") > 0
+
+
+def test_a_kept_base_gives_the_same_means(base, tmp_path):
+    """Means over rows and columns lie in buffers of their own."""
+    config = adafactor(layers=4)
+    for losses in run_ranks(switch_from_kept, 2, config, base, tmp_path, PLANS):
+        for name, (there, here) in losses.items():
+            assert there == here, name
+    for name in PLANS:
+        assert same_files(tmp_path / f"{name}-shards", tmp_path / f"{name}-kept") > 0
 
 
 @pytest.mark.parametrize("moments", ["copy", "zero", "borrow"])

@@ -63,6 +63,32 @@ def test_groups_see_the_same_batches_and_decide_alike(
     assert {e["group"] for e in events_of(tmp_path / "run", "probe_started")} == set(range(count))
 
 
+def train_from_a_kept_base(*arguments):
+    """As ``train`` where the device keeps the base of an event; how many launches there were."""
+    import torch
+
+    from lag_megatron import live
+    from lag_megatron.kept import KeptBase, Store
+
+    def kept(device, *, local_ranks, talks):
+        return KeptBase([Store("memory", lambda: 1e9, torch.empty)], page=500)
+
+    write_runs, launches = live.write_runs, []
+    KeptBase.on = kept
+    live.write_runs = lambda runs: (launches.append(len(runs)), write_runs(runs))
+    train(*arguments)
+    return len(launches)
+
+
+def test_a_base_that_is_kept_changes_no_curve(one_group, tiny, tmp_path):
+    """The first candidate comes from the shards, those that go on from their own states."""
+    split = [*CALM, *HALVING]
+    (launches,) = run_ranks(train_from_a_kept_base, 1, tiny, tmp_path / "run", split)
+    assert launches == len(curves_of(one_group)) - 1 > 0
+    assert curves_of(tmp_path / "run") == curves_of(one_group)
+    assert losses_of(tmp_path / "run", "train/loss") == losses_of(one_group, "train/loss")
+
+
 def test_a_number_of_groups_that_does_not_divide_is_refused(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"growth\.probe_groups: 3 groups cannot share 2"):
         run_ranks(train, 2, tiny, tmp_path / "run", ["growth.probe_groups=3"])

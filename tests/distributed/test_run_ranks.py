@@ -12,12 +12,15 @@ from lag_megatron.errors import RunError
 
 
 def ranks_sum():
+    import torch
     import torch.distributed as dist
 
     from lag_megatron.parallel import start_world, stop_world
+    from lag_megatron.sums import over_data
 
     world = start_world(tensor=1)
-    total = world.sum_over_data([world.rank + 1.0])[0]
+    mine = torch.tensor([world.rank + 1.0], dtype=torch.float64)
+    total = float(over_data(mine, world))
     assert dist.get_world_size() == world.size
     stop_world()
     return world.rank, total

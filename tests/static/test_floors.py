@@ -15,6 +15,7 @@ FLOORS = (
     ("errors", "config"),
     (
         "files",
+        "caches",
         "mixture",
         "learning_rate",
         "paths",
@@ -43,6 +44,9 @@ FLOORS = (
         "model",
         "data",
         "kernels",
+        "sums",
+        "kept",
+        "forward_weights",
         "live",
         "layer_rates",
         "subnetwork",

@@ -106,6 +106,25 @@ def test_gradients_that_lie_apart_or_differ_in_type():
     assert float(squared_norms(turned.gradients)) == float(squared_norms(given.gradients))
 
 
+def test_a_partition_of_nothing(update):
+    given = partition(0, weights=torch.bfloat16)
+    update(given, RATES, torch.tensor(1.0))
+    assert float(given.step) == 4
+    assert given.master.shape == (0,)
+
+
+def test_gradients_that_lie_apart(update):
+    """Every second element of a wider tensor, and a turned matrix."""
+    given, apart = (partition(64, parts=(24, 40)) for _ in range(2))
+    first, second = apart.gradients
+    wide = torch.stack([first, first], dim=1)
+    apart.gradients[:] = [wide[:, 0], second.view(5, 8).t().contiguous().t()]
+    assert not any(gradient.is_contiguous() for gradient in apart.gradients)
+    for each in (given, apart):
+        update(each, RATES, torch.tensor(0.5))
+    assert torch.equal(given.master, apart.master)
+
+
 @pytest.mark.parametrize("scale", [math.nan, math.inf])
 def test_a_scale_that_is_not_finite_changes_nothing(update, scale):
     given = partition(100, weights=torch.bfloat16)

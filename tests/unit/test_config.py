@@ -724,3 +724,19 @@ def test_a_configured_world_is_checked_with_the_rest():
     )
     (line,) = problems("parallel={world_size: 3, tensor: 2}")
     assert line.startswith("parallel.tensor: 2 does not divide the world of 3 ranks.")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rest"),
+    [
+        ("parallel.zero_stage", 3, "it has to be 0 or 1 or 2"),
+        ("parallel.recompute", "layers", "it has to be none"),
+        ("parallel.tensor", 2, "it has to be 1"),
+        ("model.dropout", 0.1, "it has to be 0.0"),
+    ],
+)
+def test_what_no_graph_can_replay(key, value, rest):
+    config("parallel.cuda_graphs=true")
+    (line,) = problems("parallel.cuda_graphs=true", f"{key}={value}")
+    assert line.startswith(f"parallel.cuda_graphs: layers cannot be replayed with {key} {value}")
+    assert rest in line

@@ -64,6 +64,16 @@ def test_fp16_is_torchs_on_a_cpu():
     assert softmax.reads(torch.bfloat16, torch.device("cpu"))
 
 
+@interpreted
+def test_a_gradient_with_no_number_stays_in_its_row():
+    logits, place, _ = rows(3, 5000, torch.bfloat16)
+    logits[1, 4500] = torch.nan
+    factor, even, taken = torch.full((3, 3), 0.5)
+    softmax_triton.to_gradient_triton(logits, torch.zeros(3), factor, even, place, taken)
+    assert logits.isnan().any(dim=1).tolist() == [False, True, False]
+    assert logits[1].isnan().sum() == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-2)])

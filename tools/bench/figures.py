@@ -6,11 +6,16 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_figures(path: Path, figures: Mapping[str, float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record(figures), indent=1))
+
+
+def record(figures: Mapping[str, float]) -> dict[str, Any]:
+    """What the file says."""
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"machine": machine, "date": date, "figures": dict(figures)}, indent=1)
-    path.write_text(text)
+    return {"machine": machine, "date": date, "figures": dict(figures)}

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from lag_megatron.caches import keep_caches
 from lag_megatron.rundir import RunDirectory, tag_of
 from lag_megatron.tracking import read_rows
 
@@ -150,6 +151,6 @@ def launch(script: Path, arguments: Sequence[str], *, ranks: int) -> None:
 def _environment() -> dict[str, str]:
     """DeepSpeed builds its communication op with the ninja beside this Python."""
     found = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+    keep_caches(ROOT, found)
     found["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), found.get("PATH", "")])
     return found

@@ -1,35 +1,63 @@
-"""A candidate switched in a live engine against a training step, and against reloading."""
+#!/usr/bin/env python3
+"""A candidate switched in a live engine against a training step, and against reloading.
 
+python tools/bench/live_switch.py [--hidden 256] [--scratch FOLDER] [--json FILE]
+
+On a GPU candidates are written from what the device keeps of their base.
+"""
+
+import argparse
 import math
 import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import synthetic
+import torch
+from figures import write_figures
 
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.engine import Engine
 from lag_megatron.growth.materialize import Growth
 from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
-from lag_megatron.parallel import World
+from lag_megatron.kept import KeptBase
+from lag_megatron.parallel import World, start_world, stop_world
 
 T = TypeVar("T")
 LAYERS, HIDDEN, VOCABULARY = 16, 256, 8192
 ROUNDS = 7
 
 
-def switch_figures(world: World, scratch: Path) -> dict[str, float]:
-    """16 layers of 256, 1024 tokens a step; medians of rounds in which each way has its turn."""
-    seed = synthetic.seed_checkpoint(world, scratch / "seed", hidden=HIDDEN, vocabulary=VOCABULARY)
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--hidden", type=int, default=HIDDEN)
+    parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="where checkpoints lie")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    world = start_world(tensor=1)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        figures = switch_figures(world, Path(folder), hidden=options.hidden)
+    stop_world()
+    for name, value in figures.items():
+        print(f"{name:<28} {value:10.4f}")
+    if options.json:
+        write_figures(options.json, figures)
+    return 0
+
+
+def switch_figures(world: World, scratch: Path, *, hidden: int = HIDDEN) -> dict[str, float]:
+    """16 layers, 1024 tokens a step; medians of rounds in which each way has its turn."""
+    seed = synthetic.seed_checkpoint(world, scratch / "seed", hidden=hidden, vocabulary=VOCABULARY)
     topology = ZeroCheckpoint.open(seed).topology
     base = synthetic.stack(seed, scratch / "base", layers=12, topology=topology)
-    config = synthetic.config_of(LAYERS, hidden=HIDDEN, vocabulary=VOCABULARY)
+    config = synthetic.config_of(LAYERS, hidden=hidden, vocabulary=VOCABULARY)
     engine = synthetic.engine_of(config, world)
-    source = ZeroCheckpoint.open(base)
+    source, kept = ZeroCheckpoint.open(base), KeptBase.on(world.device, local_ranks=1)
     plans = [
         GrowthPlan(
             operator="lag",
@@ -42,7 +70,7 @@ def switch_figures(world: World, scratch: Path) -> dict[str, float]:
     seconds: dict[str, list[float]] = {"step": [], "switch": [], "reload": []}
     for number, plan in enumerate(plans):
         _time(seconds["step"], synthetic.train_step, engine, number)
-        _time(seconds["switch"], engine.grow_from, Growth(source, plan))
+        _time(seconds["switch"], engine.grow_from, Growth(source, plan), kept)
         grown = scratch / "grown" / synthetic.TAG
         grow_checkpoint(base, grown, plan)
         engine = _time(seconds["reload"], _reload, engine, grown, scratch / "saved")
@@ -73,5 +101,11 @@ def _reload(engine: Engine, grown: Path, saved: Path) -> Engine:
 def _time(seconds: list[float], task: Callable[..., T], *arguments: object) -> T:
     started = time.perf_counter()
     result = task(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     seconds.append(time.perf_counter() - started)
     return result
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -20,9 +20,12 @@ import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import torch
 from figures import write_figures
 from step_job import SHAPES, Job, write_weights
 from step_peers import PEERS, matmul_rate, serve
+
+from lag_megatron.parallel import peak_flops
 
 STEPS = 3  # of a round
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3}
@@ -96,6 +99,9 @@ def _report(times: dict[str, float], dtype: str, options: argparse.Namespace) ->
     figures[f"{prefix}{device}_{dtype}_matmul_tflops"] = rate / 1e12
     for name, value in times.items():
         figures[f"{prefix}{device}_{dtype}_{name}_mfu"] = flops / value / rate
+    peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
+    if peak is not None and dtype == "bf16":
+        figures[f"{prefix}{device}_{dtype}_mfu"] = flops / times["ours"] / peak
     if shape == "small_bert":  # stock Megatron-Core's head makes logits of every token
         figures["bert_step_speedup"] = others["stock"] / times["ours"]
     for name, value in figures.items():

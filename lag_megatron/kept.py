@@ -1,0 +1,265 @@
+"""The state that an event's candidates grow from, kept where the device reads it.
+
+Candidates share their base.  From the second on, what a rank needs of it is read from the shards
+once, and each candidate is written from there by one launch.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lag_megatron.checkpoint.boxes import Shape, collapse
+from lag_megatron.checkpoint.layout import Container, State
+from lag_megatron.checkpoint.regions import Region
+from lag_megatron.growth.fill import Filler
+from lag_megatron.growth.fresh import Constant, fill
+from lag_megatron.growth.materialize import Growth
+from lag_megatron.growth.transfer import Draw, Move
+from lag_megatron.kernels.runs import Run
+
+# Elements that are read and kept together.
+PAGE = 1 << 20
+# Copies that are cut into more runs than these are left to the path that needs no table of them.
+MAX_RUNS = 1 << 18
+# What activations may still need on the device, and other processes in the host's memory.
+_DEVICE_MARGIN, _HOST_SHARE = 1 / 16, 1 / 4
+
+
+class _Buffer(NamedTuple):
+    """One state's flat buffer in the source."""
+
+    tensor_rank: int
+    container: Container
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Memory that the device reads.
+
+    Attributes:
+        name: as it is called in the log.
+        free: bytes that may still be taken.
+        take: makes a flat fp32 tensor of so many elements.
+    """
+
+    name: str
+    free: Callable[[], float]
+    take: Callable[[int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A live buffer: what it holds, its values, and the model's weights that follow them."""
+
+    region: Region
+    values: Tensor
+    weights: Tensor | None
+
+
+class KeptBase:
+    """One rank's part of the base state of an event.
+
+    Args:
+        stores: where it may be kept, the best first.
+        page: elements that are read together.
+        talks: whether it says where the base is kept; that it is not, it always says.
+    """
+
+    def __init__(self, stores: Sequence[Store], *, page: int = PAGE, talks: bool = False) -> None:
+        self._stores, self._page, self._talks = stores, page, talks
+        self._path: Path | None = None
+        self._pages: dict[tuple[_Buffer, int], Tensor] = {}
+        self._given_up = False
+
+    @classmethod
+    def on(
+        cls, device: torch.device, *, local_ranks: int, talks: bool = False
+    ) -> "KeptBase | None":
+        """In the device's memory, and pinned in the host's; None where neither is needed.
+
+        On a CPU the mapped shards are in memory already.
+        """
+        if device.type != "cuda":
+            return None
+
+        def free() -> float:
+            unused, total = torch.cuda.mem_get_info(device)
+            return unused - _DEVICE_MARGIN * total
+
+        return cls(
+            [
+                Store("device memory", free, lambda n: torch.empty(n, device=device)),
+                Store(
+                    "pinned host memory",
+                    lambda: _available() * _HOST_SHARE / local_ranks,
+                    lambda n: torch.empty(n, pin_memory=True),
+                ),
+            ],
+            talks=talks,
+        )
+
+    @torch.no_grad()
+    def runs(self, growth: Growth, fill: Filler, targets: Sequence[Target]) -> list[Run] | None:
+        """What one launch has to write; values that are drawn are in their places afterwards.
+
+        None when the state has to be taken from the shards: at the first growth from a base, when
+        no step has yet shown how much memory is left, and when there is not enough.
+        """
+        if growth.source.path != self._path:
+            self._path, self._given_up = growth.source.path, False
+            self._pages.clear()
+            return None
+        if self._given_up:
+            return None
+        plans = [(target, fill.plan(target.region)) for target in targets]
+        moves = [(t.region, s) for t, plan in plans for s in plan if isinstance(s, Move)]
+        spans = sum(_count(step) for _, step in moves)
+        if spans > MAX_RUNS:
+            self._give_up(f"its copies are {spans} runs, more than {MAX_RUNS}")
+            return None
+        if not self._read(fill, moves):
+            return None
+        return [run for target, plan in plans for run in self._write(target, plan)]
+
+    def _give_up(self, why: str) -> None:
+        self._given_up = True
+        self._pages.clear()
+        _tell(f"the base of this event is read from its shards for each candidate: {why}.")
+
+    def _read(self, fill: Filler, moves: Sequence[tuple[Region, Move]]) -> bool:
+        """Have every page that is needed; whether there was room."""
+        missing: dict[tuple[_Buffer, int], Region] = {}
+        for region, move in moves:
+            buffer = _Buffer(move.tensor_rank, move.source.container, region.state)
+            for _, start, count in _spans(move.shape, move.source.strides, move.source.strides):
+                first = move.source.offset + start
+                last = first + count - 1
+                for number in range(first // self._page, last // self._page + 1):
+                    if (buffer, number) not in self._pages:
+                        missing[buffer, number] = region
+        if not missing:
+            return True
+        wanted = 4 * self._page * len(missing)
+        room = {store.name: store.free() for store in self._stores}
+        store = next((s for s in self._stores if room[s.name] >= wanted), None)
+        if store is None:
+            found = ", ".join(f"{free / 2**20:.0f} MiB of {name}" for name, free in room.items())
+            self._give_up(f"it takes {wanted / 2**20:.0f} MiB more, and there are {found}")
+            return False
+        if self._talks:
+            _tell(f"{wanted / 2**20:.0f} MiB of this event's base are kept in {store.name}.")
+        slab = store.take(self._page * len(missing))
+        for place, (key, region) in enumerate(missing.items()):
+            page = slab[place * self._page : (place + 1) * self._page]
+            self._pages[key] = self._filled(page, fill, region, *key)
+        return True
+
+    def _filled(
+        self, page: Tensor, fill: Filler, region: Region, buffer: _Buffer, number: int
+    ) -> Tensor:
+        """A page with its values, up to the end of what the buffer holds."""
+        source, _ = fill.sides(trained=True, state=region.state)
+        start = number * self._page
+        count = min(self._page, source.layout.filled[buffer.container] - start)
+        there = fill.elements(region, buffer.tensor_rank, buffer.container)
+        values = there.strided((count,), (1,), start)
+        assert values.dtype is torch.float32, f"{buffer.state} is kept as {values.dtype}"
+        page[:count].copy_(values)
+        return page
+
+    def _write(self, target: Target, plan: Sequence[Move | Draw]) -> Iterator[Run]:
+        """The runs of one buffer; padding becomes 0."""
+        yield from _gaps(target)
+        for step in plan:
+            if isinstance(step, Move):
+                yield from self._copies(target, step)
+            elif isinstance(step.fresh, Constant):
+                for start, _, count in _spans(step.shape, step.target.strides, step.target.strides):
+                    yield _run(target, step.target.offset + start, None, count, step.fresh.value)
+            else:
+                yield from _drawn(target, step)
+
+    def _copies(self, target: Target, move: Move) -> Iterator[Run]:
+        buffer = _Buffer(move.tensor_rank, move.source.container, target.region.state)
+        for there, here, count in _spans(move.shape, move.target.strides, move.source.strides):
+            start, end = move.source.offset + here, move.source.offset + here + count
+            place = move.target.offset + there
+            while start < end:
+                number, skip = divmod(start, self._page)
+                length = min(end - start, self._page - skip)
+                source = self._pages[buffer, number][skip : skip + length]
+                yield _run(target, place, source, length, move.scale)
+                start, place = start + length, place + length
+
+
+def _run(target: Target, start: int, source: Tensor | None, count: int, scale: float) -> Run:
+    here = slice(start, start + count)
+    weights = None if target.weights is None else target.weights[here]
+    return Run(target.values[here], source, scale, weights)
+
+
+def _drawn(target: Target, step: Draw) -> Iterator[Run]:
+    """Draw the values into their places; what is left to write is the weights."""
+    values = target.values
+    start = values.storage_offset() + step.target.offset
+    view = values.as_strided(step.shape, step.target.strides, start)
+    fill(view, step.fresh, shape=step.whole, box=step.box)
+    if target.weights is None:
+        return
+    for start, _, count in _spans(step.shape, step.target.strides, step.target.strides):
+        here = slice(step.target.offset + start, step.target.offset + start + count)
+        drawn = values[here]
+        yield Run(drawn, drawn, 1.0, target.weights[here])
+
+
+def _gaps(target: Target) -> Iterator[Run]:
+    """Zeros between and after the segments of a buffer."""
+    end = 0
+    for begin, length in (
+        *((segment.offset, segment.length) for _, segment in target.region.segments),
+        (target.region.length, 0),
+    ):
+        if begin > end:
+            yield _run(target, end, None, begin - end, 0.0)
+        end = begin + length
+
+
+def _spans(shape: Shape, one: Shape, other: Shape) -> Iterator[tuple[int, int, int]]:
+    """Strided elements as runs: their offsets by two sets of strides, and their lengths."""
+    outer, count, (one, other) = _outer(shape, one, other)
+    for place in np.ndindex(*outer):
+        yield _dot(place, one), _dot(place, other), count
+
+
+def _outer(shape: Shape, *strides: Shape) -> tuple[Shape, int, tuple[Shape, ...]]:
+    """Extents around the runs, the runs' length, and strides."""
+    shape, steps = collapse(shape, *strides)
+    if all(step[-1] == 1 for step in steps):
+        return shape[:-1], shape[-1], steps
+    return shape, 1, steps
+
+
+def _count(move: Move) -> int:
+    outer, *_ = _outer(move.shape, move.target.strides, move.source.strides)
+    return int(np.prod(outer))
+
+
+def _dot(place: Sequence[int], strides: Shape) -> int:
+    return sum(a * b for a, b in zip(place, strides, strict=False))
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _available() -> float:
+    """Bytes of the host's memory that processes could still take."""
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

@@ -1,0 +1,57 @@
+"""Writing a grown state in one pass over device memory: masters, moments and the model's weights.
+
+What is written is a list of runs; one launch takes all of them, whatever buffers they lie in.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+
+from lag_megatron.kernels.runs import Run, table_of
+
+
+def write_runs(runs: Sequence[Run]) -> None:
+    """Write all runs; no two may write the same element, nor one read what another writes.
+
+    Raises:
+        LagError: if this device's kernel cannot be built.
+    """
+    runs = [run for run in runs if run.target.numel()]
+    if not runs:
+        return
+    if runs[0].target.is_cuda:
+        on_device(runs)
+    else:
+        by_torch(runs)
+
+
+def by_torch(runs: Sequence[Run]) -> None:
+    """The reference."""
+    for run in runs:
+        if run.source is None:
+            run.target.fill_(run.scale)
+        elif run.source is not run.target:
+            torch.mul(run.source, run.scale, out=run.target)
+        if run.weights is not None:
+            run.weights.copy_(run.target)
+
+
+def on_device(runs: Sequence[Run], *, by: str = "") -> None:
+    """As :func:`write_runs` with one kernel, ``triton`` or ``cuda``, without waiting for it.
+
+    By default Triton's, where that is installed.
+    """
+    rows, scales = table_of(runs)
+    if not len(rows):
+        return
+    kinds = {run.weights.dtype for run in runs if run.weights is not None} or {torch.float32}
+    assert len(kinds) == 1, f"weights of several types: {kinds}"
+    device = runs[0].target.device
+    if device.type == "cuda":
+        rows, scales = (t.pin_memory().to(device, non_blocking=True) for t in (rows, scales))
+    if (by or ("triton" if importlib.util.find_spec("triton") else "cuda")) == "triton":
+        from lag_megatron.kernels.grow_triton import grow_triton as launch
+    else:
+        from lag_megatron.kernels.grow_cuda import grow_cuda as launch
+    launch(rows, scales, kinds.pop())

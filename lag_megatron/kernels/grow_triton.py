@@ -1,0 +1,61 @@
+"""Writing a grown state in Triton, for CUDA; the interpreter runs it on a CPU in tests."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lag_megatron.kernels.rounding import to_bf16
+from lag_megatron.kernels.runs import TILE
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def grow_triton(rows: Tensor, scales: Tensor, kind: torch.dtype) -> None:
+    """Launch the writing; arguments as of :func:`lag_megatron.kernels.grow_cuda.grow_cuda`."""
+    _grow[(len(rows),)](rows, scales, KIND=_TYPES[kind], BLOCK=TILE, num_warps=8)
+
+
+@triton.jit
+def _grow(rows, scales, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = rows + 5 * tl.program_id(0).to(tl.int64)
+    scale = tl.load(scales + tl.program_id(0))
+    target, source, weights = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    length, flags = tl.load(row + 3), tl.load(row + 4)
+    target_of = target.to(tl.pointer_type(tl.float32))
+    source_of = source.to(tl.pointer_type(tl.float32))
+    weights_of = weights.to(tl.pointer_type(KIND))
+    if flags % 2 == 1:  # loads and stores of four elements each
+        target_of = tl.multiple_of(target_of, 16)
+        source_of = tl.multiple_of(source_of, 16)
+        weights_of = tl.multiple_of(weights_of, 8)
+        length = tl.multiple_of(length, 4)
+        _write(target_of, source_of, weights_of, length, source, weights, flags, scale, KIND, BLOCK)
+    else:
+        _write(target_of, source_of, weights_of, length, source, weights, flags, scale, KIND, BLOCK)
+
+
+@triton.jit
+def _write(  # type: ignore[no-untyped-def]
+    target_of,
+    source_of,
+    weights_of,
+    length,
+    source,
+    weights,
+    flags,
+    scale,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.arange(0, BLOCK)
+    here = place < length
+    value = tl.zeros((BLOCK,), tl.float32) + scale
+    if source != 0:
+        value = tl.load(source_of + place, here, 0.0) * scale
+    if flags < 2:
+        tl.store(target_of + place, value, here)
+    if weights != 0:
+        if tl.bfloat16 == KIND:
+            value = to_bf16(value)
+        tl.store(weights_of + place, value.to(KIND), here)

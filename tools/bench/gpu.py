@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Everything that is measured on a GPU; gpu.sh calls it.
+
+Parts run one after the other, each in a process of its own with its own limit of time.  One that
+fails is said to have, and the others still run.  Exit code 0: all passed; 1: not all; 2: no GPU.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from figures import record
+from timing import device_prefix
+
+from lag_megatron.caches import keep_caches
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = ROOT / "tools" / "bench"
+TAIL = 4000  # characters of a part's output that are kept
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One process.
+
+    Attributes:
+        name: as it is called in the file.
+        seconds: after which it is ended.
+        command: after the interpreter's path.
+        has_figures: whether it takes ``--json FILE``.
+    """
+
+    name: str
+    seconds: float
+    command: tuple[str, ...]
+    has_figures: bool = True
+
+
+def _step(shape: str, rounds: int) -> tuple[str, ...]:
+    options = ("--dtypes", "bf16", "--device", "cuda", "--rounds", str(rounds))
+    return (str(BENCH / "step.py"), "--shape", shape, *options, "--peers", "stock")
+
+
+PARTS = (
+    Part("tests", 180, ("-m", "pytest", "-m", "gpu", "-q", "tests"), has_figures=False),
+    Part("kernels", 90, (str(BENCH / "gpu_kernels.py"),)),
+    Part("step of BERT-base, 16 layers", 110, _step("bert16", 10)),
+    Part("step of a 1B decoder", 120, _step("decoder1b", 5)),
+    Part("switch of candidates", 80, (str(BENCH / "live_switch.py"), "--hidden", "768")),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", default=BENCH / "results" / "gpu.json")
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=[p.name for p in PARTS])
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("gpu.sh: no GPU is here, so there is nothing to measure.", file=sys.stderr)
+        return 2
+    keep_caches(ROOT)
+    device = torch.cuda.get_device_name()
+    parts = [part for part in PARTS if not options.only or part.name in options.only]
+    found = run_parts(parts, prefix=device_prefix(device))
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps({**found, "machine": device}, indent=1))
+    print(f"\n{table(found)}\n\nwritten to {options.json}")
+    return exit_code(found)
+
+
+def run_parts(parts: Sequence[Part], *, prefix: str) -> dict[str, Any]:
+    """The file's content: figures of all parts, and how each part went."""
+    figures: dict[str, float] = {}
+    outcomes: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        print(f"--- {part.name} (at most {part.seconds:g} s)", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "figures.json"
+            command = [*part.command, *(("--json", str(file)) if part.has_figures else ())]
+            outcomes[part.name] = outcome = _run([sys.executable, *command], part.seconds)
+            if file.exists():
+                figures |= renamed(json.loads(file.read_text())["figures"], prefix)
+            elif part.has_figures and outcome["outcome"] == "passed":
+                outcome["outcome"] = "left no figures"
+        print(f"{outcome['output']}\n{outcome['outcome']}, {outcome['seconds']:.0f} s", flush=True)
+    return {**record(figures), "parts": outcomes}
+
+
+def renamed(figures: dict[str, float], prefix: str) -> dict[str, float]:
+    """Figures by the device's name: ``bert16_cuda_bf16_mfu`` becomes ``h200_bert16_mfu``."""
+    short = {name.replace("cuda_bf16_", ""): value for name, value in figures.items()}
+    return {
+        name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value
+        for name, value in short.items()
+    }
+
+
+def exit_code(found: dict[str, Any]) -> int:
+    return int(any(part["outcome"] != "passed" for part in found["parts"].values()))
+
+
+def table(found: dict[str, Any]) -> str:
+    """How the parts went, and the figures."""
+    rows = [
+        f"{name:<44} {part['outcome']:>12} {part['seconds']:8.0f} s"
+        for name, part in found["parts"].items()
+    ]
+    rows += [f"{name:<52} {value:12.4f}" for name, value in sorted(found["figures"].items())]
+    return "\n".join(rows)
+
+
+def _run(command: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Run a command with all that it starts, and end all of it when its time is over."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=seconds)
+        outcome = "passed" if process.returncode == 0 else f"failed ({process.returncode})"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        outcome = "out of time"
+    taken = time.perf_counter() - started
+    return {"outcome": outcome, "seconds": taken, "output": output[-TAIL:].strip()}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
