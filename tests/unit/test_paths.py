@@ -282,3 +282,11 @@ def test_the_dry_run_says_how_many_layers_run_and_what_that_saves() -> None:
     )
     assert f"{saved:.1%} less." in text
     assert "== whole schedule ==" not in describe_run(whole, world_size=1)
+
+
+def test_graphs_hold_a_scale() -> None:
+    graphs = {"cuda_graphs": True}
+    with pytest.raises(ConfigError, match=r"cannot be replayed with raptr\.scale sqrt"):
+        run_of([{"steps": 5, "path_length": 6}], parallel=graphs)
+    assert run_of([{"steps": 5}], parallel=graphs)
+    assert run_of([{"steps": 5, "path_length": 6}], parallel=graphs, raptr={"scale": "none"})
