@@ -12,7 +12,7 @@ from lag_megatron.config import (
 from lag_megatron.config.positions import stage_ranges
 from lag_megatron.growth.layer_map import draw
 from lag_megatron.growth.pool import Candidate, build_pool
-from lag_megatron.paths import mean_layers_run
+from lag_megatron.paths import mean_layers_run, with_longest_paths
 from lag_megatron.rate_curve import rate_curve
 from lag_megatron.schedule import (
     parameter_count,
@@ -39,12 +39,13 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
     replicas = data_parallel_size(config.parallel, world_size=world_size)
     vocab_size, origin = estimate_vocab_size(config)
     pools = growth_pools(config)
+    asked, config = config, with_longest_paths(config)  # what candidates decide, at its costliest
     schedule = [
         *(_searches(config, pools, vocab_size=vocab_size) if pools else ()),
         *_saving(config, pools, vocab_size=vocab_size),
     ]
     sections = [
-        ("configuration", dump_config(config).splitlines()),
+        ("configuration", dump_config(asked).splitlines()),
         ("stages", _stages(config, vocab_size=vocab_size, origin=origin)),
         ("memory", _memory(config, vocab_size=vocab_size, replicas=replicas)),
         *(
@@ -116,10 +117,10 @@ def _stage_row(
 
 
 def _layers_run(config: RunConfig, stage: int) -> str:
-    """How many layers a step trains, on average; what a pool decides is not known yet."""
-    if config.has_event(stage) and config.growth_before(stage).pool.path_length:
-        return "?"
-    return f"{mean_layers_run(config, stage_ranges(config.stages)[stage]):.4g}"
+    """How many layers a step trains, on average; at most, where a pool decides."""
+    decided = config.has_event(stage) and config.growth_before(stage).pool.path_length
+    mean = mean_layers_run(config, stage_ranges(config.stages)[stage])
+    return f"{'<=' if decided else ''}{mean:.4g}"
 
 
 def _memory(config: RunConfig, *, vocab_size: int, replicas: int) -> Iterator[str]:

@@ -252,8 +252,7 @@ class Engine:
     def _remember(self, client_state: Mapping[str, Any]) -> None:
         """Which layers the last growth of the state that was taken over has added."""
         history = client_state.get("growth_history") or ()
-        grown = [GrowthPlan(**plan) for plan in history if plan["operator"] != "identity"]
-        self._new_layers = grown[-1].new_layers if grown else frozenset()
+        self._new_layers = GrowthPlan(**history[-1]).new_layers if history else frozenset()
 
     @property
     def _trained(self) -> list[list[torch.nn.Parameter]]:

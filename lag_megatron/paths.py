@@ -47,7 +47,7 @@ def path_at(step: int, config: RunConfig) -> LayerPath | None:
 
     None where all layers run, as they do in stages without paths.
     """
-    here = ((stage, rule) for stage, part, rule in _parts(config) if step in part)
+    here = ((stage, rule) for stage, part, rule in path_parts(config) if step in part)
     stage, rule = next(here, (0, None))
     if rule is None:
         return None
@@ -62,7 +62,7 @@ def path_at(step: int, config: RunConfig) -> LayerPath | None:
 def layers_run(config: RunConfig, steps: range) -> Counter[int]:
     """How many of these steps of the run, 0-based, have so many layers run."""
     found: Counter[int] = Counter()
-    for stage, part, rule in _parts(config):
+    for stage, part, rule in path_parts(config):
         here = range(max(steps.start, part.start), min(steps.stop, part.stop))
         if not here:
             continue
@@ -91,15 +91,27 @@ def mean_layers_run(config: RunConfig, steps: range) -> float:
     return sum(layers * count for layers, count in counts.items()) / counts.total()
 
 
-def with_path_length(config: RunConfig, stage: int, length: Lengths) -> RunConfig:
-    """``config`` with paths of that length in a stage, as a candidate of its growth has them."""
+def with_path_length(config: RunConfig, stage: int, length: Lengths | None) -> RunConfig:
+    """``config`` with paths of a candidate's length in a stage; None leaves them as they are."""
+    if length is None:
+        return config
     stages = list(config.stages)
     stages[stage] = replace(stages[stage], path_length=length, keep_probability=None)
     return replace(config, stages=tuple(stages))
 
 
-def _parts(config: RunConfig) -> Iterator[tuple[int, range, PathRule | None]]:
-    """The parts of all stages: number of the stage, steps of the run, rule."""
+def with_longest_paths(config: RunConfig) -> RunConfig:
+    """``config`` as if of the paths that candidates have, the costliest always won."""
+    for stage, steps in enumerate(stage_ranges(config.stages)):
+        lengths = config.growth_before(stage).pool.path_length if config.has_event(stage) else ()
+        if lengths:
+            tried = [with_path_length(config, stage, length) for length in lengths]
+            config = max(tried, key=lambda one: mean_layers_run(one, steps))
+    return config
+
+
+def path_parts(config: RunConfig) -> Iterator[tuple[int, range, PathRule | None]]:
+    """The parts of all stages: number of the stage, steps of the run, rule; None is all layers."""
     for number, (stage, steps) in enumerate(
         zip(config.stages, stage_ranges(config.stages), strict=True)
     ):

@@ -10,7 +10,7 @@ from lag_megatron.config import (
     RunConfig,
 )
 from lag_megatron.config.positions import stage_ranges
-from lag_megatron.paths import layers_run
+from lag_megatron.paths import layers_run, with_path_length
 
 
 def as_journalled(config: RunConfig, events: Iterable[Mapping[str, Any]]) -> RunConfig:
@@ -23,16 +23,16 @@ def as_journalled(config: RunConfig, events: Iterable[Mapping[str, Any]]) -> Run
         config: as the run was asked for.
         events: all lines of the journal.
     """
-    stages = list(config.stages)
     for event in events:
         if event["event"] == "stage_cut":
-            stage = event["stage"]
-            stages[stage] = replace(stages[stage], steps=event["steps"])
+            stages = list(config.stages)
+            stages[event["stage"]] = replace(stages[event["stage"]], steps=event["steps"])
+            config = replace(config, stages=tuple(stages))
         elif event["event"] == "decision" and "path_length" in event:
             length = event["path_length"]
             length = tuple(length) if isinstance(length, list) else length
-            stages[event["growth"]] = replace(stages[event["growth"]], path_length=length)
-    return replace(config, stages=tuple(stages))
+            config = with_path_length(config, event["growth"], length)
+    return config
 
 
 def tokens_per_step(config: RunConfig) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from lag_megatron.config.check_data import data_problems
 from lag_megatron.config.check_model import model_problems
 from lag_megatron.config.check_optimizer import optimizer_problems
-from lag_megatron.config.check_paths import has_paths, path_problems
+from lag_megatron.config.check_paths import path_problems
 from lag_megatron.config.check_stages import position_problems
 from lag_megatron.config.model import ParallelConfig
 from lag_megatron.config.schema import GrowthConfig, PoolConfig, RunConfig
@@ -119,7 +119,7 @@ def _graphs(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
     if not parallel.cuda_graphs:
         return
-    scale = config.raptr.scale if has_paths(config) else "none"  # it is part of what is recorded
+    scale = config.raptr.scale if config.has_paths else "none"  # it is part of what is recorded
     for key, value, allowed in (
         ("raptr.scale", scale, ("none",)),
         ("parallel.zero_stage", parallel.zero_stage, (0, 1, 2)),

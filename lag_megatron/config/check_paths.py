@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 
-from lag_megatron.config.raptr import resolved
-from lag_megatron.config.schema import RunConfig, StageConfig
+from lag_megatron.config.raptr import Lengths, path_rules, resolved
+from lag_megatron.config.schema import GrowthConfig, RunConfig, StageConfig
 
 
 def path_problems(config: RunConfig) -> Iterator[str]:
     """Mistakes in ``raptr`` and in the paths of stages and of their candidates."""
+    yield from _unused(config)
     for number, stage in enumerate(config.stages):
         where, layers = f"stages.{number}", config.layers_of(number)
+        if layers < 1 or stage.steps < 1:
+            continue  # refused as such
         if stage.path_length is not None and stage.keep_probability is not None:
             yield f"{where}: give either path_length or keep_probability."
         if stage.path_length is not None:
@@ -17,19 +20,8 @@ def path_problems(config: RunConfig) -> Iterator[str]:
         yield from _probabilities(config, stage, where)
         if config.has_event(number):
             yield from _candidates(config, number)
-        if _paths_in(config, number):
+        if config.takes_paths(number):
             yield from _fixed(config, number)
-
-
-def has_paths(config: RunConfig) -> bool:
-    """Whether a step of the run may leave layers out."""
-    return any(_paths_in(config, number) for number in range(len(config.stages)))
-
-
-def _paths_in(config: RunConfig, number: int) -> bool:
-    stage = config.stages[number]
-    tried = config.has_event(number) and config.growth_before(number).pool.path_length
-    return bool(tried) or stage.path_length is not None or stage.keep_probability is not None
 
 
 def _fixed(config: RunConfig, number: int) -> Iterator[str]:
@@ -96,10 +88,9 @@ def _candidates(config: RunConfig, number: int) -> Iterator[str]:
     if pool.operator == "identity" and not pool.path_length:
         yield (
             f"{where}.path_length: with the operator 'identity' candidates differ in their paths "
-            "alone, so one or more are needed, e.g. [6, [6, 8, 12]]."
+            "alone, so one or more are needed, e.g. [6, [8, 12]]."
         )
-    if len(set(pool.path_length)) < len(pool.path_length):
-        yield f"{where}.path_length: each once (got {list(pool.path_length)})."
+    yield from _alike(config, number, f"{where}.path_length")
     for value in pool.path_length:
         layers = config.layers_of(number)
         yield from _lengths(config, stage, value, layers, f"{where}.path_length")
@@ -108,3 +99,49 @@ def _candidates(config: RunConfig, number: int) -> Iterator[str]:
             f"stages.{number}: its candidates' paths ({where}.path_length) are the stage's. Remove "
             "its own path_length or keep_probability."
         )
+
+
+def _alike(config: RunConfig, number: int, where: str) -> Iterator[str]:
+    """Candidates whose paths are the same up to the decision, between which it would be chance."""
+    stage, growth = config.stages[number], config.growth_before(number)
+    if growth.lag == "auto" and not growth.rungs:
+        return  # refused as such
+    end = stage.steps if growth.exhaustive else min(growth.last_rung, stage.steps)
+    seen: dict[object, Lengths] = {}
+    for value in growth.pool.path_length:
+        if not value or min(value if isinstance(value, tuple) else (value,)) < 1:
+            continue  # refused as such
+        begun = tuple(
+            (part.start, min(part.stop, end), rule)
+            for part, rule in path_rules(stage.steps, value, None)
+            if part.start < max(end, 1)
+        )
+        if begun in seen:
+            yield (
+                f"{where}: {_spelt(seen[begun])} and {_spelt(value)} are the same for the {end} "
+                "steps before the decision. Remove one, or decide later."
+            )
+        seen.setdefault(begun, value)
+
+
+def _spelt(value: Lengths) -> str:
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def _unused(config: RunConfig) -> Iterator[str]:
+    """Paths that would be tried, if there were candidates."""
+    stages = range(1, len(config.stages))
+    for number in stages:
+        growth = config.stages[number].growth
+        if growth is not None and growth.pool.path_length and not config.has_event(number):
+            yield _no_event(f"stages.{number}.growth", growth)
+    tried = [n for n in stages if config.has_event(n) and config.stages[n].growth is None]
+    if config.growth.pool.path_length and not tried:
+        yield _no_event("growth", config.growth)
+
+
+def _no_event(where: str, growth: GrowthConfig) -> str:
+    return (
+        f"{where}.pool.path_length: no stage of this run tries these paths, because none grows "
+        f"by {growth.pool.operator!r}. With stages of one size take operator: identity."
+    )

@@ -96,6 +96,10 @@ def _allowed(schema: Any) -> str:
 
 
 def _plural(schema: Any) -> str:
+    if _is_union(schema):
+        return _join([_plural(member) for member in typing.get_args(schema)])
+    if typing.get_origin(schema) is tuple:
+        return f"lists of {_plural(typing.get_args(schema)[0])}"
     if typing.get_origin(schema) is typing.Literal:
         return _allowed(schema)
     return _WORDS[schema][1] if schema in _WORDS else "mappings"

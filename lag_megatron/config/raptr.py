@@ -22,8 +22,8 @@ class RaptrConfig:
     Attributes:
         fixed: layers that run in every step, 0-based, from the top if negative.
         scale: the factor c of the branches of layers that run, with L layers of which n run:
-            ``sqrt`` is sqrt(L / n), which keeps the norm of the residual stream at
-            initialisation; ``linear`` is L / n; ``none`` is 1.
+            ``sqrt`` is sqrt(L / n), which under pre-LN keeps the norm of the residual stream at
+            initialisation (post-LN norms it anyway); ``linear`` is L / n; ``none`` is 1.
         update_skipped: whether moments and weight decay of the layers that do not run go on with a
             gradient of 0 (``decay``) or stand still (``freeze``).
     """

@@ -223,6 +223,17 @@ class RunConfig:
         tries_paths = stage > 0 and self.growth_before(stage).pool.operator == "identity"
         return self.grows(stage) or tries_paths
 
+    def takes_paths(self, stage: int) -> bool:
+        """Whether a step of stage ``stage`` may leave layers out."""
+        settings = self.stages[stage]
+        given = settings.path_length is not None or settings.keep_probability is not None
+        return given or bool(self.has_event(stage) and self.growth_before(stage).pool.path_length)
+
+    @property
+    def has_paths(self) -> bool:
+        """Whether a step of the run may leave layers out."""
+        return any(map(self.takes_paths, range(len(self.stages))))
+
     def growth_before(self, stage: int) -> GrowthConfig:
         """The growth event before stage ``stage`` (1-based events: growth 1 is before stage 1)."""
         return self.stages[stage].growth or self.growth

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from lag_megatron.config.explain import explain
-from lag_megatron.config.raptr import RaptrConfig
+from lag_megatron.config.raptr import RaptrConfig, resolved
 from lag_megatron.config.shares import shares
 from lag_megatron.config.strict import FORBID
 
@@ -41,9 +41,9 @@ class StackingConfig:
         alpha: exponent of ``proportional``.
         paths: ``raptr``: the path length of each stage.
         flops_share: instead of ``paths``, the share of the layers' FLOPs of all steps that the
-            paths may take: ``path_stages`` lengths that rise evenly to all layers, as long as the
-            share allows.
-        path_stages: how many stages ``flops_share`` has.
+            paths may take at most: ``path_stages`` lengths (one, or several that rise evenly to all
+            layers), as long as the share allows.
+        path_stages: how many stages ``flops_share`` has; null is 4.
         full_warmup: steps (or tokens) at the beginning, of those above, with all layers.
     """
 
@@ -58,7 +58,7 @@ class StackingConfig:
     alpha: float = 1.0
     paths: tuple[int, ...] = ()
     flops_share: float | None = None
-    path_stages: int = 4
+    path_stages: int | None = None
     full_warmup: int = 0
 
     @property
@@ -66,7 +66,7 @@ class StackingConfig:
         """Into how many stages ``steps`` or ``tokens`` are split."""
         if self.policy != "raptr":
             return len(self.layers)
-        return len(self.paths) or self.path_stages
+        return len(self.paths) or (4 if self.path_stages is None else self.path_stages)
 
 
 def expand_stages(tree: Tree) -> tuple[Tree, list[str]]:
@@ -79,7 +79,7 @@ def expand_stages(tree: Tree) -> tuple[Tree, list[str]]:
     except ValidationError as error:
         lines = explain(error, short, schema=StackingConfig)
         return tree, [f"stages.{line}" for line in lines]
-    least = _least(tree)
+    least = _least(tree, max(1, *stacking.layers, 1))
     if lines := list(_problems(stacking, least)):
         return tree, lines
     tree = {**tree, "stages": _stages(stacking, least)}
@@ -89,11 +89,13 @@ def expand_stages(tree: Tree) -> tuple[Tree, list[str]]:
     return tree, []
 
 
-def _least(tree: Tree) -> int:
-    """How long a path is at the least: as many layers as ``raptr`` fixes."""
-    raptr = tree.get("raptr")
-    fixed = raptr.get("fixed") if isinstance(raptr, dict) else None
-    return max(1, len(fixed if isinstance(fixed, list) else RaptrConfig().fixed))
+def _least(tree: Tree, layers: int) -> int:
+    """How long a path is at the least: as many layers as ``raptr`` fixes, if that holds."""
+    try:
+        raptr = TypeAdapter(RaptrConfig).validate_python(tree.get("raptr") or {})
+    except ValidationError:  # which is reported with everything else that is wrong
+        raptr = RaptrConfig()
+    return max(1, len(resolved(raptr.fixed, layers)))
 
 
 def _problems(stacking: StackingConfig, least: int) -> list[str]:
@@ -119,6 +121,8 @@ def _problems(stacking: StackingConfig, least: int) -> list[str]:
             f"stages.{name}: {len(amount)} numbers for {parts} stages. Give one for each, "
             "or their sum."
         )
+    elif isinstance(amount, tuple) and min(amount) < 1:
+        found.append(f"stages.{name}: each must be above 0 (got {list(amount)}).")
     elif isinstance(amount, int) and amount - stacking.full_warmup < parts:
         rest = f" after a full_warmup of {stacking.full_warmup}" if stacking.full_warmup else ""
         found.append(
@@ -136,19 +140,26 @@ def _path_problems(stacking: StackingConfig) -> list[str]:
     """Mistakes in what is said of paths."""
     share = stacking.flops_share
     if stacking.policy != "raptr":
-        given = {"paths": stacking.paths, "flops_share": share, "full_warmup": stacking.full_warmup}
+        given = {
+            "paths": stacking.paths or None,
+            "flops_share": share,
+            "path_stages": stacking.path_stages,
+            "full_warmup": stacking.full_warmup or None,
+        }
         return [
             f"stages.{name}: is for the policy 'raptr' (got {value} for {stacking.policy!r})."
             for name, value in given.items()
-            if value
+            if value is not None
         ]
     found = []
     if bool(stacking.paths) == (share is not None):
         found.append("stages: the policy 'raptr' needs either paths or flops_share.")
     if share is not None and not 0 < share <= 1:
         found.append(f"stages.flops_share: must be above 0 and at most 1 (got {share}).")
-    if stacking.path_stages < 1:
-        found.append(f"stages.path_stages: must be 1 or more (got {stacking.path_stages}).")
+    if stacking.path_stages is not None and (share is None or stacking.path_stages < 1):
+        found.append(
+            f"stages.path_stages: 1 or more, for flops_share alone (got {stacking.path_stages})."
+        )
     if stacking.full_warmup < 0:
         found.append(f"stages.full_warmup: must not be negative (got {stacking.full_warmup}).")
     if stacking.full_warmup and isinstance(_either(stacking), tuple):
@@ -159,7 +170,7 @@ def _path_problems(stacking: StackingConfig) -> list[str]:
 
 
 def _ramp(stacking: StackingConfig, least: int) -> tuple[int, ...] | None:
-    """The longest lengths from ``least`` that rise evenly to all layers within ``flops_share``."""
+    """The longest lengths from ``least`` within ``flops_share``: one, or rising to all layers."""
     (layers,), parts = stacking.layers, stacking.parts
     lengths_of, amounts = max(parts - 1, 1), _split(stacking)
     assert stacking.flops_share is not None

@@ -76,12 +76,15 @@ def build_pool(
         raise PlanError(
             "the pool is empty: give growth.pool at least one index, block, init and scale."
         )
-    if not pool.path_length:
-        return tuple(grown)
-    return tuple(
-        Candidate(f"{candidate.id}-p{_spelt(length)}", candidate.plan, length)
-        for candidate, length in itertools.product(grown, pool.path_length)
-    )
+    if pool.path_length:
+        grown = [
+            Candidate(f"{candidate.id}-p{_spelt(length)}", candidate.plan, length)
+            for candidate, length in itertools.product(grown, pool.path_length)
+        ]
+    ids = [candidate.id for candidate in grown]
+    if len(set(ids)) < len(ids):
+        raise PlanError(f"two candidates of the pool have one name: {', '.join(ids)}.")
+    return tuple(grown)
 
 
 def _spelt(length: Lengths) -> str:

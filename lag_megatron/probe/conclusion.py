@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint import commit
+from lag_megatron.paths import with_path_length
 from lag_megatron.probe.event import Event
 from lag_megatron.probe.ledger import Entry, Ledger
 from lag_megatron.probe.steps import Job, MetricRow
@@ -88,6 +89,6 @@ def _cost(job: Job, event: Event, ledger: Ledger, coordinator_seconds: float) ->
 
 def _training_flops(job: Job, event: Event, entry: Entry) -> int:
     """Of a candidate's steps, whose paths may be its own."""
-    job = job.with_paths(event.number, event.pool[entry.index].path_length)
+    config = with_path_length(job.config, event.number, event.pool[entry.index].path_length)
     steps = range(event.base_step, event.base_step + entry.steps)
-    return steps_flops(job.config, steps, vocab_size=job.vocab_size)
+    return steps_flops(config, steps, vocab_size=job.vocab_size)

@@ -15,6 +15,7 @@ from lag_megatron.probe.group import ProbeGroup
 from lag_megatron.probe.ledger import Entry
 from lag_megatron.probe.recorder import Recorder
 from lag_megatron.probe.steps import Job
+from lag_megatron.selection import least_disturbed
 from lag_megatron.stopping import Stopped
 
 
@@ -156,12 +157,12 @@ def _conclude(recorder: Recorder, coordinator: Coordinator) -> Path:
 def _say_decision(recorder: Recorder, decision: dict[str, Any]) -> None:
     lag = decision["lag"]
     curves = {c["id"]: dict(c["curve"]) for c in decision["candidates"] if c["status"] != "failed"}
-    at_zero = min(curves, key=lambda id_: curves[id_][0])
+    at_zero = least_disturbed({id_: curve.get(0) for id_, curve in curves.items()})
     at_lag = [curve[lag] for curve in curves.values() if lag in curve]
     chosen = decision["chosen"]
     recorder.say(
         f"decision: {chosen} with validation loss {curves[chosen][lag]:.4f} after {lag} steps "
-        f"({len(at_lag)} came so far, the worst of them {max(at_lag):.4f}). "
-        f"LAG@0 would have chosen {at_zero}"
-        + (f": {curves[at_zero][lag]:.4f}" if lag in curves[at_zero] else "")
+        f"({len(at_lag)} came so far, the worst of them {max(at_lag):.4f})."
+        + (f" LAG@0 would have chosen {at_zero}" if at_zero else "")
+        + (f": {curves[at_zero][lag]:.4f}" if at_zero and lag in curves[at_zero] else "")
     )

@@ -53,16 +53,14 @@ class Job:
         }
         if rate.new_layers < 1.0:
             row["train/lr_new_layers"] = rate.lr * rate.new_layers
-        if path is not None:
-            row["train/layers"] = len(path.layers)
+        if config.has_paths:
+            row["train/layers"] = len(path.layers) if path else config.layers_of(stage)
         if result.grad_norm is not None:
             row["train/grad_norm"] = result.grad_norm
         return row, result.stop_asked
 
     def with_paths(self, stage: int, length: Lengths | None) -> "Job":
         """This job, with a stage's paths as a candidate has them; None is as they are."""
-        if length is None:
-            return self
         return replace(self, config=with_path_length(self.config, stage, length))
 
     def evaluate(self, engine: Engine) -> list[float]:

@@ -47,6 +47,8 @@ def growth_summary(growth: Json) -> str:
 
 def _lag0(growth: Json) -> str:
     evidence = growth["evidence"]
+    if evidence["lag0_choice"] is None:
+        return "All began with the same loss, so LAG@0 has no choice."
     if evidence["lag0_choice"] == growth["chosen"]:
         return "LAG@0 would have chosen the same."
     if evidence["lag0_regret"] is None:

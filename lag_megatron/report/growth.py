@@ -10,7 +10,7 @@ from lag_megatron.report.analysis import analysis_of
 from lag_megatron.report.read import GrowthFiles, Json, RunFiles, finite
 from lag_megatron.schedule import stage_flops
 from lag_megatron.selection import (
-    lag_rule,
+    least_disturbed,
     losses_at,
     pearson,
     rank,
@@ -176,7 +176,7 @@ def _ranks(losses: Mapping[str, float | None]) -> dict[str, int]:
 
 def _evidence(first: Mapping[str, float | None], last: Mapping[str, float | None]) -> Json:
     """LAG@0's choice and its price, and how the two rankings agree."""
-    choice = lag_rule(first)
+    choice = least_disturbed(first)
     arrived = choice is not None and last.get(choice) is not None
     return {
         "lag0_choice": choice,

@@ -10,7 +10,7 @@ from lag_megatron.selection.evidence import (
     spearman,
     ties,
 )
-from lag_megatron.selection.ranking import lag_rule, losses_at, rank
+from lag_megatron.selection.ranking import lag_rule, least_disturbed, losses_at, rank
 from lag_megatron.selection.replay import Replay, replay
 from lag_megatron.selection.rules import Verdict, can_still_win, judge, planned
 from lag_megatron.selection.transition import MARGIN, phase_transition, self_correlation
@@ -27,6 +27,7 @@ __all__ = [
     "can_still_win",
     "judge",
     "lag_rule",
+    "least_disturbed",
     "losses_at",
     "paired_interval",
     "pearson",

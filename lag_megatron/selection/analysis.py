@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lag_megatron.selection.evidence import regret, relative_regret
-from lag_megatron.selection.ranking import Curve, lag_rule, losses_at, rank
+from lag_megatron.selection.ranking import Curve, lag_rule, least_disturbed, losses_at, rank
 
 RECALL_AT = (1, 2, 3, 4, 5)
 MIN_CANDIDATES = 3
@@ -99,7 +99,7 @@ def _nothing(
 def _choices(curves: Mapping[str, Curve], *, lag: int, chosen: str | None) -> dict[str, str | None]:
     """What LAG@k and LAG@0 would have chosen, and the rule where it chose otherwise."""
     by_lag = lag_rule(losses_at(curves, step=lag)) or chosen
-    choices = {f"lag@{lag}": by_lag, "lag@0": lag_rule(losses_at(curves, step=0))}
+    choices = {f"lag@{lag}": by_lag, "lag@0": least_disturbed(losses_at(curves, step=0))}
     return choices if chosen in (None, by_lag) else {**choices, "chosen": chosen}
 
 

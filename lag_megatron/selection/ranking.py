@@ -29,6 +29,16 @@ def lag_rule(losses: Losses) -> str | None:
     return best if best is not None and _finite(losses[best]) is not None else None
 
 
+def least_disturbed(losses: Losses) -> str | None:
+    """LAG@0: the candidate with the lowest loss right after growing.
+
+    ``None`` also when several have the same, as after growths that all keep the function: then
+    it says nothing.
+    """
+    present = [loss for loss in losses.values() if _finite(loss) is not None]
+    return None if len(present) > 1 and len(set(present)) == 1 else lag_rule(losses)
+
+
 def _order(loss: float | None) -> float:
     finite = _finite(loss)
     return math.inf if finite is None else finite

@@ -53,7 +53,11 @@ class Price:
         return PlannedCost(training_flops(config, vocab_size=self.vocab_size), search)
 
     def steps_within(self, budget: int) -> int:
-        """The most steps of the last stage that cost no more than ``budget``; 0 if none do."""
+        """The most steps of the last stage that cost no more than ``budget``; 0 if none do.
+
+        Where path lengths fall within that stage, more steps can cost less, and it may be one of
+        the largest numbers only.
+        """
         # Each step costs one layer's passes at the least, so doubling soon goes beyond.
         over = 1
         while self.of(over).total <= budget:

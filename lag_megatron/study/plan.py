@@ -162,6 +162,11 @@ def _unplannable(config: RunConfig, name: str) -> Iterator[str]:
                 f"{name}: stages.{stage}.until_slope: the run's cost is not known beforehand, so "
                 "its budget cannot be set. Give the stage its steps alone."
             )
+        if config.has_event(stage) and config.growth_before(stage).pool.path_length:
+            yield (
+                f"{name}: stages.{stage}: candidates with paths of their own leave the stage's "
+                "cost open, so its budget cannot be set. Give the stage its path_length."
+            )
         if config.has_event(stage) and config.growth_before(stage).exhaustive:
             yield (
                 f"{name}: stages.{stage}: growth.exhaustive trains every candidate to the end, "

@@ -176,9 +176,24 @@ def test_flops_are_those_of_the_layers_that_run(rule: dict[str, object]) -> None
         ),
         (
             [{"steps": 9}, {"steps": 9, "growth": {"lag": 3, "pool": {
-                "operator": "identity", "path_length": [4, 4]}}}],
-            "each once",
+                "operator": "identity", "path_length": [4, [4], 6]}}}],
+            r"4 and \[4\] are the same for the 3 steps before the decision",
         ),
+        (
+            [{"steps": 9}, {"steps": 9, "growth": {"lag": 3, "pool": {
+                "operator": "identity", "path_length": [4, [4, 8, 12]]}}}],
+            r"4 and \[4, 8, 12\] are the same for the 3 steps",
+        ),
+        (
+            [{"steps": 9}, {"steps": 9, "growth": {"lag": 3, "pool": {
+                "operator": "identity", "path_length": 4}}}],
+            r"path_length: must be a list of whole numbers or lists of whole numbers \(got 4\)",
+        ),
+        (
+            [{"steps": 9}, {"steps": 9, "growth": {"lag": 3, "pool": {"path_length": [4, 6]}}}],
+            r"stages.1.growth.pool.path_length: no stage of this run tries these paths",
+        ),
+        ([{"steps": 5, "path_length": 2}, {"steps": 5, "num_layers": 0, "path_length": 2}], "grow"),
     ],
 )  # fmt: skip
 def test_what_is_refused(stages: object, message: str) -> None:
@@ -230,6 +245,24 @@ def test_a_share_is_kept_and_used(share: float, stages: int) -> None:
     assert share - 1 / 12 < spent <= share
 
 
+def test_a_layer_that_is_fixed_twice_counts_once() -> None:
+    twice = {"policy": "raptr", "layers": [12], "flops_share": 0.6, "steps": 600}
+    config = run_of(twice, raptr={"fixed": [0, 0, 11, -1]})
+    assert [s.path_length for s in config.stages] == [
+        s.path_length for s in policy(flops_share=0.6, steps=600).stages
+    ]
+
+
+def test_a_pool_that_decides_paths_costs_at_most_its_longest() -> None:
+    growth = {"lag": 3, "pool": {"operator": "identity", "path_length": [4, [8, 6]]}}
+    config = run_of([{"steps": 10}, {"steps": 10, "growth": growth}])
+    text = describe_run(config, world_size=1)
+    row = text[text.index("== stages ==") :].splitlines()[4]
+    assert row.split()[1:3] == ["12", "<=7"]
+    longest = with_path_length(config, 1, (8, 6))
+    assert row.split()[-1] == f"{stage_flops(longest, 1, vocab_size=128):.3e}"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -237,12 +270,15 @@ def test_a_share_is_kept_and_used(share: float, stages: int) -> None:
         ({"steps": 100, "paths": [6], "flops_share": 0.5}, "needs either paths or flops_share"),
         ({"steps": 100, "flops_share": 0.55}, "less than paths that rise to 12 layers"),
         ({"steps": 100, "flops_share": 1.5}, "above 0 and at most 1"),
-        ({"steps": 100, "flops_share": 0.8, "path_stages": 0}, "path_stages: must be 1"),
+        ({"steps": 100, "flops_share": 0.8, "path_stages": 0}, "path_stages: 1 or more"),
         ({"steps": 100, "paths": [6], "full_warmup": -1}, "must not be negative"),
         ({"steps": [50, 50], "paths": [6, 12], "full_warmup": 9}, "give the steps of all"),
         ({"steps": 10, "paths": [6, 12], "full_warmup": 9}, "after a full_warmup of 9"),
         ({"steps": 100, "paths": [6], "layers": [6, 12]}, "has 1 of them"),
         ({"steps": 100, "policy": "scratch", "paths": [6]}, "is for the policy 'raptr'"),
+        ({"steps": 100, "policy": "scratch", "path_stages": 2}, "path_stages: is for the policy"),
+        ({"steps": 100, "paths": [6, 12], "path_stages": 2}, "for flops_share alone"),
+        ({"steps": [-10, 20], "flops_share": 0.8, "path_stages": 2}, "each must be above 0"),
     ],
 )
 def test_what_a_policy_refuses(given: dict[str, object], message: str) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from figures import write_figures
 
-from lag_megatron.config.positions import stage_ranges
-from lag_megatron.paths import mean_layers_run
+from lag_megatron.errors import RunError
+from lag_megatron.paths import mean_layers_run, path_parts
 from lag_megatron.report.data import TRAIN, series
 from lag_megatron.report.read import RunFiles, read_run
 
@@ -65,6 +65,8 @@ def main() -> int:
                 f"{switch.deviations:>6.2f}"
             )
             found.append(switch)
+    if not found:
+        raise RunError("no path lengthens in these runs. Give runs that have paths.")
     deviations = [switch.deviations for switch in found]
     figures = {
         "raptr_switches": float(len(found)),
@@ -80,14 +82,25 @@ def main() -> int:
 
 
 def switches(files: RunFiles, *, window: int) -> Iterator[Switch]:
-    """Every switch of a run whose stages are long enough for the window."""
+    """Every switch of a run.
+
+    Raises:
+        RunError: if the window does not fit in, or steps are missing.
+    """
     config, losses = files.config, dict(series(files.metrics, TRAIN))
-    ranges = stage_ranges(config.stages)
+    ranges = [steps for _, steps, _ in path_parts(config)]
     lengths = [mean_layers_run(config, steps) for steps in ranges]
     for number in range(1, len(ranges)):
         before, after = ranges[number - 1], ranges[number]
         if lengths[number] == lengths[number - 1]:
             continue
+        if min(len(before), len(after)) <= window:
+            raise RunError(
+                f"{files.path}: {len(before)} and {len(after)} steps around the switch at step "
+                f"{after.start} are too few for a window of {window}. Give a smaller --window."
+            )
+        if not all(taken in losses for taken in (before.start + 1, after.stop)):
+            raise RunError(f"{files.path}: has no losses up to step {after.stop}. Let it finish.")
         inside = [
             change_at(losses, step, window)
             for steps in (before, after)
