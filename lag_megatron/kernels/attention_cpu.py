@@ -63,9 +63,7 @@ class _Attend(torch.autograd.Function):
         # The query heads of a group lie one below the other, so that none of its keys is repeated.
         groups, columns = key.shape[1:3]
         query = query.reshape(batch * groups, heads // groups * length, size).contiguous()
-        key, value = (
-            t.reshape(batch * groups, columns, size).contiguous() for t in (key, value)
-        )
+        key, value = (t.reshape(batch * groups, columns, size).contiguous() for t in (key, value))
         weights = query @ key.transpose(1, 2)
         if weights.numel():
             library(SOURCE).lag_attention_softmax(

@@ -146,9 +146,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, loss_mask, options):  # type: ignore[no-untyped-def]
         mine, smoothing, z_loss, rows, trained = options
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        wants = [
-            trained and t is not None and t.requires_grad for t in (hidden, weight, bias)
-        ]
+        wants = [trained and t is not None and t.requires_grad for t in (hidden, weight, bias)]
         summed = wide if len(hidden) > rows else hidden.dtype
         make = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk fills them
         made = [
@@ -219,14 +217,16 @@ def _chunk(
 def _multiply_back(
     gradient: Tensor, hidden: Tensor, weight: Tensor, part: slice, made: list[Tensor | None]
 ) -> None:
-    """Add a chunk's part of the gradients of hidden states, weight and bias; the first one is it."""
+    """Add a chunk's part of the gradients of hidden states, weight and bias, or begin with it."""
     of_hidden, of_weight, of_bias = made
     if of_hidden is not None:
         torch.mm(gradient, weight, out=of_hidden[part])
     is_first = part.start == 0
     if of_weight is not None:
         if of_weight.dtype == hidden.dtype:
-            torch.addmm(of_weight, gradient.t(), hidden[part], beta=0.0 if is_first else 1.0, out=of_weight)
+            torch.addmm(
+                of_weight, gradient.t(), hidden[part], beta=0.0 if is_first else 1.0, out=of_weight
+            )
         else:
             _add(of_weight, gradient.t() @ hidden[part], is_first=is_first)
     if of_bias is not None:

@@ -20,9 +20,7 @@ def curve(config, one_pass):
         for module in (activation, attention_cpu, softmax):
             module.builds_for_cpu = lambda: False
     world = start_world(tensor=config.parallel.tensor)
-    engine = Engine(
-        config, world, num_layers=config.model.num_layers, vocab_size=PICO_VOCABULARY
-    )
+    engine = Engine(config, world, num_layers=config.model.num_layers, vocab_size=PICO_VOCABULARY)
     same = family_batches(config, world, 0)
     results = [engine.train_step(same, step=i, lr=1e-2) for i in range(4)]
     stop_world()

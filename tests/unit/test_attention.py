@@ -162,7 +162,10 @@ def test_one_pass_softmax_attends_as_torch_does(kind, groups, length, dtype):
     out.backward(grad)
     right.backward(grad.double())
     tolerance = 2e-6 if dtype is torch.float32 else 1e-2
-    for ours, expected in [(out, right), *((a.grad, b.grad) for a, b in zip(given, wide, strict=True))]:
+    for ours, expected in [
+        (out, right),
+        *((a.grad, b.grad) for a, b in zip(given, wide, strict=True)),
+    ]:
         assert ours.dtype is dtype
         assert (ours.double() - expected).norm() <= tolerance * expected.norm() + 1e-6
 
