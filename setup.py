@@ -13,7 +13,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["lag_megatron", "lag_megatron.*"]),
-    package_data={"lag_megatron": ["evaluation/tasks/*.yaml", "kernels/*.cu", "kernels/*.cpp", "kernels/*.h"]},
+    package_data={
+        "lag_megatron": ["evaluation/tasks/*.yaml", "kernels/*.cu", "kernels/*.cpp", "kernels/*.h"]
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19,<0.20",

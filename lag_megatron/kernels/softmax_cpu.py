@@ -13,10 +13,9 @@ SOURCE = Path(__file__).with_name("softmax_cpu.cpp")
 
 def statistics_cpu(logits: Tensor, place: Tensor, is_mine: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`lag_megatron.kernels.softmax.statistics`; the logits stay as they are."""
-    rows, columns = logits.shape
-    found = torch.empty((4, rows), dtype=torch.float32)
+    found = torch.empty((4, len(logits)), dtype=torch.float32)
     place, is_mine = place.contiguous(), is_mine.contiguous()
-    if rows:
+    if len(logits):
         library(SOURCE).lag_softmax_statistics(
             *_matrix(logits), *map(address, (place, is_mine, found)), torch.get_num_threads()
         )

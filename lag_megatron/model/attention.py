@@ -98,7 +98,9 @@ class SDPACoreAttention(MegatronModule):
         query, key, value = heads
         if self.by_products and self.training and products_win(query):
             return attend_by_products(
-                *heads,
+                query,
+                key,
+                value,
                 hidden,
                 causal=self.causal and hidden is None,
                 scale=self.softmax_scale or query.shape[-1] ** -0.5,

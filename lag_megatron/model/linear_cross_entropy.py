@@ -217,7 +217,7 @@ def _chunk(
 def _multiply_back(
     gradient: Tensor, hidden: Tensor, weight: Tensor, part: slice, made: list[Tensor | None]
 ) -> None:
-    """Add a chunk's part of the gradients of hidden states, weight and bias; the first one is it."""
+    """Add a chunk's part of the gradients of hidden states, weight and bias, or begin with it."""
     of_hidden, of_weight, of_bias = made
     if of_hidden is not None:
         torch.mm(gradient, weight, out=of_hidden[part])

@@ -63,7 +63,7 @@ def transformer_config(
 
 
 def block_spec(model: ModelConfig, *, num_layers: int) -> TransformerBlockSubmodules:
-    """Megatron-Core's stack of layers, with torch's attention and norms, and a one-pass activation."""
+    """Megatron-Core's layers with torch's attention and norms, and an activation in one pass."""
     layer = get_gpt_layer_local_spec(
         normalization="RMSNorm" if model.norm == "rmsnorm" else "LayerNorm"
     )

@@ -6,6 +6,7 @@ with such instructions does too.  By what the CPU can do and not by a trial, sin
 on with the same numbers.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 
 def emulates_products(dtype: torch.dtype, device: torch.device) -> bool:
@@ -29,29 +31,47 @@ def widen_products(model: torch.nn.Module) -> None:
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             vars(module)["_forward_impl"] = _widened(module._forward_impl)
         elif isinstance(module, torch.nn.Linear):
-            vars(module)["forward"] = _widened(_Linear(module))
+            vars(module)["forward"] = functools.partial(_of_layer, module, _widened(F.linear))
 
 
-class _Linear:
-    """A torch layer's product, whose weights may be replaced under it."""
-
-    def __init__(self, layer: torch.nn.Linear) -> None:
-        self._layer = layer
-
-    def __call__(self, input: Tensor) -> Tensor:
-        layer = self._layer
-        bias = None if layer.bias is None else layer.bias.float()
-        return F.linear(input, layer.weight.float(), bias)
+def _of_layer(layer: torch.nn.Linear, product: Callable[..., Tensor], input: Tensor) -> Tensor:
+    return product(input, layer.weight, layer.bias)  # looked up anew: they may be replaced
 
 
 def _widened(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def widened(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        wide = [_float(value) for value in args]
-        named = {key: _float(value) for key, value in kwargs.items()}
-        return product(input.float(), *wide, **named).to(input.dtype)
+        copies = _Copies()
+        wide = [copies.widen(value) for value in (input, *args)]
+        named = {key: copies.widen(value) for key, value in kwargs.items()}
+        with saved_tensors_hooks(copies.keep, _widened_again):
+            return product(*wide, **named).to(input.dtype)
 
     return widened
 
 
-def _float(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+class _Copies:
+    """fp32 copies for one product; backward holds on to none of them but makes them anew."""
+
+    def __init__(self) -> None:
+        self._sources: dict[int, Tensor] = {}  # by the address of the copy
+
+    def widen(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        wide = value.float()
+        if wide is not value:
+            self._sources[wide.data_ptr()] = value
+        return wide
+
+    def keep(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        """What backward holds, and of what was widened the layout that it had."""
+        source = self._sources.get(tensor.data_ptr())
+        if source is None or source.numel() != tensor.numel() or not tensor.numel():
+            return tensor, None
+        return source, (tensor.shape, tensor.stride())
+
+
+def _widened_again(kept: tuple[Tensor, Any]) -> Tensor:
+    tensor, layout = kept
+    # Of a parameter, what it holds now: ZeRO-3 has gathered it for backward.
+    return tensor if layout is None else tensor.detach().float().as_strided(*layout)

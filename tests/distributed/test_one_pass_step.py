@@ -8,7 +8,10 @@ import torch
 from conftest import PICO_VOCABULARY, pico_config, random_batches, run_ranks, sparing
 
 STEPS = 4
-QUICK = [(1, "fp32", 2, 1), (1, "bf16", 4, 2), (2, "bf16", 2, 1), (3, "fp32", 2, 1)]
+QUICK = [
+    *((1, "fp32", 2, 1), (1, "bf16", 4, 2), (2, "bf16", 2, 1), (3, "fp32", 2, 1)),
+    *((1, "bf16", 1, 1), (2, "fp32", 1, 1)),  # no reduction
+]
 
 
 def masters_after(config, *, spoil=False):

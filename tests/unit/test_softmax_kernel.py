@@ -1,4 +1,4 @@
-"""The kernels of the cross-entropy against torch: in Triton, interpreted and on a GPU, and in C++."""
+"""The kernels of the cross-entropy against torch, in Triton (interpreted, on a GPU) and in C++."""
 
 import pytest
 import torch

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lag_megatron.model.linear_cross_entropy import linear_cross_entropy
-from lag_megatron.model.wide_products import emulates_products, widen_products
+from lag_megatron.model.wide_products import _Copies, emulates_products, widen_products
 
 CPU = torch.device("cpu")
 
@@ -40,6 +40,31 @@ def test_a_layer_rounds_its_product_once(bias):
     with torch.no_grad():
         layer.weight.zero_()
     assert not layer(hidden).any() or bias  # weights are looked up anew
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 24), (5, 24)])
+def test_backward_holds_no_wide_copy(shape, monkeypatch):
+    """What is kept between forward and backward is bf16; gradients are those of kept copies."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(24, 40, dtype=torch.bfloat16)
+    hidden = torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
+    wide = [t.detach().float().requires_grad_() for t in (hidden, layer.weight, layer.bias)]
+    kept, keep = [], _Copies.keep
+
+    def watched(copies, tensor):
+        kept.append(keep(copies, tensor))
+        return kept[-1]
+
+    monkeypatch.setattr(_Copies, "keep", watched)
+    widen_products(torch.nn.Sequential(layer))
+    out = layer(hidden)
+    assert [tensor.dtype for tensor, _ in kept] == [torch.bfloat16] * 2
+    assert {tensor.data_ptr() for tensor, _ in kept} == {hidden.data_ptr(), layer.weight.data_ptr()}
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    torch.nn.functional.linear(*wide).bfloat16().backward(grad)
+    for ours, right in zip((hidden, layer.weight, layer.bias), wide, strict=True):
+        assert torch.equal(ours.grad, right.grad.bfloat16())
 
 
 def test_the_loss_head_takes_wide_products(monkeypatch):
