@@ -167,7 +167,7 @@ class Engine:
         norm = engine.get_global_grad_norm() if norm is None else norm
         stops = doubles([float(stop_asked())], device)
         summed = over_data(torch.cat([totals, stops]), world)
-        known = [] if norm is None else [torch.as_tensor(norm, device=device)]
+        known = [] if norm is None else [torch.as_tensor(norm, dtype=torch.float64, device=device)]
         (*losses, asked), labels, *norms = read(summed, counts, *known)
         grad_norm = norms[0][0] if norms else None
         return StepResult(mean_loss(losses, labels), grad_norm, self._agree(asked))

@@ -4,6 +4,7 @@ Candidates share their base.  From the second on, what a rank needs of it is rea
 once, and each candidate is written from there by one launch.
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from lag_megatron.kernels.runs import Run
 
 # Elements that are read and kept together.
 PAGE = 1 << 20
+# Pages begin at multiples of so many, so that the kernel loads four at a time.
+_ALIGNED = 4
 # Copies that are cut into more runs than these are left to the path that needs no table of them.
 MAX_RUNS = 1 << 18
 # What activations may still need on the device, and other processes in the host's memory.
@@ -146,33 +149,40 @@ class KeptBase:
                         missing[buffer, number] = region
         if not missing:
             return True
-        wanted = 4 * self._page * len(missing)
+        lengths = [self._length(fill, region, *key) for key, region in missing.items()]
+        ends = list(itertools.accumulate(-(-length // _ALIGNED) * _ALIGNED for length in lengths))
+        store = self._store_for(4 * ends[-1])
+        if store is None:
+            return False
+        slab = store.take(ends[-1])
+        for (key, region), begin, length in zip(missing.items(), [0, *ends], lengths, strict=False):
+            self._pages[key] = self._filled(slab[begin : begin + length], fill, region, *key)
+        return True
+
+    def _store_for(self, wanted: int) -> Store | None:
+        """Where so many bytes go; None, and said, where nothing has room."""
         room = {store.name: store.free() for store in self._stores}
         store = next((s for s in self._stores if room[s.name] >= wanted), None)
         if store is None:
             found = ", ".join(f"{free / 2**20:.0f} MiB of {name}" for name, free in room.items())
             self._give_up(f"it takes {wanted / 2**20:.0f} MiB more, and there are {found}")
-            return False
-        if self._talks:
+        elif self._talks:
             _tell(f"{wanted / 2**20:.0f} MiB of this event's base are kept in {store.name}.")
-        slab = store.take(self._page * len(missing))
-        for place, (key, region) in enumerate(missing.items()):
-            page = slab[place * self._page : (place + 1) * self._page]
-            self._pages[key] = self._filled(page, fill, region, *key)
-        return True
+        return store
+
+    def _length(self, fill: Filler, region: Region, buffer: _Buffer, number: int) -> int:
+        """Elements of a page: fewer where its buffer ends."""
+        source, _ = fill.sides(trained=True, state=region.state)
+        return min(self._page, source.layout.filled[buffer.container] - number * self._page)
 
     def _filled(
         self, page: Tensor, fill: Filler, region: Region, buffer: _Buffer, number: int
     ) -> Tensor:
-        """A page with its values, up to the end of what the buffer holds."""
-        source, _ = fill.sides(trained=True, state=region.state)
-        start = number * self._page
-        count = min(self._page, source.layout.filled[buffer.container] - start)
+        """A page with its values."""
         there = fill.elements(region, buffer.tensor_rank, buffer.container)
-        values = there.strided((count,), (1,), start)
+        values = there.strided((len(page),), (1,), number * self._page)
         assert values.dtype is torch.float32, f"{buffer.state} is kept as {values.dtype}"
-        page[:count].copy_(values)
-        return page
+        return page.copy_(values)
 
     def _write(self, target: Target, plan: Sequence[Move | Draw]) -> Iterator[Run]:
         """The runs of one buffer; padding becomes 0."""

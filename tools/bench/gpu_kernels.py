@@ -21,6 +21,7 @@ from timing import copy_rate, device_prefix, matmul_rate, medians
 from torch import Tensor
 
 from lag_megatron.kernels.adamw import adamw_step, on_device
+from lag_megatron.kernels.build import nvcc_path
 from lag_megatron.kernels.partition import Partition, Rates
 from lag_megatron.model.linear_cross_entropy import linear_cross_entropy
 from lag_megatron.parallel import start_world, stop_world
@@ -99,7 +100,8 @@ def _optimizer(
     rates, scale = Rates(1e-3, (0.9, 0.95), 1e-8, 0.1), torch.ones((), device=device)
     ways = {"": lambda: adamw_step(partition, rates, scale)}
     if device.type == "cuda":
-        ways |= {f"_{by}": _by(by, partition, rates, scale) for by in ("triton", "cuda")}
+        kernels = ["triton"] if nvcc_path() is None else ["triton", "cuda"]
+        ways |= {f"_{by}": _by(by, partition, rates, scale) for by in kernels}
     seconds = medians(ways, device, rounds=rounds)
     moved = count * (2 * 12 + 2 + 2)
     return {
