@@ -22,7 +22,8 @@ from lag_megatron.checkpoint.layout import STATES, State
 from lag_megatron.checkpoint.megatron import COMMON, CONFIG
 from lag_megatron.checkpoint.megatron_names import stored_as
 from lag_megatron.checkpoint.names import layers_in
-from lag_megatron.checkpoint.parts import Flush, Order, Part, Told
+from lag_megatron.checkpoint.parts import Order, Part
+from lag_megatron.checkpoint.stream import Crew
 from lag_megatron.checkpoint.whole import WholeState
 from lag_megatron.checkpoint.zero_write import write_objects
 from lag_megatron.errors import CheckpointError
@@ -82,15 +83,13 @@ class _Stored:
         # Numbered, since names may be longer than file systems allow.
         self._numbers = {name: number for number, name in enumerate(state.shapes)}
 
-    def write_parameter(self, name: str, folder: Path, told: Told, flush: Flush) -> dict[str, Any]:
+    def write_parameter(self, name: str, folder: Path, crew: Crew) -> dict[str, Any]:
         """The files of a parameter's weights, masters and moments."""
         entries: dict[str, Any] = {}
         for prefix, kept, dtype in self._kinds():
             room, file = Room(), self._file(name, prefix)
             objects = room(self._state.region(name, kept), self._box(name).shape, dtype)
-            entries[file] = write_objects(
-                folder / file, objects, room, self._state.fill, told, flush
-            )
+            entries[file] = write_objects(folder / file, objects, room, self._state.fill, crew)
         return entries
 
     def write_rest(self, folder: Path, files: Mapping[str, Any]) -> dict[str, Any]:
