@@ -29,6 +29,7 @@ _WINDOW_BYTES = 1 << 24
 # One call of write with more gets the kernel to look for huge pages, which it may have to clear.
 _WRITE_BYTES = 1 << 18
 _GAP_BYTES = 1 << 16
+_ROOMS = 2  # pieces that a thread may have begun
 
 Told = Callable[[int], object]
 Flush = Callable[[Path], object]
@@ -71,22 +72,26 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """What one thread writes at a time.
+class _Part:
+    """A run of bytes of a file.
 
     Attributes:
-        span: what it belongs to; None for bytes that are there already and are only hashed.
-        region: its values.
-        offset: where the bytes begin that are hashed, for which there is no later piece.
+        offset: where they begin.
         end: where they end.
-        first: the first row, of a matrix whose rows lie as columns.
+        span: what they belong to; None for bytes that are there already and are only hashed.
+        region: their values.
+        first: of a matrix too large to turn at once, the first of the rows in ``region``; it is
+            hashed behind them.
     """
 
-    span: Span | None
-    region: Region | None
     offset: int
     end: int
-    first: int = 0
+    span: Span | None = None
+    region: Region | None = None
+    first: int | None = None
+
+
+_Piece = Sequence[_Part]  # what one thread writes at a time: neighbours, or one alone
 
 
 def write_spans(
@@ -106,11 +111,11 @@ def write_spans(
     with path.open("r+b", buffering=0) as file:
         handle = file.fileno()
         size = os.fstat(handle).st_size
-        relay = Relay(_pieces(sorted(spans, key=lambda s: s.offset), size, fill))
-        trail = _Trail(handle)
+        parts = _parts(sorted(spans, key=lambda s: s.offset), size, fill)
+        relay, trail = Relay(_pieces(parts)), _Trail(handle)
 
         def run() -> None:
-            relay.run(_Writer(handle, fill, crew.told, trail).write)
+            relay.run([_Writer(handle, fill, crew.told, trail).write for _ in range(_ROOMS)])
 
         is_long = sum(span.end - span.offset for span in spans) > _WINDOW_BYTES
         with crew.join(run) if is_long else nullcontext():
@@ -118,11 +123,28 @@ def write_spans(
     return {"size": size, "xxh3_128": trail.digest.hexdigest()}
 
 
-def _pieces(spans: Sequence[Span], size: int, fill: Fill) -> Iterator[_Piece]:
-    """Everything of a file in order; what it needs is asked for some pieces ahead."""
+def _pieces(parts: Iterator[_Part]) -> Iterator[_Piece]:
+    """Parts put together until they are worth a thread's while."""
+    piece: list[_Part] = []
+    for part in parts:
+        is_value = part.span is not None and part.first is None
+        if piece and not is_value:
+            yield piece
+            piece = []
+        piece.append(part)
+        if not is_value or part.end - piece[0].offset >= PIECE_BYTES:
+            yield piece
+            piece = []
+    if piece:
+        yield piece
+
+
+def _parts(spans: Sequence[Span], size: int, fill: Fill) -> Iterator[_Part]:
+    """Everything of a file in order; what it needs is asked for some parts ahead."""
     at = 0
     for span in spans:
-        yield _Piece(None, None, at, span.offset)
+        if span.offset > at:
+            yield _Part(at, span.offset)
         at = span.offset
         width = span.dtype.itemsize
         if span.width:
@@ -133,22 +155,23 @@ def _pieces(spans: Sequence[Span], size: int, fill: Fill) -> Iterator[_Piece]:
             fill.expect(window)
             for region in window.pieces(PIECE_BYTES // width):
                 end = at + region.length * width
-                yield _Piece(span, region, at, end)
+                yield _Part(at, end, span, region)
                 at = end
-    yield _Piece(None, None, at, size)
+    if size > at:
+        yield _Part(at, size)
 
 
-def _rows(span: Span, fill: Fill) -> Iterator[_Piece]:
-    """Rows of a matrix, which are hashed at last where they are no run of bytes."""
+def _rows(span: Span, fill: Fill) -> Iterator[_Part]:
+    """A matrix whose rows lie as columns: all of it, or some rows at a time."""
     rows = max(1, _BLOCK_BYTES // (span.width * span.dtype.itemsize))
     if rows * span.width >= span.region.length:
         fill.expect(span.region)
-        yield _Piece(span, span.region, span.offset, span.end)
+        yield _Part(span.offset, span.end, span, span.region)
         return
     for number, region in enumerate(span.region.pieces(rows * span.width)):
         fill.expect(region)
-        yield _Piece(span, region, span.offset, span.offset, number * rows)
-    yield _Piece(None, None, span.offset, span.end)
+        yield _Part(span.offset, span.offset, span, region, number * rows)
+    yield _Part(span.offset, span.end)
 
 
 class _Trail:
@@ -177,7 +200,7 @@ class _Trail:
 
 
 class _Writer:
-    """One thread's buffers."""
+    """Buffers for one piece."""
 
     def __init__(self, file: int, fill: Fill, told: Told, trail: _Trail) -> None:
         self._file, self._fill, self._told, self._trail = file, fill, told, trail
@@ -185,40 +208,50 @@ class _Writer:
 
     def write(self, piece: _Piece) -> Callable[[], None]:
         """Make a piece and write it; what is returned hashes it."""
-        if piece.span is None or piece.region is None:
-            return partial(self._trail.hash_file, piece.offset, piece.end)
-        values = self._room("made", piece.region.length, piece.span.dtype)
-        self._fill(piece.region, values)
-        if piece.span.width:
-            values = self._turned(piece, values)
-        data = _bytes_of(values)
-        if piece.end > piece.offset:
-            self._put(data, piece.offset)
-        self._told(len(data))
-        return partial(self._trail.hash, data[: piece.end - piece.offset], piece.end)
+        begin, end = piece[0].offset, piece[-1].end
+        if piece[0].span is None:
+            return partial(self._trail.hash_file, begin, end)
+        if piece[0].first is not None:
+            self._write_rows(piece[0])
+            return lambda: None
+        data = self._room("piece", end - begin)
+        for part in piece:
+            self._make(part, data[part.offset - begin : part.end - begin])
+        self._put(_bytes_of(data), begin)
+        self._told(end - begin)
+        return partial(self._trail.hash, _bytes_of(data), end)
 
-    def _turned(self, piece: _Piece, values: Tensor) -> Tensor:
-        """The columns of a piece's matrix; those of a part of it are written at once."""
-        span = piece.span
+    def _make(self, part: _Part, data: Tensor) -> None:
+        span, region = part.span, part.region
         assert span is not None
-        count = len(values) // span.width
-        columns = self._room("turned", len(values), span.dtype).view(span.width, count)
-        columns.copy_(values.view(count, span.width).t())
-        if piece.end == piece.offset:
-            size = span.dtype.itemsize
-            stride = span.region.length // span.width * size
-            data, begin = _bytes_of(columns.view(-1)), span.offset + piece.first * size
-            for number in range(span.width):
-                run = data[number * count * size : (number + 1) * count * size]
-                self._put(run, begin + number * stride)
-        return columns.view(-1)
+        assert region is not None
+        values = data.view(span.dtype)
+        if not span.width:
+            self._fill(region, values)
+            return
+        rows = self._room("rows", len(data)).view(span.dtype)
+        self._fill(region, rows)
+        values.view(span.width, -1).copy_(rows.view(-1, span.width).t())
 
-    def _room(self, name: str, length: int, dtype: torch.dtype) -> Tensor:
-        """Room for so many elements; it is used again for each piece."""
-        size = length * dtype.itemsize
+    def _write_rows(self, part: _Part) -> None:
+        """Write some rows of a matrix as parts of its columns."""
+        span, region = part.span, part.region
+        assert span is not None
+        assert region is not None
+        size = span.dtype.itemsize
+        data = self._room("piece", region.length * size)
+        self._make(part, data)
+        run, stride = len(data) // span.width, span.region.length // span.width * size
+        begin, view = span.offset + (part.first or 0) * size, _bytes_of(data)
+        for number in range(span.width):
+            self._put(view[number * run : (number + 1) * run], begin + number * stride)
+        self._told(len(data))
+
+    def _room(self, name: str, size: int) -> Tensor:
+        """Room for so many bytes; it is used again for each piece."""
         if name not in self._rooms or len(self._rooms[name]) < size:
             self._rooms[name] = torch.empty(max(size, PIECE_BYTES), dtype=torch.uint8)
-        return self._rooms[name][:size].view(dtype)
+        return self._rooms[name][:size]
 
     def _put(self, data: memoryview, offset: int) -> None:
         while data:
@@ -227,4 +260,4 @@ class _Writer:
 
 
 def _bytes_of(values: Tensor) -> memoryview:
-    return memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return memoryview(values.numpy())  # type: ignore[arg-type]

@@ -252,7 +252,7 @@ class ZeroCheckpoint:
 
     @cached_property
     def _files(self) -> dict[str, Any]:
-        return {}
+        return {model_file(self.topology, tensor_rank=0, data_rank=0): self.header}
 
     @cached_property
     def _checked(self) -> set[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,12 +94,12 @@ class Conversion:
             return resharding(self.source, topology)
         return Growth(self.source, self.plan, topology)
 
-    @property
+    @cached_property
     def whole(self) -> WholeState:
         """What is written, as if nothing was cut."""
-        return whole_state(self.growth(WHOLE))
+        return whole_state(self._uncut)
 
-    @property
+    @cached_property
     def export(self) -> Export:
         """The directory of transformers."""
         return Export(
@@ -110,9 +111,13 @@ class Conversion:
             vocabulary=self.vocabulary,
         )
 
+    @cached_property
+    def _uncut(self) -> Growth:
+        return self.growth(WHOLE)
+
     @property
     def _about(self) -> Mapping[str, Any]:
-        about = dict(self.growth(WHOLE).about)
+        about = dict(self._uncut.about)
         return about | ({"topology": None} if self.to in ("hf", "megatron") else {})
 
 
