@@ -15,6 +15,7 @@ from lag_megatron.checkpoint.boxes import Shape, numel
 from lag_megatron.checkpoint.draft import DTYPES
 from lag_megatron.checkpoint.hf_architecture import Architecture, architecture_of
 from lag_megatron.checkpoint.hf_tokenizer import TokenizerFile, save_tokenizer
+from lag_megatron.checkpoint.integrity import Look
 from lag_megatron.checkpoint.names import layers_in
 from lag_megatron.checkpoint.parts import Order, Part
 from lag_megatron.checkpoint.safetensors_write import INDEX, SafetensorsFile, lay_out
@@ -78,7 +79,7 @@ class Export:
             },
             needed=sum(map(numel, self.shapes.values())) * DTYPES[self.dtype].itemsize,
             what="the exported model",
-            check=self.state.check,
+            check=partial(self.state.check, Look(states=("fp32",))),
             pointer=None,
         )
 

@@ -18,6 +18,7 @@ from lag_megatron.checkpoint.boxes import Box, numel
 from lag_megatron.checkpoint.dcp import METADATA, Place, StoredTensor
 from lag_megatron.checkpoint.dcp_write import write_metadata
 from lag_megatron.checkpoint.draft import DTYPES, Room
+from lag_megatron.checkpoint.integrity import EVERYTHING
 from lag_megatron.checkpoint.layout import STATES, State
 from lag_megatron.checkpoint.megatron import COMMON, CONFIG
 from lag_megatron.checkpoint.megatron_names import stored_as
@@ -67,7 +68,7 @@ def megatron_order(
         about={**about, "written_as": "megatron", "precision": precision},
         needed=size * (4 * len(STATES) + DTYPES[precision].itemsize),
         what="Megatron's checkpoint",
-        check=state.check,
+        check=partial(state.check, EVERYTHING),
         finish=stored.write_rest,
         pointer=TRACKER,
         says=str(state.draft.template.step),

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
-from lag_megatron.checkpoint.paging import write_behind
 from lag_megatron.checkpoint.regions import Fill, Region
 from lag_megatron.checkpoint.relay import Relay
+from lag_megatron.checkpoint.trail import Trail
 from lag_megatron.files import flush_to_disk
 
 # Large enough that planning a piece costs little beside copying it, small enough for the cache.
@@ -28,7 +27,6 @@ _BLOCK_BYTES = 1 << 22
 _WINDOW_BYTES = 1 << 24
 # One call of write with more gets the kernel to look for huge pages, which it may have to clear.
 _WRITE_BYTES = 1 << 18
-_GAP_BYTES = 1 << 16
 _ROOMS = 2  # pieces that a thread may have begun
 
 Told = Callable[[int], object]
@@ -106,13 +104,14 @@ def write_spans(
         crew: told of each piece; it helps where there is much to write.
 
     Returns:
-        the file's manifest entry: size and xxh3-128 checksum.
+        the file's manifest entry: size and xxh3-128 checksum, and those of each state where there
+        are several.
     """
     with path.open("r+b", buffering=0) as file:
         handle = file.fileno()
         size = os.fstat(handle).st_size
         parts = _parts(sorted(spans, key=lambda s: s.offset), size, fill)
-        relay, trail = Relay(_pieces(parts)), _Trail(handle)
+        relay, trail = Relay(_pieces(parts)), Trail(handle, (span.region.state for span in spans))
 
         def run() -> None:
             relay.run([_Writer(handle, fill, crew.told, trail).write for _ in range(_ROOMS)])
@@ -120,7 +119,7 @@ def write_spans(
         is_long = sum(span.end - span.offset for span in spans) > _WINDOW_BYTES
         with crew.join(run) if is_long else nullcontext():
             run()
-    return {"size": size, "xxh3_128": trail.digest.hexdigest()}
+        return trail.entry
 
 
 def _pieces(parts: Iterator[_Part]) -> Iterator[_Piece]:
@@ -174,35 +173,10 @@ def _rows(span: Span, fill: Fill) -> Iterator[_Part]:
     yield _Part(span.offset, span.end)
 
 
-class _Trail:
-    """What is behind the threads that fill a file: its checksum, and pages on their way."""
-
-    def __init__(self, file: int) -> None:
-        self._file = file
-        self._begun = 0
-        self.digest = xxhash.xxh3_128()
-
-    def hash(self, data: memoryview, end: int) -> None:
-        """Go on with the bytes up to ``end``."""
-        self.digest.update(data)
-        if end - self._begun >= _WINDOW_BYTES:
-            write_behind(self._file, self._begun, end - self._begun)
-            self._begun = end
-
-    def hash_file(self, start: int, end: int) -> None:
-        """Go on with what stands there: an archive's own records, small tensors, columns."""
-        while start < end:
-            data = os.pread(self._file, min(_GAP_BYTES, end - start), start)
-            if not data:
-                raise OSError(f"the file ended at byte {start}, expected {end}")
-            start += len(data)
-            self.hash(memoryview(data), start)
-
-
 class _Writer:
     """Buffers for one piece."""
 
-    def __init__(self, file: int, fill: Fill, told: Told, trail: _Trail) -> None:
+    def __init__(self, file: int, fill: Fill, told: Told, trail: Trail) -> None:
         self._file, self._fill, self._told, self._trail = file, fill, told, trail
         self._rooms: dict[str, Tensor] = {}
 
@@ -219,7 +193,14 @@ class _Writer:
             self._make(part, data[part.offset - begin : part.end - begin])
         self._put(_bytes_of(data), begin)
         self._told(end - begin)
-        return partial(self._trail.hash, _bytes_of(data), end)
+        return partial(self._hash, piece, _bytes_of(data))
+
+    def _hash(self, piece: _Piece, data: memoryview) -> None:
+        begin = piece[0].offset
+        for part in piece:
+            assert part.region is not None
+            mine = data[part.offset - begin : part.end - begin]
+            self._trail.hash(mine, part.offset, part.region.state)
 
     def _make(self, part: _Part, data: Tensor) -> None:
         span, region = part.span, part.region

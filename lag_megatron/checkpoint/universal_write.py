@@ -19,6 +19,7 @@ import torch
 from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.boxes import numel
 from lag_megatron.checkpoint.draft import Draft, Room, deepspeed_config
+from lag_megatron.checkpoint.integrity import EVERYTHING
 from lag_megatron.checkpoint.layout import STATES, Topology
 from lag_megatron.checkpoint.mould import Moulds
 from lag_megatron.checkpoint.parts import Order, Part
@@ -67,7 +68,7 @@ def universal_order(
         about={**about, "written_as": "universal", "topology": asdict(topology)},
         needed=moments + weights,
         what="the universal checkpoint",
-        check=state.check,
+        check=partial(state.check, EVERYTHING),
         pointer=POINTER,
     )
 
