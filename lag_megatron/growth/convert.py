@@ -45,6 +45,7 @@ class Conversion:
         dtype: of the weights of ``hf``.
         max_shard_size: of a file of ``hf``.
         vocabulary: rows of the vocabulary to keep in ``hf``.
+        stacked: whether the layers of ``megatron`` are stacked, or each has keys of its own.
     """
 
     source: Source
@@ -55,6 +56,7 @@ class Conversion:
     dtype: Precision = "fp32"
     max_shard_size: int | str = "5GB"
     vocabulary: int | None = None
+    stacked: bool = True
 
     def place(self, folder: Path) -> Path:
         """Where the checkpoint will lie when the user names ``folder``.
@@ -85,7 +87,13 @@ class Conversion:
         if self.to == "universal":
             return universal_order(state, target, self.topology, about=about)
         if self.to == "megatron":
-            return megatron_order(state, target, precision=self.topology.precision, about=about)
+            return megatron_order(
+                state,
+                target,
+                precision=self.topology.precision,
+                about=about,
+                stacked=self.stacked,
+            )
         return self.export.order(target, about=about)
 
     def growth(self, topology: Topology) -> Growth:
