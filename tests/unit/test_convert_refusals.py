@@ -14,11 +14,13 @@ from converting import (
     settings,
 )
 
-from lag_megatron.checkpoint import commit, dcp
+from lag_megatron.checkpoint import commit, dcp, formats
 from lag_megatron.checkpoint.boxes import Box
 from lag_megatron.checkpoint.dcp import StoredTensor
 from lag_megatron.checkpoint.dcp_write import write_metadata
+from lag_megatron.checkpoint.integrity import Look
 from lag_megatron.errors import CheckpointError
+from lag_megatron.growth.convert import open_source
 
 
 @pytest.fixture(scope="module")
@@ -224,3 +226,56 @@ def test_parameters_unknown_to_megatron_are_refused():
 
     with pytest.raises(CheckpointError, match=r"layers\.0\.mixer\.weight: not a parameter that is"):
         in_model_order(["decoder.layers.0.mixer.weight"])
+
+
+def flip(file, at):
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.fixture
+def resharded(checkpoint, tmp_path):
+    """A checkpoint on three ranks, whose manifest tells the states of each file apart."""
+    assert convert(checkpoint, tmp_path / "own", "--to", "zero", "--world-size", 3) == 0
+    return tmp_path / "own" / "step3"
+
+
+def test_an_export_compares_what_it_reads_and_no_more(resharded, tmp_path, capsys):
+    name = "zero_pp_rank_2_mp_rank_00_optim_states.pt"
+    file = resharded / name
+    apart = commit.read_manifest(resharded)["files"][name][commit.STATES_APART]
+    begin, end = apart["exp_avg"]["runs"][0]
+    flip(file, (begin + end) // 2)
+    assert convert(resharded, tmp_path / "hf", "--to", "hf") == 0
+    error = refused(capsys, 2, resharded, tmp_path / "other", "--to", "universal")
+    assert f"damaged: {name}: content differs" in error
+    masters = sum(apart["fp32"]["runs"][0]) // 2
+    archive = apart[commit.NO_STATE]["runs"][-1][1] - 1  # its end: offsets and a comment
+    for state, at in (("fp32", masters), (commit.NO_STATE, archive)):
+        flip(file, at)
+        error = refused(capsys, 2, resharded, tmp_path / "again", "--to", "hf")
+        assert name in error
+        assert state != "fp32" or f"{name}: fp32: content differs from its checksum" in error
+        assert list(tmp_path.glob("again/*")) == []
+        flip(file, at)
+
+
+@pytest.mark.parametrize("form", ["zero", "universal", "megatron", "hf"])
+def test_ranks_share_the_looking(form, checkpoint, tmp_path):
+    """Of three ranks one finds a damage; together they look at every file."""
+    assert convert(checkpoint, tmp_path / "out", "--to", form, "--world-size", 2) == 0
+    tag = formats.resolve(tmp_path / "out")
+    for name in sorted(commit.read_manifest(tag)["files"]):
+        if (tag / name).suffix not in (".pt", ".distcp", ".safetensors"):
+            continue
+        flip(tag / name, (tag / name).stat().st_size // 2)
+        told = []
+        for rank in range(3):
+            try:
+                open_source(tag).require_sound(Look(rank, 3))
+            except CheckpointError as error:
+                told.append(str(error))
+        flip(tag / name, (tag / name).stat().st_size // 2)
+        assert len(told) == 1, name
+        assert name in told[0]
