@@ -188,28 +188,25 @@ def _write_missing(order: Order, record: _Record, workers: int, written: Told) -
     with (
         _single_threaded_torch(),
         _pool(_FLUSHES) as disk,
-        _pool(1) as recorder,
         _pool(1) as checker,
         _pool(workers) as pool,
     ):
-        # Beside the writing: the source is compared with its checksums, and finished files go to
-        # the disk, and then into the record, while the next are made.
+        # Beside the writing: the source is compared with its checksums, and the files of finished
+        # parts go to the disk, and then into the record, while the next are made.
         noted: list[Future[None]] = []
+        recording = threading.Lock()
 
         def write(part: Part) -> None:
-            flushed: list[Future[None]] = []
-            crew = Crew(
-                told,
-                lambda path: flushed.append(disk.submit(flush_to_disk, path)),
-                lambda work: _joined(pool, workers - 1, work),
-            )
+            paths: list[Path] = []
+            crew = Crew(told, paths.append, lambda work: _joined(pool, workers - 1, work))
             files = part.write(record.folder, crew)
-            noted.append(recorder.submit(note, part.name, files, flushed))
+            noted.append(disk.submit(note, part.name, files, paths))
 
-        def note(name: str, files: Mapping[str, Any], flushed: Sequence[Future[None]]) -> None:
-            for waited in flushed:
-                waited.result()
-            record.note(name, files)
+        def note(name: str, files: Mapping[str, Any], paths: Sequence[Path]) -> None:
+            for path in paths:
+                flush_to_disk(path)
+            with recording:
+                record.note(name, files)
 
         parts = [pool.submit(write, part) for part in order.parts if part.name not in record.done]
         try:

@@ -28,6 +28,7 @@ _WINDOW_BYTES = 1 << 24
 # One call of write with more gets the kernel to look for huge pages, which it may have to clear.
 _WRITE_BYTES = 1 << 18
 _ROOMS = 2  # pieces that a thread may have begun
+ROOM_BYTES = _ROOMS * 2 * PIECE_BYTES  # that they take at most, where nothing is turned
 
 Told = Callable[[int], object]
 Flush = Callable[[Path], object]
