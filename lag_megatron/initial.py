@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lag_megatron.checkpoint.integrity import Look
 from lag_megatron.checkpoint.source import Source
 from lag_megatron.config import ModelConfig
 from lag_megatron.engine import Engine
@@ -35,7 +36,9 @@ def start_from(engine: Engine, path: Path, *, vocab_size: int) -> str:
     opened: list[Source] = []  # each rank's own: files are not sent
     engine.world.from_each(lambda: opened.append(_opened(engine, path, vocab_size)))
     (source,) = opened
-    engine.world.from_coordinator(source.require_sound)
+    world = engine.world
+    look = Look(world.rank, world.size, states=("fp32",))
+    world.from_each(lambda: source.require_sound(look))
     growth = resharding(source, engine.topology)
     live = engine.live
     engine.world.from_each(lambda: live.require(growth, weights_only=True))

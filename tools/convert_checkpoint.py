@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
         source = open_source(
             options.source, vocab_size=options.vocab_size, weights_only=options.weights_only
         )
+        if options.non_homogeneous_layers and options.to != "megatron":
+            raise PlanError(f"--non-homogeneous-layers: for --to megatron, not {options.to}.")
         conversion = _conversion(options, source)
         target = conversion.place(options.target)
         order = conversion.order(target)
@@ -76,6 +78,7 @@ def _conversion(options: argparse.Namespace, source: Source) -> Conversion:
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         vocabulary=options.vocab_size if options.to == "hf" else None,
+        stacked=not options.non_homogeneous_layers,
     )
 
 
@@ -100,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json to write with --to hf")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights of hf")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of hf")
+    add("--non-homogeneous-layers", action="store_true", help="number the layers of megatron "
+        "rather than stacking them")  # fmt: skip
     add("--verify", action="store_true", help="compare the target with the source afterwards")
     return parser
 

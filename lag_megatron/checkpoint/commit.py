@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from lag_megatron.files import flush_to_disk, write_atomically
 
 MANIFEST, LATEST = "manifest.json", "latest"
 SHARED = "shared_with"  # of a file that is linked to one of the source: that one's name
+# Of a file that holds several states: runs of bytes and checksum of each, and of all the rest.
+STATES_APART, NO_STATE = "states", "rest"
 MANIFEST_FORMAT = 1
 _CHUNK = 1 << 20
 _REMOVED = ".removed-"
@@ -37,13 +39,17 @@ def seal(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "xxh3_128": checksum(path)}
 
 
-def checksum(path: Path) -> str:
-    """The xxh3-128 checksum of a file as hex digits."""
+def checksum(path: Path, runs: Iterable[Sequence[int]] | None = None) -> str:
+    """The xxh3-128 checksum of a file, or of runs of its bytes (begin, end), as hex digits."""
     digest = xxhash.xxh3_128()
     room = memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(room):
-            digest.update(room[:count])
+        for begin, end in [(0, path.stat().st_size)] if runs is None else runs:
+            file.seek(begin)
+            left = end - begin
+            while left and (count := file.readinto(room[:left])):
+                digest.update(room[:count])
+                left -= count
     return digest.hexdigest()
 
 
@@ -157,8 +163,17 @@ def check_sizes(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def damages(path: Path, names: Collection[str] | None = None) -> Iterator[str]:
-    """Every file, or of ``names``, whose content is not what the manifest says, with the reason."""
+def damages(
+    path: Path, names: Collection[str] | None = None, *, states: Collection[str] | None = None
+) -> Iterator[str]:
+    """Every file whose content is not what the manifest says, with the reason.
+
+    Args:
+        path: the directory.
+        names: the files to look at; all by default.
+        states: the values to look at in files whose manifest entry tells several apart; whatever
+            is no value is looked at always.
+    """
     manifest = read_manifest(path)
     for name, entry in manifest["files"].items():
         file = path / name
@@ -168,8 +183,14 @@ def damages(path: Path, names: Collection[str] | None = None) -> Iterator[str]:
             yield f"{name}: missing"
         elif file.stat().st_size != entry["size"]:
             yield f"{name}: {file.stat().st_size} bytes, expected {entry['size']}"
-        elif checksum(file) != entry["xxh3_128"]:
-            yield f"{name}: content differs from its checksum"
+        elif states is None or STATES_APART not in entry:
+            if checksum(file) != entry["xxh3_128"]:
+                yield f"{name}: content differs from its checksum"
+        else:
+            for state, there in entry[STATES_APART].items():
+                wanted = state == NO_STATE or state in states
+                if wanted and checksum(file, there["runs"]) != there["xxh3_128"]:
+                    yield f"{name}: {state}: content differs from its checksum"
 
 
 def digest_of(path: Path) -> str:

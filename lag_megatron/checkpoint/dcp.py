@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lag_megatron.checkpoint.boxes import Box, Shape, numel
+from lag_megatron.checkpoint.integrity import EVERYTHING, Look
 from lag_megatron.checkpoint.zipcheck import damaged_records
 from lag_megatron.errors import CheckpointError
 
@@ -202,9 +203,9 @@ def problems(contents: Contents) -> Iterator[str]:
             yield f"{file_name}: cut short: {size} bytes, expected {ends[file_name]}"
 
 
-def damages(contents: Contents) -> Iterator[str]:
+def damages(contents: Contents, look: Look = EVERYTHING) -> Iterator[str]:
     """Everything stored whose bytes do not fit the checksum that ``torch.save`` left."""
-    for name, place, _ in contents.places():
+    for name, place, _ in look.share(contents.places()):
         if place is None or place.transformed or not (contents.path / place.file).is_file():
             continue
         try:

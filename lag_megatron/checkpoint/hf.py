@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint.boxes import Shape, numel
+from lag_megatron.checkpoint.integrity import EVERYTHING, Look
 from lag_megatron.checkpoint.zipcheck import damaged_records, has_checksums
 from lag_megatron.errors import CheckpointError
 
@@ -130,9 +131,9 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def damages(path: Path) -> Iterator[str]:
+def damages(path: Path, look: Look = EVERYTHING) -> Iterator[str]:
     """Records of pickled weights that do not fit their checksums; safetensors has none."""
-    for file in sorted(path.glob("*.bin")):
+    for file in look.share(sorted(path.glob("*.bin"))):
         if is_zip(file):
             for record in damaged_records(file):
                 yield f"{file.name}: {record} differs from its checksum"

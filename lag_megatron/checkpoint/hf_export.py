@@ -1,12 +1,13 @@
 """A training state as a directory that transformers loads: weights, configuration, tokenizer."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from lag_megatron.checkpoint import commit
@@ -14,11 +15,12 @@ from lag_megatron.checkpoint.boxes import Shape, numel
 from lag_megatron.checkpoint.draft import DTYPES
 from lag_megatron.checkpoint.hf_architecture import Architecture, architecture_of
 from lag_megatron.checkpoint.hf_tokenizer import TokenizerFile, save_tokenizer
+from lag_megatron.checkpoint.integrity import Look
 from lag_megatron.checkpoint.names import layers_in
-from lag_megatron.checkpoint.parts import Flush, Order, Part, Told
+from lag_megatron.checkpoint.parts import Order, Part
 from lag_megatron.checkpoint.safetensors_write import INDEX, SafetensorsFile, lay_out
-from lag_megatron.checkpoint.stream import PIECE_BYTES, Span, write_spans
-from lag_megatron.checkpoint.tensor_map import Heads, Row, as_rows, expand, runs, shape_of
+from lag_megatron.checkpoint.stream import Crew, Span, write_spans
+from lag_megatron.checkpoint.tensor_map import Heads, Row, expand, runs, shape_of
 from lag_megatron.checkpoint.whole import WholeState
 from lag_megatron.config import ModelConfig
 from lag_megatron.errors import CheckpointError
@@ -64,8 +66,8 @@ class Export:
         return Order(
             target=target,
             parts=[
-                Part("settings", lambda folder, told, flush: self._write_settings(folder, index)),
-                *(Part(file.name, _writer(self._write_file, file)) for file in files),
+                Part("settings", lambda folder, _: self._write_settings(folder, index)),
+                *(Part(file.name, partial(self._write_file, file)) for file in files),
             ],
             about={
                 **about,
@@ -77,7 +79,7 @@ class Export:
             },
             needed=sum(map(numel, self.shapes.values())) * DTYPES[self.dtype].itemsize,
             what="the exported model",
-            check=self.state.check,
+            check=partial(self.state.check, Look(states=("fp32",))),
             pointer=None,
         )
 
@@ -185,38 +187,23 @@ class Export:
             name: (row, part) for row in self.rows for part, name in enumerate(row.transformers)
         }
 
-    def _write_file(
-        self, file: SafetensorsFile, folder: Path, told: Told, flush: Flush
-    ) -> dict[str, Any]:
-        begins = file.create(folder)
-        spans = []
-        for name, begin in begins.items():
-            row, part = self._places[name]
-            if row.transposed and len(file.shapes[name]) == 2:
-                self._write_turned(row, file.mapped(folder, name, begin), told)
-                continue
-            kept = self._kept(row)
-            width = numel(kept[1:])
-            parts = [run for run in runs(row, kept[0], self.heads) if run.part == part]
-            parts.sort(key=lambda run: run.start)
-            found = [(run.low * width, run.count * width) for run in parts]
-            spans.append(Span(begin, file.dtype, self.state.region(row.megatron, "fp32", *found)))
-        # What the spans leave out is there already, and is hashed as it is passed.
-        entry = write_spans(folder / file.name, spans, self.state.fill, written=told)
-        flush(folder / file.name)
+    def _write_file(self, file: SafetensorsFile, folder: Path, crew: Crew) -> dict[str, Any]:
+        spans = [self._span(name, begin, file.dtype) for name, begin in file.create(folder).items()]
+        entry = write_spans(folder / file.name, spans, self.state.fill, crew)
+        crew.flush(folder / file.name)
         return {file.name: entry}
 
-    def _write_turned(self, row: Row, target: Any, told: Told) -> None:
-        """Write Megatron's rows as the columns of a mapped tensor, some at a time."""
-        rows, width = self._kept(row)
-        turned, step = as_rows(target, row), max(1, PIECE_BYTES // (4 * width))
-        for run in runs(row, rows, self.heads):
-            for low in range(run.low, run.low + run.count, step):
-                count = min(step, run.low + run.count - low)
-                values = self.state.read(row.megatron, "fp32", low * width, count * width)
-                start = run.start + low - run.low
-                turned[start : start + count] = values.view(count, width)
-                told(count * width * target.element_size())
+    def _span(self, name: str, begin: int, dtype: torch.dtype) -> Span:
+        """What a tensor of transformers is made of."""
+        row, part = self._places[name]
+        kept = self._kept(row)
+        width = numel(kept[1:])
+        parts = [run for run in runs(row, kept[0], self.heads) if run.part == part]
+        parts.sort(key=lambda run: run.start)
+        found = [(run.low * width, run.count * width) for run in parts]
+        is_turned = row.transposed and len(kept) == 2
+        region = self.state.region(row.megatron, "fp32", *found)
+        return Span(begin, dtype, region, width if is_turned else 0)
 
     def _write_settings(self, folder: Path, index: str | None) -> dict[str, Any]:
         self._save_config(folder)
@@ -251,9 +238,3 @@ class Export:
         config.save_pretrained(folder)
         if is_decoder:
             transformers.GenerationConfig(**special).save_pretrained(folder)
-
-
-def _writer(
-    write: Callable[[SafetensorsFile, Path, Told, Flush], dict[str, Any]], file: SafetensorsFile
-) -> Callable[[Path, Told, Flush], dict[str, Any]]:
-    return lambda folder, told, flush: write(file, folder, told, flush)

@@ -23,6 +23,7 @@ from lag_megatron.checkpoint.blank import (
 from lag_megatron.checkpoint.boxes import Shape, numel
 from lag_megatron.checkpoint.hf_architecture import ARCHITECTURES, Architecture
 from lag_megatron.checkpoint.hf_tensors import DTYPES, Stored, open_tensors
+from lag_megatron.checkpoint.integrity import Look
 from lag_megatron.checkpoint.layout import State
 from lag_megatron.checkpoint.source import WholeParameters
 from lag_megatron.checkpoint.tensor_map import Heads, Row, Run, expand, runs, shape_of
@@ -114,16 +115,16 @@ class Import:
         begin = start - first * width
         return values.reshape(-1)[begin : begin + length]
 
-    def check(self) -> None:
+    def check(self, look: Look) -> None:
         """Refuse damaged files, and those that hold tied weights twice, with different values.
 
         Raises:
             CheckpointError: naming the file, or both tensors.
         """
         committed = commit.is_committed(self.path)
-        if found := list(commit.damages(self.path) if committed else hf.damages(self.path)):
+        if found := list(look.damages(self.path) if committed else hf.damages(self.path, look)):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
-        for other, owner in self._tied:
+        for other, owner in look.share(self._tied):
             there, here = self.tensors[other], self.tensors[owner]
             step = max(1, (1 << 20) // max(1, numel(there.shape[1:])))
             same = there.shape == here.shape and all(

@@ -1,14 +1,47 @@
 """Whether the content of a checkpoint's files is what was written."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.zipcheck import damaged_records, has_checksums
 from lag_megatron.errors import CheckpointError
 
+T = TypeVar("T")
 
-def require_sound(path: Path, names: Collection[str] | None = None) -> None:
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What of a checkpoint is compared with its checksums.
+
+    Attributes:
+        rank: who looks.
+        size: how many look, each at other files.
+        states: which values will be read; None for all.
+    """
+
+    rank: int = 0
+    size: int = 1
+    states: Collection[str] | None = None
+
+    def share(self, found: Iterable[T]) -> list[T]:
+        """Which of these are the rank's to look at."""
+        return list(found)[self.rank :: self.size]
+
+    def damages(self, path: Path) -> Iterator[str]:
+        """The damages that a committed directory's manifest shows, with the reason."""
+        names = self.share(commit.read_manifest(path)["files"])
+        yield from commit.damages(path, names, states=self.states)
+
+
+EVERYTHING = Look()
+
+
+def require_sound(
+    path: Path, names: Collection[str] | None = None, *, states: Collection[str] | None = None
+) -> None:
     """Refuse a tag directory with a file whose content is not what was written.
 
     Neither torch nor DeepSpeed compares content, so a flipped bit would load without a word.  Our
@@ -18,12 +51,13 @@ def require_sound(path: Path, names: Collection[str] | None = None) -> None:
     Args:
         path: the tag directory.
         names: the files to look at; all of them by default.
+        states: the values to look at, where the manifest tells them apart; all by default.
 
     Raises:
         CheckpointError: naming every damaged file, or one that cannot be read.
     """
     try:
-        found = list(_damages(path, names))
+        found = list(_damages(path, names, states))
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or path}: cannot read: {error.strerror or error}. "
@@ -41,9 +75,11 @@ def is_verifiable(path: Path) -> bool:
     return commit.is_committed(path) or all(map(has_checksums, path.glob("*.pt")))
 
 
-def _damages(path: Path, names: Collection[str] | None) -> Iterator[str]:
+def _damages(
+    path: Path, names: Collection[str] | None, states: Collection[str] | None
+) -> Iterator[str]:
     if commit.is_committed(path):
-        yield from commit.damages(path, names)
+        yield from commit.damages(path, names, states=states)
         return
     for name in sorted(p.name for p in path.glob("*.pt")) if names is None else sorted(names):
         for record in damaged_records(path / name):

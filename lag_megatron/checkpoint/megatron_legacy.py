@@ -27,6 +27,7 @@ from lag_megatron.checkpoint.blank import (
     module_keys,
 )
 from lag_megatron.checkpoint.boxes import Shape, numel
+from lag_megatron.checkpoint.integrity import EVERYTHING, Look
 from lag_megatron.checkpoint.layout import State
 from lag_megatron.checkpoint.megatron_arguments import model_of
 from lag_megatron.checkpoint.megatron_names import in_model_order, own_name
@@ -93,9 +94,9 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def damages(path: Path) -> Iterator[str]:
+def damages(path: Path, look: Look = EVERYTHING) -> Iterator[str]:
     """Records that do not fit their checksums."""
-    for file in sorted(path.glob(f"mp_rank_*/{_FILE}")):
+    for file in look.share(sorted(path.glob(f"mp_rank_*/{_FILE}"))):
         for record in damaged_records(file):
             yield f"{file.relative_to(path)}: {record} differs from its checksum"
 
@@ -201,9 +202,9 @@ class _Reader:
         begin = start - first * width
         return rows.view(-1)[begin : begin + length]
 
-    def check(self) -> None:
+    def check(self, look: Look) -> None:
         """Refuse content that differs from its checksums."""
-        if found := list(damages(self.path)):
+        if found := list(damages(self.path, look)):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
 
 

@@ -53,11 +53,13 @@ class Stacked:
     layer: int | None
 
 
-def stored_as(name: str) -> Stacked:
-    """The name under which a parameter is stored when layers are stacked."""
+def stored_as(name: str, *, stacked: bool = True) -> Stacked:
+    """The name under which a parameter is stored: layers are stacked, or keep their numbers."""
     match = LAYER.match(name)
     if match is None:
         return Stacked(name, None)
+    if not stacked:
+        return Stacked(f"{match['head']}{match['layer']}.{_renamed(match['tail'])}", None)
     return Stacked(f"{match['head']}{_renamed(match['tail'])}", int(match["layer"]))
 
 

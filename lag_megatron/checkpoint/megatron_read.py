@@ -20,6 +20,7 @@ from lag_megatron.checkpoint.blank import (
 )
 from lag_megatron.checkpoint.boxes import Box, Shape, interval_boxes, numel, strides_of
 from lag_megatron.checkpoint.dcp import Contents, Place, StoredTensor
+from lag_megatron.checkpoint.integrity import Look
 from lag_megatron.checkpoint.layout import Group, GroupState, State
 from lag_megatron.checkpoint.megatron_arguments import model_of
 from lag_megatron.checkpoint.megatron_names import Stacked, in_model_order, parameters_in
@@ -185,10 +186,10 @@ class _Reader:
             start += where.layer * numel(shape)
         return self._elements(tensor, start, length)
 
-    def check(self) -> None:
+    def check(self, look: Look) -> None:
         """Refuse content that differs from its checksums."""
         committed = commit.is_committed(self.path)
-        found = list(commit.damages(self.path) if committed else dcp.damages(self.contents))
+        found = list(look.damages(self.path) if committed else dcp.damages(self.contents, look))
         if found:
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
 

@@ -1,8 +1,8 @@
 """A training state as a distributed checkpoint of Megatron-Core (``torch_dist``).
 
-Weights under the names of ``sharded_state_dict``, layers stacked, and the distributed optimizer's
-``fully_reshardable`` form: masters and moments in the shapes of the weights.  Each stored tensor is
-a file of its own, which a grown checkpoint can link to.
+Weights under the names of ``sharded_state_dict``, layers stacked or each under its number, and
+the distributed optimizer's ``fully_reshardable`` form: masters and moments in the shapes of the
+weights.  Each parameter's tensors are files of their own, which a grown checkpoint can link to.
 """
 
 import json
@@ -18,11 +18,13 @@ from lag_megatron.checkpoint.boxes import Box, numel
 from lag_megatron.checkpoint.dcp import METADATA, Place, StoredTensor
 from lag_megatron.checkpoint.dcp_write import write_metadata
 from lag_megatron.checkpoint.draft import DTYPES, Room
+from lag_megatron.checkpoint.integrity import EVERYTHING
 from lag_megatron.checkpoint.layout import STATES, State
 from lag_megatron.checkpoint.megatron import COMMON, CONFIG
-from lag_megatron.checkpoint.megatron_names import stored_as
+from lag_megatron.checkpoint.megatron_names import Stacked, stored_as
 from lag_megatron.checkpoint.names import layers_in
-from lag_megatron.checkpoint.parts import Flush, Order, Part, Told
+from lag_megatron.checkpoint.parts import Order, Part
+from lag_megatron.checkpoint.stream import Crew
 from lag_megatron.checkpoint.whole import WholeState
 from lag_megatron.checkpoint.zero_write import write_objects
 from lag_megatron.errors import CheckpointError
@@ -40,7 +42,12 @@ _NOTHING = "__0_nothing.distcp"
 
 
 def megatron_order(
-    state: WholeState, target: Path, *, precision: str, about: Mapping[str, Any]
+    state: WholeState,
+    target: Path,
+    *,
+    precision: str,
+    about: Mapping[str, Any],
+    stacked: bool = True,
 ) -> Order:
     """What has to be written as the directory ``target``, an ``iter_0000000``.
 
@@ -49,6 +56,8 @@ def megatron_order(
         target: the directory to come.
         precision: of the weights; the optimizer's states are fp32.
         about: entries of the manifest.
+        stacked: whether layers of one kind are one tensor, or each has keys with its number, which
+            Megatron-Core asks for under ``non_homogeneous_layers``.
 
     Raises:
         CheckpointError: for a state that the format does not hold.
@@ -58,15 +67,20 @@ def megatron_order(
             f"{state.path}: Megatron's distributed optimizer keeps Adam's moments of every "
             "parameter, and this state has other ones. Convert to zero."
         )
-    stored = _Stored(state, DTYPES[precision])
+    stored = _Stored(state, DTYPES[precision], stacked=stacked)
     size = sum(map(numel, state.shapes.values()))
     return Order(
         target=target,
         parts=[Part(name, partial(stored.write_parameter, name)) for name in state.shapes],
-        about={**about, "written_as": "megatron", "precision": precision},
+        about={
+            **about,
+            "written_as": "megatron",
+            "precision": precision,
+            "layers": "stacked" if stacked else "numbered",
+        },
         needed=size * (4 * len(STATES) + DTYPES[precision].itemsize),
         what="Megatron's checkpoint",
-        check=state.check,
+        check=partial(state.check, EVERYTHING),
         finish=stored.write_rest,
         pointer=TRACKER,
         says=str(state.draft.template.step),
@@ -76,21 +90,19 @@ def megatron_order(
 class _Stored:
     """The files of a checkpoint, and what its metadata says of them."""
 
-    def __init__(self, state: WholeState, weights: torch.dtype) -> None:
-        self._state, self._weights = state, weights
+    def __init__(self, state: WholeState, weights: torch.dtype, *, stacked: bool) -> None:
+        self._state, self._weights, self._stacked = state, weights, stacked
         self._layers = len(layers_in(state.shapes))
         # Numbered, since names may be longer than file systems allow.
         self._numbers = {name: number for number, name in enumerate(state.shapes)}
 
-    def write_parameter(self, name: str, folder: Path, told: Told, flush: Flush) -> dict[str, Any]:
+    def write_parameter(self, name: str, folder: Path, crew: Crew) -> dict[str, Any]:
         """The files of a parameter's weights, masters and moments."""
         entries: dict[str, Any] = {}
         for prefix, kept, dtype in self._kinds():
             room, file = Room(), self._file(name, prefix)
             objects = room(self._state.region(name, kept), self._box(name).shape, dtype)
-            entries[file] = write_objects(
-                folder / file, objects, room, self._state.fill, told, flush
-            )
+            entries[file] = write_objects(folder / file, objects, room, self._state.fill, crew)
         return entries
 
     def write_rest(self, folder: Path, files: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,9 +127,12 @@ class _Stored:
         kind = [prefix for prefix, _, _ in self._kinds()].index(prefix)
         return f"__0_{self._numbers[name] * 4 + kind}.distcp"
 
+    def _where(self, name: str) -> Stacked:
+        return stored_as(name, stacked=self._stacked)
+
     def _box(self, name: str) -> Box:
         """A parameter's box in its stored tensor."""
-        shape, layer = self._state.shapes[name], stored_as(name).layer
+        shape, layer = self._state.shapes[name], self._where(name).layer
         low = tuple(0 for _ in shape)
         return Box(low, shape) if layer is None else Box((layer, *low), (1, *shape))
 
@@ -127,15 +142,15 @@ class _Stored:
         dtypes: dict[str, torch.dtype] = {}
         for name in self._state.shapes:
             for prefix, _, dtype in self._kinds():
-                file, key = self._file(name, prefix), prefix + stored_as(name).key
+                file, key = self._file(name, prefix), prefix + self._where(name).key
                 place = Place(file, 0, lengths[file], transformed=False)
                 boxes.setdefault(key, []).append((self._box(name), place))
                 dtypes[key] = dtype
         found = {}
         for key, listed in boxes.items():
-            stacked = len(listed) > 1 or "layers." in key
             shape = listed[0][0].shape
-            whole = (self._layers, *shape[1:]) if stacked else shape
+            is_layers = self._stacked and "layers." in key
+            whole = (self._layers, *shape[1:]) if is_layers else shape
             found[key] = StoredTensor(dtypes[key], whole, tuple(listed))
         return found
 
@@ -143,7 +158,7 @@ class _Stored:
         """Names of the extra state of Megatron's linear layers, of which there is none."""
         for name in self._state.draft.names:
             if name.endswith(_EXTRA) and not name.startswith("output_layer."):
-                where = stored_as(name)
+                where = self._where(name)
                 layers = self._layers if where.layer is not None else 1
                 yield f"{where.key}/shard_{where.layer or 0}_{layers}"
             elif name.startswith("output_layer.") and name.endswith(_EXTRA):
@@ -179,6 +194,9 @@ class _Stored:
                 "param_state_sharding_type": _SHARDING,
             },
             "opt_param_scheduler": self._scheduler(),
-            "content_metadata": {"distrib_optim_sharding_type": _SHARDING},
+            "content_metadata": {
+                "distrib_optim_sharding_type": _SHARDING,
+                **({} if self._stacked else {"non_homogeneous_layers": True}),
+            },
             "lag": draft.entries["lag"],
         }

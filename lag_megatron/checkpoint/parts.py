@@ -7,7 +7,7 @@ same call skips them; anything else in the draft is written again.
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +16,12 @@ from typing import Any
 import torch
 
 from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.stream import Crew, Told
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.files import flush_to_disk
 
 _RECORD = ".parts.jsonl"
 _FLUSHES = 8  # at a time: a file system brings small files to the disk together
-Told = Callable[[int], object]
-Flush = Callable[[Path], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +31,11 @@ class Part:
     Attributes:
         name: unique among the parts of a checkpoint.
         write: makes the files in a folder and returns their manifest entries by name; it tells how
-            many bytes each piece had, and which file is finished.
+            many bytes each piece had, which file is finished, and where others could help.
     """
 
     name: str
-    write: Callable[[Path, Told, Flush], Mapping[str, Any]]
+    write: Callable[[Path, Crew], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,25 +188,25 @@ def _write_missing(order: Order, record: _Record, workers: int, written: Told) -
     with (
         _single_threaded_torch(),
         _pool(_FLUSHES) as disk,
-        _pool(1) as recorder,
         _pool(1) as checker,
         _pool(workers) as pool,
     ):
-        # Beside the writing: the source is compared with its checksums, and finished files go to
-        # the disk, and then into the record, while the next are made.
+        # Beside the writing: the source is compared with its checksums, and the files of finished
+        # parts go to the disk, and then into the record, while the next are made.
         noted: list[Future[None]] = []
+        recording = threading.Lock()
 
         def write(part: Part) -> None:
-            flushed: list[Future[None]] = []
-            files = part.write(
-                record.folder, told, lambda path: flushed.append(disk.submit(flush_to_disk, path))
-            )
-            noted.append(recorder.submit(note, part.name, files, flushed))
+            paths: list[Path] = []
+            crew = Crew(told, paths.append, lambda work: _joined(pool, workers - 1, work))
+            files = part.write(record.folder, crew)
+            noted.append(disk.submit(note, part.name, files, paths))
 
-        def note(name: str, files: Mapping[str, Any], flushed: Sequence[Future[None]]) -> None:
-            for waited in flushed:
-                waited.result()
-            record.note(name, files)
+        def note(name: str, files: Mapping[str, Any], paths: Sequence[Path]) -> None:
+            for path in paths:
+                flush_to_disk(path)
+            with recording:
+                record.note(name, files)
 
         parts = [pool.submit(write, part) for part in order.parts if part.name not in record.done]
         try:
@@ -218,6 +217,19 @@ def _write_missing(order: Order, record: _Record, workers: int, written: Told) -
             raise
         for waited in noted:
             waited.result()
+
+
+@contextmanager
+def _joined(pool: Executor, others: int, work: Callable[[], None]) -> Iterator[None]:
+    """Workers of the pool that have no part left to begin do ``work`` as well, meanwhile."""
+    helpers = [pool.submit(work) for _ in range(others)]
+    try:
+        yield
+    finally:
+        helpers = [helper for helper in helpers if not helper.cancel()]
+        wait(helpers)
+    for helper in helpers:
+        helper.result()
 
 
 class _Abandoned(Exception):

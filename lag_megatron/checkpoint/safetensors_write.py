@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from torch import Tensor
 
 from lag_megatron.checkpoint.boxes import Shape, numel
 
@@ -53,13 +52,6 @@ class SafetensorsFile:
             file.flush()
             os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
         return {name: 8 + len(text) + begin for name, begin in begins.items()}
-
-    def mapped(self, folder: Path, name: str, begin: int) -> Tensor:
-        """A tensor of the file, to be written through."""
-        shape = self.shapes[name]
-        size = begin + numel(shape) * self.dtype.itemsize
-        data = torch.from_file(str(folder / self.name), shared=True, size=size, dtype=torch.uint8)
-        return data[begin:].view(self.dtype).view(shape)
 
 
 def lay_out(

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lag_megatron.checkpoint.boxes import Shape
+from lag_megatron.checkpoint.integrity import EVERYTHING, Look
 from lag_megatron.checkpoint.layout import (
     Container,
     Group,
@@ -120,11 +121,12 @@ class Source(Protocol):
     def check_every_file(self) -> None:
         """Refuse a checkpoint of which a file is missing or of another state."""
 
-    def require_sound(self) -> None:
+    def require_sound(self, look: Look = EVERYTHING) -> None:
         """Refuse a checkpoint whose content differs from its checksums, where it has any."""
 
 
 Read = Callable[[str, State, int, int], Tensor]
+Check = Callable[[Look], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,7 @@ class WholeParameters:
     group_states: list[GroupState] = field(repr=False)
     read: Read = field(repr=False)
     untrained: Group = field(default_factory=dict, repr=False)
-    check: Callable[[], None] = field(default=lambda: None, repr=False)
+    check: Check = field(default=lambda look: None, repr=False)
     aliases: Mapping[str, str] = field(default_factory=dict, repr=False)
     notes: Sequence[str] = ()
 
@@ -213,6 +215,6 @@ class WholeParameters:
     def check_every_file(self) -> None:
         """Nothing more: opening it has read every header."""
 
-    def require_sound(self) -> None:
+    def require_sound(self, look: Look = EVERYTHING) -> None:
         """Compare content with the checksums that the format has."""
-        self.check()
+        self.check(look)

@@ -1,4 +1,4 @@
-"""Filling a laid-out file front to back, hashed on the way, through one small buffer.
+"""Filling a laid-out file front to back, hashed on the way, through small buffers.
 
 A mapped write costs a page fault for every page of the target, which is several times slower than
 the copy itself; so values are made in a buffer that stays in the cache and written from there.
@@ -6,31 +6,63 @@ the copy itself; so values are made in a buffer that stays in the cache and writ
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
+from torch import Tensor
 
-from lag_megatron.checkpoint.paging import write_behind
 from lag_megatron.checkpoint.regions import Fill, Region
+from lag_megatron.checkpoint.relay import Relay
+from lag_megatron.checkpoint.trail import Trail
+from lag_megatron.files import flush_to_disk
 
 # Large enough that planning a piece costs little beside copying it, small enough for the cache.
 PIECE_BYTES = 1 << 20
+# Of a matrix whose rows become columns: whole ones are written in one run.
+_BLOCK_BYTES = 1 << 22
 _WINDOW_BYTES = 1 << 24
 # One call of write with more gets the kernel to look for huge pages, which it may have to clear.
 _WRITE_BYTES = 1 << 18
-_GAP_BYTES = 1 << 16
+_ROOMS = 2  # pieces that a thread may have begun
+ROOM_BYTES = _ROOMS * 2 * PIECE_BYTES  # that they take at most, where nothing is turned
+
+Told = Callable[[int], object]
+Flush = Callable[[Path], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """Who is with a writer of files.
+
+    Attributes:
+        told: told the number of bytes after each piece.
+        flush: called with each finished file, to bring it to the disk.
+        join: while it is open, others that have nothing to do call what it is given, too.
+    """
+
+    told: Told = lambda count: None
+    flush: Flush = flush_to_disk
+    join: Callable[[Callable[[], None]], AbstractContextManager[object]] = nullcontext
+
+
+ALONE = Crew()
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The bytes of a file, from ``offset``, that a region takes in ``dtype``."""
+    """The bytes of a file, from ``offset``, that a region takes in ``dtype``.
+
+    ``width`` is 0, or the region is a matrix with rows of so many elements that lie as columns.
+    """
 
     offset: int
     dtype: torch.dtype
     region: Region
+    width: int = 0
 
     @property
     def end(self) -> int:
@@ -38,8 +70,31 @@ class Span:
         return self.offset + self.region.length * self.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A run of bytes of a file.
+
+    Attributes:
+        offset: where they begin.
+        end: where they end.
+        span: what they belong to; None for bytes that are there already and are only hashed.
+        region: their values.
+        first: of a matrix too large to turn at once, the first of the rows in ``region``; it is
+            hashed behind them.
+    """
+
+    offset: int
+    end: int
+    span: Span | None = None
+    region: Region | None = None
+    first: int | None = None
+
+
+_Piece = Sequence[_Part]  # what one thread writes at a time: neighbours, or one alone
+
+
 def write_spans(
-    path: Path, spans: Sequence[Span], fill: Fill, *, written: Callable[[int], object]
+    path: Path, spans: Sequence[Span], fill: Fill, crew: Crew = ALONE
 ) -> dict[str, Any]:
     """Write every span and leave all other bytes as they are; flushing is the caller's.
 
@@ -47,53 +102,144 @@ def write_spans(
         path: a file that has its final size.
         spans: without overlap.
         fill: makes the values of a region.
-        written: told the number of bytes after each piece.
+        crew: told of each piece; it helps where there is much to write.
 
     Returns:
-        the file's manifest entry: size and xxh3-128 checksum.
+        the file's manifest entry: size and xxh3-128 checksum, and those of each state where there
+        are several.
     """
-    digest = xxhash.xxh3_128()
-    room = torch.empty(PIECE_BYTES, dtype=torch.uint8)
     with path.open("r+b", buffering=0) as file:
-        at = begun = 0
-        for span in sorted(spans, key=lambda s: s.offset):
-            _hash_bytes(file.fileno(), digest, at, span.offset)
-            at = span.offset
-            for piece in _pieces(span, fill):
-                buffer = room[: piece.length * span.dtype.itemsize]
-                fill(piece, buffer.view(span.dtype))
-                data = memoryview(buffer.numpy())  # type: ignore[arg-type]
-                _write(file.fileno(), data, at)
-                digest.update(data)
-                at += len(data)
-                written(len(data))
-                if at - begun >= _WINDOW_BYTES:
-                    write_behind(file.fileno(), begun, at - begun)
-                    begun = at
-        size = os.fstat(file.fileno()).st_size
-        _hash_bytes(file.fileno(), digest, at, size)
-    return {"size": size, "xxh3_128": digest.hexdigest()}
+        handle = file.fileno()
+        size = os.fstat(handle).st_size
+        parts = _parts(sorted(spans, key=lambda s: s.offset), size, fill)
+        relay, trail = Relay(_pieces(parts)), Trail(handle, (span.region.state for span in spans))
+
+        def run() -> None:
+            relay.run([_Writer(handle, fill, crew.told, trail).write for _ in range(_ROOMS)])
+
+        is_long = sum(span.end - span.offset for span in spans) > _WINDOW_BYTES
+        with crew.join(run) if is_long else nullcontext():
+            run()
+        return trail.entry
 
 
-def _pieces(span: Span, fill: Fill) -> Iterator[Region]:
-    """The parts to be written at once; what they need is asked for some parts ahead."""
-    width = span.dtype.itemsize
-    for window in span.region.pieces(_WINDOW_BYTES // width):
-        fill.expect(window)
-        yield from window.pieces(PIECE_BYTES // width)
+def _pieces(parts: Iterator[_Part]) -> Iterator[_Piece]:
+    """Parts put together until they are worth a thread's while."""
+    piece: list[_Part] = []
+    for part in parts:
+        is_value = part.span is not None and part.first is None
+        if piece and not is_value:
+            yield piece
+            piece = []
+        piece.append(part)
+        if not is_value or part.end - piece[0].offset >= PIECE_BYTES:
+            yield piece
+            piece = []
+    if piece:
+        yield piece
 
 
-def _write(file: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(file, data[:_WRITE_BYTES], offset)
-        data, offset = data[count:], offset + count
+def _parts(spans: Sequence[Span], size: int, fill: Fill) -> Iterator[_Part]:
+    """Everything of a file in order; what it needs is asked for some parts ahead."""
+    at = 0
+    for span in spans:
+        if span.offset > at:
+            yield _Part(at, span.offset)
+        at = span.offset
+        width = span.dtype.itemsize
+        if span.width:
+            yield from _rows(span, fill)
+            at = span.end
+            continue
+        for window in span.region.pieces(_WINDOW_BYTES // width):
+            fill.expect(window)
+            for region in window.pieces(PIECE_BYTES // width):
+                end = at + region.length * width
+                yield _Part(at, end, span, region)
+                at = end
+    if size > at:
+        yield _Part(at, size)
 
 
-def _hash_bytes(file: int, digest: Any, start: int, end: int) -> None:
-    """Hash what stands between spans: the archive's own records, and small tensors."""
-    while start < end:
-        data = os.pread(file, min(_GAP_BYTES, end - start), start)
-        if not data:
-            raise OSError(f"the file ended at byte {start}, expected {end}")
-        digest.update(data)
-        start += len(data)
+def _rows(span: Span, fill: Fill) -> Iterator[_Part]:
+    """A matrix whose rows lie as columns: all of it, or some rows at a time."""
+    rows = max(1, _BLOCK_BYTES // (span.width * span.dtype.itemsize))
+    if rows * span.width >= span.region.length:
+        fill.expect(span.region)
+        yield _Part(span.offset, span.end, span, span.region)
+        return
+    for number, region in enumerate(span.region.pieces(rows * span.width)):
+        fill.expect(region)
+        yield _Part(span.offset, span.offset, span, region, number * rows)
+    yield _Part(span.offset, span.end)
+
+
+class _Writer:
+    """Buffers for one piece."""
+
+    def __init__(self, file: int, fill: Fill, told: Told, trail: Trail) -> None:
+        self._file, self._fill, self._told, self._trail = file, fill, told, trail
+        self._rooms: dict[str, Tensor] = {}
+
+    def write(self, piece: _Piece) -> Callable[[], None]:
+        """Make a piece and write it; what is returned hashes it."""
+        begin, end = piece[0].offset, piece[-1].end
+        if piece[0].span is None:
+            return partial(self._trail.hash_file, begin, end)
+        if piece[0].first is not None:
+            self._write_rows(piece[0])
+            return lambda: None
+        data = self._room("piece", end - begin)
+        for part in piece:
+            self._make(part, data[part.offset - begin : part.end - begin])
+        self._put(_bytes_of(data), begin)
+        self._told(end - begin)
+        return partial(self._hash, piece, _bytes_of(data))
+
+    def _hash(self, piece: _Piece, data: memoryview) -> None:
+        begin = piece[0].offset
+        for part in piece:
+            assert part.region is not None
+            mine = data[part.offset - begin : part.end - begin]
+            self._trail.hash(mine, part.offset, part.region.state)
+
+    def _make(self, part: _Part, data: Tensor) -> None:
+        span, region = part.span, part.region
+        assert span is not None
+        assert region is not None
+        values = data.view(span.dtype)
+        if not span.width:
+            self._fill(region, values)
+            return
+        rows = self._room("rows", len(data)).view(span.dtype)
+        self._fill(region, rows)
+        values.view(span.width, -1).copy_(rows.view(-1, span.width).t())
+
+    def _write_rows(self, part: _Part) -> None:
+        """Write some rows of a matrix as parts of its columns."""
+        span, region = part.span, part.region
+        assert span is not None
+        assert region is not None
+        size = span.dtype.itemsize
+        data = self._room("piece", region.length * size)
+        self._make(part, data)
+        run, stride = len(data) // span.width, span.region.length // span.width * size
+        begin, view = span.offset + (part.first or 0) * size, _bytes_of(data)
+        for number in range(span.width):
+            self._put(view[number * run : (number + 1) * run], begin + number * stride)
+        self._told(len(data))
+
+    def _room(self, name: str, size: int) -> Tensor:
+        """Room for so many bytes; it is used again for each piece."""
+        if name not in self._rooms or len(self._rooms[name]) < size:
+            self._rooms[name] = torch.empty(max(size, PIECE_BYTES), dtype=torch.uint8)
+        return self._rooms[name][:size]
+
+    def _put(self, data: memoryview, offset: int) -> None:
+        while data:
+            count = os.pwrite(self._file, data[:_WRITE_BYTES], offset)
+            data, offset = data[count:], offset + count
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    return memoryview(values.numpy())  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.boxes import numel
+from lag_megatron.checkpoint.integrity import EVERYTHING, Look
 from lag_megatron.checkpoint.layout import STATES
 from lag_megatron.checkpoint.names import layers_in
 from lag_megatron.checkpoint.zipcheck import damaged_records
@@ -140,9 +141,9 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def damages(path: Path) -> Iterator[str]:
+def damages(path: Path, look: Look = EVERYTHING) -> Iterator[str]:
     """Records that do not fit their checksums, and files that are no archives."""
-    for file in sorted(path.rglob("*.pt")):
+    for file in look.share(sorted(path.rglob("*.pt"))):
         name = file.relative_to(path)
         try:
             for record in damaged_records(file):

@@ -11,6 +11,7 @@ from torch import Tensor
 from lag_megatron.checkpoint import commit, pickles, universal
 from lag_megatron.checkpoint.blank import blank_groups
 from lag_megatron.checkpoint.boxes import Shape, numel
+from lag_megatron.checkpoint.integrity import Look
 from lag_megatron.checkpoint.layout import Group, GroupState, State
 from lag_megatron.checkpoint.source import WholeParameters
 from lag_megatron.checkpoint.tensor_parallel import GATED, is_gated, whole_shape
@@ -92,10 +93,12 @@ class _Reader:
             return part
         return torch.cat([part, torch.zeros(length - len(part))])
 
-    def check(self) -> None:
+    def check(self, look: Look) -> None:
         """Refuse content that differs from its checksums."""
-        damages = commit.damages if commit.is_committed(self.path) else universal.damages
-        if found := list(damages(self.path)):
+        committed = commit.is_committed(self.path)
+        if found := list(
+            look.damages(self.path) if committed else universal.damages(self.path, look)
+        ):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Convert again.")
 
     @cached_property

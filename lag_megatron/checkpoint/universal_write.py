@@ -19,8 +19,11 @@ import torch
 from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.boxes import numel
 from lag_megatron.checkpoint.draft import Draft, Room, deepspeed_config
+from lag_megatron.checkpoint.integrity import EVERYTHING
 from lag_megatron.checkpoint.layout import STATES, Topology
-from lag_megatron.checkpoint.parts import Flush, Order, Part, Told
+from lag_megatron.checkpoint.mould import Moulds
+from lag_megatron.checkpoint.parts import Order, Part
+from lag_megatron.checkpoint.stream import Crew
 from lag_megatron.checkpoint.tensor_parallel import GATED, cut_dim, is_gated, local_shape
 from lag_megatron.checkpoint.universal import FOLDER, OPTIMIZER, POINTER
 from lag_megatron.checkpoint.whole import WholeState
@@ -52,33 +55,38 @@ def universal_order(
             f"{state.path}: the universal format holds Adam's moments, and this is the state of "
             f"{state.draft.layout.optimizer}. Convert to zero."
         )
-    draft = replace(state.draft, topology=topology)
+    draft, moulds = replace(state.draft, topology=topology), Moulds()
     moments = sum(map(numel, state.draft.layout.shapes.values())) * 4 * len(STATES)
     weights = sum(map(numel, state.draft.frozen.shapes.values())) * 4
     return Order(
         target=target,
         parts=[
-            *(Part(name, partial(_write_parameter, state, name)) for name in state.shapes),
+            *(Part(name, partial(_write_parameter, state, moulds, name)) for name in state.shapes),
             Part("optimizer", partial(_write_optimizer, draft)),
             Part("model", partial(_write_models, state, draft)),
         ],
         about={**about, "written_as": "universal", "topology": asdict(topology)},
         needed=moments + weights,
         what="the universal checkpoint",
-        check=state.check,
+        check=partial(state.check, EVERYTHING),
         pointer=POINTER,
     )
 
 
 def _write_parameter(
-    state: WholeState, name: str, folder: Path, told: Told, flush: Flush
+    state: WholeState, moulds: Moulds, name: str, folder: Path, crew: Crew
 ) -> dict[str, Any]:
     """A parameter's folder."""
-    return write_states(state, name, (*STATES, "step"), folder, told, flush)
+    return write_states(state, name, (*STATES, "step"), folder, crew, moulds)
 
 
 def write_states(
-    state: WholeState, name: str, kinds: Collection[str], folder: Path, told: Told, flush: Flush
+    state: WholeState,
+    name: str,
+    kinds: Collection[str],
+    folder: Path,
+    crew: Crew,
+    moulds: Moulds,
 ) -> dict[str, Any]:
     """Some of the files of a parameter's folder, and their manifest entries.
 
@@ -87,8 +95,8 @@ def write_states(
         name: of the parameter.
         kinds: states, and ``step``; of a parameter that is not trained there are only weights.
         folder: of the checkpoint.
-        told: told the number of bytes after each piece.
-        flush: called with each finished file.
+        crew: told of each piece, and of each finished file.
+        moulds: of the files of a checkpoint.
     """
     (folder / FOLDER / name).mkdir(parents=True, exist_ok=True)
     shape, trained = state.shapes[name], state.is_trained(name)
@@ -96,7 +104,7 @@ def write_states(
 
     def write(what: str, objects: Any, room: Room) -> None:
         file = f"{FOLDER}/{name}/{what}.pt"
-        entries[file] = write_objects(folder / file, objects, room, state.fill, told, flush)
+        entries[file] = write_objects(folder / file, objects, room, state.fill, crew, moulds)
 
     for kept in (s for s in (STATES if trained else STATES[:1]) if s in kinds):
         room = Room()
@@ -126,7 +134,7 @@ def _step(draft: Draft, name: str) -> torch.Tensor:
     return torch.as_tensor(draft.groups[number].counters["step"]).clone()
 
 
-def _write_optimizer(draft: Draft, folder: Path, told: Told, flush: Flush) -> dict[str, Any]:
+def _write_optimizer(draft: Draft, folder: Path, crew: Crew) -> dict[str, Any]:
     """What the optimizer keeps beside the parameters' states."""
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     groups = [{**group.settings, "params": [n]} for n, group in enumerate(draft.groups)]
@@ -145,12 +153,10 @@ def _write_optimizer(draft: Draft, folder: Path, told: Told, flush: Flush) -> di
         "optimizer_state_dict": {"state": steps, "param_groups": groups},
     }
     file = f"{FOLDER}/{OPTIMIZER}"
-    return {file: write_objects(folder / file, objects, Room(), _no_values, told, flush)}
+    return {file: write_objects(folder / file, objects, Room(), _no_values, crew)}
 
 
-def _write_models(
-    state: WholeState, draft: Draft, folder: Path, told: Told, flush: Flush
-) -> dict[str, Any]:
+def _write_models(state: WholeState, draft: Draft, folder: Path, crew: Crew) -> dict[str, Any]:
     """Model files without weights: DeepSpeed takes those from the parameters' folders."""
     topology, entries = draft.topology, dict[str, Any]()
     for tensor_rank, data_rank in itertools.product(
@@ -159,7 +165,7 @@ def _write_models(
         name = model_file(topology, tensor_rank=tensor_rank, data_rank=data_rank)
         if name not in entries:
             objects = _model(state, draft)
-            entries[name] = write_objects(folder / name, objects, Room(), _no_values, told, flush)
+            entries[name] = write_objects(folder / name, objects, Room(), _no_values, crew)
     return entries
 
 

@@ -3,7 +3,6 @@
 It is read a run of elements at a time, so no tensor need fit into memory.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from lag_megatron.checkpoint.boxes import Shape, numel
 from lag_megatron.checkpoint.draft import Draft
 from lag_megatron.checkpoint.layout import Container, Segment, State
 from lag_megatron.checkpoint.regions import Fill, Region
+from lag_megatron.checkpoint.source import Check
 
 _HERE = Container(0, 0)  # a region's segments are found by their offsets
 
@@ -33,7 +33,7 @@ class WholeState:
     path: Path
     draft: Draft
     fill: Fill
-    check: Callable[[], None]
+    check: Check
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.integrity import require_sound
+from lag_megatron.checkpoint.integrity import EVERYTHING, Look, require_sound
 from lag_megatron.checkpoint.layout import (
     Container,
     Group,
@@ -212,9 +212,9 @@ class ZeroCheckpoint:
             return Mapped(self._buffer(tensor_rank, container, state))
         return Mapped(self._frozen_buffer(tensor_rank, container))
 
-    def require_sound(self) -> None:
+    def require_sound(self, look: Look = EVERYTHING) -> None:
         """Refuse content that differs from its checksums."""
-        require_sound(self.path)
+        require_sound(self.path, look.share(files_of(self.topology)), states=look.states)
 
     def _buffer(self, tensor_rank: int, container: Container, state: State) -> Tensor:
         model = self.model_states(tensor_rank, container.data_rank)
@@ -252,7 +252,7 @@ class ZeroCheckpoint:
 
     @cached_property
     def _files(self) -> dict[str, Any]:
-        return {}
+        return {model_file(self.topology, tensor_rank=0, data_rank=0): self.header}
 
     @cached_property
     def _checked(self) -> set[str]:

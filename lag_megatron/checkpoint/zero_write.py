@@ -1,6 +1,6 @@
 """Writing one rank's files of a ZeRO checkpoint that DeepSpeed's own loader takes unchanged."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,13 @@ from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.boxes import numel
 from lag_megatron.checkpoint.draft import DTYPES, Draft, Room
 from lag_megatron.checkpoint.layout import Layout, Topology
+from lag_megatron.checkpoint.mould import Moulds
 from lag_megatron.checkpoint.regions import Fill
-from lag_megatron.checkpoint.stream import Span, write_spans
+from lag_megatron.checkpoint.stream import ALONE, Crew, Span, write_spans
 from lag_megatron.checkpoint.zero_files import model_file, optimizer_file
 from lag_megatron.checkpoint.zero_model import model_objects
 from lag_megatron.checkpoint.zero_optimizer import optimizer_objects
 from lag_megatron.errors import CheckpointError
-from lag_megatron.files import flush_to_disk
 
 _BYTES = 4
 
@@ -28,8 +28,7 @@ def write_rank(
     *,
     tensor_rank: int,
     data_rank: int,
-    written: Callable[[int], object] = lambda count: None,
-    flush: Callable[[Path], object] = flush_to_disk,
+    crew: Crew = ALONE,
 ) -> dict[str, Any]:
     """Write one rank's files and return their manifest entries by name.
 
@@ -37,8 +36,7 @@ def write_rank(
         folder: where to; it exists.
         draft: what is to be written.
         fill: makes the values of each region.
-        written: told the number of bytes after each piece.
-        flush: called with each finished file, to bring it to the disk.
+        crew: told of each piece, and of each finished file.
 
     Raises:
         CheckpointError: when a file cannot be written; nothing of it stays then.
@@ -50,12 +48,12 @@ def write_rank(
         room = Room()
         objects = model_objects(draft, **ranks, room=room)
         name = model_file(topology, **ranks)
-        entries[name] = write_objects(folder / name, objects, room, fill, written, flush)
+        entries[name] = write_objects(folder / name, objects, room, fill, crew)
     optimizer = optimizer_file(topology, **ranks)
     if optimizer is not None:
         room = Room()
         objects = optimizer_objects(draft, data_rank=data_rank, room=room)
-        entries[optimizer] = write_objects(folder / optimizer, objects, room, fill, written, flush)
+        entries[optimizer] = write_objects(folder / optimizer, objects, room, fill, crew)
     return entries
 
 
@@ -75,8 +73,8 @@ def write_objects(
     objects: Any,
     room: Room,
     fill: Fill,
-    written: Callable[[int], object],
-    flush: Callable[[Path], object],
+    crew: Crew,
+    moulds: Moulds | None = None,
 ) -> dict[str, Any]:
     """Write a file of ``torch.save`` whose large tensors are filled in, and return its entry.
 
@@ -85,16 +83,19 @@ def write_objects(
         objects: what it holds; tensors that ``room`` made are filled, others taken over.
         room: knows which those are.
         fill: makes the values.
-        written: told the number of bytes after each piece.
-        flush: called with the finished file.
+        crew: told of each piece, and of the finished file.
+        moulds: of files of its kind, where there are many of them.
 
     Raises:
         CheckpointError: when it cannot be written; nothing of it stays then.
     """
-    spans = _laid_out(path, objects, room)
     try:
-        entry = write_spans(path, spans, fill, written=written)
-        flush(path)
+        if moulds is None:
+            spans = _laid_out(path, objects, room)
+        else:
+            spans = moulds.lay_out(path, objects, room, by=_laid_out)
+        entry = write_spans(path, spans, fill, crew)
+        crew.flush(path)
     except OSError as error:
         path.unlink(missing_ok=True)
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,7 @@ class Conversion:
         dtype: of the weights of ``hf``.
         max_shard_size: of a file of ``hf``.
         vocabulary: rows of the vocabulary to keep in ``hf``.
+        stacked: whether the layers of ``megatron`` are stacked, or each has keys of its own.
     """
 
     source: Source
@@ -54,6 +56,7 @@ class Conversion:
     dtype: Precision = "fp32"
     max_shard_size: int | str = "5GB"
     vocabulary: int | None = None
+    stacked: bool = True
 
     def place(self, folder: Path) -> Path:
         """Where the checkpoint will lie when the user names ``folder``.
@@ -84,7 +87,13 @@ class Conversion:
         if self.to == "universal":
             return universal_order(state, target, self.topology, about=about)
         if self.to == "megatron":
-            return megatron_order(state, target, precision=self.topology.precision, about=about)
+            return megatron_order(
+                state,
+                target,
+                precision=self.topology.precision,
+                about=about,
+                stacked=self.stacked,
+            )
         return self.export.order(target, about=about)
 
     def growth(self, topology: Topology) -> Growth:
@@ -93,12 +102,12 @@ class Conversion:
             return resharding(self.source, topology)
         return Growth(self.source, self.plan, topology)
 
-    @property
+    @cached_property
     def whole(self) -> WholeState:
         """What is written, as if nothing was cut."""
-        return whole_state(self.growth(WHOLE))
+        return whole_state(self._uncut)
 
-    @property
+    @cached_property
     def export(self) -> Export:
         """The directory of transformers."""
         return Export(
@@ -110,9 +119,13 @@ class Conversion:
             vocabulary=self.vocabulary,
         )
 
+    @cached_property
+    def _uncut(self) -> Growth:
+        return self.growth(WHOLE)
+
     @property
     def _about(self) -> Mapping[str, Any]:
-        about = dict(self.growth(WHOLE).about)
+        about = dict(self._uncut.about)
         return about | ({"topology": None} if self.to in ("hf", "megatron") else {})
 
 

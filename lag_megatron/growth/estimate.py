@@ -9,7 +9,7 @@ from pathlib import Path
 from lag_megatron.checkpoint.boxes import numel
 from lag_megatron.checkpoint.draft import DTYPES
 from lag_megatron.checkpoint.states import role_of, shape_of, states_of
-from lag_megatron.checkpoint.stream import PIECE_BYTES
+from lag_megatron.checkpoint.stream import PIECE_BYTES, ROOM_BYTES
 from lag_megatron.checkpoint.tensor_parallel import cut_dim
 from lag_megatron.growth.fresh import Diagonals, Normal
 from lag_megatron.growth.growth_map import Copy
@@ -70,7 +70,7 @@ def estimate(growth: Growth, *, workers: int, folder: Path | None = None) -> Est
         for block in blocks
         for origin in block.sources.values()
     )
-    memory = workers * (PIECE_BYTES + (_DRAWING_BYTES if draws else 0))
+    memory = workers * (ROOM_BYTES + (_DRAWING_BYTES if draws else 0))
     write = growth.bytes_to_write
     rate = None if folder is None else _write_rate(folder)
     return Estimate(read, write, memory, write / rate if rate else None)

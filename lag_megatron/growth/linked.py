@@ -14,8 +14,10 @@ from typing import Any
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.boxes import numel
 from lag_megatron.checkpoint.layout import STATES, State, Topology
-from lag_megatron.checkpoint.parts import Flush, Order, Part, Told
+from lag_megatron.checkpoint.mould import Moulds
+from lag_megatron.checkpoint.parts import Order, Part
 from lag_megatron.checkpoint.states import role_of
+from lag_megatron.checkpoint.stream import Crew
 from lag_megatron.checkpoint.universal import FOLDER
 from lag_megatron.checkpoint.universal_write import universal_order, write_states
 from lag_megatron.checkpoint.whole import WholeState
@@ -41,10 +43,10 @@ def linked_universal(growth: Growth, target: Path) -> Order:
         tensor_size=int(degrees.get("tp_degree", header["mp_world_size"])),
         precision=enabled[0] if enabled else "fp32",  # type: ignore[arg-type]
     )
-    state = whole_state(growth)
+    state, moulds = whole_state(growth), Moulds()
     order = universal_order(state, target, topology, about=growth.about)
     parts = [
-        Part(part.name, partial(_link_parameter, growth, state, part.name))
+        Part(part.name, partial(_link_parameter, growth, state, moulds, part.name))
         if part.name in growth.growth_map.blocks
         else part
         for part in order.parts
@@ -53,7 +55,7 @@ def linked_universal(growth: Growth, target: Path) -> Order:
 
 
 def _link_parameter(
-    growth: Growth, whole: WholeState, name: str, folder: Path, told: Told, flush: Flush
+    growth: Growth, whole: WholeState, moulds: Moulds, name: str, folder: Path, crew: Crew
 ) -> Mapping[str, Any]:
     """A parameter's folder: hard links of the states that are another's, files of the others."""
     place, source = folder / FOLDER / name, growth.source.path / FOLDER
@@ -70,7 +72,7 @@ def _link_parameter(
         if file.is_file()
     )
     fresh = [kind for kind, origin in origins.items() if origin is None]
-    return entries | write_states(whole, name, fresh, folder, told, flush)
+    return entries | write_states(whole, name, fresh, folder, crew, moulds)
 
 
 def link(file: Path, place: Path, folder: Path, source: Path) -> tuple[str, dict[str, Any]]:

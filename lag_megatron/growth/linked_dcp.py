@@ -24,7 +24,8 @@ from lag_megatron.checkpoint.megatron_names import Stacked, parameters_in, store
 from lag_megatron.checkpoint.megatron_read import prefixes_of
 from lag_megatron.checkpoint.megatron_write import TRACKER
 from lag_megatron.checkpoint.names import LAYER
-from lag_megatron.checkpoint.parts import Flush, Order, Part, Told
+from lag_megatron.checkpoint.parts import Order, Part
+from lag_megatron.checkpoint.stream import Crew
 from lag_megatron.checkpoint.whole import WholeState
 from lag_megatron.checkpoint.zero_write import write_objects
 from lag_megatron.errors import PlanError
@@ -141,12 +142,12 @@ class _GrownMetadata:
             if place is not None:
                 yield place
 
-    def link_file(self, name: str, folder: Path, told: Told, flush: Flush) -> dict[str, Any]:
+    def link_file(self, name: str, folder: Path, crew: Crew) -> dict[str, Any]:
         """Link a data file of the source."""
         path = self.growth.source.path
         return dict([link(path / name, folder / name, folder, path)])
 
-    def write_fresh(self, name: str, folder: Path, told: Told, flush: Flush) -> dict[str, Any]:
+    def write_fresh(self, name: str, folder: Path, crew: Crew) -> dict[str, Any]:
         """Write a parameter's new values."""
         entries: dict[str, Any] = {}
         for prefix, state in self.fresh[name]:
@@ -154,7 +155,7 @@ class _GrownMetadata:
             shape, dtype = self._box(name).shape, self._dtype(name, prefix)
             objects = room(self.state.region(name, state), shape, dtype)
             fill = self.state.fill
-            entries[file] = write_objects(folder / file, objects, room, fill, told, flush)
+            entries[file] = write_objects(folder / file, objects, room, fill, crew)
         return entries
 
     def write_rest(self, folder: Path, files: Mapping[str, Any]) -> dict[str, Any]:

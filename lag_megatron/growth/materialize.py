@@ -1,6 +1,6 @@
 """A plan bound to a checkpoint: everything about the grown one is known, nothing is written."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,10 @@ from lag_megatron.checkpoint.layout import (
 )
 from lag_megatron.checkpoint.names import LAYER, layers_in
 from lag_megatron.checkpoint.source import Source
+from lag_megatron.checkpoint.stream import ALONE, Crew
 from lag_megatron.checkpoint.tensor_parallel import cut_dim, is_gated, local_shape, whole_shape
 from lag_megatron.checkpoint.zero_write import bytes_of, write_rank
 from lag_megatron.errors import PlanError
-from lag_megatron.files import flush_to_disk
 from lag_megatron.growth.fill import Filler
 from lag_megatron.growth.growth_map import Copy, GrowthMap, grown_names, growth_map_of
 from lag_megatron.growth.plan import GrowthPlan
@@ -97,13 +97,11 @@ class Growth:
         *,
         tensor_rank: int,
         data_rank: int,
-        written: Callable[[int], object] = lambda count: None,
-        flush: Callable[[Path], object] = flush_to_disk,
+        crew: Crew = ALONE,
     ) -> dict[str, Any]:
         """Write one rank's files into ``folder`` and return their manifest entries by name.
 
-        ``written`` is told the number of bytes after each piece, ``flush`` called with each
-        finished file, to bring it to the disk.
+        ``crew`` is told of each piece and of each finished file.
         """
         return write_rank(
             folder,
@@ -111,8 +109,7 @@ class Growth:
             self.filler(tensor_rank=tensor_rank),
             tensor_rank=tensor_rank,
             data_rank=data_rank,
-            written=written,
-            flush=flush,
+            crew=crew,
         )
 
     @cached_property

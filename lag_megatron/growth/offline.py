@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from lag_megatron.checkpoint.layout import Topology
-from lag_megatron.checkpoint.parts import Flush, Order, Part, Told, write
+from lag_megatron.checkpoint.parts import Order, Part, write
+from lag_megatron.checkpoint.stream import Crew
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.growth.materialize import Growth
 from lag_megatron.growth.plan import GrowthPlan
@@ -64,8 +65,6 @@ def zero_order(growth: Growth, target: Path) -> Order:
 
 
 def _write(
-    growth: Growth, tensor_rank: int, data_rank: int, folder: Path, written: Told, flush: Flush
+    growth: Growth, tensor_rank: int, data_rank: int, folder: Path, crew: Crew
 ) -> dict[str, object]:
-    return growth.write_rank(
-        folder, tensor_rank=tensor_rank, data_rank=data_rank, written=written, flush=flush
-    )
+    return growth.write_rank(folder, tensor_rank=tensor_rank, data_rank=data_rank, crew=crew)

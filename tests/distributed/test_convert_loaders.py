@@ -130,7 +130,7 @@ def test_deepspeed_loads_universal(case, tmp_path):
         assert loaded[0] == [0.1, 0.0]
 
 
-def load_dist(config, folder):
+def load_dist(config, folder, numbered=False):
     """Megatron-Core's own load on each tensor-parallel rank: weights and optimizer states."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import optimizer as shards
@@ -143,7 +143,9 @@ def load_dist(config, folder):
         config.model, config.parallel, num_layers=config.model.num_layers,
         vocab_size=PICO_VOCABULARY,
     )  # fmt: skip
-    sharded = model.sharded_state_dict()
+    sharded = model.sharded_state_dict(
+        metadata={"non_homogeneous_layers": True} if numbered else None
+    )
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -166,15 +168,19 @@ def load_dist(config, folder):
 
 
 @pytest.mark.parametrize("tensor", sparing([1, 2], slow=lambda tensor: tensor == 1))
-@pytest.mark.parametrize("shape", [{}, LLAMA], ids=["gpt", "llama"])
-def test_megatron_loads_torch_dist(shape, tensor, tmp_path):
+@pytest.mark.parametrize(
+    ("shape", "numbered"),
+    [({}, False), (LLAMA, False), ({}, True)],
+    ids=["gpt", "llama", "gpt-numbered"],
+)
+def test_megatron_loads_torch_dist(shape, numbered, tensor, tmp_path):
     path, config, (expected, _) = trained(tmp_path / "old", 2, **shape)
-    conversion = Conversion(source=ZeroCheckpoint.open(path), to="megatron")
+    conversion = Conversion(source=ZeroCheckpoint.open(path), to="megatron", stacked=not numbered)
     folder = tmp_path / "megatron"
     write(conversion.order(conversion.place(folder)))
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == "3"
     config = replace(config, parallel=replace(config.parallel, tensor=tensor))
-    ranks = run_ranks(load_dist, tensor, config, folder / "iter_0000003")
+    ranks = run_ranks(load_dist, tensor, config, folder / "iter_0000003", numbered)
     gated = config.model.activation == "swiglu"
     for rank, (found, iteration, sharding) in enumerate(ranks):
         assert (iteration, sharding) == (3, "fully_reshardable")

@@ -1,4 +1,4 @@
-"""Conversions between formats: what arrives, what is refused, and what a kill leaves."""
+"""Conversions between formats: what arrives, and what a kill leaves."""
 
 import dataclasses
 import json
@@ -10,35 +10,30 @@ import tokenizers
 import torch
 import transformers
 from conftest import PICO_VOCABULARY, pico_config, run_ranks, train_and_save
+from converting import (
+    EXACT,
+    FAMILIES,
+    as_pickle,
+    convert,
+    load_weights,
+    refused,
+    rewrite,
+    save_families,
+)
 from full_state import read_full
-from hf_weights import HEADS, LAYERS, VOCABULARY, hf_model, megatron_weights
-from safetensors.torch import load_file, save_file
-from test_tools_checkpoint import grow, inspect, program
+from hf_weights import HEADS, LAYERS, VOCABULARY, megatron_weights
+from test_tools_checkpoint import grow, inspect
 from tokenizers import models, pre_tokenizers
 
-from lag_megatron.checkpoint import commit, dcp, parts
-from lag_megatron.checkpoint.boxes import Box
-from lag_megatron.checkpoint.dcp import StoredTensor
-from lag_megatron.checkpoint.dcp_write import write_metadata
+from lag_megatron.checkpoint import commit, parts
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.config import ModelConfig, OptimizerConfig
-from lag_megatron.errors import CheckpointError
-
-convert = program("convert_checkpoint")
-FAMILIES = ("bert", "gpt2", "llama")
-EXACT = ("--vocab-size", VOCABULARY)
 
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
     """{family: (its model, its directory)}; never to be changed."""
-    found = {}
-    for family in FAMILIES:
-        folder = tmp_path_factory.mktemp(family)
-        model = hf_model(family)
-        model.save_pretrained(folder, max_shard_size="20KB")
-        found[family] = (model, folder)
-    return found
+    return save_families(tmp_path_factory)
 
 
 @pytest.fixture
@@ -74,10 +69,6 @@ def test_round_trip_through_every_format(family, families, tmp_path, capsys):
     for name, value in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], value), name
     assert load_weights(here).keys() == load_weights(source).keys()
-
-
-def load_weights(folder):
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -141,27 +132,6 @@ def test_rows_that_pad_the_vocabulary_repeat_the_last(families, tmp_path):
     assert torch.equal(bias[VOCABULARY:], bias[VOCABULARY - 1].expand(128 - VOCABULARY))
 
 
-def as_pickle(folder):
-    weights = load_weights(folder)
-    for file in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
-        file.unlink()
-    torch.save(weights, folder / "pytorch_model.bin")
-
-
-def rewrite(folder, change):
-    """Change the weights of a directory, and keep them in one file."""
-    weights = load_weights(folder)
-    for file in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
-        file.unlink(missing_ok=True)
-    weights = change(weights) or weights
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def settings(folder, **changes):
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_ways_to_keep_the_same_weights(family, families, tmp_path, capsys):
     """A pickle; names of the bare model; tied weights twice; buffers and names of old versions."""
@@ -206,119 +176,6 @@ def old_gpt2(weights):
 
 def old_llama(weights):
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
-
-
-def refused(capsys, code, *arguments):
-    assert convert(*arguments) == code
-    return capsys.readouterr().err
-
-
-def drop(name):
-    return lambda weights: {key: value for key, value in weights.items() if key != name}
-
-
-def put(name, value):
-    return lambda weights: weights.update({name: value})
-
-
-ATTENTION = "model.layers.1.self_attn.q_proj.weight"
-DAMAGED = {
-    "missing": (
-        drop(ATTENTION),
-        f"{ATTENTION} is missing (1 such), so the weights are not those of the LlamaForCausalLM "
-        "that config.json describes",
-    ),
-    "extra": (put("model.new.weight", torch.zeros(2)), "model.new.weight is not a tensor of this"),
-    "shape": (
-        put(ATTENTION, torch.zeros(16, 12)),
-        f"model.safetensors: {ATTENTION} has shape (16, 12), expected (16, 16) by config.json",
-    ),
-    "dtype": (
-        put(ATTENTION, torch.zeros(16, 16, dtype=torch.int8)),
-        f"{ATTENTION} is of the type I8, expected F32, BF16 or F16",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGED)
-def test_tensors_that_do_not_fit_are_named(case, folder, tmp_path, capsys):
-    change, message = DAMAGED[case]
-    rewrite(folder, change)
-    assert message in refused(capsys, 2, folder, tmp_path / "out", "--to", "zero")
-    assert not (tmp_path / "out").exists()
-
-
-SETTINGS = {
-    "model_type": ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not known here"),
-    "activation": ({"hidden_act": "relu"}, "hidden_act: 'relu', expected 'silu'"),
-    "rope": (
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-        "rope_type 'linear', expected 'default'",
-    ),
-    "biases": ({"mlp_bias": True}, "attention_bias False, mlp_bias True: expected one value"),
-    "type": ({"num_hidden_layers": "two"}, "config.json: cannot be read: "),
-    "head_dim": ({"head_dim": 8}, "head_dim 8 times 4 heads is not the hidden_size 16"),
-}
-
-
-@pytest.mark.parametrize("case", SETTINGS)
-def test_models_that_are_not_computed_here_are_named(case, folder, tmp_path, capsys):
-    changes, message = SETTINGS[case]
-    settings(folder, **changes)
-    assert message in refused(capsys, 2, folder, tmp_path / "out", "--to", "zero")
-
-
-def test_tied_weights_that_differ(families, tmp_path, capsys):
-    folder = shutil.copytree(families["gpt2"][1], tmp_path / "gpt2")
-    rewrite(folder, lambda w: w.update({"lm_head.weight": w["transformer.wte.weight"] + 1}))
-    error = refused(capsys, 2, folder, tmp_path / "out", "--to", "zero")
-    assert "lm_head.weight differs from transformer.wte.weight" in error
-    assert not list((tmp_path / "out").iterdir())
-
-
-def test_too_small_a_vocabulary(folder, tmp_path, capsys):
-    error = refused(capsys, 2, folder, tmp_path / "out", "--to", "zero", "--vocab-size", 60)
-    assert "has 64 tokens, but --vocab-size is 60" in error
-
-
-def test_files_that_are_cut_short(folder, tmp_path, capsys):
-    file = sorted(folder.glob("*.safetensors"))[0]
-    os.truncate(file, file.stat().st_size - 4)
-    assert "cut short" in refused(capsys, 2, folder, tmp_path / "out", "--to", "zero")
-
-
-@pytest.mark.parametrize("form", ["zero", "universal", "megatron", "hf"])
-def test_verify_finds_one_bit(form, families, tmp_path, capsys):
-    _, source = families["gpt2"]
-    assert convert(source, tmp_path / "out", "--to", form, "--verify") == 0
-    target = max((p for p in (tmp_path / "out").rglob("*") if holds_values(p)), key=size_of)
-    data = bytearray(target.read_bytes())
-    data[len(data) // 2] ^= 1
-    target.write_bytes(data)
-    capsys.readouterr()
-    assert convert(source, tmp_path / "out", "--to", form, "--verify") == 1
-    told = capsys.readouterr().out
-    assert f"{target.name}: content differs from its checksum" in told
-    assert "elements differ" in told
-
-
-def holds_values(path):
-    if path.suffix == ".distcp":  # numbered by what it holds: weights, masters, moments
-        return path.stem.split("_")[-1].isdigit() and int(path.stem.split("_")[-1]) % 4 == 1
-    return path.suffix in (".pt", ".safetensors") and not path.name.startswith("mp_rank")
-
-
-def size_of(path):
-    return path.stat().st_size
-
-
-@pytest.mark.parametrize("form", ["zero", "universal", "megatron", "hf"])
-def test_a_disk_that_is_too_small_is_told_first(form, checkpoint, tmp_path, monkeypatch, capsys):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(commit.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    error = refused(capsys, 2, checkpoint, tmp_path / "out", "--to", form)
-    assert "needs 0 MiB, but only 0 MiB are free" in error
-    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
 
 
 def test_goes_on_after_a_kill(checkpoint, tmp_path, monkeypatch):
@@ -366,17 +223,6 @@ def test_another_conversion_does_not_go_on_with_the_draft(checkpoint, tmp_path):
     (draft / "stray").touch()
     assert convert(checkpoint, tmp_path / "out", "--to", "universal", "--verify") == 0
     assert not (tmp_path / "out" / "step3_universal" / "stray").exists()
-
-
-def test_damage_in_the_source_leaves_nothing(checkpoint, tmp_path, capsys):
-    source = shutil.copytree(checkpoint, tmp_path / "step3")
-    file = source / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-    error = refused(capsys, 2, source, tmp_path / "out", "--to", "megatron")
-    assert "damaged: zero_pp_rank_1_mp_rank_00_optim_states.pt: content differs" in error
-    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_the_same_conversion_twice_is_done_once(checkpoint, tmp_path, capsys):
@@ -496,47 +342,6 @@ def test_a_draft_of_other_files_is_not_gone_on_with(families, tmp_path, monkeypa
     assert set(index["weight_map"].values()) == files
 
 
-def test_a_shard_size_that_is_none(checkpoint, tmp_path, capsys):
-    error = refused(capsys, 2, checkpoint, tmp_path / "o", "--to", "hf", "--max-shard-size", "abc")
-    assert "--max-shard-size abc" in error
-
-
-def test_a_changed_export_is_seen(families, tmp_path, capsys):
-    assert convert(families["gpt2"][1], tmp_path / "hf", "--to", "hf") == 0
-    file = max((tmp_path / "hf").glob("*.safetensors"), key=size_of)
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    error = refused(capsys, 2, tmp_path / "hf", tmp_path / "out", "--to", "zero")
-    assert "content differs from its checksum" in error
-
-
-@pytest.mark.parametrize(
-    ("key", "shape"),
-    [
-        ("optimizer.distributed.dp_group_idx_0.gbuf_idx_0.exp_avg", (8,)),
-        ("optimizer.state.fp32_param.embedding.word_embeddings.weight", (4, 256)),
-    ],
-)
-def test_optimizer_states_of_other_forms_are_refused(key, shape, checkpoint, tmp_path, capsys):
-    assert convert(checkpoint, tmp_path / "m", "--to", "megatron") == 0
-    tag = tmp_path / "m" / "iter_0000003"
-    contents = dcp.read_metadata(tag)
-    box = Box(tuple(0 for _ in shape), shape)
-    place = next(iter(contents.tensors.values())).chunks[0][1]
-    tensors = {k: t for k, t in contents.tensors.items() if not k.startswith("optimizer.")}
-    tensors[key] = StoredTensor(
-        torch.float32, shape, ((box, dataclasses.replace(place, length=1 << 20)),)
-    )
-    os.truncate(tag / place.file, 1 << 21)
-    write_metadata(tag, tensors, contents.objects)
-    (tag / "manifest.json").unlink()
-    error = refused(capsys, 2, tag, tmp_path / "out", "--to", "zero")
-    assert key in error
-    assert "Convert with --weights-only" in error
-    assert convert(tag, tmp_path / "out", "--to", "zero", "--weights-only", "--dry-run") == 0
-
-
 def test_what_megatrons_own_optimizer_asks_of_the_settings(checkpoint, tmp_path):
     from megatron.core.optimizer.optimizer import param_group_identifier_keys
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -555,32 +360,6 @@ def test_what_megatrons_own_optimizer_asks_of_the_settings(checkpoint, tmp_path)
     )  # fmt: skip
     scheduler.load_state_dict(common["opt_param_scheduler"])
     assert scheduler.num_steps == 12  # three steps of four sequences
-
-
-def test_parts_merged_along_another_dimension_are_refused(checkpoint, tmp_path, capsys):
-    assert convert(checkpoint, tmp_path / "u", "--to", "universal") == 0
-    tag = tmp_path / "u" / "step3_universal"
-    (tag / "manifest.json").unlink()
-    for state in ("fp32", "exp_avg", "exp_avg_sq"):
-        file = tag / f"zero/decoder.layers.0.self_attention.linear_proj.weight/{state}.pt"
-        stored = torch.load(file)
-        torch.save(stored | {"param": stored["param"].reshape(32, 8)}, file)
-    error = refused(capsys, 2, tag, tmp_path / "out", "--to", "zero")
-    assert "were merged along another dimension" in error
-
-
-def test_halves_merged_as_one_are_refused(families, tmp_path, capsys):
-    ways = ("--to", "universal", "--world-size", 2, "--tensor-parallel", 2)
-    assert convert(families["llama"][1], tmp_path / "u", *ways) == 0
-    assert convert(tmp_path / "u", tmp_path / "whole", "--to", "zero", "--verify") == 0
-    tag = tmp_path / "u" / "step00000000_universal"
-    (tag / "manifest.json").unlink()
-    file = tag / "zero/decoder.layers.1.mlp.linear_fc1.weight/fp32.pt"
-    stored = torch.load(file)
-    del stored["param_n_sub_params"]
-    torch.save(stored, file)
-    error = refused(capsys, 2, tag, tmp_path / "out", "--to", "zero")
-    assert "a gate and an up half were merged as if they were one" in error
 
 
 def test_adafactors_means_are_verified(tmp_path):
@@ -610,13 +389,6 @@ def names_of(config):
     names = [name for name, _ in model.named_parameters()]
     stop_world()
     return names
-
-
-def test_parameters_unknown_to_megatron_are_refused():
-    from lag_megatron.checkpoint.megatron_names import in_model_order
-
-    with pytest.raises(CheckpointError, match=r"layers\.0\.mixer\.weight: not a parameter that is"):
-        in_model_order(["decoder.layers.0.mixer.weight"])
 
 
 def test_the_grown_and_the_converted_agree(checkpoint, tmp_path):

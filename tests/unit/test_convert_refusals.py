@@ -1,0 +1,283 @@
+"""Conversions that are refused: what of the source does not fit, and where it is told."""
+
+import dataclasses
+import os
+import shutil
+
+import pytest
+import torch
+from converting import (
+    convert,
+    refused,
+    rewrite,
+    save_families,
+    settings,
+)
+
+from lag_megatron.checkpoint import commit, dcp, formats
+from lag_megatron.checkpoint.boxes import Box
+from lag_megatron.checkpoint.dcp import StoredTensor
+from lag_megatron.checkpoint.dcp_write import write_metadata
+from lag_megatron.checkpoint.integrity import Look
+from lag_megatron.errors import CheckpointError
+from lag_megatron.growth.convert import open_source
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """{family: (its model, its directory)}; never to be changed."""
+    return save_families(tmp_path_factory)
+
+
+@pytest.fixture
+def folder(families, tmp_path):
+    """A copy of the Llama's directory."""
+    return shutil.copytree(families["llama"][1], tmp_path / "llama")
+
+
+def drop(name):
+    return lambda weights: {key: value for key, value in weights.items() if key != name}
+
+
+def put(name, value):
+    return lambda weights: weights.update({name: value})
+
+
+ATTENTION = "model.layers.1.self_attn.q_proj.weight"
+DAMAGED = {
+    "missing": (
+        drop(ATTENTION),
+        f"{ATTENTION} is missing (1 such), so the weights are not those of the LlamaForCausalLM "
+        "that config.json describes",
+    ),
+    "extra": (put("model.new.weight", torch.zeros(2)), "model.new.weight is not a tensor of this"),
+    "shape": (
+        put(ATTENTION, torch.zeros(16, 12)),
+        f"model.safetensors: {ATTENTION} has shape (16, 12), expected (16, 16) by config.json",
+    ),
+    "dtype": (
+        put(ATTENTION, torch.zeros(16, 16, dtype=torch.int8)),
+        f"{ATTENTION} is of the type I8, expected F32, BF16 or F16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_tensors_that_do_not_fit_are_named(case, folder, tmp_path, capsys):
+    change, message = DAMAGED[case]
+    rewrite(folder, change)
+    assert message in refused(capsys, 2, folder, tmp_path / "out", "--to", "zero")
+    assert not (tmp_path / "out").exists()
+
+
+SETTINGS = {
+    "model_type": ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not known here"),
+    "activation": ({"hidden_act": "relu"}, "hidden_act: 'relu', expected 'silu'"),
+    "rope": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        "rope_type 'linear', expected 'default'",
+    ),
+    "biases": ({"mlp_bias": True}, "attention_bias False, mlp_bias True: expected one value"),
+    "type": ({"num_hidden_layers": "two"}, "config.json: cannot be read: "),
+    "head_dim": ({"head_dim": 8}, "head_dim 8 times 4 heads is not the hidden_size 16"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_models_that_are_not_computed_here_are_named(case, folder, tmp_path, capsys):
+    changes, message = SETTINGS[case]
+    settings(folder, **changes)
+    assert message in refused(capsys, 2, folder, tmp_path / "out", "--to", "zero")
+
+
+def test_tied_weights_that_differ(families, tmp_path, capsys):
+    folder = shutil.copytree(families["gpt2"][1], tmp_path / "gpt2")
+    rewrite(folder, lambda w: w.update({"lm_head.weight": w["transformer.wte.weight"] + 1}))
+    error = refused(capsys, 2, folder, tmp_path / "out", "--to", "zero")
+    assert "lm_head.weight differs from transformer.wte.weight" in error
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_too_small_a_vocabulary(folder, tmp_path, capsys):
+    error = refused(capsys, 2, folder, tmp_path / "out", "--to", "zero", "--vocab-size", 60)
+    assert "has 64 tokens, but --vocab-size is 60" in error
+
+
+def test_files_that_are_cut_short(folder, tmp_path, capsys):
+    file = sorted(folder.glob("*.safetensors"))[0]
+    os.truncate(file, file.stat().st_size - 4)
+    assert "cut short" in refused(capsys, 2, folder, tmp_path / "out", "--to", "zero")
+
+
+@pytest.mark.parametrize("form", ["zero", "universal", "megatron", "hf"])
+def test_verify_finds_one_bit(form, families, tmp_path, capsys):
+    _, source = families["gpt2"]
+    assert convert(source, tmp_path / "out", "--to", form, "--verify") == 0
+    target = max((p for p in (tmp_path / "out").rglob("*") if holds_values(p)), key=size_of)
+    data = bytearray(target.read_bytes())
+    data[len(data) // 2] ^= 1
+    target.write_bytes(data)
+    capsys.readouterr()
+    assert convert(source, tmp_path / "out", "--to", form, "--verify") == 1
+    told = capsys.readouterr().out
+    assert f"{target.name}: content differs from its checksum" in told
+    assert "elements differ" in told
+
+
+def holds_values(path):
+    if path.suffix == ".distcp":  # numbered by what it holds: weights, masters, moments
+        return path.stem.split("_")[-1].isdigit() and int(path.stem.split("_")[-1]) % 4 == 1
+    return path.suffix in (".pt", ".safetensors") and not path.name.startswith("mp_rank")
+
+
+def size_of(path):
+    return path.stat().st_size
+
+
+@pytest.mark.parametrize("form", ["zero", "universal", "megatron", "hf"])
+def test_a_disk_that_is_too_small_is_told_first(form, checkpoint, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(commit.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    error = refused(capsys, 2, checkpoint, tmp_path / "out", "--to", form)
+    assert "needs 0 MiB, but only 0 MiB are free" in error
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
+
+
+def test_damage_in_the_source_leaves_nothing(checkpoint, tmp_path, capsys):
+    source = shutil.copytree(checkpoint, tmp_path / "step3")
+    file = source / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    error = refused(capsys, 2, source, tmp_path / "out", "--to", "megatron")
+    assert "damaged: zero_pp_rank_1_mp_rank_00_optim_states.pt: content differs" in error
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_shard_size_that_is_none(checkpoint, tmp_path, capsys):
+    error = refused(capsys, 2, checkpoint, tmp_path / "o", "--to", "hf", "--max-shard-size", "abc")
+    assert "--max-shard-size abc" in error
+
+
+def test_a_changed_export_is_seen(families, tmp_path, capsys):
+    assert convert(families["gpt2"][1], tmp_path / "hf", "--to", "hf") == 0
+    file = max((tmp_path / "hf").glob("*.safetensors"), key=size_of)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    error = refused(capsys, 2, tmp_path / "hf", tmp_path / "out", "--to", "zero")
+    assert "content differs from its checksum" in error
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("optimizer.distributed.dp_group_idx_0.gbuf_idx_0.exp_avg", (8,)),
+        ("optimizer.state.fp32_param.embedding.word_embeddings.weight", (4, 256)),
+    ],
+)
+def test_optimizer_states_of_other_forms_are_refused(key, shape, checkpoint, tmp_path, capsys):
+    assert convert(checkpoint, tmp_path / "m", "--to", "megatron") == 0
+    tag = tmp_path / "m" / "iter_0000003"
+    contents = dcp.read_metadata(tag)
+    box = Box(tuple(0 for _ in shape), shape)
+    place = next(iter(contents.tensors.values())).chunks[0][1]
+    tensors = {k: t for k, t in contents.tensors.items() if not k.startswith("optimizer.")}
+    tensors[key] = StoredTensor(
+        torch.float32, shape, ((box, dataclasses.replace(place, length=1 << 20)),)
+    )
+    os.truncate(tag / place.file, 1 << 21)
+    write_metadata(tag, tensors, contents.objects)
+    (tag / "manifest.json").unlink()
+    error = refused(capsys, 2, tag, tmp_path / "out", "--to", "zero")
+    assert key in error
+    assert "Convert with --weights-only" in error
+    assert convert(tag, tmp_path / "out", "--to", "zero", "--weights-only", "--dry-run") == 0
+
+
+def test_parts_merged_along_another_dimension_are_refused(checkpoint, tmp_path, capsys):
+    assert convert(checkpoint, tmp_path / "u", "--to", "universal") == 0
+    tag = tmp_path / "u" / "step3_universal"
+    (tag / "manifest.json").unlink()
+    for state in ("fp32", "exp_avg", "exp_avg_sq"):
+        file = tag / f"zero/decoder.layers.0.self_attention.linear_proj.weight/{state}.pt"
+        stored = torch.load(file)
+        torch.save(stored | {"param": stored["param"].reshape(32, 8)}, file)
+    error = refused(capsys, 2, tag, tmp_path / "out", "--to", "zero")
+    assert "were merged along another dimension" in error
+
+
+def test_halves_merged_as_one_are_refused(families, tmp_path, capsys):
+    ways = ("--to", "universal", "--world-size", 2, "--tensor-parallel", 2)
+    assert convert(families["llama"][1], tmp_path / "u", *ways) == 0
+    assert convert(tmp_path / "u", tmp_path / "whole", "--to", "zero", "--verify") == 0
+    tag = tmp_path / "u" / "step00000000_universal"
+    (tag / "manifest.json").unlink()
+    file = tag / "zero/decoder.layers.1.mlp.linear_fc1.weight/fp32.pt"
+    stored = torch.load(file)
+    del stored["param_n_sub_params"]
+    torch.save(stored, file)
+    error = refused(capsys, 2, tag, tmp_path / "out", "--to", "zero")
+    assert "a gate and an up half were merged as if they were one" in error
+
+
+def test_parameters_unknown_to_megatron_are_refused():
+    from lag_megatron.checkpoint.megatron_names import in_model_order
+
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mixer\.weight: not a parameter that is"):
+        in_model_order(["decoder.layers.0.mixer.weight"])
+
+
+def flip(file, at):
+    with file.open("r+b") as opened:
+        opened.seek(at)
+        (byte,) = opened.read(1)
+        opened.seek(at)
+        opened.write(bytes([byte ^ 1]))
+
+
+@pytest.fixture
+def resharded(checkpoint, tmp_path):
+    """A checkpoint on three ranks, whose manifest tells the states of each file apart."""
+    assert convert(checkpoint, tmp_path / "own", "--to", "zero", "--world-size", 3) == 0
+    return tmp_path / "own" / "step3"
+
+
+def test_an_export_compares_what_it_reads_and_no_more(resharded, tmp_path, capsys):
+    name = "zero_pp_rank_2_mp_rank_00_optim_states.pt"
+    file = resharded / name
+    apart = commit.read_manifest(resharded)["files"][name][commit.STATES_APART]
+    begin, end = apart["exp_avg"]["runs"][0]
+    flip(file, (begin + end) // 2)
+    assert convert(resharded, tmp_path / "hf", "--to", "hf") == 0
+    error = refused(capsys, 2, resharded, tmp_path / "other", "--to", "universal")
+    assert f"damaged: {name}: content differs" in error
+    masters = sum(apart["fp32"]["runs"][0]) // 2
+    archive = apart[commit.NO_STATE]["runs"][-1][1] - 1  # its end: offsets and a comment
+    for state, at in (("fp32", masters), (commit.NO_STATE, archive)):
+        flip(file, at)
+        error = refused(capsys, 2, resharded, tmp_path / "again", "--to", "hf")
+        assert name in error
+        assert state != "fp32" or f"{name}: fp32: content differs from its checksum" in error
+        assert list(tmp_path.glob("again/*")) == []
+        flip(file, at)
+
+
+@pytest.mark.parametrize("form", ["zero", "universal", "megatron", "hf"])
+def test_ranks_share_the_looking(form, checkpoint, tmp_path):
+    """Of three ranks one finds a damage; together they look at every file."""
+    assert convert(checkpoint, tmp_path / "out", "--to", form, "--world-size", 2) == 0
+    tag = formats.resolve(tmp_path / "out")
+    for name in sorted(commit.read_manifest(tag)["files"]):
+        if (tag / name).suffix not in (".pt", ".distcp", ".safetensors"):
+            continue
+        source, told = open_source(tag), []
+        flip(tag / name, (tag / name).stat().st_size // 2)
+        for rank in range(3):
+            try:
+                source.require_sound(Look(rank, 3))
+            except CheckpointError as error:
+                told.append(str(error))
+        flip(tag / name, (tag / name).stat().st_size // 2)
+        assert len(told) == 1, name
+        assert name in told[0]

@@ -1,0 +1,161 @@
+"""Files that are filled by several threads at once, and files that share a mould."""
+
+import random
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+import xxhash
+
+from lag_megatron.checkpoint import commit, stream
+from lag_megatron.checkpoint.draft import Room
+from lag_megatron.checkpoint.layout import Container, Segment
+from lag_megatron.checkpoint.mould import Moulds
+from lag_megatron.checkpoint.regions import Region
+from lag_megatron.checkpoint.relay import Relay
+from lag_megatron.checkpoint.stream import Crew, Span, write_spans
+from lag_megatron.checkpoint.zero_write import write_objects
+
+
+@contextmanager
+def joined(work):
+    """Three threads help."""
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    yield
+    for thread in threads:
+        thread.join()
+
+
+class Numbers:
+    """Fills a region with its elements' own numbers."""
+
+    def expect(self, region):
+        pass
+
+    def __call__(self, region, buffer):
+        for _, segment in region.segments:
+            values = torch.arange(segment.start, segment.start + segment.length)
+            buffer[segment.offset : segment.offset + segment.length] = values
+
+
+def region(length, state="fp32"):
+    return Region(state, (("p", Segment(0, length, Container(0, 0), 0)),), length)
+
+
+def test_pieces_are_finished_in_order_by_whoever_is_there():
+    relay, finished, at_once, most = Relay(iter(range(200))), [], set(), [0]
+
+    def work(number):
+        at_once.add(number)
+        most[0] = max(most[0], len(at_once))
+        time.sleep(random.random() / 2000)
+        at_once.discard(number)
+        return lambda: finished.append(number)
+
+    with joined(lambda: relay.run([work, work])):
+        relay.run([work, work])
+    assert finished == list(range(200))
+    assert most[0] > 1
+
+
+def test_one_thread_fails_and_the_others_end():
+    relay, finished, failures = Relay(iter(range(10**9))), [], []
+
+    def work(number):
+        if number == 50:
+            raise OSError("no room")
+        return lambda: finished.append(number)
+
+    def run():
+        try:
+            relay.run([work])
+        except OSError as error:
+            failures.append(str(error))
+
+    with joined(run):
+        run()
+    assert failures == ["no room"]
+    assert finished == list(range(len(finished)))
+    assert len(finished) <= 50
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [1 << 22, 1 << 12])
+def test_rows_that_lie_as_columns(block, dtype, tmp_path, monkeypatch):
+    """Matrices of 96 x 40 among others, turned whole or some rows at a time, by four threads."""
+    monkeypatch.setattr(stream, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(stream, "_WINDOW_BYTES", 1 << 10)
+    rows, width, size = 96, 40, dtype.itemsize
+    spans, at = [], 8
+    for _ in range(3):
+        spans.append(Span(at, dtype, region(rows * width), width))
+        spans.append(Span(spans[-1].end, dtype, region(7)))
+        at = spans[-1].end + 5
+    file, told = tmp_path / "file", []
+    file.write_bytes(b"\xaa" * (at + 3))
+    entry = write_spans(file, spans, Numbers(), Crew(told.append, join=joined))
+    data = file.read_bytes()
+    assert entry == {"size": at + 3, "xxh3_128": xxhash.xxh3_128(data).hexdigest()}
+    assert sum(told) == 3 * (rows * width + 7) * size
+    turned = torch.arange(rows * width).to(dtype).view(rows, width).t().contiguous()
+    others = torch.arange(7).to(dtype)
+    expected = b"\xaa" * 8
+    for _ in range(3):
+        expected += b"".join(t.view(torch.uint8).numpy().tobytes() for t in (turned, others))
+        expected += b"\xaa" * 5
+    assert data == expected + b"\xaa" * 3
+
+
+def test_each_state_has_a_checksum_of_its_own(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(4096))
+    spans = [
+        Span(64, torch.float32, region(100)),
+        Span(464, torch.float32, region(100, "exp_avg")),
+        Span(1024, torch.float32, region(200)),
+    ]
+    entry = write_spans(file, spans, Numbers())
+    apart, data = entry[commit.STATES_APART], file.read_bytes()
+    assert {name: there["runs"] for name, there in apart.items()} == {
+        "fp32": [[64, 464], [1024, 1824]],
+        "exp_avg": [[464, 864]],
+        "rest": [[0, 64], [864, 1024], [1824, 4096]],
+    }
+    for there in apart.values():
+        parts = b"".join(data[begin:end] for begin, end in there["runs"])
+        assert there["xxh3_128"] == xxhash.xxh3_128(parts).hexdigest()
+
+
+def test_a_mould_gives_the_bytes_that_torch_gives(tmp_path):
+    shapes = [(3, 5), (3, 5), (5, 3), (3, 5), (0,), (0,)]
+    moulds = Moulds()
+    for number, shape in enumerate(shapes):
+        for extra in ({}, {"cat_dim": 0}, {"cat_dim": 1}, {"vocab_tensor": True}):
+            written = []
+            for folder, kept in ((f"a{number}", None), (f"b{number}", moulds)):
+                place = tmp_path / f"{folder}{sorted(extra.items())}"
+                place.mkdir()
+                room = Room()
+                values = room(region(torch.Size(shape).numel()), shape)
+                objects = {**extra, "param": values}
+                write_objects(place / "fp32.pt", objects, room, Numbers(), Crew(), kept)
+                written.append((place / "fp32.pt").read_bytes())
+            assert written[0] == written[1]
+            found = torch.load(place / "fp32.pt", weights_only=True)
+            assert found == {**extra, "param": found["param"]}
+            expected = torch.arange(found["param"].numel(), dtype=torch.float32).view(shape)
+            assert torch.equal(found["param"], expected)
+
+
+def test_a_mould_is_of_one_step(tmp_path):
+    moulds, found = Moulds(), []
+    for step in (3.0, 4.0, 3.0):
+        (tmp_path / str(len(found))).mkdir()
+        file = tmp_path / str(len(found)) / "step.pt"
+        write_objects(file, torch.tensor(step), Room(), Numbers(), Crew(), moulds)
+        found.append(torch.load(file, weights_only=True))
+    assert found == [3.0, 4.0, 3.0]
