@@ -44,9 +44,12 @@ class _Mould:
         return _Mould(size, rest, [span.offset for span in spans])
 
     def fill(self, path: Path) -> None:
-        """Make a file with room for values; the space is reserved, so that it will not run out."""
+        """Make a file with holes for values: reserving each would be a transaction of the disk's.
+
+        They are written by system calls, which say when the disk is full.
+        """
         with path.open("wb", buffering=0) as file:
-            os.posix_fallocate(file.fileno(), 0, self.size)
+            os.ftruncate(file.fileno(), self.size)
             for offset, data in self.rest:
                 os.pwrite(file.fileno(), data, offset)
 
