@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
 """Whether the training loss jumps where a run's paths lengthen.
 
-python tools/bench/raptr_switches.py RUN_DIR… [--window 25] [--json FILE]
+python tools/bench/raptr_switches.py RUN_DIR… [--control RUN_DIR…] [--window 25] [--json FILE]
 
 At each switch the mean loss of the steps after it, less that of the steps before it, is compared
 with the same difference at every place inside the two stages, where the length stays: its distance
-from their mean, in their standard deviations.  Above 2 or so would be a jump up.
+from their mean, in their standard deviations.  Above 2 or so would be a jump up.  A control for
+each run, of the same seed and data, has seen the same batches: its losses are subtracted, so that
+what is left does not depend on how hard a batch is.
 """
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -49,15 +52,20 @@ class Switch:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run_dir", type=Path, nargs="+")
+    parser.add_argument("--control", type=Path, nargs="+", default=[], metavar="RUN_DIR")
     parser.add_argument("--window", type=int, default=25, help="steps (default: 25)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     print(
         f"{'run':<22} {'step':>6} {'layers':>10} {'change':>8} {'usual':>8} {'noise':>7} {'sd':>6}"
     )
+    if options.control and len(options.control) != len(options.run_dir):
+        raise RunError(f"{len(options.control)} controls for {len(options.run_dir)} runs.")
     found: list[Switch] = []
-    for run_dir in options.run_dir:
-        for switch in switches(read_run(run_dir), window=options.window):
+    for run_dir, control in itertools.zip_longest(options.run_dir, options.control):
+        files = read_run(run_dir)
+        against = None if control is None else read_run(control)
+        for switch in switches(files, window=options.window, control=against):
             before, after = switch.lengths
             print(
                 f"{run_dir.name:<22} {switch.step:>6} {before:>4g} -> {after:<3g} "
@@ -81,13 +89,14 @@ def main() -> int:
     return 0
 
 
-def switches(files: RunFiles, *, window: int) -> Iterator[Switch]:
-    """Every switch of a run.
+def switches(files: RunFiles, *, window: int, control: RunFiles | None = None) -> Iterator[Switch]:
+    """Every switch of a run; losses are those above the control's, if there is one.
 
     Raises:
         RunError: if the window does not fit in, or steps are missing.
     """
-    config, losses = files.config, dict(series(files.metrics, TRAIN))
+    config, losses = files.config, _above(files, control)
+    broken = {steps.start for _, steps, _ in path_parts(control.config)} if control else set()
     ranges = [steps for _, steps, _ in path_parts(config)]
     lengths = [mean_layers_run(config, steps) for steps in ranges]
     for number in range(1, len(ranges)):
@@ -99,12 +108,15 @@ def switches(files: RunFiles, *, window: int) -> Iterator[Switch]:
                 f"{files.path}: {len(before)} and {len(after)} steps around the switch at step "
                 f"{after.start} are too few for a window of {window}. Give a smaller --window."
             )
-        if not all(taken in losses for taken in (before.start + 1, after.stop)):
+        end = min(after.stop, int(max(losses, default=0)))  # a control may be some steps shorter
+        if before.start + 1 not in losses or end < after.start + window:
             raise RunError(f"{files.path}: has no losses up to step {after.stop}. Let it finish.")
+        after = range(after.start, end)
         inside = [
             change_at(losses, step, window)
             for steps in (before, after)
             for step in range(steps.start + window, steps.stop - window + 1)
+            if not any(step - window < start < step + window for start in broken)
         ]
         yield Switch(
             step=after.start,
@@ -113,6 +125,17 @@ def switches(files: RunFiles, *, window: int) -> Iterator[Switch]:
             usual=statistics.mean(inside),
             noise=statistics.stdev(inside),
         )
+
+
+def _above(files: RunFiles, control: RunFiles | None) -> dict[float, float]:
+    losses = dict(series(files.metrics, TRAIN))
+    if control is None:
+        return losses
+    same = (control.config.seed, control.config.data) == (files.config.seed, files.config.data)
+    if not same:
+        raise RunError(f"{control.path}: has another seed or other data than {files.path}.")
+    there = dict(series(control.metrics, TRAIN))
+    return {step: loss - there[step] for step, loss in losses.items() if step in there}
 
 
 def change_at(losses: Mapping[float, float], step: int, window: int) -> float:
