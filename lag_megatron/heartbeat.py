@@ -26,6 +26,8 @@ _BEAT_SECONDS = 5.0
 _BEATS_PER_LIMIT = 4
 # A rank that lost another usually fails by itself, and its own error says more than we can.
 _GRACE_SECONDS = 5.0
+# A connection that ends with beats unread is reset, and then the other side loses the news as well.
+_LAST_WORDS_SECONDS = 0.5
 # Ranks that all end for the same reason need not end at the same moment.
 _LEAVING_SECONDS = 30.0
 _HELLO_SECONDS = 10.0
@@ -123,7 +125,7 @@ class Heartbeat:
         self._say(_NEWS + reason.encode())
         line = f"[{self._name}] {reason}. Ending; the same command goes on from what is saved.\n"
         os.write(_STDERR, line.encode())  # not through Python's file, which may belong to others
-        time.sleep(0 if at_once else _GRACE_SECONDS)
+        time.sleep(_LAST_WORDS_SECONDS if at_once else _GRACE_SECONDS)
         os._exit(1)  # the main thread may wait for the lost rank for ever
 
 

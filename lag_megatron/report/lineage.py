@@ -34,7 +34,7 @@ def lineage_data(growths: Sequence[Json], *, first_layers: int) -> list[Json]:
         chosen = next((c for c in growth["candidates"] if c["id"] == growth["chosen"]), None)
         if chosen is None:
             break  # not decided yet: what follows is not known either
-        if chosen["operator"] == "identity":
+        if chosen.get("operator") == "identity":
             continue  # the model went on as it was
         before = models[-1]["layers"]
         layers = [_layer(entry, before, growth["growth"]) for entry in chosen["layer_map"]]

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from conftest import PICO_VOCABULARY, pico_config, random_batches, run_ranks, sparing
-from runs import lines_of, losses_of, train
+from whole_runs import lines_of, losses_of, train
 
 from lag_megatron.config import load_config
 from lag_megatron.paths import LayerPath, path_at

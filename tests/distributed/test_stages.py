@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 from conftest import run_ranks, sparing
-from runs import lines_of, losses_of, train
+from whole_runs import lines_of, losses_of, train
 
 from lag_megatron.errors import LagError
 

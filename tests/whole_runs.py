@@ -1,4 +1,4 @@
-"""Whole runs on forked ranks and their files: ``from runs import train, lines_of, losses_of``."""
+"""Whole runs on forked ranks and their files: ``from whole_runs import train, losses_of``."""
 
 import json
 from pathlib import Path
