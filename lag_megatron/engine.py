@@ -164,6 +164,7 @@ class Engine:
                     norm = gradient_norm(engine.module)  # DeepSpeed reports none without ZeRO
                 engine.step()
                 totals += sums.detach()
+                del sums  # parameters' nodes outlive it otherwise, and with them their streams
         norm = engine.get_global_grad_norm() if norm is None else norm
         stops = doubles([float(stop_asked())], device)
         summed = over_data(torch.cat([totals, stops]), world)

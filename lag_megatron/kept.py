@@ -31,7 +31,8 @@ _ALIGNED = 4
 # Copies that are cut into more runs than these are left to the path that needs no table of them.
 MAX_RUNS = 1 << 18
 # What activations may still need on the device, and other processes in the host's memory.
-_DEVICE_MARGIN, _HOST_SHARE = 1 / 16, 1 / 4
+# Of the latter torch's allocator takes up to twice what it is asked for.
+_DEVICE_MARGIN, _HOST_SHARE = 1 / 16, 1 / 8
 
 
 class _Buffer(NamedTuple):
@@ -83,11 +84,12 @@ class KeptBase:
 
     @classmethod
     def on(
-        cls, device: torch.device, *, local_ranks: int, talks: bool = False
+        cls, device: torch.device, *, local_ranks: int, talks: bool = False, spare: bool = True
     ) -> "KeptBase | None":
         """In the device's memory, and pinned in the host's; None where neither is needed.
 
-        On a CPU the mapped shards are in memory already.
+        On a CPU the mapped shards are in memory already.  Without ``spare`` room on the device,
+        as where a later step may need more than the first ones did, it is in the host's alone.
         """
         if device.type != "cuda":
             return None
@@ -96,17 +98,13 @@ class KeptBase:
             unused, total = torch.cuda.mem_get_info(device)
             return unused - _DEVICE_MARGIN * total
 
-        return cls(
-            [
-                Store("device memory", free, lambda n: torch.empty(n, device=device)),
-                Store(
-                    "pinned host memory",
-                    lambda: _available() * _HOST_SHARE / local_ranks,
-                    lambda n: torch.empty(n, pin_memory=True),
-                ),
-            ],
-            talks=talks,
+        host = Store(
+            "pinned host memory",
+            lambda: _available() * _HOST_SHARE / local_ranks,
+            lambda n: torch.empty(n, pin_memory=True),
         )
+        there = Store("device memory", free, lambda n: torch.empty(n, device=device))
+        return cls([there, host] if spare else [host], talks=talks)
 
     @torch.no_grad()
     def runs(self, growth: Growth, fill: Filler, targets: Sequence[Target]) -> list[Run] | None:

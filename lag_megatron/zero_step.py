@@ -23,7 +23,9 @@ def use_one_pass(zero: Any, *, stage: int) -> None:
     Gradients whose norm is not finite change nothing, and that norm is reported.
     """
     zero.step = functools.partial(_step_3 if stage == 3 else _step_1_2, zero)
-    if stage < 3 and dist.get_world_size(zero.dp_process_group) == 1:
+    # Where gradients add up in another type, only the reduction fills what is stepped on.
+    kept = stage < 3 and zero.gradient_accumulation_dtype == zero.dtype
+    if kept and dist.get_world_size(zero.dp_process_group) == 1:
         # Without a second replica the mean is the gradient itself. DeepSpeed copies it into a
         # bucket, widens, divides by one, narrows and copies it out: a seventh of a step on a CPU.
         zero.reduce_independent_p_g_buckets_and_remove_grads = _leave_where_it_is

@@ -59,7 +59,9 @@ def _launcher(by: str) -> Callable[..., None]:
 
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Sum of the squares of all elements, an fp32 scalar where the tensors are; 0 of nothing."""
-    if not tensors or not tensors[0].is_cuda:
+    if not tensors:
+        return torch.zeros(())
+    if not tensors[0].is_cuda:
         return torch.tensor(squares_cpu(tensors), dtype=torch.float32)
     norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32)
     return torch.stack(norms).square().sum()

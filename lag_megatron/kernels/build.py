@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -40,7 +41,7 @@ def cpu_command() -> list[str]:
             "g++: not found, so that AdamW's CPU kernel cannot be built. Install a C++ compiler "
             "(CXX), or set optimizer.one_pass: false."
         )
-    return [compiler, *_CPU_FLAGS, *(_X86_FLAGS if platform.machine() == "x86_64" else ())]
+    return [*compiler, *_CPU_FLAGS, *(_X86_FLAGS if platform.machine() == "x86_64" else ())]
 
 
 def builds_for_cpu() -> bool:
@@ -49,8 +50,13 @@ def builds_for_cpu() -> bool:
 
 
 @functools.cache
-def _cpu_compiler() -> str | None:
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+def _cpu_compiler() -> tuple[str, ...] | None:
+    """The compiler and its own arguments: CXX, if that can be run."""
+    given = tuple(shlex.split(os.environ.get("CXX", "")))
+    if given and shutil.which(given[0]):
+        return given
+    found = shutil.which("g++") or shutil.which("clang++")
+    return (found,) if found else None
 
 
 def cuda_command(architectures: Sequence[str]) -> list[str]:

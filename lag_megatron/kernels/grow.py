@@ -4,7 +4,7 @@ What is written is a list of runs; one launch takes all of them, whatever buffer
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -42,9 +42,14 @@ def on_device(runs: Sequence[Run], *, by: str = "") -> None:
 
     By default Triton's, where that is installed.
     """
+    launch_of(runs, by=by)()
+
+
+def launch_of(runs: Sequence[Run], *, by: str = "") -> Callable[[], None]:
+    """The launch that writes runs, with its table on the device; it may be repeated."""
     rows, scales = table_of(runs)
     if not len(rows):
-        return
+        return lambda: None
     kinds = {run.weights.dtype for run in runs if run.weights is not None} or {torch.float32}
     assert len(kinds) == 1, f"weights of several types: {kinds}"
     device = runs[0].target.device
@@ -54,4 +59,5 @@ def on_device(runs: Sequence[Run], *, by: str = "") -> None:
         from lag_megatron.kernels.grow_triton import grow_triton as launch
     else:
         from lag_megatron.kernels.grow_cuda import grow_cuda as launch
-    launch(rows, scales, kinds.pop())
+    (kind,) = kinds
+    return lambda: launch(rows, scales, kind)

@@ -22,17 +22,34 @@ def _grow(rows, scales, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignor
     scale = tl.load(scales + tl.program_id(0))
     target, source, weights = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     length, flags = tl.load(row + 3), tl.load(row + 4)
-    target_of = target.to(tl.pointer_type(tl.float32))
-    source_of = source.to(tl.pointer_type(tl.float32))
-    weights_of = weights.to(tl.pointer_type(KIND))
+    # A promise of alignment stays with the operation that made a value, whoever uses it: each
+    # branch makes its own, or the second would be compiled by the promises of the first.
     if flags % 2 == 1:  # loads and stores of four elements each
-        target_of = tl.multiple_of(target_of, 16)
-        source_of = tl.multiple_of(source_of, 16)
-        weights_of = tl.multiple_of(weights_of, 8)
-        length = tl.multiple_of(length, 4)
-        _write(target_of, source_of, weights_of, length, source, weights, flags, scale, KIND, BLOCK)
+        _write(
+            tl.multiple_of(target.to(tl.pointer_type(tl.float32)), 16),
+            tl.multiple_of(source.to(tl.pointer_type(tl.float32)), 16),
+            tl.multiple_of(weights.to(tl.pointer_type(KIND)), 8),
+            length // 4 * 4,
+            source,
+            weights,
+            flags,
+            scale,
+            KIND,
+            BLOCK,
+        )
     else:
-        _write(target_of, source_of, weights_of, length, source, weights, flags, scale, KIND, BLOCK)
+        _write(
+            target.to(tl.pointer_type(tl.float32)),
+            source.to(tl.pointer_type(tl.float32)),
+            weights.to(tl.pointer_type(KIND)),
+            length,
+            source,
+            weights,
+            flags,
+            scale,
+            KIND,
+            BLOCK,
+        )
 
 
 @triton.jit

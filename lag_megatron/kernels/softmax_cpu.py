@@ -15,7 +15,7 @@ def statistics_cpu(logits: Tensor, place: Tensor, is_mine: Tensor) -> tuple[Tens
     """As :func:`lag_megatron.kernels.softmax.statistics`; the logits stay as they are."""
     found = torch.empty((4, len(logits)), dtype=torch.float32)
     place, is_mine = place.contiguous(), is_mine.contiguous()
-    if len(logits):
+    if logits.numel():
         library(SOURCE).lag_softmax_statistics(
             *_matrix(logits), *map(address, (place, is_mine, found)), torch.get_num_threads()
         )
@@ -28,7 +28,7 @@ def to_gradient_cpu(
     """As :func:`lag_megatron.kernels.softmax.to_gradient`."""
     numbers = torch.stack([top, factor, even, taken]).float()
     place = place.contiguous()
-    if len(logits):
+    if logits.numel():
         library(SOURCE).lag_softmax_gradient(
             *_matrix(logits), address(place), address(numbers), torch.get_num_threads()
         )

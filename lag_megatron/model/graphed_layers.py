@@ -124,11 +124,14 @@ class _Graph:
         self._given = {name: value.detach().clone() for name, value in given.items()}
         self._taken: dict[str, tuple[Tensor, int]] = {}
         self._plain, self._parameters = plain, parameters
+        self._made: Tensor | None = None
         self.calls = 0
         self.grad_output = torch.zeros_like(hidden)
         capture.warm_up(lambda: (self._run_forward(), self._run_backward()))
+        self._made = None  # its parameters' nodes remember the stream of the warm-up
         (self.output,), self.forward = capture.record(self._run_forward)
         (self.grad_hidden, self._flat), self.backward = capture.record(self._run_backward)
+        self._made = None  # and the capture's, on which hooks would run in every step
 
     def take(self, given: Mapping[str, Tensor]) -> None:
         """Copy further arguments to their places, those that are there already excepted."""
@@ -150,6 +153,7 @@ class _Graph:
         return (self._made.detach(),)
 
     def _run_backward(self) -> tuple[Tensor, Tensor]:
+        assert self._made is not None, "a backward pass follows its forward pass"
         hidden, *others = torch.autograd.grad(
             self._made, [self.hidden, *self._parameters], self.grad_output
         )

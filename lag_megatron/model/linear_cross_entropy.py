@@ -24,7 +24,8 @@ from lag_megatron.model.wide_products import emulates_products
 
 # Bytes of a chunk's logits: on a CPU enough rows for fast products while they stay near the cache,
 # on a GPU enough to fill it.
-_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}
+_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 30}
+_TILE = 128  # rows of a product that a GPU takes at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,8 @@ def linear_cross_entropy(
         bias = None if bias is None else bias.float()
     size = chunk or _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) // hidden.element_size()
     rows = max(1, size // max(weight.shape[0], 1))
+    if hidden.is_cuda:
+        rows = rows // _TILE * _TILE or rows
     options = (mine or Slice(), label_smoothing, z_loss, rows, torch.is_grad_enabled())
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, loss_mask, options)
     return loss
@@ -175,6 +178,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        if ctx.made is None:
+            raise RuntimeError("a second backward pass of the loss: the first scaled its gradients")
         found = [None if made is None else made.mul_(grad.to(made.dtype)) for made in ctx.made]
         ctx.made = None  # scaled in place: a second backward would find them wrong
         return (*found, None, None, None)

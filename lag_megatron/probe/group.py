@@ -58,10 +58,9 @@ class ProbeGroup:
     def __init__(self, job: Job, engine: Engine, event: Event, *, count: int) -> None:
         self.job, self.engine, self.event, self.count = job, engine, event, count
         self._held: _Held | None = None
-        world = engine.world
-        self._base = KeptBase.on(
-            world.device, local_ranks=local_ranks(world.size), talks=world.is_coordinator
-        )
+        world, talks = engine.world, engine.world.is_coordinator
+        ranks, spare = local_ranks(world.size), not job.config.has_paths  # later ones may be longer
+        self._base = KeptBase.on(world.device, local_ranks=ranks, talks=talks, spare=spare)
         self._fits = False  # a step of this engine has not run out of memory
 
     def release(self) -> None:

@@ -59,7 +59,9 @@ def test_a_part_that_fails_is_told_and_the_rest_runs():
         part("silent", "pass"),
         part("tests", "print('3 passed')", has_figures=False),
     ]
-    found = run_parts(parts, prefix="h200")
+    first, *_, found = run_parts(parts, prefix="h200")
+    assert list(first["parts"]) == ["good"]  # what is known is told after each part
+    assert first["figures"] == found["figures"]
     assert found["figures"] == {"h200_bert16_mfu": 0.5, "h200_copy_gb_s": 4}
     outcomes = {name: each["outcome"] for name, each in found["parts"].items()}
     assert outcomes == {
@@ -89,7 +91,7 @@ def test_a_part_is_ended_with_what_it_started(tmp_path):
         "time.sleep(60)\n"
     )
     started = time.monotonic()
-    found = run_parts([part("slow", code, seconds=2.0, has_figures=False)], prefix="h200")
+    (found,) = run_parts([part("slow", code, seconds=2.0, has_figures=False)], prefix="h200")
     assert found["parts"]["slow"]["outcome"] == "out of time"
     assert found["parts"]["slow"]["output"] == "started"
     time.sleep(max(0.0, 8 - (time.monotonic() - started)))

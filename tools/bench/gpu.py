@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,11 @@ def _step(shape: str, rounds: int) -> tuple[str, ...]:
 
 
 PARTS = (
-    Part("tests", 180, ("-m", "pytest", "-m", "gpu", "-q", "tests"), has_figures=False),
-    Part("kernels", 90, (str(BENCH / "gpu_kernels.py"),)),
-    Part("step of BERT-base, 16 layers", 110, _step("bert16", 10)),
-    Part("step of a 1B decoder", 120, _step("decoder1b", 5)),
-    Part("switch of candidates", 80, (str(BENCH / "live_switch.py"), "--hidden", "768")),
+    Part("tests", 150, ("-m", "pytest", "-m", "gpu", "-q", "tests"), has_figures=False),
+    Part("kernels", 70, (str(BENCH / "gpu_kernels.py"),)),
+    Part("step of BERT-base, 16 layers", 100, _step("bert16", 10)),
+    Part("step of a 1B decoder", 190, _step("decoder1b", 5)),
+    Part("switch of candidates", 70, (str(BENCH / "live_switch.py"), "--hidden", "768")),
 )
 
 
@@ -71,15 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_caches(ROOT)
     device = torch.cuda.get_device_name()
     parts = [part for part in PARTS if not options.only or part.name in options.only]
-    found = run_parts(parts, prefix=device_prefix(device))
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({**found, "machine": device}, indent=1))
+    for found in run_parts(parts, prefix=device_prefix(device)):  # each is kept: the next may hang
+        options.json.write_text(json.dumps({**found, "machine": device}, indent=1))
     print(f"\n{table(found)}\n\nwritten to {options.json}")
     return exit_code(found)
 
 
-def run_parts(parts: Sequence[Part], *, prefix: str) -> dict[str, Any]:
-    """The file's content: figures of all parts, and how each part went."""
+def run_parts(parts: Sequence[Part], *, prefix: str) -> Iterator[dict[str, Any]]:
+    """The file's content after each part: figures so far, and how each part went."""
     figures: dict[str, float] = {}
     outcomes: dict[str, dict[str, Any]] = {}
     for part in parts:
@@ -88,12 +88,20 @@ def run_parts(parts: Sequence[Part], *, prefix: str) -> dict[str, Any]:
             file = Path(folder) / "figures.json"
             command = [*part.command, *(("--json", str(file)) if part.has_figures else ())]
             outcomes[part.name] = outcome = _run([sys.executable, *command], part.seconds)
-            if file.exists():
-                figures |= renamed(json.loads(file.read_text())["figures"], prefix)
-            elif part.has_figures and outcome["outcome"] == "passed":
+            figures |= renamed(left := _figures_in(file), prefix)
+            if part.has_figures and not left and outcome["outcome"] == "passed":
                 outcome["outcome"] = "left no figures"
         print(f"{outcome['output']}\n{outcome['outcome']}, {outcome['seconds']:.0f} s", flush=True)
-    return {**record(figures), "parts": outcomes}
+        yield {**record(figures), "parts": dict(outcomes)}
+
+
+def _figures_in(file: Path) -> dict[str, float]:
+    """What a part left; nothing where it was ended before or while it wrote."""
+    try:
+        found: dict[str, float] = json.loads(file.read_text())["figures"]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return found
 
 
 def renamed(figures: dict[str, float], prefix: str) -> dict[str, float]:

@@ -30,7 +30,7 @@ from lag_megatron.parallel import World, start_world, stop_world
 
 T = TypeVar("T")
 LAYERS, HIDDEN, VOCABULARY = 16, 256, 8192
-ROUNDS = 7
+ROUNDS = {"cpu": 7, "cuda": 3}  # a GPU's states are larger, and written to disk in each
 
 
 def main() -> int:
@@ -65,7 +65,7 @@ def switch_figures(world: World, scratch: Path, *, hidden: int = HIDDEN) -> dict
             source_layers=12,
             target_layers=LAYERS,
         )
-        for index in range(ROUNDS + 1)
+        for index in range(ROUNDS[world.device.type] + 1)
     ]
     seconds: dict[str, list[float]] = {"step": [], "switch": [], "reload": []}
     for number, plan in enumerate(plans):
