@@ -7,11 +7,15 @@ from pathlib import Path
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file so that a reader sees the old text or the new one, never a part."""
     draft = path.with_name(path.name + ".part")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
     flush_to_disk(path.parent)
 
 

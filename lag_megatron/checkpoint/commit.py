@@ -175,6 +175,7 @@ def damages(
             is no value is looked at always.
     """
     manifest = read_manifest(path)
+    yield from (f"{n}: not in the manifest" for n in names or () if n not in manifest["files"])
     for name, entry in manifest["files"].items():
         file = path / name
         if names is not None and name not in names:
@@ -183,7 +184,7 @@ def damages(
             yield f"{name}: missing"
         elif file.stat().st_size != entry["size"]:
             yield f"{name}: {file.stat().st_size} bytes, expected {entry['size']}"
-        elif states is None or STATES_APART not in entry:
+        elif states is None or not _are_whole(entry):
             if checksum(file) != entry["xxh3_128"]:
                 yield f"{name}: content differs from its checksum"
         else:
@@ -191,6 +192,16 @@ def damages(
                 wanted = state == NO_STATE or state in states
                 if wanted and checksum(file, there["runs"]) != there["xxh3_128"]:
                     yield f"{name}: {state}: content differs from its checksum"
+
+
+def _are_whole(entry: Mapping[str, Any]) -> bool:
+    """Whether the runs of all states that an entry tells apart are the whole file."""
+    try:
+        runs = sorted(run for there in entry[STATES_APART].values() for run in there["runs"])
+        ends = [0, *(end for _, end in runs)]
+        return [begin for begin, _ in runs] == ends[:-1] and ends[-1] == entry["size"]
+    except (LookupError, TypeError, AttributeError, ValueError):
+        return False  # then the file's own checksum tells
 
 
 def digest_of(path: Path) -> str:

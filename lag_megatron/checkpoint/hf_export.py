@@ -57,9 +57,10 @@ class Export:
             CheckpointError: if the state does not say what model it is, or is another, or if the
                 tokenizer has more tokens than it.
         """
+        shapes = self.shapes
         try:
             files, index = lay_out(
-                self.shapes, dtype=DTYPES[self.dtype], max_shard_size=self.max_shard_size
+                shapes, dtype=DTYPES[self.dtype], max_shard_size=self.max_shard_size
             )
         except ValueError as error:
             raise CheckpointError(f"--max-shard-size {self.max_shard_size}: {error}") from None

@@ -4,7 +4,6 @@ A universal checkpoint is hundreds of small files.  torch takes milliseconds to 
 is longer than its values take; so it lays out the first of a kind, and that one shapes the others.
 """
 
-import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +47,11 @@ class _Mould:
 
         They are written by system calls, which say when the disk is full.
         """
-        with path.open("wb", buffering=0) as file:
-            os.ftruncate(file.fileno(), self.size)
+        with path.open("wb") as file:  # buffered: one system call may write less than it is given
+            file.truncate(self.size)
             for offset, data in self.rest:
-                os.pwrite(file.fileno(), data, offset)
+                file.seek(offset)
+                file.write(data)
 
 
 class Moulds:

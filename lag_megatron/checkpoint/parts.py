@@ -120,7 +120,6 @@ def _write_parts(order: Order, workers: int, written: Told) -> None:
             flush_to_disk(folder)  # the names of its files; those of the draft are published
         (draft / _RECORD).unlink()
         commit.publish(order.target, files=files, about=order.about, pointer=None)
-        order.point()
     except OSError as error:
         commit.remove(draft)
         raise CheckpointError(
@@ -130,6 +129,13 @@ def _write_parts(order: Order, workers: int, written: Told) -> None:
     except Exception:
         commit.remove(draft)
         raise
+    try:
+        order.point()
+    except OSError as error:
+        raise CheckpointError(
+            f"{order.target}: is written, but {order.pointer} beside it is not: "
+            f"{error.strerror or error}. Make room and run the same command again."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -222,8 +228,10 @@ def _write_missing(order: Order, record: _Record, workers: int, written: Told) -
 @contextmanager
 def _joined(pool: Executor, others: int, work: Callable[[], None]) -> Iterator[None]:
     """Workers of the pool that have no part left to begin do ``work`` as well, meanwhile."""
-    helpers = [pool.submit(work) for _ in range(others)]
+    helpers: list[Future[None]] = []
     try:
+        for _ in range(others):  # here, since a pool that is shut down meanwhile takes none
+            helpers.append(pool.submit(work))
         yield
     finally:
         helpers = [helper for helper in helpers if not helper.cancel()]

@@ -157,7 +157,7 @@ def _clip(draft: Draft) -> dict[str, float]:
     template, config = draft.template, draft.template.header.get("ds_config") or {}
     if template.topology.zero_stage in (1, 2):
         optimizer = template.optimizer_states(0, 0)["optimizer_state_dict"]
-        return {"clip_grad": optimizer["clip_grad"]}
+        return {key: optimizer[key] for key in ("clip_grad",) if key in optimizer}
     if not config:
         return {}
     return {"clip_grad": float(config.get("gradient_clipping") or 0.0)}

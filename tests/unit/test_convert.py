@@ -235,6 +235,32 @@ def test_the_same_conversion_twice_is_done_once(checkpoint, tmp_path, capsys):
     assert "exists already" in refused(capsys, 2, checkpoint, tmp_path / "out", *other)
 
 
+def test_an_import_is_moved_and_grown_like_any_other(families, tmp_path):
+    """It has no settings of DeepSpeed's: what these say is left out once more."""
+    zero = tmp_path / "zero"
+    assert convert(families["gpt2"][1], zero, "--to", "zero", *EXACT) == 0
+    moved = ("--to", "zero", "--world-size", 2, "--verify")
+    assert convert(zero, tmp_path / "moved", *moved) == 0
+    assert grow(zero, tmp_path / "grown", "--operator", "last", "--layers", LAYERS + 1) == 0
+    assert convert(tmp_path / "moved", tmp_path / "hf", "--to", "hf") == 0
+    ours, theirs = load_weights(tmp_path / "hf"), load_weights(families["gpt2"][1])
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_a_pointer_that_cannot_be_written_is_told_as_such(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    def full(*unused):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.Order, "point", full)
+        error = refused(capsys, 2, checkpoint, tmp_path / "out", "--to", "megatron")
+    assert "is written, but latest_checkpointed_iteration.txt beside it is not" in error
+    assert convert(checkpoint, tmp_path / "out", "--to", "megatron") == 0
+    assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "3"
+
+
 def test_dry_run_writes_nothing(checkpoint, tmp_path, capsys):
     assert convert(checkpoint, tmp_path / "out", "--to", "hf", "--dry-run") == 0
     assert f"{checkpoint} -> {tmp_path / 'out'}\nto write: 0.0 MiB" in capsys.readouterr().out

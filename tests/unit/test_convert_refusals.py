@@ -1,6 +1,7 @@
 """Conversions that are refused: what of the source does not fit, and where it is told."""
 
 import dataclasses
+import json
 import os
 import shutil
 
@@ -261,6 +262,32 @@ def test_an_export_compares_what_it_reads_and_no_more(resharded, tmp_path, capsy
         assert state != "fp32" or f"{name}: fp32: content differs from its checksum" in error
         assert list(tmp_path.glob("again/*")) == []
         flip(file, at)
+
+
+@pytest.mark.parametrize("known", [{}, 5, "no masters", "no file"])
+def test_a_manifest_that_does_not_cover_what_is_read(known, resharded, tmp_path, capsys):
+    name = "zero_pp_rank_2_mp_rank_00_optim_states.pt"
+    manifest = commit.read_manifest(resharded)
+    entry = manifest["files"][name]
+    masters = sum(entry[commit.STATES_APART]["fp32"]["runs"][0]) // 2
+    if known == "no file":
+        del manifest["files"][name]
+    elif known == "no masters":
+        del entry[commit.STATES_APART]["fp32"]
+    else:
+        entry[commit.STATES_APART] = known
+    (resharded / "manifest.json").write_text(json.dumps(manifest))
+    if known != "no file":
+        assert convert(resharded, tmp_path / "hf", "--to", "hf") == 0
+    flip(resharded / name, masters)
+    error = refused(capsys, 2, resharded, tmp_path / "again", "--to", "hf")
+    assert name in error
+
+
+def test_a_vocabulary_of_another_size_is_told_as_such(checkpoint, tmp_path, capsys):
+    error = refused(capsys, 2, checkpoint, tmp_path / "hf", "--to", "hf", "--vocab-size", 999)
+    assert "rows of tokens, not 999" in error
+    assert "--max-shard-size" not in error
 
 
 @pytest.mark.parametrize("form", ["zero", "universal", "megatron", "hf"])
