@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from torch import Tensor
 
+from lag_megatron.caches import clear_marks
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.compare import require_same_optimizer, require_same_parameters
 from lag_megatron.checkpoint.integrity import require_sound
@@ -72,6 +73,7 @@ class Engine:
         self.config, self.world, self.num_layers = config, world, num_layers
         settings = deepspeed_config(config, world_size=world.size)
         groups = DeepSpeedGroups(world)
+        clear_marks()
         deepspeed.init_distributed()
         seed_everywhere(config.seed)
         with _sharded_construction(config, settings, groups):

@@ -47,3 +47,32 @@ def test_a_launch_keeps_them(launcher, tmp_path):
     early, found = json.loads((tmp_path / "found.json").read_text())
     assert not early
     assert list(found.values()) == [str(tmp_path / n) for n in ("ops", "triton", "inductor")]
+
+
+def test_a_mark_of_a_killed_build_is_removed(tmp_path):
+    import os
+
+    from lag_megatron.caches import clear_marks
+
+    mark = tmp_path / "op" / "lock"
+    mark.parent.mkdir()
+    mark.touch()
+    os.utime(mark, (1, 1))
+    clear_marks({"TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    assert not mark.exists()
+
+
+def test_a_live_build_is_waited_for(tmp_path):
+    import threading
+    import time
+
+    from lag_megatron.caches import clear_marks
+
+    mark = tmp_path / "op" / "lock"
+    mark.parent.mkdir()
+    mark.touch()
+    threading.Timer(1.0, mark.unlink).start()
+    started = time.monotonic()
+    clear_marks({"TORCH_EXTENSIONS_DIR": str(tmp_path)})
+    assert not mark.exists()
+    assert 0.5 < time.monotonic() - started < 30
