@@ -107,7 +107,11 @@ def test_what_is_not_in_the_table_is_torchs(monkeypatch):
 def test_the_committed_table_supports_the_choice():
     """Where one pass is taken it was faster at every size measured."""
     figures = json.loads(RESULTS.read_text())["figures"]
-    ratios = {name: value for name, value in figures.items() if not name.endswith("_ms")}
+    ratios = {
+        name: value
+        for name, value in figures.items()
+        if not name.endswith("_ms") and not name.startswith("residual_")
+    }
     assert len(ratios) == 18
     for name, ratio in ratios.items():
         kind, dtype = next(
