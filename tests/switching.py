@@ -42,7 +42,7 @@ def config_of(stage, precision, tensor, layers=2, weight_decay=0.1):
 
 
 def save_base(tmp_path_factory):
-    """A checkpoint of another number of ranks than the engines have; a fixture."""
+    """A fixture: a checkpoint of another number of ranks than the engines have."""
     folder = tmp_path_factory.mktemp("base")
     run_ranks(train_and_save, 3, config_of(1, "fp32", 1, weight_decay=0.3), folder)
     return folder / "step3"

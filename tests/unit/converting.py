@@ -14,7 +14,7 @@ EXACT = ("--vocab-size", VOCABULARY)
 
 
 def save_families(tmp_path_factory):
-    """{family: (its model of transformers, its directory)}; a fixture, never to be changed."""
+    """A fixture, never to be changed: {family: (its model of transformers, its directory)}."""
     found = {}
     for family in FAMILIES:
         folder = tmp_path_factory.mktemp(family)
@@ -25,7 +25,7 @@ def save_families(tmp_path_factory):
 
 
 def copy_llama(families, tmp_path):
-    """A copy of the Llama's directory; a fixture."""
+    """A fixture: a copy of the Llama's directory."""
     return shutil.copytree(families["llama"][1], tmp_path / "llama")
 
 

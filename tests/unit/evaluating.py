@@ -31,7 +31,7 @@ def tydi_rows():
 
 
 def write_tasks(tmp_path_factory):
-    """One file for each task, made here; a fixture."""
+    """A fixture: one file for each task, made here."""
     folder = tmp_path_factory.mktemp("data")
     write_lines(folder / "lambada.jsonl", [{"context": c, "continuation": w} for c, w in LAMBADA])
     trivia = [{"context": c, "answer": a, "aliases": more} for c, a, more in TRIVIA]
