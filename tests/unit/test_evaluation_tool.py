@@ -32,6 +32,7 @@ def save(config, folder):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    """A run directory with a checkpoint and the states of two candidates."""
     runs = tmp_path_factory.mktemp("runs")
     folder, config = runs / "pico", pico_config(seq_length=64)
     run_ranks(save, 1, config, folder / "stage00")
