@@ -7,9 +7,8 @@ import pytest
 import torch
 from conftest import PICO_VOCABULARY, pico_config, random_batches, run_ranks, train_and_save
 from full_state import tree_differences
+from switching import PLANS, same_files, switch_from_kept, switch_in_place
 from test_engine import build, load_into_each, steps, stop_and_resume
-from test_kept_base import switch as switch_from_kept
-from test_live import PLANS, same_files, switch
 
 from lag_megatron.checkpoint.describe import describe
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
@@ -134,7 +133,7 @@ def test_the_engine_follows_torchs_adafactor(world_size, base):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_in_place_equals_disk(precision, base, tmp_path):
     config = adafactor(layers=4, precision=precision)
-    for losses in run_ranks(switch, 2, config, base, tmp_path):
+    for losses in run_ranks(switch_in_place, 2, config, base, tmp_path):
         for name, (loaded, grown) in losses.items():
             assert loaded == grown, name
     for name in PLANS:

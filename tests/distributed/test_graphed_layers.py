@@ -16,7 +16,7 @@ from conftest import (
     run_ranks,
     train_and_save,
 )
-from test_live import PLANS
+from switching import PLANS
 
 from lag_megatron.errors import ConfigError
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import PICO_VOCABULARY, random_batches, run_ranks, sparing, train_and_save
 from full_state import differences, read_full
+from switching import PLANS, config_of
 from test_adafactor import adafactor
-from test_live import PLANS, config_of
 from test_trainer import losses_of, train
 
 from lag_megatron.config import load_config

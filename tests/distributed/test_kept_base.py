@@ -2,60 +2,12 @@
 
 import pytest
 import torch
-from conftest import PICO_VOCABULARY, run_alone, run_ranks, sparing, train_and_save
-from test_live import PLANS, config_of, probe, same_files
+from conftest import run_alone, run_ranks, sparing, train_and_save
+from switching import PAGE, PLANS, config_of, kept_here, same_files, save_base, switch_from_kept
 
 from lag_megatron.growth.plan import GrowthPlan
 
-# No page ends where a parameter does.
-PAGE = 1000
-
-
-def kept_here(limit=float("inf")):
-    from lag_megatron.kept import KeptBase, Store
-
-    return KeptBase([Store("memory", lambda: limit, torch.empty)], page=PAGE)
-
-
-def switch(config, base, folder, plans):
-    """On each rank: losses after both ways of switching, and what of the second was written."""
-    from lag_megatron import live as live_module
-    from lag_megatron.checkpoint.zero import ZeroCheckpoint
-    from lag_megatron.engine import Engine
-    from lag_megatron.growth.materialize import Growth
-    from lag_megatron.kept import KeptBase
-    from lag_megatron.parallel import start_world, stop_world
-
-    world = start_world(tensor=config.parallel.tensor)
-    engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)
-    kept, launches = KeptBase.on(world.device, local_ranks=1) or kept_here(), []
-    write_runs = live_module.write_runs
-    live_module.write_runs = lambda runs: (launches.append(len(runs)), write_runs(runs))
-    engine.grow_from(Growth(ZeroCheckpoint.open(base), PLANS["duplicate"], engine.topology), kept)
-    assert launches == []  # the first is taken from the shards
-    losses = {}
-    for name, plan in plans.items():
-        growth = Growth(ZeroCheckpoint.open(base), plan, engine.topology)
-        engine.grow_from(growth)
-        engine.save(folder, f"{name}-shards", client_state={})
-        there = [result.loss for result in probe(engine, config, world)]
-        engine.grow_from(growth, kept)  # over a state that has moved on
-        engine.save(folder, f"{name}-kept", client_state={})
-        losses[name] = there, [result.loss for result in probe(engine, config, world)]
-    assert len(launches) == len(plans)
-    assert all(launches)
-    stop_world()
-    return losses
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A checkpoint of another number of ranks than the engine has."""
-    folder = tmp_path_factory.mktemp("base")
-    run_ranks(train_and_save, 3, config_of(1, "fp32", 1, weight_decay=0.3), folder)
-    return folder / "step3"
-
-
+base = pytest.fixture(save_base, scope="module")
 QUICK = [(0, "bf16", 1), (3, "bf16", 1), (2, "fp32", 1), (1, "bf16", 2)]
 CASES = [
     *((stage, precision, 1) for stage in range(4) for precision in ("fp32", "bf16")),
@@ -68,7 +20,7 @@ CASES = [
 )
 def test_kept_equals_shards(stage, precision, tensor, base, tmp_path):
     config = config_of(stage, precision, tensor, layers=4)
-    results = run_ranks(switch, 2, config, base, tmp_path, PLANS)
+    results = run_ranks(switch_from_kept, 2, config, base, tmp_path, PLANS)
     for losses in results:
         for name, (there, here) in losses.items():
             assert there == here, name
@@ -78,7 +30,7 @@ def test_kept_equals_shards(stage, precision, tensor, base, tmp_path):
 
 def train_and_switch(config, folder):
     train_and_save(config_of(1, "fp32", 1, weight_decay=0.3), folder)
-    return switch(config, folder / "step3", folder, PLANS)
+    return switch_from_kept(config, folder / "step3", folder, PLANS)
 
 
 @pytest.mark.gpu

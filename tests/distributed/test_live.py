@@ -1,107 +1,10 @@
 """A live engine overwritten in place equals one that loads the grown checkpoint, bit for bit."""
 
-import dataclasses
-
 import pytest
-import torch
-from conftest import (
-    PICO_VOCABULARY,
-    pico_config,
-    random_batches,
-    run_ranks,
-    sparing,
-    train_and_save,
-)
-from full_state import tree_differences
+from conftest import run_ranks, sparing
+from switching import PLANS, config_of, same_files, save_base, switch_in_place
 
-from lag_megatron.growth.plan import GrowthPlan
-
-PLANS = {
-    "duplicate": GrowthPlan(
-        operator="lag",
-        options={"index": 0, "block_size": 1, "init": "duplicate"},
-        source_layers=2,
-        target_layers=4,
-    ),
-    "random": GrowthPlan(
-        operator="lag",
-        options={"index": 0, "block_size": 2, "init": "random"},
-        source_layers=2,
-        target_layers=4,
-    ),
-    "scaled": GrowthPlan(operator="last", options={"scale": 0.3}, source_layers=2, target_layers=4),
-}
-
-
-def config_of(stage, precision, tensor, layers=2, weight_decay=0.1):
-    config = pico_config(zero_stage=stage, precision=precision, tensor=tensor, num_layers=layers)
-    parallel = dataclasses.replace(config.parallel, global_batch=12)
-    optimizer = dataclasses.replace(config.optimizer, weight_decay=weight_decay)
-    # ZeRO-3 would keep parameters as small as these whole on every rank.
-    cut = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    return dataclasses.replace(
-        config,
-        parallel=parallel,
-        optimizer=optimizer,
-        deepspeed=cut if stage == 3 and precision == "fp32" else {},
-    )
-
-
-def probe(engine, config, world, first=3, count=2):
-    return [
-        engine.train_step(random_batches(config, world, step), step=step, lr=1e-2)
-        for step in range(first, first + count)
-    ]
-
-
-def switch(config, base, folder):
-    """On each rank: what differs between a candidate from disk and one grown in place."""
-    from lag_megatron.checkpoint.zero import ZeroCheckpoint
-    from lag_megatron.engine import Engine
-    from lag_megatron.growth.materialize import Growth
-    from lag_megatron.growth.offline import grow_checkpoint
-    from lag_megatron.parallel import start_world, stop_world
-
-    world = start_world(tensor=config.parallel.tensor)
-    engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)
-    losses = {}
-    for name, plan in PLANS.items():
-        growth = Growth(ZeroCheckpoint.open(base), plan, engine.topology)
-        if world.is_coordinator:
-            grow_checkpoint(base, folder / name, plan, topology=engine.topology)
-        world.barrier()
-        engine.load(folder / name)
-        engine.save(folder, f"{name}-loaded", client_state={})
-        loaded = probe(engine, config, world)
-        engine.grow_from(growth)  # over a state that has moved on
-        engine.save(folder, f"{name}-grown", client_state={})
-        grown = probe(engine, config, world)
-        validation = [random_batches(config, world, 99)]
-        losses_there = engine.evaluate(validation)
-        engine.save(folder, f"{name}-saved", client_state={})
-        written = folder / f"{name}-written"
-        written.mkdir(exist_ok=True)
-        world.barrier()
-        files = engine.live.write(written, growth, client_state={})
-        assert all((written / file).stat().st_size == e["size"] for file, e in files.items())
-        losses[name] = ([r.loss for r in loaded], [r.loss for r in grown])
-        next_loss = probe(engine, config, world, 5, 1)[0].loss
-        world.barrier()
-        engine.load(written)
-        assert engine.evaluate(validation) == losses_there
-        assert probe(engine, config, world, 5, 1)[0].loss == next_loss
-    stop_world()
-    return losses
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A checkpoint of another number of ranks than the engine has."""
-    folder = tmp_path_factory.mktemp("base")
-    run_ranks(train_and_save, 3, config_of(1, "fp32", 1, weight_decay=0.3), folder)
-    return folder / "step3"
-
-
+base = pytest.fixture(save_base, scope="module")
 QUICK = [(0, "fp32", 1), (3, "fp32", 1), (2, "bf16", 1), (1, "fp32", 2)]
 CASES = [
     *((stage, precision, 1) for stage in range(4) for precision in ("fp32", "bf16")),
@@ -114,7 +17,7 @@ CASES = [
 )
 def test_in_place_equals_disk(stage, precision, tensor, base, tmp_path):
     config = config_of(stage, precision, tensor, layers=4)
-    results = run_ranks(switch, 2, config, base, tmp_path)
+    results = run_ranks(switch_in_place, 2, config, base, tmp_path)
     for losses in results:
         for name, (loaded, grown) in losses.items():
             assert loaded == grown, name
@@ -122,14 +25,3 @@ def test_in_place_equals_disk(stage, precision, tensor, base, tmp_path):
     for name in PLANS:
         assert same_files(tmp_path / f"{name}-loaded", tmp_path / f"{name}-grown") > 0
         assert same_files(tmp_path / f"{name}-saved", tmp_path / f"{name}-written") > 0
-
-
-def same_files(one, other):
-    """How many files of two tag folders hold the same objects; it has to be all of them."""
-    names = sorted(path.name for path in one.glob("*.pt"))
-    assert names == sorted(path.name for path in other.glob("*.pt"))
-    for name in names:
-        pair = [torch.load(folder / name, weights_only=False) for folder in (one, other)]
-        found = [d for d in tree_differences(*pair) if not d.startswith(("/lag/", "/ds_config"))]
-        assert found == [], (one.name, other.name, name)
-    return len(names)

@@ -1,6 +1,7 @@
 """What the tests of conversions share: small models of transformers, and changes of their files."""
 
 import json
+import shutil
 
 import torch
 from hf_weights import VOCABULARY, hf_model
@@ -13,7 +14,7 @@ EXACT = ("--vocab-size", VOCABULARY)
 
 
 def save_families(tmp_path_factory):
-    """Small models of transformers: {family: (its model, its directory)}."""
+    """A fixture, never to be changed: {family: (its model of transformers, its directory)}."""
     found = {}
     for family in FAMILIES:
         folder = tmp_path_factory.mktemp(family)
@@ -21,6 +22,11 @@ def save_families(tmp_path_factory):
         model.save_pretrained(folder, max_shard_size="20KB")
         found[family] = (model, folder)
     return found
+
+
+def copy_llama(families, tmp_path):
+    """A fixture: a copy of the Llama's directory."""
+    return shutil.copytree(families["llama"][1], tmp_path / "llama")
 
 
 def load_weights(folder):
