@@ -4,6 +4,7 @@ A universal checkpoint is hundreds of small files.  torch takes milliseconds to 
 is longer than its values take; so it lays out the first of a kind, and that one shapes the others.
 """
 
+import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,18 @@ from typing import Any
 from torch import Tensor
 
 from lag_megatron.checkpoint.draft import Room
-from lag_megatron.checkpoint.stream import Span
+from lag_megatron.checkpoint.regions import Fill
+from lag_megatron.checkpoint.stream import (
+    Crew,
+    Span,
+    fill_file,
+    opened,
+    put,
+    write_image,
+    write_spans,
+)
+
+_IMAGE_BYTES = 1 << 16  # of a file that is put together in memory
 
 LayOut = Callable[[Path, Any, Room], list[Span]]
 
@@ -42,16 +54,21 @@ class _Mould:
                 at = high
         return _Mould(size, rest, [span.offset for span in spans])
 
-    def fill(self, path: Path) -> None:
-        """Make a file with holes for values: reserving each would be a transaction of the disk's.
+    def image(self) -> bytearray:
+        """All of a file, with zeros for its values."""
+        image = bytearray(self.size)
+        for offset, data in self.rest:
+            image[offset : offset + len(data)] = data
+        return image
+
+    def fill(self, file: int) -> None:
+        """Make an empty file one with holes for values: reserving each is a disk's transaction.
 
         They are written by system calls, which say when the disk is full.
         """
-        with path.open("wb") as file:  # buffered: one system call may write less than it is given
-            file.truncate(self.size)
-            for offset, data in self.rest:
-                file.seek(offset)
-                file.write(data)
+        os.ftruncate(file, self.size)
+        for offset, data in self.rest:
+            put(file, memoryview(data), offset)
 
 
 class Moulds:
@@ -63,17 +80,21 @@ class Moulds:
     def __init__(self) -> None:
         self._kept: dict[Hashable, _Mould] = {}
 
-    def lay_out(self, path: Path, objects: Any, room: Room, by: LayOut) -> list[Span]:
-        """Make a file of its final size with all but the values that ``room`` knows.
+    def write(
+        self, path: Path, objects: Any, room: Room, fill: Fill, crew: Crew, *, by: LayOut
+    ) -> dict[str, Any]:
+        """Write a file, as ``stream.write_spans`` does one that is laid out.
 
         Args:
             path: of the file; files of one kind have one name.
             objects: what it holds.
             room: knows which tensors are values.
+            fill: makes them.
+            crew: told of each piece.
             by: lays out the first of a kind.
 
         Returns:
-            where the values go.
+            its manifest entry.
         """
         entries = objects if isinstance(objects, Mapping) else {"": objects}
         key = (path.name, *((name, _described(v, room)) for name, v in entries.items()))
@@ -81,13 +102,17 @@ class Moulds:
         if mould is None:
             spans = by(path, objects, room)
             self._kept[key] = _Mould.of(path, spans)
-            return spans
-        mould.fill(path)
+            return write_spans(path, spans, fill, crew)
         values = [v for v in entries.values() if id(v) in room.regions and v.numel()]
-        return [
+        spans = [
             Span(begin, value.dtype, room.regions[id(value)])
             for begin, value in zip(mould.begins, values, strict=True)
         ]
+        with opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as file:
+            if mould.size <= _IMAGE_BYTES:
+                return write_image(file, mould.image(), spans, fill, crew)
+            mould.fill(file)
+            return fill_file(file, spans, fill, crew)
 
 
 def _described(value: Any, room: Room) -> Hashable:

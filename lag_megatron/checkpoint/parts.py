@@ -1,7 +1,7 @@
 """Writing a checkpoint in parts: several at a time, resumable, committed when all are there.
 
-Beside the parts lies a record of those that are on disk with their checksums.  After a kill the
-same call skips them; anything else in the draft is written again.
+After a kill the same call skips the parts that are on disk; anything else in the draft is written
+again.
 """
 
 import json
@@ -9,18 +9,18 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.record import Record
 from lag_megatron.checkpoint.stream import Crew, Told
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.files import flush_to_disk
 
-_RECORD = ".parts.jsonl"
 _FLUSHES = 8  # at a time: a file system brings small files to the disk together
 
 
@@ -108,7 +108,8 @@ def write(order: Order, *, workers: int = 1, written: Told = lambda count: None)
 def _write_parts(order: Order, workers: int, written: Told) -> None:
     draft = commit.temporary(order.target)
     try:
-        record = _Record.open(draft, order)
+        names = {part.name for part in order.parts}
+        record = Record.open(draft, _comparable(order.about), names)
         for entry in record.entries().values():
             written(entry["size"])
         missing = order.needed - sum(entry["size"] for entry in record.entries().values())
@@ -116,9 +117,9 @@ def _write_parts(order: Order, workers: int, written: Told) -> None:
         _write_missing(order, record, workers, written)
         files = record.entries()
         files |= order.finish(draft, files)
-        for folder in filter(Path.is_dir, draft.rglob("*")):
-            flush_to_disk(folder)  # the names of its files; those of the draft are published
-        (draft / _RECORD).unlink()
+        with _pool(_FLUSHES) as disk:  # the names of files; those of the draft are published
+            list(disk.map(flush_to_disk, filter(Path.is_dir, draft.rglob("*"))))
+        record.close()
         commit.publish(order.target, files=files, about=order.about, pointer=None)
     except OSError as error:
         commit.remove(draft)
@@ -138,52 +139,7 @@ def _write_parts(order: Order, workers: int, written: Told) -> None:
         ) from None
 
 
-@dataclass(frozen=True)
-class _Record:
-    """Which parts are on disk."""
-
-    folder: Path
-    done: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @staticmethod
-    def open(draft: Path, order: Order) -> "_Record":
-        """The record of an earlier call for the same, or a new one in an empty draft."""
-        first = json.dumps({"about": _comparable(order.about)}, sort_keys=True)
-        lines = _lines(draft / _RECORD)
-        record = _Record(draft)
-        if next(lines, None) == first:
-            names = {part.name for part in order.parts}
-            for line in lines:
-                part = _parsed(line)
-                if part and part["part"] in names and _is_there(draft, part["files"]):
-                    record.done[part["part"]] = part["files"]
-        else:
-            commit.remove(draft)
-            draft.mkdir(parents=True)
-        record._clear()
-        text = [first, *(_line(name, files) for name, files in record.done.items())]
-        (draft / _RECORD).write_text("".join(f"{line}\n" for line in text), encoding="utf-8")
-        return record
-
-    def _clear(self) -> None:
-        """Remove what is half written, or of a part that is no more."""
-        kept = {self.folder / name for name in self.entries()}
-        for path in self.folder.rglob("*"):
-            if path.is_file() and path not in kept:
-                path.unlink()
-
-    def note(self, name: str, files: Mapping[str, Any]) -> None:
-        """Write down that a part's files are on disk."""
-        with (self.folder / _RECORD).open("a", encoding="utf-8") as file:
-            file.write(f"{_line(name, files)}\n")
-        self.done[name] = dict(files)
-
-    def entries(self) -> dict[str, Any]:
-        """Manifest entries of every file there is."""
-        return {name: entry for files in self.done.values() for name, entry in files.items()}
-
-
-def _write_missing(order: Order, record: _Record, workers: int, written: Told) -> None:
+def _write_missing(order: Order, record: Record, workers: int, written: Told) -> None:
     failed = threading.Event()
 
     def told(count: int) -> None:
@@ -242,31 +198,6 @@ def _joined(pool: Executor, others: int, work: Callable[[], None]) -> Iterator[N
 
 class _Abandoned(Exception):
     """Ends a worker after another one has failed."""
-
-
-def _lines(path: Path) -> Iterator[str]:
-    if path.is_file():
-        yield from path.read_text(encoding="utf-8", errors="replace").splitlines()
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """A line of the record; None for one that a kill has cut."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and {"part", "files"} <= found.keys() else None
-
-
-def _line(name: str, files: Mapping[str, Any]) -> str:
-    return json.dumps({"part": name, "files": dict(files)})
-
-
-def _is_there(folder: Path, files: Mapping[str, Any]) -> bool:
-    return all(
-        (folder / name).is_file() and (folder / name).stat().st_size == entry["size"]
-        for name, entry in files.items()
-    )
 
 
 def _comparable(about: Mapping[str, Any]) -> Any:

@@ -30,7 +30,7 @@ class Relay(Generic[T]):
     def run(self, works: Sequence[Work[T]]) -> None:
         """Work until no piece is left, or until another thread has failed, which raises there.
 
-        When all threads have come back, everything is finished.
+        A thread comes back when all that it has taken is finished.
 
         Args:
             works: one for each piece that a thread may have begun; a work does what may be done at
@@ -42,6 +42,8 @@ class Relay(Generic[T]):
             while (free := self._free(last)) is not None and (taken := self._take()) is not None:
                 last[free], piece = taken
                 self._leave(last[free], works[free](piece))
+            with self._turn:  # what the thread's works have in hand may be used again after this
+                self._turn.wait_for(lambda: self._is_broken or max(last) < self._finished)
         except BaseException:
             with self._turn:
                 self._is_broken = True

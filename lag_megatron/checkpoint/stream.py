@@ -5,8 +5,9 @@ the copy itself; so values are made in a buffer that stays in the cache and writ
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,19 +109,57 @@ def write_spans(
         the file's manifest entry: size and xxh3-128 checksum, and those of each state where there
         are several.
     """
-    with path.open("r+b", buffering=0) as file:
-        handle = file.fileno()
-        size = os.fstat(handle).st_size
-        parts = _parts(sorted(spans, key=lambda s: s.offset), size, fill)
-        relay, trail = Relay(_pieces(parts)), Trail(handle, (span.region.state for span in spans))
+    with opened(path, os.O_RDWR) as file:
+        return fill_file(file, spans, fill, crew)
 
-        def run() -> None:
-            relay.run([_Writer(handle, fill, crew.told, trail).write for _ in range(_ROOMS)])
 
-        is_long = sum(span.end - span.offset for span in spans) > _WINDOW_BYTES
-        with crew.join(run) if is_long else nullcontext():
-            run()
-        return trail.entry
+def fill_file(file: int, spans: Sequence[Span], fill: Fill, crew: Crew) -> dict[str, Any]:
+    """The same for the descriptor of a file, open for reading and writing."""
+    parts = _parts(sorted(spans, key=lambda s: s.offset), os.fstat(file).st_size, fill)
+    relay, trail = Relay(_pieces(parts)), Trail(file, (span.region.state for span in spans))
+
+    def run() -> None:
+        relay.run([_Writer(file, fill, crew.told, trail, r).write for r in _rooms.kept])
+
+    is_long = sum(span.end - span.offset for span in spans) > _WINDOW_BYTES
+    with crew.join(run) if is_long else nullcontext():
+        run()
+    return trail.entry
+
+
+def write_image(
+    file: int, image: bytearray, spans: Sequence[Span], fill: Fill, crew: Crew
+) -> dict[str, Any]:
+    """The same for an empty file so small that ``image`` is all of it, but for the values."""
+    trail = Trail(file, (span.region.state for span in spans))
+    data, view, at = torch.frombuffer(image, dtype=torch.uint8), memoryview(image), 0
+    for span in sorted(spans, key=lambda s: s.offset):
+        fill.expect(span.region)
+        fill(span.region, data[span.offset : span.end].view(span.dtype))
+        trail.hash(view[at : span.offset], at)
+        trail.hash(view[span.offset : span.end], span.offset, span.region.state)
+        crew.told(span.end - span.offset)
+        at = span.end
+    trail.hash(view[at:], at)
+    put(file, view, 0)
+    return trail.entry
+
+
+@contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """The descriptor of a file: Python's own objects ask the system more, once for each file."""
+    file = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def put(file: int, data: memoryview, offset: int) -> None:
+    """Write all of it, which a single system call need not do."""
+    while data:
+        count = os.pwrite(file, data[:_WRITE_BYTES], offset)
+        data, offset = data[count:], offset + count
 
 
 def _pieces(parts: Iterator[_Part]) -> Iterator[_Piece]:
@@ -174,12 +213,27 @@ def _rows(span: Span, fill: Fill) -> Iterator[_Part]:
     yield _Part(span.offset, span.end)
 
 
-class _Writer:
-    """Buffers for one piece."""
+class _Rooms(threading.local):
+    """A thread's buffers by purpose, for each piece that it may have begun.
 
-    def __init__(self, file: int, fill: Fill, told: Told, trail: Trail) -> None:
+    They outlast a file: fresh pages would cost a small one more than its values do.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, Tensor]] = [{} for _ in range(_ROOMS)]
+
+
+_rooms = _Rooms()
+
+
+class _Writer:
+    """Makes and writes a piece at a time, in buffers of its own."""
+
+    def __init__(
+        self, file: int, fill: Fill, told: Told, trail: Trail, rooms: dict[str, Tensor]
+    ) -> None:
         self._file, self._fill, self._told, self._trail = file, fill, told, trail
-        self._rooms: dict[str, Tensor] = {}
+        self._rooms = rooms
 
     def write(self, piece: _Piece) -> Callable[[], None]:
         """Make a piece and write it; what is returned hashes it."""
@@ -192,7 +246,7 @@ class _Writer:
         data = self._room("piece", end - begin)
         for part in piece:
             self._make(part, data[part.offset - begin : part.end - begin])
-        self._put(_bytes_of(data), begin)
+        put(self._file, _bytes_of(data), begin)
         self._told(end - begin)
         return partial(self._hash, piece, _bytes_of(data))
 
@@ -226,7 +280,7 @@ class _Writer:
         run, stride = len(data) // span.width, span.region.length // span.width * size
         begin, view = span.offset + (part.first or 0) * size, _bytes_of(data)
         for number in range(span.width):
-            self._put(view[number * run : (number + 1) * run], begin + number * stride)
+            put(self._file, view[number * run : (number + 1) * run], begin + number * stride)
         self._told(len(data))
 
     def _room(self, name: str, size: int) -> Tensor:
@@ -234,11 +288,6 @@ class _Writer:
         if name not in self._rooms or len(self._rooms[name]) < size:
             self._rooms[name] = torch.empty(max(size, PIECE_BYTES), dtype=torch.uint8)
         return self._rooms[name][:size]
-
-    def _put(self, data: memoryview, offset: int) -> None:
-        while data:
-            count = os.pwrite(self._file, data[:_WRITE_BYTES], offset)
-            data, offset = data[count:], offset + count
 
 
 def _bytes_of(values: Tensor) -> memoryview:

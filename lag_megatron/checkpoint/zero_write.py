@@ -91,10 +91,9 @@ def write_objects(
     """
     try:
         if moulds is None:
-            spans = _laid_out(path, objects, room)
+            entry = write_spans(path, _laid_out(path, objects, room), fill, crew)
         else:
-            spans = moulds.lay_out(path, objects, room, by=_laid_out)
-        entry = write_spans(path, spans, fill, crew)
+            entry = moulds.write(path, objects, room, fill, crew, by=_laid_out)
         crew.flush(path)
     except OSError as error:
         path.unlink(missing_ok=True)

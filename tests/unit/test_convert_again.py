@@ -7,6 +7,7 @@ import pytest
 from converting import convert, refused, save_families
 
 from lag_megatron.checkpoint import commit, parts
+from lag_megatron.checkpoint.record import Record
 
 families = pytest.fixture(save_families, scope="module")
 
@@ -17,7 +18,7 @@ def test_goes_on_after_a_kill(checkpoint, tmp_path, monkeypatch):
     expected = commit.read_manifest(tmp_path / "expected" / "step3_universal")["files"]
     target, pid = tmp_path / "out", os.fork()
     if pid == 0:
-        note, left = parts._Record.note, [5]
+        note, left = Record.note, [5]
 
         def stop(self, name, files):
             note(self, name, files)
@@ -25,7 +26,7 @@ def test_goes_on_after_a_kill(checkpoint, tmp_path, monkeypatch):
             if not left[0]:
                 os._exit(9)
 
-        parts._Record.note = stop
+        Record.note = stop
         convert(checkpoint, target, "--to", "universal", "--workers", 1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
@@ -36,9 +37,9 @@ def test_goes_on_after_a_kill(checkpoint, tmp_path, monkeypatch):
     assert len(done) == 5
     with (draft / ".parts.jsonl").open("a") as file:
         file.write('{"part": "torn')
-    written, note = [], parts._Record.note
+    written, note = [], Record.note
     monkeypatch.setattr(
-        parts._Record,
+        Record,
         "note",
         lambda self, name, files: written.append(name) or note(self, name, files),
     )

@@ -62,6 +62,37 @@ def test_pieces_are_finished_in_order_by_whoever_is_there():
     assert finished == list(range(200))
 
 
+def test_a_thread_comes_back_when_what_it_took_is_finished():
+    """Until then its buffers are read, by whoever is about the finishing."""
+    relay, finished, taker, at_back = Relay(iter(range(2))), [], [], []
+    begun, left, may_finish = (threading.Event() for _ in range(3))
+
+    def slow(number):
+        begun.set()
+        assert may_finish.wait(60)
+        return lambda: finished.append(number)
+
+    def fast(number):
+        taker.append(threading.current_thread())
+        left.set()
+        return lambda: finished.append(number)
+
+    def run():
+        assert begun.wait(60)
+        relay.run([fast])
+        if threading.current_thread() in taker:
+            at_back.append(list(finished))
+
+    def release():
+        assert left.wait(60)
+        time.sleep(0.05)  # in which the other thread would come back
+        may_finish.set()
+
+    with joined(run), joined(release):
+        relay.run([slow])
+    assert at_back == [[0, 1]]
+
+
 def test_one_thread_fails_and_the_others_end():
     relay, finished, failures = Relay(iter(range(10**9))), [], []
 
@@ -131,7 +162,7 @@ def test_each_state_has_a_checksum_of_its_own(tmp_path):
 
 
 def test_a_mould_gives_the_bytes_that_torch_gives(tmp_path):
-    shapes = [(3, 5), (3, 5), (5, 3), (3, 5), (0,), (0,)]
+    shapes = [(3, 5), (3, 5), (5, 3), (3, 5), (0,), (0,), (150, 150), (150, 150)]
     moulds = Moulds()
     for number, shape in enumerate(shapes):
         for extra in ({}, {"cat_dim": 0}, {"cat_dim": 1}, {"vocab_tensor": True}):
@@ -142,8 +173,11 @@ def test_a_mould_gives_the_bytes_that_torch_gives(tmp_path):
                 room = Room()
                 values = room(region(torch.Size(shape).numel()), shape)
                 objects = {**extra, "param": values}
-                write_objects(place / "fp32.pt", objects, room, Numbers(), Crew(), kept)
-                written.append((place / "fp32.pt").read_bytes())
+                told = []
+                crew = Crew(told.append)
+                entry = write_objects(place / "fp32.pt", objects, room, Numbers(), crew, kept)
+                assert sum(told) == 4 * values.numel()
+                written.append((entry, (place / "fp32.pt").read_bytes()))
             assert written[0] == written[1]
             found = torch.load(place / "fp32.pt", weights_only=True)
             assert found == {**extra, "param": found["param"]}
