@@ -184,6 +184,19 @@ def test_a_grown_state_is_the_one_its_bench_names():
     assert torch.equal(new["exp_avg_sq"][middle], old["exp_avg_sq"][4 * layer : 8 * layer])
 
 
+def test_layers_of_the_grow_bench_are_aligned_as_a_models_are(monkeypatch):
+    import grow_kernel
+
+    from lag_megatron.kernels.runs import table_of
+
+    seen = []
+    monkeypatch.setattr(grow_kernel, "write_runs", seen.append)
+    grow_kernel.shares(torch.device("cpu"), 12 * 1001, rounds=1)
+    for runs in seen:
+        rows, _ = table_of(runs)
+        assert (rows[:, 4] % 2 == 1).all()
+
+
 @pytest.mark.parametrize("has_file", [False, True])
 def test_what_was_not_measured_is_said(has_file, tmp_path):
     import tables
