@@ -6,6 +6,7 @@ fails is said to have, and the others still run.  Exit code 0: all passed; 1: no
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -26,7 +27,8 @@ from lag_megatron.caches import keep_caches
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "tools" / "bench"
-TAIL = 4000  # characters of a part's output that are kept
+TAIL = 16_000  # characters of a part's output that are kept
+GRACE = 5.0  # seconds in which a part whose time is over may say where it was
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,18 @@ def _step(shape: str, rounds: int) -> tuple[str, ...]:
     return (str(BENCH / "step.py"), "--shape", shape, *options, "--peers", "stock")
 
 
+def gpu_tests() -> tuple[str, ...]:
+    """Files with a test marked ``gpu``, kernels' first; others may ask for what is not here."""
+    files = (ROOT / "tests").rglob("test_*.py")
+    found = [file for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
+    return tuple(str(file) for file in sorted(found, key=lambda f: (f.parent.name != "unit", f)))
+
+
 PARTS = (
-    Part("tests", 150, ("-m", "pytest", "-m", "gpu", "-q", "tests"), has_figures=False),
+    Part("tests", 150, ("-m", "pytest", "-m", "gpu", "-q", *gpu_tests()), has_figures=False),
     Part("kernels", 70, (str(BENCH / "gpu_kernels.py"),)),
     Part("step of BERT-base, 16 layers", 100, _step("bert16", 10)),
-    Part("step of a 1B decoder", 190, _step("decoder1b", 5)),
+    Part("step of a 1B decoder", 160, _step("decoder1b", 5)),
     Part("switch of candidates", 70, (str(BENCH / "live_switch.py"), "--hidden", "768")),
 )
 
@@ -142,11 +151,25 @@ def _run(command: Sequence[str], seconds: float) -> dict[str, Any]:
         output, _ = process.communicate(timeout=seconds)
         outcome = "passed" if process.returncode == 0 else f"failed ({process.returncode})"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        outcome = "out of time"
+        output, outcome = _end(process), "out of time"
     taken = time.perf_counter() - started
     return {"outcome": outcome, "seconds": taken, "output": output[-TAIL:].strip()}
+
+
+def _end(process: "subprocess.Popen[str]") -> str:
+    """What a part has printed, once it and all that it started are gone.
+
+    It is interrupted first: Python then says where it was, and pytest what has failed so far.
+    """
+    os.killpg(process.pid, signal.SIGINT)
+    output = None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        output, _ = process.communicate(timeout=GRACE)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    if output is None:
+        output, _ = process.communicate()
+    return output
 
 
 if __name__ == "__main__":
