@@ -165,13 +165,17 @@ def tiny_roofline():
         vocabulary=64,
         heads=(("tiny", (1, 2, 8, 4)),),
     )
-    found = gpu_kernels.roofline(torch.device("cpu"), sizes, rounds=1)
+    found = list(gpu_kernels.roofline(torch.device("cpu"), sizes, rounds=1))
     stop_world()
     return found
 
 
 def test_every_kernel_has_its_share():
-    (found,) = run_ranks(tiny_roofline, 1)
+    (parts,) = run_ranks(tiny_roofline, 1)
+    found = {name: value for part in parts for name, value in part.items()}
+    assert sum(map(len, parts)) == len(found)
+    assert "copy_gb_s" in parts[0]
+    assert "ce_vs_megatron" in parts[-1]  # of all the most that can fail
     expected = {
         "copy_gb_s", "matmul_tflop_s", "optimizer_bandwidth_share", "grow_bandwidth_share",
         "ce_vs_megatron", "ce_matmul_share", "attention_matmul_share_tiny_full",
