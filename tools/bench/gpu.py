@@ -27,7 +27,7 @@ from lag_megatron.caches import keep_caches
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "tools" / "bench"
-TAIL = 16_000  # characters of a part's output that are kept
+KEPT, SHOWN = 100_000, 6_000  # characters of a part's output, its last ones: in the file, and here
 GRACE = 5.0  # seconds in which a part whose time is over may say where it was
 
 
@@ -61,7 +61,12 @@ def gpu_tests() -> tuple[str, ...]:
 
 
 PARTS = (
-    Part("tests", 150, ("-m", "pytest", "-m", "gpu", "-q", *gpu_tests()), has_figures=False),
+    Part(
+        "tests",
+        150,
+        ("-m", "pytest", "-m", "gpu", "-q", "--tb=short", *gpu_tests()),
+        has_figures=False,
+    ),
     Part("kernels", 70, (str(BENCH / "gpu_kernels.py"),)),
     Part("step of BERT-base, 16 layers", 100, _step("bert16", 10)),
     Part("step of a 1B decoder", 160, _step("decoder1b", 5)),
@@ -100,7 +105,10 @@ def run_parts(parts: Sequence[Part], *, prefix: str) -> Iterator[dict[str, Any]]
             figures |= renamed(left := _figures_in(file), prefix)
             if part.has_figures and not left and outcome["outcome"] == "passed":
                 outcome["outcome"] = "left no figures"
-        print(f"{outcome['output']}\n{outcome['outcome']}, {outcome['seconds']:.0f} s", flush=True)
+        print(
+            f"{outcome['output'][-SHOWN:]}\n{outcome['outcome']}, {outcome['seconds']:.0f} s",
+            flush=True,
+        )
         yield {**record(figures), "parts": dict(outcomes)}
 
 
@@ -153,7 +161,7 @@ def _run(command: Sequence[str], seconds: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         output, outcome = _end(process), "out of time"
     taken = time.perf_counter() - started
-    return {"outcome": outcome, "seconds": taken, "output": output[-TAIL:].strip()}
+    return {"outcome": outcome, "seconds": taken, "output": output[-KEPT:].strip()}
 
 
 def _end(process: "subprocess.Popen[str]") -> str:
