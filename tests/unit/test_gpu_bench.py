@@ -92,7 +92,7 @@ def test_a_part_is_ended_with_what_it_started(is_deaf, tmp_path, monkeypatch):
     child = f"import signal, time; {ignore}; time.sleep(6); open({str(alive)!r}, 'w')"
     code = (
         "import signal, subprocess, sys, time\n"
-        f"subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.DEVNULL)\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
         "print('started', flush=True)\n"
         f"{ignore if is_deaf else ''}\n"
         "time.sleep(60)\n"
@@ -105,6 +105,26 @@ def test_a_part_is_ended_with_what_it_started(is_deaf, tmp_path, monkeypatch):
     assert ("KeyboardInterrupt" in output) != is_deaf
     time.sleep(max(0.0, 8 - (time.monotonic() - started)))
     assert not alive.exists()
+
+
+def test_what_a_part_leaves_running_is_ended(tmp_path):
+    from gpu import run_parts
+
+    code = (
+        "import subprocess, sys\n"
+        "left = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(left.pid)\n"
+    )
+    (found,) = run_parts([part("quick", code, seconds=30.0, has_figures=False)], prefix="h200")
+    quick = found["parts"]["quick"]
+    assert quick["outcome"] == "passed"
+    assert quick["seconds"] < 30
+    there = Path(f"/proc/{int(quick['output'])}/cmdline")  # empty once it is dead
+    for _ in range(100):
+        if not there.exists() or not there.read_bytes():
+            return
+        time.sleep(0.1)
+    pytest.fail("what it started still runs")
 
 
 def test_all_parts_take_less_than_ten_minutes():

@@ -68,9 +68,9 @@ PARTS = (
         has_figures=False,
     ),
     Part("kernels", 70, (str(BENCH / "gpu_kernels.py"),)),
-    Part("step of BERT-base, 16 layers", 100, _step("bert16", 10)),
-    Part("step of a 1B decoder", 160, _step("decoder1b", 5)),
-    Part("switch of candidates", 70, (str(BENCH / "live_switch.py"), "--hidden", "768")),
+    Part("step of BERT-base, 16 layers", 90, _step("bert16", 10)),
+    Part("step of a 1B decoder", 140, _step("decoder1b", 5)),
+    Part("switch of candidates", 100, (str(BENCH / "live_switch.py"), "--hidden", "768")),
 )
 
 
@@ -101,7 +101,9 @@ def run_parts(parts: Sequence[Part], *, prefix: str) -> Iterator[dict[str, Any]]
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "figures.json"
             command = [*part.command, *(("--json", str(file)) if part.has_figures else ())]
-            outcomes[part.name] = outcome = _run([sys.executable, *command], part.seconds)
+            outcomes[part.name] = outcome = _run(
+                [sys.executable, *command], part.seconds, Path(folder) / "output"
+            )
             figures |= renamed(left := _figures_in(file), prefix)
             if part.has_figures and not left and outcome["outcome"] == "passed":
                 outcome["outcome"] = "left no figures"
@@ -144,40 +146,34 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _run(command: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Run a command with all that it starts, and end all of it when its time is over."""
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=seconds)
-        outcome = "passed" if process.returncode == 0 else f"failed ({process.returncode})"
-    except subprocess.TimeoutExpired:
-        output, outcome = _end(process), "out of time"
-    taken = time.perf_counter() - started
-    return {"outcome": outcome, "seconds": taken, "output": output[-KEPT:].strip()}
-
-
-def _end(process: "subprocess.Popen[str]") -> str:
-    """What a part has printed, once it and all that it started are gone.
+def _run(command: Sequence[str], seconds: float, log: Path) -> dict[str, Any]:
+    """Run a command with all that it starts, and end all of it when its time is over.
 
     It is interrupted first: Python then says where it was, and pytest what has failed so far.
     """
-    os.killpg(process.pid, signal.SIGINT)
-    output = None
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        output, _ = process.communicate(timeout=GRACE)
+    started = time.perf_counter()
+    with log.open("wb") as file:  # no pipe, which what it starts could hold open
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        code = process.wait(timeout=seconds)
+        outcome = f"failed ({code})" if code else "passed"
+    except subprocess.TimeoutExpired:
+        outcome = "out of time"
+        _signal(process, signal.SIGINT)
+    _signal(process, signal.SIGKILL)
+    taken = time.perf_counter() - started
+    output = log.read_text(encoding="utf-8", errors="replace")
+    return {"outcome": outcome, "seconds": taken, "output": output[-KEPT:].strip()}
+
+
+def _signal(process: "subprocess.Popen[bytes]", number: int) -> None:
+    """Tell a process and what it started, and wait a little for it to end."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    if output is None:
-        output, _ = process.communicate()
-    return output
+        os.killpg(process.pid, number)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=GRACE)
 
 
 if __name__ == "__main__":
