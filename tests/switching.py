@@ -137,7 +137,10 @@ def same_files(one, other):
     names = sorted(path.name for path in one.glob("*.pt"))
     assert names == sorted(path.name for path in other.glob("*.pt"))
     for name in names:
-        pair = [torch.load(folder / name, weights_only=False) for folder in (one, other)]
+        pair = [
+            torch.load(folder / name, weights_only=False, map_location="cpu")
+            for folder in (one, other)
+        ]
         found = [d for d in tree_differences(*pair) if not d.startswith(("/lag/", "/ds_config"))]
         assert found == [], (one.name, other.name, name)
     return len(names)

@@ -60,6 +60,9 @@ def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
         lines = "\n".join(f"  {p}" for p in problems)
         raise ConfigError(f"{count} in the DeepSpeed configuration\n{lines}")
     defaults: dict[str, Any] = {"steps_per_print": 10**9, "zero_allow_untested_optimizer": True}
+    # From the third step on they wait for the device in every forward pass, for numbers that are
+    # not printed.
+    defaults["timers"] = {"throughput": {"enabled": False}}
     if parallel.precision == "bf16":
         # Summing many replicas' gradients in bf16 would make the curve depend on their number.
         defaults["communication_data_type"] = "fp32"

@@ -20,13 +20,15 @@ _CPU_FLAGS = (
     "-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-std=c++17",
     "-shared", "-fPIC", "-pthread",
 )  # fmt: skip
+_CUDA_BIN = "/usr/local/cuda/bin"
 _X86_FLAGS = ("-mprefer-vector-width=512",)  # by default compilers take half of what AVX-512 has
 
 
 def nvcc_path() -> str | None:
-    """The CUDA compiler, by CUDA_HOME or the PATH."""
+    """The CUDA compiler, by CUDA_HOME, by the PATH, or where NVIDIA's packages put it."""
     home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
+    places = [*([f"{home}/bin"] if home else []), None, _CUDA_BIN]
+    return next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
 
 
 def cpu_command() -> list[str]:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 WAITING = ("_local_scalar_dense", "nonzero", "equal")
 # What these read, they read on a CPU alone: kernels there take numbers, and rows are counted.
 ON_A_CPU = {"adamw", "adamw_cpu", "linear_cross_entropy", "softmax", "softmax_cpu"}
+LAST = 3  # the step that is looked at: DeepSpeed's timers would begin with the one before
 
 
 class Reads(TorchDispatchMode):
@@ -36,34 +37,41 @@ def engine_and_batches(config):
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=2, vocab_size=PICO_VOCABULARY)
-    return engine, [random_batches(config, world, step) for step in range(3)]
+    return engine, [random_batches(config, world, step) for step in range(LAST + 1)]
 
 
 def reads_on_a_cpu(config):
+    from deepspeed.accelerator import get_accelerator
+
     from lag_megatron import engine as engine_module
     from lag_megatron.parallel import stop_world
 
     engine, batches = engine_and_batches(config)
-    engine.train_step(batches[0], step=0, lr=1e-3)
-    counted = [engine_module.labels_of(given) for given in batches]
+    for step in range(LAST):
+        engine.train_step(batches[step], step=step, lr=1e-3)
+    counted = engine_module.labels_of(batches[LAST])
     transfers, read = [], engine_module.read
-    engine_module.labels_of = lambda given: counted[1]  # they are counted in the host's memory
+    engine_module.labels_of = lambda given: counted  # they are counted in the host's memory
     engine_module.read = lambda *given: (transfers.append(len(given)), read(*given))[1]
+    waits, accelerator = [], get_accelerator()
+    accelerator.synchronize = lambda *given: waits.append(given)
     with Reads() as mode:
-        engine.train_step(batches[1], step=1, lr=1e-3)
+        engine.train_step(batches[LAST], step=LAST, lr=1e-3)
     evaluated = Reads()
     with evaluated:
         engine.evaluate(batches[1:2])
     stop_world()
-    return mode.seen, transfers, evaluated.seen
+    return mode.seen, transfers, evaluated.seen, waits
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_values_are_read_once(stage):
-    for seen, transfers, evaluated in run_ranks(reads_on_a_cpu, 2, pico_config(zero_stage=stage)):
+    config = pico_config(zero_stage=stage)
+    for seen, transfers, evaluated, waits in run_ranks(reads_on_a_cpu, 2, config):
         assert set(seen) <= ON_A_CPU
         assert transfers == [3]  # sums, labels, norm
         assert set(evaluated) <= ON_A_CPU
+        assert waits == []
 
 
 def waits_on_a_gpu(config):
@@ -73,7 +81,8 @@ def waits_on_a_gpu(config):
 
     engine, batches = engine_and_batches(config)
     pinned = [[{n: t.pin_memory() for n, t in part.items()} for part in b] for b in batches]
-    engine.train_step(pinned[0], step=0, lr=1e-3)
+    for step in range(LAST):
+        engine.train_step(pinned[step], step=step, lr=1e-3)
     read = engine_module.read
 
     def read_at_the_end(*given):
@@ -82,7 +91,7 @@ def waits_on_a_gpu(config):
 
     engine_module.read = read_at_the_end
     torch.cuda.set_sync_debug_mode("error")
-    loss = engine.train_step(pinned[1], step=1, lr=1e-3).loss
+    loss = engine.train_step(pinned[LAST], step=LAST, lr=1e-3).loss
     stop_world()
     return loss
 

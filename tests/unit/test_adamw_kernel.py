@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lag_megatron.errors import LagError
+from lag_megatron.kernels import build as build_module
 from lag_megatron.kernels.adamw import (
     adamw_step,
     on_device,
@@ -175,6 +176,21 @@ def test_squares_are_summed_over_all_tensors(dtype):
     expected = sum(float(t.double().square().sum()) for t in tensors)
     assert float(squared_norms(tensors)) == pytest.approx(expected, rel=1e-6)
     assert float(squared_norms([])) == 0
+
+
+def test_nvcc_is_found_by_its_folders(tmp_path, monkeypatch):
+    """CUDA_HOME first, then the PATH, then where it is installed by default."""
+    folders = [tmp_path / name for name in ("home/bin", "path", "default")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "nvcc").touch(mode=0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", str(folders[1]))
+    monkeypatch.setattr(build_module, "_CUDA_BIN", str(folders[2]))
+    for folder in folders:
+        assert nvcc_path() == str(folder / "nvcc")
+        (folder / "nvcc").unlink()
+    assert nvcc_path() is None
 
 
 @pytest.mark.skipif(nvcc_path() is None, reason="no nvcc here: AdamW's CUDA kernel is not compiled")

@@ -79,7 +79,7 @@ def test_a_thread_comes_back_when_what_it_took_is_finished():
 
     def run():
         assert begun.wait(60)
-        relay.run([fast])
+        relay.run([fast, fast])
         if threading.current_thread() in taker:
             at_back.append(list(finished))
 

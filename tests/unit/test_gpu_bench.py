@@ -79,32 +79,73 @@ def test_a_part_that_fails_is_told_and_the_rest_runs():
         assert text in table(found)
 
 
-def test_a_part_is_ended_with_what_it_started(tmp_path):
+@pytest.mark.parametrize("is_deaf", [False, True])
+def test_a_part_is_ended_with_what_it_started(is_deaf, tmp_path, monkeypatch):
+    """It says where it was, if it can."""
+    import gpu
     from gpu import run_parts
 
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+
     alive = tmp_path / "alive"
-    child = f"import time; time.sleep(6); open({str(alive)!r}, 'w')"
+    ignore = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    child = f"import signal, time; {ignore}; time.sleep(6); open({str(alive)!r}, 'w')"
     code = (
-        "import subprocess, sys, time\n"
+        "import signal, subprocess, sys, time\n"
         f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
         "print('started', flush=True)\n"
+        f"{ignore if is_deaf else ''}\n"
         "time.sleep(60)\n"
     )
     started = time.monotonic()
     (found,) = run_parts([part("slow", code, seconds=2.0, has_figures=False)], prefix="h200")
     assert found["parts"]["slow"]["outcome"] == "out of time"
-    assert found["parts"]["slow"]["output"] == "started"
+    output = found["parts"]["slow"]["output"]
+    assert output.startswith("started")
+    assert ("KeyboardInterrupt" in output) != is_deaf
     time.sleep(max(0.0, 8 - (time.monotonic() - started)))
     assert not alive.exists()
 
 
-def test_all_parts_take_less_than_ten_minutes():
-    from gpu import PARTS
+def test_what_a_part_leaves_running_is_ended(tmp_path):
+    from gpu import run_parts
 
-    assert sum(each.seconds for each in PARTS) < 600
+    code = (
+        "import subprocess, sys\n"
+        "left = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(left.pid)\n"
+    )
+    (found,) = run_parts([part("quick", code, seconds=30.0, has_figures=False)], prefix="h200")
+    quick = found["parts"]["quick"]
+    assert quick["outcome"] == "passed"
+    assert quick["seconds"] < 30
+    there = Path(f"/proc/{int(quick['output'])}/cmdline")  # empty once it is dead
+    for _ in range(100):
+        if not there.exists() or not there.read_bytes():
+            return
+        time.sleep(0.1)
+    pytest.fail("what it started still runs")
+
+
+def test_all_parts_take_less_than_ten_minutes():
+    from gpu import GRACE, PARTS
+
+    start = 15  # the import of torch, and the device's first call
+    assert start + sum(each.seconds + GRACE for each in PARTS) <= 600
     for each in PARTS:
         script = each.command[0]
         assert script == "-m" or Path(script).is_file()
+
+
+def test_every_file_with_a_gpu_test_is_run():
+    from gpu import gpu_tests
+
+    command = ["grep", "-rlw", "--include=test_*.py", "mark[.]gpu", "tests"]
+    found = subprocess.check_output(command, cwd=ROOT, text=True)
+    assert {str(ROOT / line) for line in found.splitlines()} == set(gpu_tests())
+    kinds = [Path(file).parent.name for file in gpu_tests()]
+    assert kinds == sorted(kinds, reverse=True)  # kernels' come first
+    assert "distributed" in kinds
 
 
 def test_figures_are_named_by_the_device():
@@ -144,13 +185,17 @@ def tiny_roofline():
         vocabulary=64,
         heads=(("tiny", (1, 2, 8, 4)),),
     )
-    found = gpu_kernels.roofline(torch.device("cpu"), sizes, rounds=1)
+    found = list(gpu_kernels.roofline(torch.device("cpu"), sizes, rounds=1))
     stop_world()
     return found
 
 
 def test_every_kernel_has_its_share():
-    (found,) = run_ranks(tiny_roofline, 1)
+    (parts,) = run_ranks(tiny_roofline, 1)
+    found = {name: value for part in parts for name, value in part.items()}
+    assert sum(map(len, parts)) == len(found)
+    assert "copy_gb_s" in parts[0]
+    assert "ce_vs_megatron" in parts[-1]  # of all the most that can fail
     expected = {
         "copy_gb_s", "matmul_tflop_s", "optimizer_bandwidth_share", "grow_bandwidth_share",
         "ce_vs_megatron", "ce_matmul_share", "attention_matmul_share_tiny_full",
@@ -182,6 +227,19 @@ def test_a_grown_state_is_the_one_its_bench_names():
     assert (weights[middle] == 0.5).all()
     assert (new["exp_avg"][middle] == 0).all()
     assert torch.equal(new["exp_avg_sq"][middle], old["exp_avg_sq"][4 * layer : 8 * layer])
+
+
+def test_layers_of_the_grow_bench_are_aligned_as_a_models_are(monkeypatch):
+    import grow_kernel
+
+    from lag_megatron.kernels.runs import table_of
+
+    seen = []
+    monkeypatch.setattr(grow_kernel, "write_runs", seen.append)
+    grow_kernel.shares(torch.device("cpu"), 12 * 1001, rounds=1)
+    for runs in seen:
+        rows, _ = table_of(runs)
+        assert (rows[:, 4] % 2 == 1).all()
 
 
 @pytest.mark.parametrize("has_file", [False, True])

@@ -55,33 +55,74 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-module, name, signature, fixed, capability = json.loads(sys.argv[1])
-kernel = getattr(importlib.import_module(f"lag_megatron.kernels.{module}"), name)
-places = {argument: (place,) for place, argument in enumerate(signature)}
-fixed = {places[n]: tl.bfloat16 if value == "bf16" else value for n, value in fixed.items()}
-# As a launch finds them: tensors and lengths that are multiples of 16.
-even = {places[n]: [["tt.divisibility", 16]] for n, kind in signature.items() if kind[0] in "*i"}
-source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=even)
-target = GPUTarget("cuda", capability, 32)
-print(json.dumps(triton.compile(source, target=target).asm["ptx"]))
+TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+
+
+def ptx_of(module, name, signature, fixed, capability, aligned=True):
+    kernel = getattr(importlib.import_module(f"lag_megatron.kernels.{module}"), name)
+    places = {argument: (place,) for place, argument in enumerate(signature)}
+    fixed = {places[n]: TYPES.get(value, value) for n, value in fixed.items()}
+    # As a launch finds them: tensors and lengths that are multiples of 16, or none that is.
+    even = {places[n]: [["tt.divisibility", 16]] for n, k in signature.items() if k[0] in "*i"}
+    source = ASTSource(
+        fn=kernel, signature=signature, constexprs=fixed, attrs=even if aligned else {}
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+
+
+print(json.dumps([ptx_of(*each) for each in json.loads(sys.argv[1])]))
 """
+
+
+def compiled(kernels, cache):
+    """The kernels in PTX, by a process of its own: in this one Triton interprets."""
+    plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, json.dumps(kernels)],
+        capture_output=True,
+        text=True,
+        env=plain | {"TRITON_CACHE_DIR": str(cache)},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_it_compiles(kernel, capability, tmp_path):
     *what, wide = KERNELS[kernel]
-    plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps([*what, capability])],
-        capture_output=True,
-        text=True,
-        env=plain | {"TRITON_CACHE_DIR": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stderr
-    ptx = json.loads(done.stdout.splitlines()[-1])
+    (ptx,) = compiled([[*what, capability]], tmp_path)
     assert f".target sm_{capability}" in ptx
     for way in ("ld.global", "st.global"):
         assert sum(way in line and ".v4." in line for line in ptx.splitlines()) >= wide
     if kernel == "grow":  # runs that are not aligned, or not of a multiple of four
         assert len(re.findall(r"st\.global\.b32", ptx)) >= 16
+
+
+def variants():
+    """Every type, aligned or not; lengths of one, which Triton makes constants."""
+    types = ("bf16", "fp16", "fp32")
+    for aligned in (True, False):
+        for kind in types:
+            module, name, signature, fixed, _ = KERNELS["grow"]
+            yield [module, name, signature, fixed | {"KIND": kind}, 90, aligned]
+            for kernel in ("statistics", "gradient"):
+                module, name, signature, fixed, _ = KERNELS[kernel]
+                yield [module, name, signature | {"logits": f"*{kind}"}, fixed, 90, aligned]
+            module, name, signature, fixed, _ = KERNELS["adamw"]
+            for weights in types:
+                mixed = {"gradient_of": f"*{kind}", "weights_of": f"*{weights}"}
+                yield [module, name, signature | mixed, fixed, 90, aligned]
+    for kernel, lengths in (
+        ("adamw", ("length", "gradient_length")),
+        ("statistics", ("columns", "stride", "rows")),
+        ("gradient", ("columns", "stride", "rows")),
+    ):
+        module, name, signature, fixed, _ = KERNELS[kernel]
+        constants = signature | dict.fromkeys(lengths, "constexpr")
+        yield [module, name, constants, fixed | dict.fromkeys(lengths, 1), 90, True]
+
+
+def test_every_type_and_alignment_compiles(tmp_path):
+    wanted = list(variants())
+    assert len(compiled(wanted, tmp_path)) == len(wanted) == 2 * 3 * 6 + 3

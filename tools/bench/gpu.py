@@ -6,6 +6,7 @@ fails is said to have, and the others still run.  Exit code 0: all passed; 1: no
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -26,7 +27,8 @@ from lag_megatron.caches import keep_caches
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "tools" / "bench"
-TAIL = 4000  # characters of a part's output that are kept
+KEPT, SHOWN = 100_000, 6_000  # characters of a part's output, its last ones: in the file, and here
+GRACE = 5.0  # seconds in which a part whose time is over may say where it was
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +53,24 @@ def _step(shape: str, rounds: int) -> tuple[str, ...]:
     return (str(BENCH / "step.py"), "--shape", shape, *options, "--peers", "stock")
 
 
+def gpu_tests() -> tuple[str, ...]:
+    """Files with a test marked ``gpu``, kernels' first; others may ask for what is not here."""
+    files = (ROOT / "tests").rglob("test_*.py")
+    found = [file for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
+    return tuple(str(file) for file in sorted(found, key=lambda f: (f.parent.name != "unit", f)))
+
+
 PARTS = (
-    Part("tests", 150, ("-m", "pytest", "-m", "gpu", "-q", "tests"), has_figures=False),
+    Part(
+        "tests",
+        150,
+        ("-m", "pytest", "-m", "gpu", "-q", "--tb=short", *gpu_tests()),
+        has_figures=False,
+    ),
     Part("kernels", 70, (str(BENCH / "gpu_kernels.py"),)),
-    Part("step of BERT-base, 16 layers", 100, _step("bert16", 10)),
-    Part("step of a 1B decoder", 190, _step("decoder1b", 5)),
-    Part("switch of candidates", 70, (str(BENCH / "live_switch.py"), "--hidden", "768")),
+    Part("step of BERT-base, 16 layers", 90, _step("bert16", 10)),
+    Part("step of a 1B decoder", 140, _step("decoder1b", 5)),
+    Part("switch of candidates", 100, (str(BENCH / "live_switch.py"), "--hidden", "768")),
 )
 
 
@@ -87,11 +101,16 @@ def run_parts(parts: Sequence[Part], *, prefix: str) -> Iterator[dict[str, Any]]
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "figures.json"
             command = [*part.command, *(("--json", str(file)) if part.has_figures else ())]
-            outcomes[part.name] = outcome = _run([sys.executable, *command], part.seconds)
+            outcomes[part.name] = outcome = _run(
+                [sys.executable, *command], part.seconds, Path(folder) / "output"
+            )
             figures |= renamed(left := _figures_in(file), prefix)
             if part.has_figures and not left and outcome["outcome"] == "passed":
                 outcome["outcome"] = "left no figures"
-        print(f"{outcome['output']}\n{outcome['outcome']}, {outcome['seconds']:.0f} s", flush=True)
+        print(
+            f"{outcome['output'][-SHOWN:]}\n{outcome['outcome']}, {outcome['seconds']:.0f} s",
+            flush=True,
+        )
         yield {**record(figures), "parts": dict(outcomes)}
 
 
@@ -127,26 +146,34 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _run(command: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Run a command with all that it starts, and end all of it when its time is over."""
+def _run(command: Sequence[str], seconds: float, log: Path) -> dict[str, Any]:
+    """Run a command with all that it starts, and end all of it when its time is over.
+
+    It is interrupted first: Python then says where it was, and pytest what has failed so far.
+    """
     started = time.perf_counter()
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    with log.open("wb") as file:  # no pipe, which what it starts could hold open
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
-        output, _ = process.communicate(timeout=seconds)
-        outcome = "passed" if process.returncode == 0 else f"failed ({process.returncode})"
+        code = process.wait(timeout=seconds)
+        outcome = f"failed ({code})" if code else "passed"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
         outcome = "out of time"
+        _signal(process, signal.SIGINT)
+    _signal(process, signal.SIGKILL)
     taken = time.perf_counter() - started
-    return {"outcome": outcome, "seconds": taken, "output": output[-TAIL:].strip()}
+    output = log.read_text(encoding="utf-8", errors="replace")
+    return {"outcome": outcome, "seconds": taken, "output": output[-KEPT:].strip()}
+
+
+def _signal(process: "subprocess.Popen[bytes]", number: int) -> None:
+    """Tell a process and what it started, and wait a little for it to end."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=GRACE)
 
 
 if __name__ == "__main__":

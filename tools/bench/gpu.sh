@@ -3,8 +3,9 @@
 #
 #   [PYTHON=python3] bash tools/bench/gpu.sh [--json FILE] [--only PART ...]
 #
-# PYTHON has to import torch, deepspeed, megatron-core, pydantic and pytest; `make setup` is one way
-# to get there.  By default it is .venv's, where there is one.
+# PYTHON has to import what the project does (torch, deepspeed, megatron-core, tokenizers, pydantic,
+# wandb, xxhash) and its tests (pytest, pytest-timeout, hypothesis); `make setup` is one way to get
+# there.  By default it is .venv's, where there is one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 if [[ -z ${PYTHON:-} ]]; then

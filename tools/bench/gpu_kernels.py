@@ -9,7 +9,7 @@ in bf16.
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,36 +58,39 @@ def main() -> int:
         print("no GPU is here: nothing to measure.")
         return 2
     start_world(tensor=1)
-    found = roofline(torch.device("cuda"), Sizes(), rounds=options.rounds)
-    stop_world()
     prefix = device_prefix(torch.cuda.get_device_name())
-    figures = {f"{prefix}_{name}": value for name, value in found.items()}
-    for name, value in figures.items():
-        print(f"{name:<44} {value:12.4f}")
-    if options.json:
-        write_figures(options.json, figures)
+    figures: dict[str, float] = {}
+    for found in roofline(torch.device("cuda"), Sizes(), rounds=options.rounds):
+        for name, value in found.items():
+            print(f"{prefix}_{name:<44} {value:12.4f}", flush=True)
+            figures[f"{prefix}_{name}"] = value
+        if options.json:  # what is known stays, should a later one fail
+            write_figures(options.json, figures)
+    stop_world()
     return 0
 
 
-def roofline(device: torch.device, sizes: Sizes, *, rounds: int) -> dict[str, float]:
-    """All figures, by name."""
+def roofline(device: torch.device, sizes: Sizes, *, rounds: int) -> Iterator[dict[str, float]]:
+    """All figures by name, as they are found; what other compilers are needed for comes last."""
     bandwidth = copy_rate(device, elements=sizes.parameters, rounds=rounds)
     products = matmul_rate(device, size=sizes.product, rounds=rounds)
+    yield {"copy_gb_s": bandwidth / 1e9, "matmul_tflop_s": products / 1e12}
+    yield _optimizer(device, sizes.parameters, bandwidth, rounds=rounds)
     grown = grow_kernel.shares(device, sizes.parameters, rounds=rounds)
-    return {
-        "copy_gb_s": bandwidth / 1e9,
-        "matmul_tflop_s": products / 1e12,
-        **_optimizer(device, sizes.parameters, bandwidth, rounds=rounds),
-        **{f"grow_{name}": value for name, value in grown.items()},
-        **_loss(device, sizes, products, rounds=rounds),
-        **_attention(device, sizes, products, rounds=rounds),
-    }
+    yield {f"grow_{name}": value for name, value in grown.items()}
+    yield _attention(device, sizes, products, rounds=rounds)
+    yield _loss(device, sizes, products, rounds=rounds)
+    if device.type == "cuda" and nvcc_path() is not None:
+        yield _optimizer(device, sizes.parameters, bandwidth, rounds=rounds, by="cuda")
 
 
 def _optimizer(
-    device: torch.device, count: int, bandwidth: float, *, rounds: int
+    device: torch.device, count: int, bandwidth: float, *, rounds: int, by: str = ""
 ) -> dict[str, float]:
-    """AdamW on fp32 masters with bf16 gradients and weights: 28 bytes for each parameter."""
+    """AdamW on fp32 masters with bf16 gradients and weights: 28 bytes for each parameter.
+
+    ``by`` names a kernel; the default is the one that training takes.
+    """
     master, exp_avg, exp_avg_sq = (torch.rand(count, device=device) for _ in range(3))
     partition = Partition(
         master=master,
@@ -98,20 +101,10 @@ def _optimizer(
         gradients=[torch.randn(count, device=device).bfloat16()],
     )
     rates, scale = Rates(1e-3, (0.9, 0.95), 1e-8, 0.1), torch.ones((), device=device)
-    ways = {"": lambda: adamw_step(partition, rates, scale)}
-    if device.type == "cuda":
-        kernels = ["triton"] if nvcc_path() is None else ["triton", "cuda"]
-        ways |= {f"_{by}": _by(by, partition, rates, scale) for by in kernels}
-    seconds = medians(ways, device, rounds=rounds)
+    step = functools.partial(on_device, by=by) if by else adamw_step
+    taken = medians({"": lambda: step(partition, rates, scale)}, device, rounds=rounds)[""]
     moved = count * (2 * 12 + 2 + 2)
-    return {
-        f"optimizer_bandwidth_share{way}": moved / taken / bandwidth
-        for way, taken in seconds.items()
-    }
-
-
-def _by(by: str, partition: Partition, rates: Rates, scale: Tensor) -> Callable[[], None]:
-    return lambda: on_device(partition, rates, scale, by=by)
+    return {f"optimizer_bandwidth_share{by and f'_{by}'}": moved / taken / bandwidth}
 
 
 def _loss(device: torch.device, sizes: Sizes, products: float, *, rounds: int) -> dict[str, float]:

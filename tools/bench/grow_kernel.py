@@ -49,7 +49,7 @@ def main() -> int:
 
 def shares(device: torch.device, parameters: int, *, rounds: int) -> dict[str, float]:
     """Rates of the pass over that of a plain copy: of copied layers, of drawn ones, the lower."""
-    layer = parameters // OLD
+    layer = parameters // OLD // 64 * 64  # matrices are even, and so every layer of them aligned
     old = {state: torch.randn(OLD * layer, device=device) for state in STATES}
     new = {state: torch.empty(NEW * layer, device=device) for state in STATES}
     weights = torch.empty(NEW * layer, dtype=torch.bfloat16, device=device)
@@ -61,7 +61,7 @@ def shares(device: torch.device, parameters: int, *, rounds: int) -> dict[str, f
         name: lambda runs=runs: write_runs(runs)
         for name, runs in sides.items()  # type: ignore[misc]
     }
-    seconds = launched = medians(works, device, rounds=rounds)
+    seconds = launched = medians(works, device, rounds=rounds, ahead=False)
     if device.type == "cuda":
         launches = {name: launch_of(runs) for name, runs in sides.items()}
         launched = medians(launches, device, rounds=rounds)

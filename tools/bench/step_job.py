@@ -12,6 +12,8 @@ from lag_megatron.checkpoint import tensor_map
 from lag_megatron.checkpoint.hf_architecture import architecture_of
 from lag_megatron.config import RunConfig, parse_config
 from lag_megatron.engine import Engine
+from lag_megatron.growth.fresh import Normal, megatron_init
+from lag_megatron.model import build_model
 from lag_megatron.parallel import start_world, stop_world
 from lag_megatron.schedule import training_flops_per_token
 
@@ -20,12 +22,16 @@ LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model, how many sequences a step has, and who can train it besides this project."""
+    """A model, how many sequences a step has, and who can train it besides this project.
+
+    A learning rate at which it would not train makes large differences of small ones.
+    """
 
     model: Mapping[str, Any]
     vocabulary: int
     batch: int
     peers: tuple[str, ...]
+    lr: float = LR
 
 
 _GPT2 = {"family": "gpt", "positions": "learned", "norm": "layernorm", "activation": "gelu"}
@@ -49,6 +55,7 @@ SHAPES = {
         vocabulary=30592,
         batch=64,
         peers=("stock",),
+        lr=1e-4,
     ),
     "decoder1b": Shape(
         _LLAMA | {"num_layers": 12, "hidden_size": 2048, "ffn_hidden_size": 5120,
@@ -56,6 +63,7 @@ SHAPES = {
         vocabulary=256_000,
         batch=8,
         peers=("stock", "stock_sdpa", "hugging_face"),
+        lr=1e-4,
     ),
 }  # fmt: skip
 
@@ -74,6 +82,11 @@ class Job:
     def config(self) -> RunConfig:
         """The run that this project trains."""
         return _config(self.shape, self.dtype)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of every step."""
+        return SHAPES[self.shape].lr
 
     @property
     def flops(self) -> float:
@@ -121,7 +134,7 @@ def _config(shape: str, dtype: str) -> RunConfig:
                 "tokenizer": {"type": "wordpiece"},
             },
             "optimizer": {
-                "lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": DECAY,
+                "lr": given.lr, "betas": list(BETAS), "eps": EPS, "weight_decay": DECAY,
                 "grad_clip": CLIP,
             },
             "parallel": {
@@ -133,18 +146,38 @@ def _config(shape: str, dtype: str) -> RunConfig:
     )  # fmt: skip
 
 
-def write_weights(shape: str, file: Path) -> None:
-    """The weights that all start from, by Megatron-Core's names."""
-    config, world = _config(shape, "fp32"), start_world(tensor=1)
-    layers, vocabulary = config.model.num_layers, SHAPES[shape].vocabulary
-    engine = Engine(config, world, num_layers=layers, vocab_size=vocabulary)
-    torch.save({n: p.detach().cpu() for n, p in engine._engine.module.named_parameters()}, file)
+@torch.no_grad()
+def write_weights(shape: str, file: Path, device: str) -> None:
+    """Draw the weights that all start from, by Megatron-Core's names and distributions."""
+    config, vocabulary = _config(shape, "fp32"), SHAPES[shape].vocabulary
+    start_world(tensor=1)
+    layers, std = config.model.num_layers, config.model.init_std
+    model = build_model(config.model, config.parallel, num_layers=layers, vocab_size=vocabulary)
+    draw, weights = torch.Generator(device).manual_seed(0), {}
+    for name, parameter in model.named_parameters():
+        fresh = megatron_init(name, num_layers=layers, init_std=std, key="")
+        made = torch.empty(parameter.shape, device=device)
+        if isinstance(fresh, Normal):
+            made.normal_(std=fresh.std, generator=draw)
+        else:
+            made.fill_(fresh.value)
+        weights[name] = made.cpu()
+    torch.save(weights, file)
     stop_world()
+
+
+@torch.no_grad()
+def take_weights(engine: Engine, file: Path) -> None:
+    """Have this project's engine, under ZeRO-1, start from them."""
+    weights = torch.load(file, mmap=True)
+    for name, parameter in engine._engine.module.named_parameters():
+        parameter.copy_(weights[name])
+    engine._engine.optimizer.refresh_fp32_params()
 
 
 def weights_for_transformers(job: Job) -> dict[str, Tensor]:
     """The weights by the names of transformers."""
-    model, weights = job.config.model, torch.load(job.weights)
+    model, weights = job.config.model, torch.load(job.weights, mmap=True)
     size = model.hidden_size // model.num_attention_heads
     heads = tensor_map.Heads(model.num_query_groups, size)
     rows = tensor_map.expand(

@@ -7,12 +7,21 @@ from typing import Any
 
 import torch
 from minimal_gpt import MinimalGpt
-from step_job import BETAS, CLIP, DECAY, EPS, LR, SHAPES, Job, weights_for_transformers
+from step_job import (
+    BETAS,
+    CLIP,
+    DECAY,
+    EPS,
+    SHAPES,
+    Job,
+    take_weights,
+    weights_for_transformers,
+)
 from torch import Tensor
 
 from lag_megatron.checkpoint.hf_architecture import architecture_of
 from lag_megatron.engine import Engine
-from lag_megatron.parallel import start_world
+from lag_megatron.parallel import start_world, stop_world
 
 Batch = dict[str, Tensor]
 Step = Callable[[Batch, int], float]
@@ -34,6 +43,7 @@ def serve(name: str, job: Job, pipe: Connection) -> None:
         pipe.send((seconds, losses))
     if job.profile:
         _profile(name, job, step, done)
+    stop_world()
 
 
 def _now(device: str) -> float:
@@ -70,11 +80,12 @@ def _profile(name: str, job: Job, step: Step, done: int) -> None:
 def ours(job: Job) -> Step:
     """This project's engine."""
     config, world = job.config, start_world(tensor=1)
-    vocabulary = SHAPES[job.shape].vocabulary
-    engine = Engine(config, world, num_layers=config.model.num_layers, vocab_size=vocabulary)
+    layers, vocabulary = config.model.num_layers, SHAPES[job.shape].vocabulary
+    engine = Engine(config, world, num_layers=layers, vocab_size=vocabulary, draw_weights=False)
+    take_weights(engine, job.weights)
 
     def step(batch: Batch, number: int) -> float:
-        return engine.train_step([batch], step=number, lr=LR).loss
+        return engine.train_step([batch], step=number, lr=job.lr).loss
 
     return step
 
@@ -94,7 +105,7 @@ def stock(job: Job, *, attention: type | None = None) -> Step:
     model, loss_of = (_stock_bert if job.config.model.family == "bert" else _stock_gpt)(
         job, attention
     )
-    weights = torch.load(job.weights)
+    weights = torch.load(job.weights, mmap=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
@@ -111,7 +122,7 @@ def stock(job: Job, *, attention: type | None = None) -> Step:
             "steps_per_print": 10**9,
             "optimizer": {
                 "type": "AdamW",
-                "params": {"lr": LR, "betas": BETAS, "eps": EPS, "torch_adam": True},
+                "params": {"lr": job.lr, "betas": BETAS, "eps": EPS, "torch_adam": True},
             },
         },
     )
@@ -120,7 +131,7 @@ def stock(job: Job, *, attention: type | None = None) -> Step:
         loss = loss_of(engine, batch)
         engine.backward(loss)
         engine.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
@@ -219,7 +230,7 @@ def hugging_face(job: Job) -> Step:
     model = getattr(transformers, architecture.name)(settings).to(job.device)
     model.load_state_dict(weights_for_transformers(job), strict=False)
     model.tie_weights()
-    optimizer = torch.optim.AdamW(_groups(model), lr=LR, betas=BETAS, eps=EPS, fused=True)
+    optimizer = torch.optim.AdamW(_groups(model), lr=job.lr, betas=BETAS, eps=EPS, fused=True)
 
     def step(batch: Batch, number: int) -> float:
         tokens, labels = batch["tokens"], batch["labels"]
@@ -246,7 +257,7 @@ def minimal(job: Job) -> Step:
     others = [m for m in masters if m.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}],
-        lr=LR, betas=BETAS, eps=EPS, fused=True,
+        lr=job.lr, betas=BETAS, eps=EPS, fused=True,
     )  # fmt: skip
     compiled = torch.compile(model)
 
