@@ -4,7 +4,7 @@
 python tools/bench/convert.py [--json FILE] [--scratch FOLDER] [--workers N]
 
 States of 0.5 and 1 GiB on four ranks of ZeRO-1; everything in turns, medians of five rounds after
-one to warm up, checksums and fsync included.  Needs 6 GiB of disk and about five minutes.
+one to warm up, checksums and fsync included.  Needs 6 GiB of disk and one to five minutes.
 """
 
 import argparse
