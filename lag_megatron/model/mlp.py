@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from lag_megatron.kernels.activation import activate, one_pass_wins
@@ -12,6 +13,10 @@ class OnePassMLP(MLP):
     """Parameters and their names are Megatron's."""
 
     kind: str  # of KINDS
+    parts: MLPSubmodules
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config, self.parts, ffn_hidden_size=config.ffn_hidden_size)
 
     def forward(
         self, hidden_states: Tensor, *args: Any, **kwargs: Any
@@ -25,6 +30,9 @@ class OnePassMLP(MLP):
         return output, output_bias
 
 
-def one_pass_mlp(kind: str) -> type[OnePassMLP]:
-    """The MLP of an activation, for Megatron's spec slot ``mlp``."""
-    return type("OnePassMLP", (OnePassMLP,), {"kind": kind})
+def one_pass_mlp(kind: str, parts: MLPSubmodules) -> type[OnePassMLP]:
+    """The MLP of an activation, for Megatron's spec slot ``mlp``.
+
+    It is a class and no spec: each layer would warn of a spec for an MLP that it does not know.
+    """
+    return type("OnePassMLP", (OnePassMLP,), {"kind": kind, "parts": parts})

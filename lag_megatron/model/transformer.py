@@ -70,7 +70,7 @@ def block_spec(model: ModelConfig, *, num_layers: int) -> TransformerBlockSubmod
     parts, is_post = layer.submodules, model.norm_position == "post"
     parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp if is_post else TorchNorm
     parts.self_attention.submodules.core_attention = SDPACoreAttention
-    parts.mlp.module = one_pass_mlp(model.activation)
+    parts.mlp = one_pass_mlp(model.activation, parts.mlp.submodules)
     if model.family == "bert":
         parts.self_attention.params["attn_mask_type"] = AttnMaskType.padding
     layer.module = PostNormLayer if is_post else PathLayer

@@ -146,3 +146,28 @@ def test_bf16_follows_fp32(family, stage, parallel, one_rank):
     for losses, _, _ in run_ranks(curve, 2, config):
         assert losses != expected
         assert losses == pytest.approx(expected, abs=0.05)
+
+
+def said(config):
+    """What Megatron-Core warns of while the model of a run is made."""
+    import logging
+
+    from lag_megatron.engine import Engine
+    from lag_megatron.parallel import start_world, stop_world
+
+    class Kept(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    lines = []
+    logging.getLogger("megatron").addHandler(Kept(logging.WARNING))
+    world = start_world(tensor=1)
+    Engine(config, world, num_layers=2, vocab_size=PICO_VOCABULARY)
+    stop_world()
+    return lines
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert-post", "bert-pre"])
+def test_layers_are_made_without_warnings(family):
+    """Each would come once a layer, and again for each candidate."""
+    assert run_ranks(said, 1, family_config(family, zero_stage=1)) == [[]]
