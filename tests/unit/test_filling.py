@@ -117,6 +117,32 @@ def test_one_thread_fails_and_the_others_end():
     assert len(finished) <= 50
 
 
+def test_a_thread_that_waits_comes_back_when_another_fails():
+    """What it took will never be finished: the disk was full one piece before."""
+    relay, begun, left = Relay(iter(range(2))), threading.Event(), threading.Event()
+
+    def slow(number):
+        begun.set()
+        assert left.wait(60)
+        time.sleep(0.05)  # in which the other thread begins to wait
+        raise OSError("no room")
+
+    def fast(number):
+        left.set()
+        return lambda: None
+
+    def run():
+        assert begun.wait(60)
+        relay.run([fast, fast])
+
+    waiting = threading.Thread(target=run, daemon=True)
+    waiting.start()
+    with pytest.raises(OSError, match="no room"):
+        relay.run([slow])
+    waiting.join(60)
+    assert not waiting.is_alive()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block", [1 << 22, 1 << 12])
 def test_rows_that_lie_as_columns(block, dtype, tmp_path, monkeypatch):
