@@ -119,7 +119,8 @@ def _write_parts(order: Order, workers: int, written: Told) -> None:
         files = record.entries()
         files |= order.finish(draft, files)
         with _pool(_FLUSHES) as disk:  # the names of files; those of the draft are published
-            list(disk.map(flush_to_disk, filter(Path.is_dir, draft.rglob("*"))))
+            folders = filter(Path.is_dir, draft.rglob("*"))
+            _require([disk.submit(flush_to_disk, folder) for folder in folders])
         record.close()
         commit.publish(order.target, files=files, about=order.about, pointer=None)
     except OSError as error:

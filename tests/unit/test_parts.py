@@ -2,7 +2,7 @@
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -51,6 +51,32 @@ def test_who_waits_holds_no_lock_that_a_worker_needs(monkeypatch):
             patch.setattr(threading.Condition, "wait", watched)
             parts._require(tasks)
         assert all(task.done() for task in tasks)
+
+
+def test_neither_parts_nor_their_flushes_are_waited_for_one_by_one(tmp_path, monkeypatch):
+    """The wait for a task's result is on a condition, too."""
+    result, flush, here = Future.result, parts.flush_to_disk, threading.current_thread()
+    flushed = []
+
+    def watched(task, timeout=None):
+        assert task.done() or threading.current_thread() is not here
+        return result(task, timeout)
+
+    def slow(path):
+        time.sleep(0.05)
+        flush(path)
+        flushed.append(path.name)
+
+    def write(folder, crew):
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("content")
+        crew.flush(folder / "inner" / "file")
+        return {"inner/file": {"size": 7}}
+
+    monkeypatch.setattr(Future, "result", watched)
+    monkeypatch.setattr(parts, "flush_to_disk", slow)
+    assert parts.write(order(tmp_path / "step3", {"only": write}))
+    assert flushed == ["file", "inner"]
 
 
 def test_a_key_before_all_parts_have_begun_ends_those_that_have(tmp_path, monkeypatch):
