@@ -7,10 +7,11 @@ again.
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -118,7 +119,8 @@ def _write_parts(order: Order, workers: int, written: Told) -> None:
         files = record.entries()
         files |= order.finish(draft, files)
         with _pool(_FLUSHES) as disk:  # the names of files; those of the draft are published
-            list(disk.map(flush_to_disk, filter(Path.is_dir, draft.rglob("*"))))
+            folders = filter(Path.is_dir, draft.rglob("*"))
+            _require([disk.submit(flush_to_disk, folder) for folder in folders])
         record.close()
         commit.publish(order.target, files=files, about=order.about, pointer=None)
     except OSError as error:
@@ -170,15 +172,26 @@ def _write_missing(order: Order, record: Record, workers: int, written: Told) ->
             with recording:
                 record.note(name, files)
 
-        parts = [pool.submit(write, part) for part in order.parts if part.name not in record.done]
+        missing = [part for part in order.parts if part.name not in record.done]
         try:
-            for task in as_completed([checker.submit(order.check), *parts]):
-                task.result()
+            _require([checker.submit(order.check), *(pool.submit(write, part) for part in missing)])
         except BaseException:
             failed.set()  # the others end at their next piece
             raise
-        for waited in noted:
-            waited.result()
+        _require(noted)
+
+
+def _require(tasks: Sequence[Future[None]]) -> None:
+    """Wait until all have ended, and raise what the first that fails raises.
+
+    A key may interrupt this.  Then Python's own ways to wait for tasks can leave a lock of theirs
+    taken, at which the workers would stay for ever.
+    """
+    ended: SimpleQueue[Future[None]] = SimpleQueue()
+    for task in tasks:
+        task.add_done_callback(ended.put)
+    for _ in tasks:
+        ended.get().result()
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Files that are filled by several threads at once, and files that share a mould."""
 
+import errno
+import os
 import random
 import threading
 import time
@@ -17,6 +19,7 @@ from lag_megatron.checkpoint.regions import Region
 from lag_megatron.checkpoint.relay import Relay
 from lag_megatron.checkpoint.stream import Crew, Span, write_spans
 from lag_megatron.checkpoint.zero_write import write_objects
+from lag_megatron.errors import CheckpointError
 
 
 @contextmanager
@@ -114,6 +117,32 @@ def test_one_thread_fails_and_the_others_end():
     assert len(finished) <= 50
 
 
+def test_a_thread_that_waits_comes_back_when_another_fails():
+    """What it took will never be finished: the disk was full one piece before."""
+    relay, begun, left = Relay(iter(range(2))), threading.Event(), threading.Event()
+
+    def slow(number):
+        begun.set()
+        assert left.wait(60)
+        time.sleep(0.05)  # in which the other thread begins to wait
+        raise OSError("no room")
+
+    def fast(number):
+        left.set()
+        return lambda: None
+
+    def run():
+        assert begun.wait(60)
+        relay.run([fast, fast])
+
+    waiting = threading.Thread(target=run, daemon=True)
+    waiting.start()
+    with pytest.raises(OSError, match="no room"):
+        relay.run([slow])
+    waiting.join(60)
+    assert not waiting.is_alive()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block", [1 << 22, 1 << 12])
 def test_rows_that_lie_as_columns(block, dtype, tmp_path, monkeypatch):
@@ -193,3 +222,53 @@ def test_a_mould_is_of_one_step(tmp_path):
         write_objects(file, torch.tensor(step), Room(), Numbers(), Crew(), moulds)
         found.append(torch.load(file, weights_only=True))
     assert found == [3.0, 4.0, 3.0]
+
+
+SMALL, LONGER = (3, 5), (150, 150)  # put together in memory, or too long for that
+
+
+def write_moulded(file, shape, moulds):
+    room = Room()
+    values = room(region(torch.Size(shape).numel()), shape)
+    write_objects(file, {"param": values}, room, Numbers(), Crew(), moulds)
+
+
+@pytest.mark.parametrize(
+    ("shape", "call"),
+    [
+        *((SMALL, call) for call in ("open", "pwrite", "fsync")),
+        *((LONGER, call) for call in ("open", "ftruncate", "pwrite", "pread", "fsync")),
+    ],
+)
+def test_a_disk_that_fails_leaves_nothing_of_a_moulded_file(shape, call, tmp_path, monkeypatch):
+    moulds, file = Moulds(), tmp_path / "fp32.pt"
+    write_moulded(file, shape, moulds)
+    opened = len(os.listdir("/proc/self/fd"))
+
+    def full(*unused):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(CheckpointError, match=f"^{file}: cannot write: No space left"):
+            write_moulded(file, shape, moulds)
+    assert not file.exists()
+    assert len(os.listdir("/proc/self/fd")) == opened
+
+
+@pytest.mark.parametrize("shape", [SMALL, LONGER])
+def test_a_moulded_file_replaces_what_a_kill_left(shape, tmp_path):
+    """Its mode is the one that any new file has."""
+    moulds, first, second = Moulds(), tmp_path / "a" / "fp32.pt", tmp_path / "b" / "fp32.pt"
+    for file in (first, second):
+        file.parent.mkdir()
+    write_moulded(first, shape, moulds)
+    second.write_bytes(b"\xaa" * 200_000)
+    write_moulded(second, shape, moulds)
+    assert second.read_bytes() == first.read_bytes()
+    before = os.umask(0o027)
+    try:
+        write_moulded(tmp_path / "fp32.pt", shape, moulds)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "fp32.pt").stat().st_mode & 0o777 == 0o640

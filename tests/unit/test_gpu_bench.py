@@ -127,6 +127,27 @@ def test_what_a_part_leaves_running_is_ended(tmp_path):
     pytest.fail("what it started still runs")
 
 
+def test_a_key_that_ends_the_bench_ends_its_part(tmp_path, monkeypatch):
+    """The part has a session of its own, which the terminal does not interrupt."""
+    from gpu import run_parts
+
+    started = tmp_path / "pid"
+    code = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    wait = subprocess.Popen.wait
+
+    def interrupted(process, timeout=None):
+        if timeout != 30.0:
+            return wait(process, timeout)
+        while not started.exists() or not started.read_text():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(run_parts([part("slow", code, seconds=30.0, has_figures=False)], prefix="h200"))
+    assert not Path(f"/proc/{started.read_text()}").exists()
+
+
 def test_all_parts_take_less_than_ten_minutes():
     from gpu import GRACE, PARTS
 

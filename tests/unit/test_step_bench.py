@@ -1,8 +1,9 @@
 """The comparison of steps: what trainers start from, and what becomes of one that fails."""
 
 import json
-import multiprocessing
+import multiprocessing.pool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,18 @@ def test_figures_say_whether_losses_agree(fault, tmp_path, monkeypatch):
     assert ("cpu_fp32_vs_stock" in figures) == (fault == "none")
     assert ("unequal_cpu_fp32_vs_stock" in figures) == (fault == "losses differ")
     assert any(name.endswith("cpu_fp32_ours_ms") for name in figures)
+
+
+@pytest.mark.parametrize("peer", ["stock", "stock_sdpa"])
+def test_a_speedup_over_stock_asks_for_stock(peer, monkeypatch):
+    """Others may have been asked for alone, or stock may have failed."""
+    import step
+
+    monkeypatch.setattr(step.multiprocessing.pool.Pool, "apply", lambda *given: 1e12)
+    options = SimpleNamespace(shape="small_bert", device="cpu")
+    figures = step._report({"ours": 1.0, peer: 2.0}, "fp32", options)
+    assert figures[f"small_bert_cpu_fp32_vs_{peer}"] == 2
+    assert figures.get("bert_step_speedup") == (2 if peer == "stock" else None)
 
 
 def test_losses_are_compared_with_the_first(capsys):

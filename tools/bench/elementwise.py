@@ -3,7 +3,7 @@
 
 python tools/bench/elementwise.py [--device cpu|cuda] [--rounds 9] [--json FILE]
 
-Medians of rounds in turns, forward and backward, on a CPU by one thread.  Of an
+Medians of rounds in turns, forward and backward, on a CPU process time of one thread.  Of an
 activation with its bias a figure is how much faster one pass is than the fastest of the others;
 `one_pass_wins` in `lag_megatron/kernels/activation.py` says where it is taken.  Where there is no
 pass of ours, which is bias, dropout, residual and the norm after them, and all on a GPU, a figure
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    torch.set_default_device(options.device)
+    device = torch.device(options.device)  # a default one would cost a little in every call
     figures: dict[str, float] = {}
 
     def note(name: str, times: dict[str, float], ours: str) -> None:
@@ -56,46 +56,47 @@ def main() -> int:
     for dtype in DTYPES[options.device]:
         for kind in KINDS:
             for shape in SHAPES[options.device]:
-                times = _times(kind, dtype, shape, rounds=options.rounds)
+                times = _times(kind, dtype, shape, device, rounds=options.rounds)
                 ours = "one_pass" if "one_pass" in times else "compiled"
-                note(f"{kind}_{_name(dtype, shape)}", times, ours)
+                note(f"{kind}_{_name(dtype, shape, device)}", times, ours)
         for rate in (0.0, DROPOUT):
             for shape in NORMED[options.device]:
-                times = _norm_times(rate, dtype, shape, rounds=options.rounds)
+                times = _norm_times(rate, dtype, shape, device, rounds=options.rounds)
                 dropped = "dropout_" if rate else ""
-                note(f"residual_{dropped}norm_{_name(dtype, shape)}", times, "compiled")
+                name = f"residual_{dropped}norm_{_name(dtype, shape, device)}"
+                note(name, times, "compiled")
     if options.json:
         write_figures(options.json, figures)
     return 0
 
 
-def _name(dtype: torch.dtype, shape: tuple[int, int]) -> str:
-    device = torch.get_default_device().type
-    of_device = "" if device == "cpu" else f"{device}_"
+def _name(dtype: torch.dtype, shape: tuple[int, int], device: torch.device) -> str:
+    of_device = "" if device.type == "cpu" else f"{device.type}_"
     return f"{of_device}{str(dtype).removeprefix('torch.')}_{shape[0]}x{shape[1]}"
 
 
 def _times(
-    kind: str, dtype: torch.dtype, shape: tuple[int, int], *, rounds: int
+    kind: str, dtype: torch.dtype, shape: tuple[int, int], device: torch.device, *, rounds: int
 ) -> dict[str, float]:
     """Median seconds of each form."""
     forms: dict[str, Form] = {"torch": activate_by_torch, "compiled": _compiled(activate_by_torch)}
     rows, width = shape
     inner = width * (2 if kind == "swiglu" else 1)
     sizes = ((rows, inner), (inner,))
-    hidden, bias = (torch.randn(size).to(dtype).requires_grad_() for size in sizes)
-    if hidden.device.type == "cpu":
+    hidden, bias = (torch.randn(size, device=device).to(dtype).requires_grad_() for size in sizes)
+    if device.type == "cpu":
         forms = {"one_pass": activate, **forms}
-    grad = torch.randn(shape).to(dtype)
+    grad = torch.randn(shape, device=device).to(dtype)
     return _medians(
         {n: lambda f=form: f(hidden, bias, kind).backward(grad) for n, form in forms.items()},
         [hidden, bias],
-        rounds,
+        device,
+        rounds=rounds,
     )
 
 
 def _norm_times(
-    rate: float, dtype: torch.dtype, shape: tuple[int, int], *, rounds: int
+    rate: float, dtype: torch.dtype, shape: tuple[int, int], device: torch.device, *, rounds: int
 ) -> dict[str, float]:
     """Median seconds of each form; the sum goes on as the residual, and its norm into products."""
 
@@ -106,15 +107,16 @@ def _norm_times(
         return total, F.layer_norm(total, shape[1:], weight, shift)
 
     inputs = [
-        torch.randn(size).to(dtype).requires_grad_()
+        torch.randn(size, device=device).to(dtype).requires_grad_()
         for size in (shape, shape[1:], shape, shape[1:], shape[1:])
     ]
-    grads = [torch.randn(shape).to(dtype) for _ in range(2)]
+    grads = [torch.randn(shape, device=device).to(dtype) for _ in range(2)]
     forms = {"torch": added, "compiled": _compiled(added)}
     return _medians(
         {n: lambda f=f: torch.autograd.backward(f(*inputs), grads) for n, f in forms.items()},
         inputs,
-        rounds,
+        device,
+        rounds=rounds,
     )
 
 
@@ -124,7 +126,11 @@ def _compiled(form: Callable[..., T]) -> Callable[..., T]:
 
 
 def _medians(
-    passes: dict[str, Callable[[], None]], inputs: Sequence[Tensor], rounds: int
+    passes: dict[str, Callable[[], None]],
+    inputs: Sequence[Tensor],
+    device: torch.device,
+    *,
+    rounds: int,
 ) -> dict[str, float]:
     """Seconds of each, in turns."""
 
@@ -132,7 +138,7 @@ def _medians(
         for tensor in inputs:
             tensor.grad = None
 
-    return medians(passes, torch.get_default_device(), rounds=rounds, before=clear)
+    return medians(passes, device, rounds=rounds, before=clear)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,8 @@ def _run(command: Sequence[str], seconds: float, log: Path) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         outcome = "out of time"
         _signal(process, signal.SIGINT)
-    _signal(process, signal.SIGKILL)
+    finally:  # a key that ends this program does not reach what it started
+        _signal(process, signal.SIGKILL)
     taken = time.perf_counter() - started
     output = log.read_text(encoding="utf-8", errors="replace")
     return {"outcome": outcome, "seconds": taken, "output": output[-KEPT:].strip()}

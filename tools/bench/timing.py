@@ -21,8 +21,9 @@ def medians(
 ) -> dict[str, float]:
     """Seconds of each work; they run in turns, ``before`` ahead of each, which is not timed.
 
-    With ``ahead`` a GPU is kept busy until the work is on its way, as in training, where the host
-    runs ahead; without, what the host does in between counts too.
+    On a CPU they are the process's own: others may be at work besides.  With ``ahead`` a GPU is
+    kept busy until the work is on its way, as in training, where the host runs ahead; without, what
+    the host does in between counts too.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(WARM_UPS + rounds):
@@ -36,9 +37,9 @@ def medians(
 
 def _seconds(work: Work, device: torch.device, *, ahead: bool) -> float:
     if device.type != "cuda":
-        started = time.perf_counter()
+        started = time.process_time()
         work()
-        return time.perf_counter() - started
+        return time.process_time() - started
     torch.cuda.synchronize()
     if ahead:
         torch.cuda._sleep(_HEAD_START)
