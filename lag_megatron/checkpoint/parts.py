@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.record import Record
-from lag_megatron.checkpoint.stream import Crew, Told
+from lag_megatron.checkpoint.stream import Crew, Rooms, Told
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.files import flush_to_disk
 
@@ -158,11 +159,12 @@ def _write_missing(order: Order, record: Record, workers: int, written: Told) ->
         # Beside the writing: the source is compared with its checksums, and the files of finished
         # parts go to the disk, and then into the record, while the next are made.
         noted: list[Future[None]] = []
-        recording = threading.Lock()
+        recording, rooms = threading.Lock(), Rooms()
 
         def write(part: Part) -> None:
             paths: list[Path] = []
-            crew = Crew(told, paths.append, lambda work: _joined(pool, workers - 1, work))
+            join = partial(_joined, pool, workers - 1)
+            crew = Crew(told, paths.append, join, rooms)
             files = part.write(record.folder, crew)
             noted.append(disk.submit(note, part.name, files, paths))
 

@@ -35,6 +35,17 @@ Told = Callable[[int], object]
 Flush = Callable[[Path], object]
 
 
+class Rooms(threading.local):
+    """A thread's buffers by purpose, for each piece that it may have begun.
+
+    Where they outlast a file, a small one does not wait for fresh pages, which take longer than its
+    values do.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, Tensor]] = [{} for _ in range(_ROOMS)]
+
+
 @dataclass(frozen=True, slots=True)
 class Crew:
     """Who is with a writer of files.
@@ -43,11 +54,13 @@ class Crew:
         told: told the number of bytes after each piece.
         flush: called with each finished file, to bring it to the disk.
         join: while it is open, others that have nothing to do call what it is given, too.
+        rooms: buffers for several files; each makes its own without.
     """
 
     told: Told = lambda count: None
     flush: Flush = flush_to_disk
     join: Callable[[Callable[[], None]], AbstractContextManager[object]] = nullcontext
+    rooms: Rooms | None = None
 
 
 ALONE = Crew()
@@ -117,9 +130,10 @@ def fill_file(file: int, spans: Sequence[Span], fill: Fill, crew: Crew) -> dict[
     """The same for the descriptor of a file, open for reading and writing."""
     parts = _parts(sorted(spans, key=lambda s: s.offset), os.fstat(file).st_size, fill)
     relay, trail = Relay(_pieces(parts)), Trail(file, (span.region.state for span in spans))
+    rooms = crew.rooms or Rooms()
 
     def run() -> None:
-        relay.run([_Writer(file, fill, crew.told, trail, r).write for r in _rooms.kept])
+        relay.run([_Writer(file, fill, crew.told, trail, room).write for room in rooms.kept])
 
     is_long = sum(span.end - span.offset for span in spans) > _WINDOW_BYTES
     with crew.join(run) if is_long else nullcontext():
@@ -138,10 +152,10 @@ def write_image(
         fill(span.region, data[span.offset : span.end].view(span.dtype))
         trail.hash(view[at : span.offset], at)
         trail.hash(view[span.offset : span.end], span.offset, span.region.state)
-        crew.told(span.end - span.offset)
         at = span.end
     trail.hash(view[at:], at)
     put(file, view, 0)
+    crew.told(sum(span.end - span.offset for span in spans))
     return trail.entry
 
 
@@ -211,19 +225,6 @@ def _rows(span: Span, fill: Fill) -> Iterator[_Part]:
         fill.expect(region)
         yield _Part(span.offset, span.offset, span, region, number * rows)
     yield _Part(span.offset, span.end)
-
-
-class _Rooms(threading.local):
-    """A thread's buffers by purpose, for each piece that it may have begun.
-
-    They outlast a file: fresh pages would cost a small one more than its values do.
-    """
-
-    def __init__(self) -> None:
-        self.kept: list[dict[str, Tensor]] = [{} for _ in range(_ROOMS)]
-
-
-_rooms = _Rooms()
 
 
 class _Writer:
