@@ -14,6 +14,9 @@ PACKAGE = "lag_megatron"
 FLOORS = (
     ("errors", "config"),
     (
+        "atomic_io",
+        "planning",
+        "run",
         "files",
         "caches",
         "mixture",
@@ -39,6 +42,7 @@ FLOORS = (
     ),
     ("checkpoint", "growth"),
     (
+        "distributed",
         "rendezvous",
         "parallel",
         "model",
@@ -54,8 +58,9 @@ FLOORS = (
         "zero_step",
         "engine",
     ),
-    ("probe",),
+    ("probe", "search"),
     (
+        "training",
         "trainer",
         "initial",
         "measuring",
