@@ -117,13 +117,13 @@ def _sharing(path: Path) -> Iterator[str]:
     """Which files are another checkpoint's too."""
     if not commit.is_committed(path):
         return
-    manifest = commit.read_manifest(path)
-    shared = [entry for entry in manifest["files"].values() if commit.SHARED in entry]
+    read = commit.read_manifest(path)
+    shared = [entry for entry in read["files"].values() if commit.SHARED in entry]
     if shared:
         size = sum(entry["size"] for entry in shared)
         yield (
-            f"{len(shared)} of {len(manifest['files'])} files ({size / 2**20:.1f} MiB) are hard "
-            f"links, made from {manifest['source']['path']}"
+            f"{len(shared)} of {len(read['files'])} files ({size / 2**20:.1f} MiB) are hard "
+            f"links, made from {read['source']['path']}"
         )
 
 

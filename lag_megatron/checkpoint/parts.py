@@ -76,8 +76,8 @@ class Order:
         if not commit.is_committed(self.target):
             return False
         about = json.loads(json.dumps(_comparable(self.about)))  # as it stands in a manifest
-        manifest = commit.check_sizes(self.target)
-        return all(manifest.get(key) == value for key, value in about.items())
+        found = commit.check_sizes(self.target)
+        return all(found.get(key) == value for key, value in about.items())
 
     def point(self) -> None:
         """Make the pointer name the target."""

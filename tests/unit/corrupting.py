@@ -160,7 +160,7 @@ def evil(name):
     return corrupt
 
 
-def manifest(change):
+def edit_manifest(change):
     def corrupt(folder, others):
         entries = json.loads((folder / commit.MANIFEST).read_text())
         change(entries)

@@ -106,16 +106,16 @@ def test_an_export_compares_what_it_reads_and_no_more(resharded, tmp_path, capsy
 @pytest.mark.parametrize("known", [{}, 5, "no masters", "no file"])
 def test_a_manifest_that_does_not_cover_what_is_read(known, resharded, tmp_path, capsys):
     name = "zero_pp_rank_2_mp_rank_00_optim_states.pt"
-    manifest = commit.read_manifest(resharded)
-    entry = manifest["files"][name]
+    found = commit.read_manifest(resharded)
+    entry = found["files"][name]
     masters = sum(entry[commit.STATES_APART]["fp32"]["runs"][0]) // 2
     if known == "no file":
-        del manifest["files"][name]
+        del found["files"][name]
     elif known == "no masters":
         del entry[commit.STATES_APART]["fp32"]
     else:
         entry[commit.STATES_APART] = known
-    (resharded / "manifest.json").write_text(json.dumps(manifest))
+    (resharded / "manifest.json").write_text(json.dumps(found))
     if known != "no file":
         assert convert(resharded, tmp_path / "hf", "--to", "hf") == 0
     flip(resharded / name, masters)

@@ -108,9 +108,9 @@ def test_a_plan_file_says_everything(checkpoint, tmp_path, capsys):
     )
     (tmp_path / "plan.json").write_text(plan.to_json())
     assert grow(checkpoint, tmp_path / "out", "--plan", tmp_path / "plan.json") == 0
-    manifest = commit.read_manifest(tmp_path / "out" / "step3")
-    assert manifest["plan_digest"] == plan.digest
-    assert GrowthPlan(**manifest["plan"]) == plan
+    found = commit.read_manifest(tmp_path / "out" / "step3")
+    assert found["plan_digest"] == plan.digest
+    assert GrowthPlan(**found["plan"]) == plan
     assert grow(checkpoint, tmp_path / "o", "--plan", tmp_path / "plan.json", "--seed", 1) == 2
     assert "--plan says everything" in capsys.readouterr().err
 
