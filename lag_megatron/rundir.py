@@ -11,9 +11,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
+from lag_megatron.atomic_io import write_atomically
 from lag_megatron.config import RunConfig, dump_config, load_config
 from lag_megatron.errors import ConfigError, RunError
-from lag_megatron.files import write_atomically
 
 # What may differ between two starts of one run: nothing that changes its numbers beyond rounding.
 _FREE_KEYS = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.files import flush_to_disk, write_atomically
+from lag_megatron.atomic_io import flush_to_disk, write_atomically
 
 Row = Mapping[str, float | int | str]
 

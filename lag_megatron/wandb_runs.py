@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.files import write_atomically
+from lag_megatron.atomic_io import write_atomically
 from lag_megatron.tracking import Console
 
 IDS = "wandb_ids.json"

@@ -15,8 +15,8 @@ from typing import Any
 
 import xxhash
 
+from lag_megatron.atomic_io import flush_to_disk, write_atomically
 from lag_megatron.errors import CheckpointError
-from lag_megatron.files import flush_to_disk, write_atomically
 
 MANIFEST, LATEST = "manifest.json", "latest"
 SHARED = "shared_with"  # of a file that is linked to one of the source: that one's name

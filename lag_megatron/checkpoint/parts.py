@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.record import Record
 from lag_megatron.checkpoint.stream import Crew, Rooms, Told
 from lag_megatron.errors import CheckpointError, PlanError
-from lag_megatron.files import flush_to_disk
 
 _FLUSHES = 8  # at a time: a file system brings small files to the disk together
 

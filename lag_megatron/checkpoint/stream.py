@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.checkpoint.regions import Fill, Region
 from lag_megatron.checkpoint.relay import Relay
 from lag_megatron.checkpoint.trail import Trail
-from lag_megatron.files import flush_to_disk
 
 # Large enough that planning a piece costs little beside copying it, small enough for the cache.
 PIECE_BYTES = 1 << 20

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lag_megatron.atomic_io import write_atomically
 from lag_megatron.data.prepared import (
     TOKENIZER,
     PreparedData,
@@ -17,7 +18,6 @@ from lag_megatron.data.prepared import (
 from lag_megatron.data.statistics import mixed_cross_entropy
 from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.errors import DataError
-from lag_megatron.files import write_atomically
 from lag_megatron.mixture import Blend
 
 MIXTURE = "mixture.json"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 
+from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.config import DataConfig
 from lag_megatron.data import draft
 from lag_megatron.data.corpus import Corpus
@@ -19,7 +20,6 @@ from lag_megatron.data.statistics import cross_entropy
 from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.data.workers import Workers
 from lag_megatron.errors import DataError
-from lag_megatron.files import flush_to_disk
 
 _SAMPLE_BYTES = 1 << 20
 _INDEX_BYTES_PER_DOCUMENT = 24

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.errors import DataError
-from lag_megatron.files import flush_to_disk
 
 _MARKER = "draft.json"
 _LOCK = "lock"

@@ -4,11 +4,11 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lag_megatron.atomic_io import write_atomically
 from lag_megatron.checkpoint import commit
 from lag_megatron.errors import RunError
 from lag_megatron.evaluation.documents import Json
 from lag_megatron.evaluation.harness import SCORES
-from lag_megatron.files import write_atomically
 
 SCORES_FILE = "scores.json"
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lag_megatron.atomic_io import flush_to_disk, write_atomically
 from lag_megatron.checkpoint import commit
-from lag_megatron.files import flush_to_disk, write_atomically
 from lag_megatron.rundir import step_of, tag_of
 from lag_megatron.tracking import read_rows
 

@@ -4,9 +4,9 @@ import json
 import os
 from pathlib import Path
 
+from lag_megatron.atomic_io import write_atomically
 from lag_megatron.checkpoint import commit
 from lag_megatron.errors import RunError
-from lag_megatron.files import write_atomically
 from lag_megatron.probe.journal import Journal
 from lag_megatron.rundir import RunDirectory
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lag_megatron.files import write_atomically
+from lag_megatron.atomic_io import write_atomically
 from lag_megatron.report.html import to_html
 from lag_megatron.report.markdown import to_markdown
 from lag_megatron.report.plots import plots_available
