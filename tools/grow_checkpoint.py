@@ -11,7 +11,7 @@ from pathlib import Path
 
 from growing import TOPOLOGY, add_growth_options, plan_of, progress, topology_of
 
-from lag_megatron.checkpoint import formats
+from lag_megatron.checkpoint import open
 from lag_megatron.checkpoint.integrity import is_verifiable
 from lag_megatron.checkpoint.layout import Topology
 from lag_megatron.checkpoint.parts import write
@@ -68,8 +68,8 @@ def _link(options: argparse.Namespace) -> int:
     if any(getattr(options, key) is not None for key in TOPOLOGY):
         raise PlanError("--link keeps the topology: leave out what would change it.")
     source = open_source(options.source)
-    kind = formats.detect(source.path)
-    orders = {formats.UNIVERSAL: linked_universal, formats.MEGATRON: linked_megatron}
+    kind = open.detect(source.path)
+    orders = {open.UNIVERSAL: linked_universal, open.MEGATRON: linked_megatron}
     if kind not in orders:
         raise PlanError(
             f"{source.path}: a checkpoint of the kind {kind!r} has no file or entry for each "

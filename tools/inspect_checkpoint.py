@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import commit, formats
+from lag_megatron.checkpoint import commit, open
 from lag_megatron.errors import CheckpointError, LagError
 
 UNVERIFIED = "unverified: there is no manifest to compare with, so damage cannot be ruled out"
@@ -24,8 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="read all files, compare checksums")
     options = parser.parse_args(arguments)
     try:
-        path = formats.resolve(options.path)
-        formats.detect(path)
+        path = open.resolve(options.path)
+        open.detect(path)
     except LagError as error:
         print(error, file=sys.stderr)
         return 2
@@ -40,13 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _examine(path: Path, *, verify: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {"path": str(path), "complete": False}
     try:
-        facts = formats.describe_any(path)
+        facts = open.describe_any(path)
         problems = list(facts["problems"])
     except CheckpointError as error:
         problems = [str(error)]
     if verify:
         try:
-            problems += formats.damages(path)
+            problems += open.damages(path)
         except CheckpointError as error:
             problems.append(str(error))
         if not commit.is_committed(path):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lag_megatron.checkpoint import commit, formats, hf
+from lag_megatron.checkpoint import commit, hf, open
 from lag_megatron.checkpoint.hf_export import Precision
 from lag_megatron.checkpoint.hf_tokenizer import TokenizerFile
 from lag_megatron.checkpoint.parts import write
@@ -45,10 +45,10 @@ def resolve(path: Path) -> Path:
         if not tags:
             raise CheckpointError(f"{path}: a run that has no checkpoint yet.")
         return tags[-1]
-    path = formats.resolve(path)
+    path = open.resolve(path)
     if hf.looks_like_transformers(path):
         return path
-    if (kind := formats.detect(path)) != formats.ZERO:
+    if (kind := open.detect(path)) != open.ZERO:
         raise CheckpointError(
             f"{path}: a checkpoint of the kind {kind!r}. Give a run directory, a ZeRO checkpoint "
             "or a directory of transformers."

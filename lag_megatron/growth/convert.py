@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from lag_megatron.checkpoint import formats
+from lag_megatron.checkpoint import open
 from lag_megatron.checkpoint.hf_export import Export, Precision
 from lag_megatron.checkpoint.hf_import import open_transformers
 from lag_megatron.checkpoint.hf_tokenizer import TokenizerFile, tokenizer_files
@@ -26,9 +26,9 @@ from lag_megatron.growth.plan import GrowthPlan
 
 Format = Literal["zero", "universal", "megatron", "hf"]
 _READERS: dict[str, Callable[[Path], Source]] = {
-    formats.ZERO: ZeroCheckpoint.open,
-    formats.UNIVERSAL: open_universal,
-    formats.LEGACY: open_legacy,
+    open.ZERO: ZeroCheckpoint.open,
+    open.UNIVERSAL: open_universal,
+    open.LEGACY: open_legacy,
 }
 
 
@@ -140,11 +140,11 @@ def open_source(path: Path, *, vocab_size: int | None = None, weights_only: bool
     Raises:
         CheckpointError: if it is damaged or of no known format.
     """
-    path = formats.resolve(path)
-    kind = formats.detect(path)
-    if kind == formats.HF:
+    path = open.resolve(path)
+    kind = open.detect(path)
+    if kind == open.HF:
         return open_transformers(path, vocab_size=vocab_size)
-    if kind in (formats.MEGATRON, formats.DCP):
+    if kind in (open.MEGATRON, open.DCP):
         return open_megatron(path, weights_only=weights_only)
     return _READERS[kind](path)
 

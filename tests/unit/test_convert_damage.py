@@ -7,7 +7,7 @@ import shutil
 import pytest
 from converting import convert, copy_llama, refused, save_families
 
-from lag_megatron.checkpoint import commit, formats
+from lag_megatron.checkpoint import commit, open
 from lag_megatron.checkpoint.integrity import Look
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.convert import open_source
@@ -127,7 +127,7 @@ def test_a_manifest_that_does_not_cover_what_is_read(known, resharded, tmp_path,
 def test_ranks_share_the_looking(form, checkpoint, tmp_path):
     """Of three ranks one finds a damage; together they look at every file."""
     assert convert(checkpoint, tmp_path / "out", "--to", form, "--world-size", 2) == 0
-    tag = formats.resolve(tmp_path / "out")
+    tag = open.resolve(tmp_path / "out")
     for name in sorted(commit.read_manifest(tag)["files"]):
         if (tag / name).suffix not in (".pt", ".distcp", ".safetensors"):
             continue

@@ -16,7 +16,7 @@ from families import family_batches
 from full_state import read_full
 from tokenizers import models, pre_tokenizers, processors
 
-from lag_megatron.checkpoint import formats, tensor_map
+from lag_megatron.checkpoint import open, tensor_map
 from lag_megatron.checkpoint.hf_architecture import architecture_of
 from lag_megatron.checkpoint.hf_tokenizer import TokenizerFile
 from lag_megatron.checkpoint.parts import write
@@ -231,7 +231,7 @@ def test_what_is_written_is_sound_and_complete(trained, tokenizer, tmp_path):
     path, config = trained
     out = tmp_path / "hf"
     export(path, out, tokenizer=tokenizer, max_shard_size=5_000)
-    facts = formats.describe_any(out)
+    facts = open.describe_any(out)
     assert facts["problems"] == []
     assert facts["layers"] == config.model.num_layers
     assert facts["topology"]["precision"] == "fp32"

@@ -11,7 +11,7 @@ from conftest import sparing
 from foreign import torch_dist, universal
 from test_tools_checkpoint import grow, inspect
 
-from lag_megatron.checkpoint import commit, formats
+from lag_megatron.checkpoint import commit, open
 from lag_megatron.checkpoint.layout import STATES
 from lag_megatron.checkpoint.source import WHOLE
 from lag_megatron.growth.convert import open_source, whole_state
@@ -71,7 +71,7 @@ def test_what_is_linked_is_what_growing_makes(form, plan, layers, sources, tmp_p
     source, target = sources / form, tmp_path / "grown"
     assert link(source, target, "lag", options, layers) == 0
     require_grown(source, target, "lag", options, layers)
-    tag = formats.resolve(target)
+    tag = open.resolve(target)
     for name in shared(tag):
         assert (tag / name).stat().st_nlink > 1
     capsys.readouterr()
@@ -85,7 +85,7 @@ def test_a_duplicate_writes_next_to_nothing(sources, tmp_path):
     for form in ("universal", "megatron"):
         target = tmp_path / form
         assert link(sources / form, target, "lag", PLANS["duplicate"]["options"], 3) == 0
-        tag = formats.resolve(target)
+        tag = open.resolve(target)
         values = [
             path for path in tag.rglob("*") if path.suffix in (".pt", ".distcp")
             and path.name not in ("common.pt", "optimizer_state.pt")
@@ -112,8 +112,8 @@ def test_checkpoints_of_megatron_itself(homogeneous, tmp_path):
         common = torch.load(tag / "common.pt", weights_only=False)
         assert common["args"].num_layers == 3
         assert common["args"].model_type.name == "encoder_or_decoder"
-        assert formats.describe_any(tag)["problems"] == []
-        assert formats.describe_any(tag)["layers"] == 3
+        assert open.describe_any(tag)["problems"] == []
+        assert open.describe_any(tag)["layers"] == 3
 
 
 def test_a_universal_checkpoint_of_deepspeed_itself(tmp_path):
