@@ -10,7 +10,7 @@ from pathlib import Path
 
 from growing import add_growth_options, plan_of, progress, topology_of
 
-from lag_megatron.checkpoint.hf_tokenizer import TokenizerFile
+from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
 from lag_megatron.checkpoint.parts import write
 from lag_megatron.checkpoint.source import WHOLE, Source, WholeParameters
 from lag_megatron.errors import LagError, PlanError

@@ -10,15 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import (
-    commit,
-    dcp,
-    describe,
-    hf,
-    megatron,
-    megatron_legacy,
-    universal,
-)
+from lag_megatron.checkpoint import commit, dcp, describe, megatron, megatron_legacy, universal
+from lag_megatron.checkpoint.hf import format as hf_format
 from lag_megatron.checkpoint.zero import resolve as resolve_zero
 from lag_megatron.errors import CheckpointError
 
@@ -30,7 +23,7 @@ _DESCRIBE: dict[str, Callable[[Path], dict[str, Any]]] = {
     MEGATRON: megatron.describe,
     DCP: megatron.describe,
     LEGACY: megatron_legacy.describe,
-    HF: hf.describe,
+    HF: hf_format.describe,
 }
 _DAMAGES: dict[str, Callable[[Path], Iterator[str]]] = {
     ZERO: universal.damages,  # both are files of torch.save
@@ -38,7 +31,7 @@ _DAMAGES: dict[str, Callable[[Path], Iterator[str]]] = {
     MEGATRON: megatron.damages,
     DCP: megatron.damages,
     LEGACY: megatron_legacy.damages,
-    HF: hf.damages,
+    HF: hf_format.damages,
 }
 
 
@@ -74,7 +67,7 @@ def detect(path: Path) -> str:
         return MEGATRON if megatron.is_megatron(path) else DCP
     if megatron.is_megatron(path):  # its data is gone
         return MEGATRON
-    if hf.looks_like_transformers(path):
+    if hf_format.looks_like_transformers(path):
         return HF
     if megatron_legacy.looks_legacy(path):
         return LEGACY

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lag_megatron.checkpoint import commit, hf, open
-from lag_megatron.checkpoint.hf_export import Precision
-from lag_megatron.checkpoint.hf_tokenizer import TokenizerFile
+from lag_megatron.checkpoint import commit, open
+from lag_megatron.checkpoint.hf import format as hf_format
+from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
+from lag_megatron.checkpoint.hf.writer import Precision
 from lag_megatron.checkpoint.parts import write
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, ConfigError, DataError
@@ -46,7 +47,7 @@ def resolve(path: Path) -> Path:
             raise CheckpointError(f"{path}: a run that has no checkpoint yet.")
         return tags[-1]
     path = open.resolve(path)
-    if hf.looks_like_transformers(path):
+    if hf_format.looks_like_transformers(path):
         return path
     if (kind := open.detect(path)) != open.ZERO:
         raise CheckpointError(
@@ -63,7 +64,7 @@ def as_transformers(path: Path, options: ExportOptions) -> Iterator[Path]:
     Raises:
         ConfigError: if that is no decoder.
     """
-    if hf.looks_like_transformers(path):
+    if hf_format.looks_like_transformers(path):
         if options.tokenizer or options.folder:
             raise ConfigError(
                 f"{path}: is a directory of transformers already, with a tokenizer of its own. "

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lag_megatron.checkpoint import open
-from lag_megatron.checkpoint.hf_export import Export, Precision
-from lag_megatron.checkpoint.hf_import import open_transformers
-from lag_megatron.checkpoint.hf_tokenizer import TokenizerFile, tokenizer_files
+from lag_megatron.checkpoint.hf.reader import open_transformers
+from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile, tokenizer_files
+from lag_megatron.checkpoint.hf.writer import Export, Precision
 from lag_megatron.checkpoint.layout import Topology
 from lag_megatron.checkpoint.megatron_legacy import open_legacy
 from lag_megatron.checkpoint.megatron_read import open_megatron

@@ -16,9 +16,10 @@ from families import family_batches
 from full_state import read_full
 from tokenizers import models, pre_tokenizers, processors
 
-from lag_megatron.checkpoint import open, tensor_map
-from lag_megatron.checkpoint.hf_architecture import architecture_of
-from lag_megatron.checkpoint.hf_tokenizer import TokenizerFile
+from lag_megatron.checkpoint import open
+from lag_megatron.checkpoint.hf import tensor_map
+from lag_megatron.checkpoint.hf.architecture import architecture_of
+from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
 from lag_megatron.checkpoint.parts import write
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, ConfigError, PlanError

@@ -13,7 +13,8 @@ from foreign import NORM, UNVERIFIED, look_at, made_in
 from test_tools_checkpoint import inspect
 from test_zipcheck import flip, place_of
 
-from lag_megatron.checkpoint import commit, dcp, hf, megatron
+from lag_megatron.checkpoint import commit, dcp, megatron
+from lag_megatron.checkpoint.hf import format as hf_format
 from lag_megatron.errors import CheckpointError
 
 # Torch says so of every save by a single process.
@@ -74,7 +75,7 @@ def more_layers(file):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 5}))
 
 
-SHARD, BIN, INDEX = "model-00002-of-*.safetensors", "pytorch_model.bin", hf._INDEX
+SHARD, BIN, INDEX = "model-00002-of-*.safetensors", "pytorch_model.bin", hf_format._INDEX
 DAMAGE = [
     ("universal", f"{NORM}/exp_avg.pt", Path.unlink, f"{NORM}/exp_avg.pt: missing"),
     ("universal", f"{NORM}/step.pt", Path.unlink, f"{NORM}/step.pt: missing"),

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint import tensor_map
-from lag_megatron.checkpoint.hf_architecture import architecture_of
+from lag_megatron.checkpoint.hf import tensor_map
+from lag_megatron.checkpoint.hf.architecture import architecture_of
 from lag_megatron.config import RunConfig, parse_config
 from lag_megatron.engine import Engine
 from lag_megatron.growth.fresh import Normal, megatron_init

@@ -19,7 +19,7 @@ from step_job import (
 )
 from torch import Tensor
 
-from lag_megatron.checkpoint.hf_architecture import architecture_of
+from lag_megatron.checkpoint.hf.architecture import architecture_of
 from lag_megatron.engine import Engine
 from lag_megatron.parallel import start_world, stop_world
 

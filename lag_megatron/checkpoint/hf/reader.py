@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from lag_megatron.checkpoint import commit, hf
+from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.blank import (
     SETTINGS_NOTE,
     blank_client_state,
@@ -21,12 +21,13 @@ from lag_megatron.checkpoint.blank import (
     module_keys,
 )
 from lag_megatron.checkpoint.boxes import Shape, numel
-from lag_megatron.checkpoint.hf_architecture import ARCHITECTURES, Architecture
-from lag_megatron.checkpoint.hf_tensors import DTYPES, Stored, open_tensors
+from lag_megatron.checkpoint.hf import format as hf_format
+from lag_megatron.checkpoint.hf.architecture import ARCHITECTURES, Architecture
+from lag_megatron.checkpoint.hf.tensor_map import Heads, Row, Run, expand, runs, shape_of
+from lag_megatron.checkpoint.hf.tensors import DTYPES, Stored, open_tensors
 from lag_megatron.checkpoint.integrity import Look
 from lag_megatron.checkpoint.layout import State
 from lag_megatron.checkpoint.source import WholeParameters
-from lag_megatron.checkpoint.tensor_map import Heads, Row, Run, expand, runs, shape_of
 from lag_megatron.config import ModelConfig, padded_vocab_size
 from lag_megatron.errors import CheckpointError, ConfigError
 
@@ -122,7 +123,9 @@ class Import:
             CheckpointError: naming the file, or both tensors.
         """
         committed = commit.is_committed(self.path)
-        if found := list(look.damages(self.path) if committed else hf.damages(self.path, look)):
+        if found := list(
+            look.damages(self.path) if committed else hf_format.damages(self.path, look)
+        ):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
         for other, owner in look.share(self._tied):
             there, here = self.tensors[other], self.tensors[owner]

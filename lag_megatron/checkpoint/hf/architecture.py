@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lag_megatron.checkpoint.tensor_map import BERT, GPT2, LLAMA, Row
+from lag_megatron.checkpoint.hf.tensor_map import BERT, GPT2, LLAMA, Row
 from lag_megatron.config import ModelConfig
 from lag_megatron.errors import ConfigError
 

@@ -7,8 +7,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from lag_megatron.checkpoint import hf, pickles
+from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.boxes import Shape
+from lag_megatron.checkpoint.hf import format as hf_format
 from lag_megatron.errors import CheckpointError
 
 DTYPES = ("F32", "BF16", "F16", "torch.float32", "torch.bfloat16", "torch.float16")
@@ -45,7 +46,7 @@ def open_tensors(path: Path) -> dict[str, Stored]:
     Raises:
         CheckpointError: if files are missing, damaged, or hold what is no weight.
     """
-    entries, problems = hf.tensors_of(path)
+    entries, problems = hf_format.tensors_of(path)
     if problems:
         raise CheckpointError(f"{path}: {problems[0]}")
     if not entries:
@@ -61,7 +62,7 @@ def open_tensors(path: Path) -> dict[str, Stored]:
 
 def _pickled(path: Path) -> dict[str, Stored]:
     """Tensors of ``pytorch_model.bin``, read ``weights_only``, and mapped if it is an archive."""
-    names = hf.pickled_files(path)
+    names = hf_format.pickled_files(path)
     if not names:
         raise CheckpointError(f"{path}: no weights: neither safetensors nor pytorch_model.bin.")
     found: dict[str, Stored] = {}

@@ -1,0 +1,1 @@
+"""Directories of transformers: names, tensors, tokenizer files, reading and writing."""
