@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import commit, dcp, describe, megatron, megatron_legacy, universal
+from lag_megatron.checkpoint import commit, describe, universal
 from lag_megatron.checkpoint.hf import format as hf_format
+from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint, legacy_reader
 from lag_megatron.checkpoint.zero import resolve as resolve_zero
 from lag_megatron.errors import CheckpointError
 
@@ -20,17 +21,17 @@ LEGACY = "megatron_legacy"
 _MEGATRON_POINTER = "latest_checkpointed_iteration.txt"
 _DESCRIBE: dict[str, Callable[[Path], dict[str, Any]]] = {
     UNIVERSAL: universal.describe,
-    MEGATRON: megatron.describe,
-    DCP: megatron.describe,
-    LEGACY: megatron_legacy.describe,
+    MEGATRON: dist_checkpoint.describe,
+    DCP: dist_checkpoint.describe,
+    LEGACY: legacy_reader.describe,
     HF: hf_format.describe,
 }
 _DAMAGES: dict[str, Callable[[Path], Iterator[str]]] = {
     ZERO: universal.damages,  # both are files of torch.save
     UNIVERSAL: universal.damages,
-    MEGATRON: megatron.damages,
-    DCP: megatron.damages,
-    LEGACY: megatron_legacy.damages,
+    MEGATRON: dist_checkpoint.damages,
+    DCP: dist_checkpoint.damages,
+    LEGACY: legacy_reader.damages,
     HF: hf_format.damages,
 }
 
@@ -63,13 +64,13 @@ def detect(path: Path) -> str:
         return UNIVERSAL
     if any(path.glob("*_states.pt")):
         return ZERO
-    if (path / dcp.METADATA).is_file() or any(path.glob("*.distcp")):
-        return MEGATRON if megatron.is_megatron(path) else DCP
-    if megatron.is_megatron(path):  # its data is gone
+    if (path / dcp_metadata.METADATA).is_file() or any(path.glob("*.distcp")):
+        return MEGATRON if dist_checkpoint.is_megatron(path) else DCP
+    if dist_checkpoint.is_megatron(path):  # its data is gone
         return MEGATRON
     if hf_format.looks_like_transformers(path):
         return HF
-    if megatron_legacy.looks_legacy(path):
+    if legacy_reader.looks_legacy(path):
         return LEGACY
     if describe.looks_like_checkpoint(path):  # one of ours, of which only the manifest is left
         return ZERO

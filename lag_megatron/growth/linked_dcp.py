@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 
-from lag_megatron.checkpoint import commit, dcp, megatron, pickles
+from lag_megatron.checkpoint import commit, pickles
 from lag_megatron.checkpoint.boxes import Box, numel
-from lag_megatron.checkpoint.dcp import Place, StoredTensor
-from lag_megatron.checkpoint.dcp_write import write_metadata
 from lag_megatron.checkpoint.draft import Room
 from lag_megatron.checkpoint.layout import State
-from lag_megatron.checkpoint.megatron_names import Stacked, parameters_in, stored_as
-from lag_megatron.checkpoint.megatron_read import prefixes_of
-from lag_megatron.checkpoint.megatron_write import TRACKER
+from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint
+from lag_megatron.checkpoint.megatron.dcp_metadata import Place, StoredTensor
+from lag_megatron.checkpoint.megatron.dcp_metadata_writer import write_metadata
+from lag_megatron.checkpoint.megatron.param_names import Stacked, parameters_in, stored_as
+from lag_megatron.checkpoint.megatron.reader import prefixes_of
+from lag_megatron.checkpoint.megatron.writer import TRACKER
 from lag_megatron.checkpoint.names import LAYER
 from lag_megatron.checkpoint.parts import Order, Part
 from lag_megatron.checkpoint.stream import Crew
@@ -78,14 +79,14 @@ class _GrownMetadata:
     state: WholeState
 
     @cached_property
-    def contents(self) -> dcp.Contents:
+    def contents(self) -> dcp_metadata.Contents:
         """Of the source."""
-        return dcp.read_metadata(self.growth.source.path)
+        return dcp_metadata.read_metadata(self.growth.source.path)
 
     @property
     def is_megatron(self) -> bool:
         """Whether Megatron-Core wrote the source, or torch."""
-        return megatron.is_megatron(self.growth.source.path)
+        return dist_checkpoint.is_megatron(self.growth.source.path)
 
     @cached_property
     def common(self) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class _GrownMetadata:
         Raises:
             PlanError: if they hold what is not known here.
         """
-        found, note = megatron.read_common(self.growth.source.path)
+        found, note = dist_checkpoint.read_common(self.growth.source.path)
         if note:
             raise PlanError(
                 f"{self.growth.source.path}: {note}, so its number of layers cannot be changed. "
@@ -110,7 +111,7 @@ class _GrownMetadata:
     @cached_property
     def old(self) -> dict[str, Stacked]:
         """Where the source's parameters are stored."""
-        tensors = megatron.model_tensors(self.contents)
+        tensors = dist_checkpoint.model_tensors(self.contents)
         return parameters_in({name: tensor.shape for name, tensor in tensors.items()})
 
     @cached_property
@@ -161,12 +162,14 @@ class _GrownMetadata:
     def write_rest(self, folder: Path, files: Mapping[str, Any]) -> dict[str, Any]:
         """The metadata and the settings."""
         write_metadata(folder, self._tensors(files), dict(self._objects()))
-        written = [dcp.METADATA]
+        written = [dcp_metadata.METADATA]
         if self.is_megatron:
-            pickles.save(folder / megatron.COMMON, self.common)
-            config = (self.growth.source.path / megatron.CONFIG).read_text(encoding="utf-8")
-            (folder / megatron.CONFIG).write_text(json.dumps(json.loads(config)), encoding="utf-8")
-            written += [megatron.COMMON, megatron.CONFIG]
+            pickles.save(folder / dist_checkpoint.COMMON, self.common)
+            config = (self.growth.source.path / dist_checkpoint.CONFIG).read_text(encoding="utf-8")
+            (folder / dist_checkpoint.CONFIG).write_text(
+                json.dumps(json.loads(config)), encoding="utf-8"
+            )
+            written += [dist_checkpoint.COMMON, dist_checkpoint.CONFIG]
         return {name: commit.seal(folder / name) for name in written}
 
     def _tensors(self, files: Mapping[str, Any]) -> dict[str, StoredTensor]:

@@ -135,7 +135,7 @@ def test_adafactors_means_are_verified(tmp_path):
 
 @pytest.mark.parametrize("head", [True, False])
 def test_the_order_of_parameters_is_megatrons(head):
-    from lag_megatron.checkpoint.megatron_names import in_model_order
+    from lag_megatron.checkpoint.megatron.param_names import in_model_order
 
     bert = {"family": "bert", "token_types": 2, "sentence_head": head}
     for shape in ({}, {"llama": True}, bert, bert | {"norm_position": "post"}):

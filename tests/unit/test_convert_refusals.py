@@ -8,10 +8,11 @@ import pytest
 import torch
 from converting import convert, copy_llama, refused, rewrite, save_families, settings
 
-from lag_megatron.checkpoint import commit, dcp
+from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.boxes import Box
-from lag_megatron.checkpoint.dcp import StoredTensor
-from lag_megatron.checkpoint.dcp_write import write_metadata
+from lag_megatron.checkpoint.megatron import dcp_metadata
+from lag_megatron.checkpoint.megatron.dcp_metadata import StoredTensor
+from lag_megatron.checkpoint.megatron.dcp_metadata_writer import write_metadata
 from lag_megatron.errors import CheckpointError
 
 families = pytest.fixture(save_families, scope="module")
@@ -110,7 +111,7 @@ def test_a_shard_size_that_is_none(checkpoint, tmp_path, capsys):
 def test_optimizer_states_of_other_forms_are_refused(key, shape, checkpoint, tmp_path, capsys):
     assert convert(checkpoint, tmp_path / "m", "--to", "megatron") == 0
     tag = tmp_path / "m" / "iter_0000003"
-    contents = dcp.read_metadata(tag)
+    contents = dcp_metadata.read_metadata(tag)
     box = Box(tuple(0 for _ in shape), shape)
     place = next(iter(contents.tensors.values())).chunks[0][1]
     tensors = {k: t for k, t in contents.tensors.items() if not k.startswith("optimizer.")}
@@ -153,7 +154,7 @@ def test_halves_merged_as_one_are_refused(families, tmp_path, capsys):
 
 
 def test_parameters_unknown_to_megatron_are_refused():
-    from lag_megatron.checkpoint.megatron_names import in_model_order
+    from lag_megatron.checkpoint.megatron.param_names import in_model_order
 
     with pytest.raises(CheckpointError, match=r"layers\.0\.mixer\.weight: not a parameter that is"):
         in_model_order(["decoder.layers.0.mixer.weight"])

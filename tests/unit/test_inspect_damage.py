@@ -13,8 +13,9 @@ from foreign import NORM, UNVERIFIED, look_at, made_in
 from test_tools_checkpoint import inspect
 from test_zipcheck import flip, place_of
 
-from lag_megatron.checkpoint import commit, dcp, megatron
+from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.hf import format as hf_format
+from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint
 from lag_megatron.errors import CheckpointError
 
 # Torch says so of every save by a single process.
@@ -129,7 +130,7 @@ def test_damage_is_not_sound(name, file, damage, message, copied, capsys):
 
 def place_in(path, file, tmp_path):
     """Where the values of some tensor in a data file of a Distributed Checkpoint begin."""
-    contents = dcp.read_metadata(path)
+    contents = dcp_metadata.read_metadata(path)
     name, place = next(
         (name, place)
         for name, tensor in contents.tensors.items()
@@ -163,12 +164,14 @@ def test_flipped_bits_are_found_where_there_are_checksums(
     elif found.suffix == ".safetensors":
         position = found.stat().st_size - 1
     else:
-        position = place_of(found, "data.pkl" if found.name == megatron.COMMON else "data/0")
-        position += 2 if found.name == megatron.COMMON else 0
+        position = place_of(found, "data.pkl" if found.name == dist_checkpoint.COMMON else "data/0")
+        position += 2 if found.name == dist_checkpoint.COMMON else 0
     flip(found, position, 1)
     sound = inspect(path) == 0
     capsys.readouterr()
-    assert sound or found.name == megatron.COMMON  # whose pickle may not be readable any more
+    assert (
+        sound or found.name == dist_checkpoint.COMMON
+    )  # whose pickle may not be readable any more
     problems = look(path, "--verify")["problems"]
     assert problems[-1] == UNVERIFIED
     assert any(message.format(tensor) in p for p in problems) if message else len(problems) == 1
@@ -238,7 +241,7 @@ def test_metadata_may_name_nothing_else(name, tmp_path):
     module, _, attribute = name.rpartition(".")
     (tmp_path / ".metadata").write_bytes(f"c{module}\n{attribute}\n.".encode())
     with pytest.raises(CheckpointError, match=rf"holds {name}, which no checkpoint's metadata has"):
-        dcp.read_metadata(tmp_path)
+        dcp_metadata.read_metadata(tmp_path)
 
 
 def test_any_damage_to_metadata_is_one_message(made, tmp_path):
@@ -248,6 +251,6 @@ def test_any_damage_to_metadata_is_one_message(made, tmp_path):
         changed[position] ^= 255
         (tmp_path / ".metadata").write_bytes(changed)
         try:
-            list(dcp.problems(dcp.read_metadata(tmp_path)))
+            list(dcp_metadata.problems(dcp_metadata.read_metadata(tmp_path)))
         except CheckpointError as error:
             assert ".metadata" in str(error)  # noqa: PT017

@@ -29,8 +29,8 @@ from lag_megatron.checkpoint.blank import (
 from lag_megatron.checkpoint.boxes import Shape, numel
 from lag_megatron.checkpoint.integrity import EVERYTHING, Look
 from lag_megatron.checkpoint.layout import State
-from lag_megatron.checkpoint.megatron_arguments import model_of
-from lag_megatron.checkpoint.megatron_names import in_model_order, own_name
+from lag_megatron.checkpoint.megatron.arguments import model_of
+from lag_megatron.checkpoint.megatron.param_names import in_model_order, own_name
 from lag_megatron.checkpoint.names import layers_in
 from lag_megatron.checkpoint.source import WholeParameters
 from lag_megatron.checkpoint.tensor_parallel import is_gated, pieces, whole_shape

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint import commit, dcp, megatron
+from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.blank import (
     blank_groups,
     blank_header,
@@ -19,11 +19,12 @@ from lag_megatron.checkpoint.blank import (
     module_keys,
 )
 from lag_megatron.checkpoint.boxes import Box, Shape, interval_boxes, numel, strides_of
-from lag_megatron.checkpoint.dcp import Contents, Place, StoredTensor
 from lag_megatron.checkpoint.integrity import Look
 from lag_megatron.checkpoint.layout import Group, GroupState, State
-from lag_megatron.checkpoint.megatron_arguments import model_of
-from lag_megatron.checkpoint.megatron_names import Stacked, in_model_order, parameters_in
+from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint
+from lag_megatron.checkpoint.megatron.arguments import model_of
+from lag_megatron.checkpoint.megatron.dcp_metadata import Contents, Place, StoredTensor
+from lag_megatron.checkpoint.megatron.param_names import Stacked, in_model_order, parameters_in
 from lag_megatron.checkpoint.names import layers_in
 from lag_megatron.checkpoint.source import WholeParameters
 from lag_megatron.checkpoint.zipcheck import tensor_records
@@ -52,14 +53,14 @@ def open_megatron(path: Path, *, weights_only: bool = False) -> WholeParameters:
     """
     if commit.is_committed(path):
         commit.check_sizes(path)
-    if problems := megatron.describe(path)["problems"]:
+    if problems := dist_checkpoint.describe(path)["problems"]:
         raise CheckpointError(f"{path}: {problems[0]}")
-    contents = dcp.read_metadata(path)
-    optimizer = {name for name in contents.tensors if megatron.is_optimizer(name)}
+    contents = dcp_metadata.read_metadata(path)
+    optimizer = {name for name in contents.tensors if dist_checkpoint.is_optimizer(name)}
     common: Mapping[str, Any] = {}
     note = ""
-    if megatron.is_megatron(path):
-        common, note = megatron.read_common(path)
+    if dist_checkpoint.is_megatron(path):
+        common, note = dist_checkpoint.read_common(path)
     if weights_only:
         kept = {name: t for name, t in contents.tensors.items() if name not in optimizer}
         contents = replace(contents, tensors=kept)
@@ -118,9 +119,9 @@ class _Reader:
     @property
     def source(self) -> WholeParameters:
         names = [name for group in self.groups for name in group]
-        kept = megatron.client_state(self.common)
+        kept = dist_checkpoint.client_state(self.common)
         known = self.common.get("iteration") or kept.get("step")
-        step = int(known or megatron.recorded_step(self.contents) or 0)
+        step = int(known or dist_checkpoint.recorded_step(self.contents) or 0)
         state = {
             "step": step,
             "tokens": 0,
@@ -145,7 +146,7 @@ class _Reader:
     @cached_property
     def parameters(self) -> dict[str, Stacked]:
         """Where each parameter's weights are stored."""
-        tensors = megatron.model_tensors(self.contents)
+        tensors = dist_checkpoint.model_tensors(self.contents)
         if not tensors:
             raise CheckpointError(f"{self.path}: holds no weights.")
         return parameters_in({name: tensor.shape for name, tensor in tensors.items()})
@@ -153,7 +154,7 @@ class _Reader:
     @cached_property
     def groups(self) -> list[Group]:
         """Parameters by group: as our trainer kept them, or matrices and vectors."""
-        known = megatron.client_state(self.common).get("parameter_groups")
+        known = dist_checkpoint.client_state(self.common).get("parameter_groups")
         if known is not None:
             return [{name: self._shape(name) for name in group} for group in known]
         return decay_groups({name: self._shape(name) for name in in_model_order(self.parameters)})
@@ -189,7 +190,9 @@ class _Reader:
     def check(self, look: Look) -> None:
         """Refuse content that differs from its checksums."""
         committed = commit.is_committed(self.path)
-        found = list(look.damages(self.path) if committed else dcp.damages(self.contents, look))
+        found = list(
+            look.damages(self.path) if committed else dcp_metadata.damages(self.contents, look)
+        )
         if found:
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from lag_megatron.checkpoint import dcp, pickles
+from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.boxes import numel
-from lag_megatron.checkpoint.dcp import Contents, StoredTensor
+from lag_megatron.checkpoint.megatron import dcp_metadata
+from lag_megatron.checkpoint.megatron.dcp_metadata import Contents, StoredTensor
 from lag_megatron.checkpoint.names import layers_in
 from lag_megatron.checkpoint.zipcheck import damaged_records
 from lag_megatron.errors import CheckpointError
@@ -53,8 +54,8 @@ def describe(path: Path) -> dict[str, Any]:
     """
     megatron = is_megatron(path)
     problems, notes = list(_finished(path) if megatron else ()), []
-    contents = dcp.read_metadata(path)
-    problems += dcp.problems(contents)
+    contents = dcp_metadata.read_metadata(path)
+    problems += dcp_metadata.problems(contents)
     common: Mapping[str, Any] = {}
     if megatron:
         try:
@@ -69,7 +70,7 @@ def describe(path: Path) -> dict[str, Any]:
     return {
         "format": _format(path, contents),
         "committed": (path / CONFIG).is_file() if megatron else True,
-        "marker": CONFIG if megatron else dcp.METADATA,
+        "marker": CONFIG if megatron else dcp_metadata.METADATA,
         "step": step if isinstance(step, int) else None,
         "tokens": ours.get("tokens", _tokens(arguments)),
         "topology": _topology(contents, parameters, arguments),
@@ -89,7 +90,7 @@ def damages(path: Path) -> Iterator[str]:
     Raises:
         CheckpointError: if the metadata, or ``common.pt`` as a whole, cannot be read.
     """
-    yield from dcp.damages(dcp.read_metadata(path))
+    yield from dcp_metadata.damages(dcp_metadata.read_metadata(path))
     if (path / COMMON).is_file():
         for record in damaged_records(path / COMMON):
             yield f"{COMMON}: {record} differs from its checksum"

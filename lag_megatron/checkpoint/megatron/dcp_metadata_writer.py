@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
-from lag_megatron.checkpoint.dcp import METADATA, Place, StoredTensor
+from lag_megatron.checkpoint.megatron.dcp_metadata import METADATA, Place, StoredTensor
 
 _VERSION = "1.0.0"
 
