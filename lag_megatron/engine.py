@@ -23,9 +23,12 @@ from torch import Tensor
 
 from lag_megatron.caches import clear_marks
 from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.compare import require_same_optimizer, require_same_parameters
 from lag_megatron.checkpoint.integrity import require_sound
-from lag_megatron.checkpoint.layout import Layout, Topology, make_layout
+from lag_megatron.checkpoint.state.compatibility import (
+    require_same_optimizer,
+    require_same_parameters,
+)
+from lag_megatron.checkpoint.state.layout import Layout, Topology, make_layout
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.checkpoint.zero_files import files_of, files_of_rank
 from lag_megatron.checkpoint.zero_write import bytes_of

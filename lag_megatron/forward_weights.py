@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from lag_megatron.checkpoint.layout import Topology
+from lag_megatron.checkpoint.state.layout import Topology
 
 
 def own_weights(optimizer: Any, topology: Topology, *, data_rank: int) -> list[Tensor | None]:

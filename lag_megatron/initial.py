@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint.integrity import Look
-from lag_megatron.checkpoint.source import Source
+from lag_megatron.checkpoint.state.source import Source
 from lag_megatron.config import ModelConfig
 from lag_megatron.engine import Engine
 from lag_megatron.errors import CheckpointError

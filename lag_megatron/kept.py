@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint.boxes import Shape, collapse
-from lag_megatron.checkpoint.layout import Container, State
-from lag_megatron.checkpoint.regions import Region
+from lag_megatron.checkpoint.state.box import Shape, collapse
+from lag_megatron.checkpoint.state.layout import Container, State
+from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.growth.fill import Filler
 from lag_megatron.growth.fresh import Constant, fill
 from lag_megatron.growth.materialize import Growth

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint.names import LAYER
+from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.errors import RunError
 from lag_megatron.live import LiveState
 

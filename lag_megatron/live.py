@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint.compare import require_same_optimizer, require_same_parameters
-from lag_megatron.checkpoint.layout import (
+from lag_megatron.checkpoint.state.compatibility import (
+    require_same_optimizer,
+    require_same_parameters,
+)
+from lag_megatron.checkpoint.state.layout import (
     Container,
     GroupState,
     Layout,
@@ -21,9 +24,9 @@ from lag_megatron.checkpoint.layout import (
     State,
     Topology,
 )
-from lag_megatron.checkpoint.loss_scale import LossScale
-from lag_megatron.checkpoint.regions import Region
-from lag_megatron.checkpoint.states import shape_of, states_of
+from lag_megatron.checkpoint.state.loss_scale import LossScale
+from lag_megatron.checkpoint.state.optimizer_states import shape_of, states_of
+from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.checkpoint.zero_write import write_rank
 from lag_megatron.errors import PlanError
 from lag_megatron.forward_weights import follow_masters, own_weights

@@ -17,7 +17,7 @@ import torch.distributed.distributed_c10d as c10d
 from megatron.core import parallel_state
 
 from lag_megatron import heartbeat
-from lag_megatron.checkpoint.layout import DEFAULT_SUB_GROUP_SIZE, Rank, Topology
+from lag_megatron.checkpoint.state.layout import DEFAULT_SUB_GROUP_SIZE, Rank, Topology
 from lag_megatron.config import RunConfig
 from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.errors import LagError, RunError

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lag_megatron.checkpoint.layout import Topology, make_layout
+from lag_megatron.checkpoint.state.layout import Topology, make_layout
 from lag_megatron.growth.fresh import fill
 from lag_megatron.growth.growth_map import depth_map
 from lag_megatron.growth.transfer import Move, Side, plan_rank

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from lag_megatron.checkpoint.layout import Topology
-from lag_megatron.checkpoint.names import layers_in
-from lag_megatron.checkpoint.source import Source
+from lag_megatron.checkpoint.state.layout import Topology
+from lag_megatron.checkpoint.state.param_names import layers_in
+from lag_megatron.checkpoint.state.source import Source
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.materialize import retarget
 from lag_megatron.growth.operators import OPERATORS

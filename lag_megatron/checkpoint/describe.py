@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.boxes import numel
-from lag_megatron.checkpoint.names import layers_in
-from lag_megatron.checkpoint.tensor_parallel import whole_shape
+from lag_megatron.checkpoint.state.box import numel
+from lag_megatron.checkpoint.state.param_names import layers_in
+from lag_megatron.checkpoint.state.tensor_parallel import whole_shape
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.checkpoint.zero_files import torch_optimizer_state
 

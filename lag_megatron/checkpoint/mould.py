@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lag_megatron.checkpoint.draft import Room
-from lag_megatron.checkpoint.regions import Fill
+from lag_megatron.checkpoint.state.region import Fill
+from lag_megatron.checkpoint.state.spec import Room
 from lag_megatron.checkpoint.stream import (
     Crew,
     Span,

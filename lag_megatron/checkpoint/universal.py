@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from lag_megatron.checkpoint import pickles
-from lag_megatron.checkpoint.boxes import numel
 from lag_megatron.checkpoint.integrity import EVERYTHING, Look
-from lag_megatron.checkpoint.layout import STATES
-from lag_megatron.checkpoint.names import layers_in
+from lag_megatron.checkpoint.state.box import numel
+from lag_megatron.checkpoint.state.layout import STATES
+from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.zipcheck import damaged_records
 from lag_megatron.errors import CheckpointError
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from lag_megatron.checkpoint import commit, pickles, universal
-from lag_megatron.checkpoint.blank import blank_groups
-from lag_megatron.checkpoint.boxes import Shape, numel
 from lag_megatron.checkpoint.integrity import Look
-from lag_megatron.checkpoint.layout import Group, GroupState, State
-from lag_megatron.checkpoint.source import WholeParameters
-from lag_megatron.checkpoint.tensor_parallel import GATED, is_gated, whole_shape
+from lag_megatron.checkpoint.state.box import Shape, numel
+from lag_megatron.checkpoint.state.deepspeed_defaults import blank_groups
+from lag_megatron.checkpoint.state.layout import Group, GroupState, State
+from lag_megatron.checkpoint.state.source import WholeParameters
+from lag_megatron.checkpoint.state.tensor_parallel import GATED, is_gated, whole_shape
 from lag_megatron.checkpoint.universal import FOLDER, OPTIMIZER, Universal
 from lag_megatron.errors import CheckpointError
 

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 
 from lag_megatron.checkpoint import pickles
-from lag_megatron.checkpoint.boxes import numel
-from lag_megatron.checkpoint.draft import Draft, Room, deepspeed_config
 from lag_megatron.checkpoint.integrity import EVERYTHING
-from lag_megatron.checkpoint.layout import STATES, Topology
 from lag_megatron.checkpoint.mould import Moulds
 from lag_megatron.checkpoint.parts import Order, Part
+from lag_megatron.checkpoint.state.box import numel
+from lag_megatron.checkpoint.state.layout import STATES, Topology
+from lag_megatron.checkpoint.state.spec import Draft, Room, deepspeed_config
+from lag_megatron.checkpoint.state.tensor_parallel import GATED, cut_dim, is_gated, local_shape
+from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.checkpoint.stream import Crew
-from lag_megatron.checkpoint.tensor_parallel import GATED, cut_dim, is_gated, local_shape
 from lag_megatron.checkpoint.universal import FOLDER, OPTIMIZER, POINTER
-from lag_megatron.checkpoint.whole import WholeState
 from lag_megatron.checkpoint.zero_files import model_file
 from lag_megatron.checkpoint.zero_write import write_objects
 from lag_megatron.errors import CheckpointError

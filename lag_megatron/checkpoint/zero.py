@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.integrity import EVERYTHING, Look, require_sound
-from lag_megatron.checkpoint.layout import (
+from lag_megatron.checkpoint.paging import read_only_on_demand
+from lag_megatron.checkpoint.state.layout import (
     Container,
     Group,
     GroupState,
@@ -24,10 +25,9 @@ from lag_megatron.checkpoint.layout import (
     frozen_layout,
     make_layout,
 )
-from lag_megatron.checkpoint.loss_scale import LossScale
-from lag_megatron.checkpoint.paging import read_only_on_demand
-from lag_megatron.checkpoint.source import Mapped
-from lag_megatron.checkpoint.states import Optimizer
+from lag_megatron.checkpoint.state.loss_scale import LossScale
+from lag_megatron.checkpoint.state.optimizer_states import Optimizer
+from lag_megatron.checkpoint.state.source import Mapped
 from lag_megatron.checkpoint.zero_files import (
     files_of,
     group_states,

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lag_megatron.checkpoint.layout import GroupState, State, Topology
-from lag_megatron.checkpoint.states import MOMENTS
+from lag_megatron.checkpoint.state.layout import GroupState, State, Topology
+from lag_megatron.checkpoint.state.optimizer_states import MOMENTS
 
 _FLAT_MASTERS = "single_partition_of_fp32_groups"
 

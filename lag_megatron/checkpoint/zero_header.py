@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lag_megatron.checkpoint.boxes import Shape, numel
-from lag_megatron.checkpoint.layout import DEFAULT_SUB_GROUP_SIZE, Group, Topology
+from lag_megatron.checkpoint.state.box import Shape, numel
+from lag_megatron.checkpoint.state.layout import DEFAULT_SUB_GROUP_SIZE, Group, Topology
 from lag_megatron.checkpoint.zero_load import FOREIGN, load_states
 from lag_megatron.errors import CheckpointError
 

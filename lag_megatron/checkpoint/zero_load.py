@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint import pickles
-from lag_megatron.checkpoint.layout import Container, Segment, Topology
-from lag_megatron.checkpoint.states import Optimizer, states_of
+from lag_megatron.checkpoint.state.layout import Container, Segment, Topology
+from lag_megatron.checkpoint.state.optimizer_states import Optimizer, states_of
 from lag_megatron.checkpoint.zero_files import torch_optimizer_state
 from lag_megatron.checkpoint.zipcheck import DAMAGE, is_plain_pickle
 from lag_megatron.errors import CheckpointError

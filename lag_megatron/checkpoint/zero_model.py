@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint.boxes import Shape
-from lag_megatron.checkpoint.draft import DTYPES, Draft, Room, deepspeed_config
-from lag_megatron.checkpoint.layout import whole_parameters
-from lag_megatron.checkpoint.regions import Region
+from lag_megatron.checkpoint.state.box import Shape
+from lag_megatron.checkpoint.state.layout import whole_parameters
+from lag_megatron.checkpoint.state.region import Region
+from lag_megatron.checkpoint.state.spec import DTYPES, Draft, Room, deepspeed_config
 from lag_megatron.checkpoint.zero_optimizer import unpartitioned_optimizer
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from lag_megatron.checkpoint import pickles
-from lag_megatron.checkpoint.draft import Draft, Room, deepspeed_config
-from lag_megatron.checkpoint.layout import STATES, Layout, Segment
-from lag_megatron.checkpoint.regions import Region
+from lag_megatron.checkpoint.state.layout import STATES, Layout, Segment
+from lag_megatron.checkpoint.state.region import Region
+from lag_megatron.checkpoint.state.spec import Draft, Room, deepspeed_config
 
 
 def optimizer_objects(draft: Draft, *, data_rank: int, room: Room) -> dict[str, Any]:

@@ -10,15 +10,15 @@ from lag_megatron.checkpoint import open
 from lag_megatron.checkpoint.hf.reader import open_transformers
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile, tokenizer_files
 from lag_megatron.checkpoint.hf.writer import Export, Precision
-from lag_megatron.checkpoint.layout import Topology
 from lag_megatron.checkpoint.megatron.legacy_reader import open_legacy
 from lag_megatron.checkpoint.megatron.reader import open_megatron
 from lag_megatron.checkpoint.megatron.writer import megatron_order
 from lag_megatron.checkpoint.parts import Order
-from lag_megatron.checkpoint.source import WHOLE, Source
+from lag_megatron.checkpoint.state.layout import Topology
+from lag_megatron.checkpoint.state.source import WHOLE, Source
+from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.checkpoint.universal_read import open_universal
 from lag_megatron.checkpoint.universal_write import universal_order
-from lag_megatron.checkpoint.whole import WholeState
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.growth.offline import zero_order

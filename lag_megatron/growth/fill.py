@@ -9,11 +9,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint.boxes import Shape
-from lag_megatron.checkpoint.layout import Container, Layout, State, Topology
-from lag_megatron.checkpoint.regions import Region
-from lag_megatron.checkpoint.source import Elements, Source
-from lag_megatron.checkpoint.states import shape_of
+from lag_megatron.checkpoint.state.box import Shape
+from lag_megatron.checkpoint.state.layout import Container, Layout, State, Topology
+from lag_megatron.checkpoint.state.optimizer_states import shape_of
+from lag_megatron.checkpoint.state.region import Region
+from lag_megatron.checkpoint.state.source import Elements, Source
 from lag_megatron.growth.fresh import fill
 from lag_megatron.growth.growth_map import GrowthMap
 from lag_megatron.growth.transfer import Draw, Move, Place, Side, plan_rank

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from lag_megatron.checkpoint.boxes import Shape
-from lag_megatron.checkpoint.names import LAYER
+from lag_megatron.checkpoint.state.box import Shape
+from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.layer_map import Branch
 from lag_megatron.growth.plan import GrowthPlan

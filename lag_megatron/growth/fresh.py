@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint.boxes import Box, Shape, interval_boxes, strides_of
+from lag_megatron.checkpoint.state.box import Box, Shape, interval_boxes, strides_of
 
 _WORDS_PER_COUNT = 4
 _CHUNK = 1 << 18

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lag_megatron.checkpoint.boxes import Box, Shape, whole
-from lag_megatron.checkpoint.names import LAYER
-from lag_megatron.checkpoint.states import STATES, Role
+from lag_megatron.checkpoint.state.box import Box, Shape, whole
+from lag_megatron.checkpoint.state.optimizer_states import STATES, Role
+from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.fit import (
     BRANCH_OUTPUTS,

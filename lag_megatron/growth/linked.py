@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.boxes import numel
-from lag_megatron.checkpoint.layout import STATES, State, Topology
 from lag_megatron.checkpoint.mould import Moulds
 from lag_megatron.checkpoint.parts import Order, Part
-from lag_megatron.checkpoint.states import role_of
+from lag_megatron.checkpoint.state.box import numel
+from lag_megatron.checkpoint.state.layout import STATES, State, Topology
+from lag_megatron.checkpoint.state.optimizer_states import role_of
+from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.checkpoint.stream import Crew
 from lag_megatron.checkpoint.universal import FOLDER
 from lag_megatron.checkpoint.universal_write import universal_order, write_states
-from lag_megatron.checkpoint.whole import WholeState
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.convert import whole_state
 from lag_megatron.growth.growth_map import Copy

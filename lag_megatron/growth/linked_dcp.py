@@ -15,19 +15,19 @@ from typing import Any
 import torch
 
 from lag_megatron.checkpoint import commit, pickles
-from lag_megatron.checkpoint.boxes import Box, numel
-from lag_megatron.checkpoint.draft import Room
-from lag_megatron.checkpoint.layout import State
 from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint
 from lag_megatron.checkpoint.megatron.dcp_metadata import Place, StoredTensor
 from lag_megatron.checkpoint.megatron.dcp_metadata_writer import write_metadata
 from lag_megatron.checkpoint.megatron.param_names import Stacked, parameters_in, stored_as
 from lag_megatron.checkpoint.megatron.reader import prefixes_of
 from lag_megatron.checkpoint.megatron.writer import TRACKER
-from lag_megatron.checkpoint.names import LAYER
 from lag_megatron.checkpoint.parts import Order, Part
+from lag_megatron.checkpoint.state.box import Box, numel
+from lag_megatron.checkpoint.state.layout import State
+from lag_megatron.checkpoint.state.param_names import LAYER
+from lag_megatron.checkpoint.state.spec import Room
+from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.checkpoint.stream import Crew
-from lag_megatron.checkpoint.whole import WholeState
 from lag_megatron.checkpoint.zero_write import write_objects
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.convert import whole_state

@@ -10,19 +10,24 @@ import torch
 
 from lag_megatron import __version__
 from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.boxes import Shape
-from lag_megatron.checkpoint.draft import Draft
-from lag_megatron.checkpoint.layout import (
+from lag_megatron.checkpoint.state.box import Shape
+from lag_megatron.checkpoint.state.layout import (
     Group,
     Layout,
     Topology,
     frozen_layout,
     make_layout,
 )
-from lag_megatron.checkpoint.names import LAYER, layers_in
-from lag_megatron.checkpoint.source import Source
+from lag_megatron.checkpoint.state.param_names import LAYER, layers_in
+from lag_megatron.checkpoint.state.source import Source
+from lag_megatron.checkpoint.state.spec import Draft
+from lag_megatron.checkpoint.state.tensor_parallel import (
+    cut_dim,
+    is_gated,
+    local_shape,
+    whole_shape,
+)
 from lag_megatron.checkpoint.stream import ALONE, Crew
-from lag_megatron.checkpoint.tensor_parallel import cut_dim, is_gated, local_shape, whole_shape
 from lag_megatron.checkpoint.zero_write import bytes_of, write_rank
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.fill import Filler

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from lag_megatron.checkpoint.layout import Topology
 from lag_megatron.checkpoint.parts import Order, Part, write
+from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.stream import Crew
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.growth.materialize import Growth

@@ -15,8 +15,8 @@ paper's are identities.  Two things differ here, for a layer has to learn:
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lag_megatron.checkpoint.boxes import Shape
-from lag_megatron.checkpoint.tensor_parallel import is_gated
+from lag_megatron.checkpoint.state.box import Shape
+from lag_megatron.checkpoint.state.tensor_parallel import is_gated
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.fresh import Constant, Diagonals, Fresh, Normal
 from lag_megatron.growth.plan import GrowthPlan

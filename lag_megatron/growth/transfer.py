@@ -6,16 +6,16 @@ Everything is computed from names, shapes and lengths; no tensor is opened.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lag_megatron.checkpoint.boxes import (
+from lag_megatron.checkpoint.state.box import (
     Box,
     Shape,
     collapse,
     interval_boxes,
     strides_of,
 )
-from lag_megatron.checkpoint.layout import Container, Layout, Segment, State, Topology
-from lag_megatron.checkpoint.states import role_of
-from lag_megatron.checkpoint.tensor_parallel import Piece, cut_dim, pieces
+from lag_megatron.checkpoint.state.layout import Container, Layout, Segment, State, Topology
+from lag_megatron.checkpoint.state.optimizer_states import role_of
+from lag_megatron.checkpoint.state.tensor_parallel import Piece, cut_dim, pieces
 from lag_megatron.growth.fresh import Fresh
 from lag_megatron.growth.growth_map import Copy, GrowthMap
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 
 from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.boxes import numel
-from lag_megatron.checkpoint.draft import DTYPES
-from lag_megatron.checkpoint.layout import STATES, State
-from lag_megatron.checkpoint.source import WHOLE
-from lag_megatron.checkpoint.states import shape_of, states_of
-from lag_megatron.checkpoint.whole import WholeState
+from lag_megatron.checkpoint.state.box import numel
+from lag_megatron.checkpoint.state.layout import STATES, State
+from lag_megatron.checkpoint.state.optimizer_states import shape_of, states_of
+from lag_megatron.checkpoint.state.source import WHOLE
+from lag_megatron.checkpoint.state.spec import DTYPES
+from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.growth.convert import Conversion, open_source, whole_state
 from lag_megatron.growth.materialize import resharding
 

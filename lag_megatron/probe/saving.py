@@ -12,7 +12,7 @@ import torch
 from lag_megatron import __version__
 from lag_megatron.averaging import WeightAverage
 from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.layout import Topology
+from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.zero_files import files_of_rank
 from lag_megatron.config import RunConfig
 from lag_megatron.engine import Engine

@@ -121,7 +121,7 @@ def test_on_a_cpu_nothing_is_kept():
 
 def targets_of(growth):
     """Buffers of data rank 0, full of something else."""
-    from lag_megatron.checkpoint.regions import Region
+    from lag_megatron.checkpoint.state.region import Region
     from lag_megatron.kept import Target
 
     targets = []
@@ -146,7 +146,7 @@ OPERATORS = {
 @pytest.mark.parametrize(("stage", "tensor"), [(1, 1), (3, 1), (2, 2), (0, 2)])
 def test_every_region_is_what_shards_give(name, stage, tensor, base):
     """Also from one tensor-parallel size to another, whose copies are strided."""
-    from lag_megatron.checkpoint.layout import Topology
+    from lag_megatron.checkpoint.state.layout import Topology
     from lag_megatron.checkpoint.zero import ZeroCheckpoint
     from lag_megatron.growth.materialize import Growth
     from lag_megatron.kernels.grow import by_torch

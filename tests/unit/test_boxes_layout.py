@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lag_megatron.checkpoint.boxes import (
+from lag_megatron.checkpoint.state.box import (
     Box,
     collapse,
     interval_boxes,
@@ -15,8 +15,8 @@ from lag_megatron.checkpoint.boxes import (
     strides_of,
     whole,
 )
-from lag_megatron.checkpoint.layout import Container, Topology, make_layout, whole_parameters
-from lag_megatron.checkpoint.tensor_parallel import CUTS, local_shape, pieces, whole_shape
+from lag_megatron.checkpoint.state.layout import Container, Topology, make_layout, whole_parameters
+from lag_megatron.checkpoint.state.tensor_parallel import CUTS, local_shape, pieces, whole_shape
 
 SHAPES = st.lists(st.integers(1, 6), max_size=4).map(tuple)
 GROUPS = st.lists(st.lists(SHAPES, min_size=1, max_size=6), min_size=1, max_size=3).map(

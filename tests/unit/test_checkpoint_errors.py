@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lag_megatron.checkpoint import commit, zero_files
-from lag_megatron.checkpoint.layout import Topology
+from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.zero import ZeroCheckpoint, resolve
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.growth.offline import grow_checkpoint

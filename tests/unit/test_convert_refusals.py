@@ -9,10 +9,10 @@ import torch
 from converting import convert, copy_llama, refused, rewrite, save_families, settings
 
 from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.boxes import Box
 from lag_megatron.checkpoint.megatron import dcp_metadata
 from lag_megatron.checkpoint.megatron.dcp_metadata import StoredTensor
 from lag_megatron.checkpoint.megatron.dcp_metadata_writer import write_metadata
+from lag_megatron.checkpoint.state.box import Box
 from lag_megatron.errors import CheckpointError
 
 families = pytest.fixture(save_families, scope="module")

@@ -12,11 +12,11 @@ import torch
 import xxhash
 
 from lag_megatron.checkpoint import commit, stream
-from lag_megatron.checkpoint.draft import Room
-from lag_megatron.checkpoint.layout import Container, Segment
 from lag_megatron.checkpoint.mould import Moulds
-from lag_megatron.checkpoint.regions import Region
 from lag_megatron.checkpoint.relay import Relay
+from lag_megatron.checkpoint.state.layout import Container, Segment
+from lag_megatron.checkpoint.state.region import Region
+from lag_megatron.checkpoint.state.spec import Room
 from lag_megatron.checkpoint.stream import Crew, Span, write_spans
 from lag_megatron.checkpoint.zero_write import write_objects
 from lag_megatron.errors import CheckpointError

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lag_megatron.checkpoint.boxes import Box, numel, whole
+from lag_megatron.checkpoint.state.box import Box, numel, whole
 from lag_megatron.growth import fresh
 from lag_megatron.growth.fresh import Constant, Normal, fill, megatron_init, normal
 

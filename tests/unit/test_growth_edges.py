@@ -8,7 +8,7 @@ import torch
 from test_checkpoint_errors import MODEL, SHARD, change, plan
 
 from lag_megatron.checkpoint import commit, stream
-from lag_megatron.checkpoint.layout import Topology, make_layout
+from lag_megatron.checkpoint.state.layout import Topology, make_layout
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.growth.growth_map import grown_names

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lag_megatron.checkpoint.boxes import whole
-from lag_megatron.checkpoint.layout import STATES
+from lag_megatron.checkpoint.state.box import whole
+from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.fresh import Constant, Normal
 from lag_megatron.growth.growth_map import (

@@ -12,8 +12,8 @@ from foreign import torch_dist, universal
 from test_tools_checkpoint import grow, inspect
 
 from lag_megatron.checkpoint import commit, open
-from lag_megatron.checkpoint.layout import STATES
-from lag_megatron.checkpoint.source import WHOLE
+from lag_megatron.checkpoint.state.layout import STATES
+from lag_megatron.checkpoint.state.source import WHOLE
 from lag_megatron.growth.convert import open_source, whole_state
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.growth.plan import GrowthPlan

@@ -12,8 +12,8 @@ from staging import SOURCE, VARIANTS, groups_of, grown_name, places, plan_of
 from test_transfer import TOPOLOGIES, check, dense
 from torch_models import grow_dense, random_stack, state_of
 
-from lag_megatron.checkpoint.boxes import Box, whole
-from lag_megatron.checkpoint.layout import STATES
+from lag_megatron.checkpoint.state.box import Box, whole
+from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.growth.fresh import Diagonals, Normal, fill, normal
 from lag_megatron.growth.growth_map import depth_map, moment_policy
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lag_megatron.checkpoint.boxes import whole
-from lag_megatron.checkpoint.layout import STATES, Topology, make_layout
-from lag_megatron.checkpoint.tensor_parallel import local_shape
+from lag_megatron.checkpoint.state.box import whole
+from lag_megatron.checkpoint.state.layout import STATES, Topology, make_layout
+from lag_megatron.checkpoint.state.tensor_parallel import local_shape
 from lag_megatron.growth.fresh import Normal, fill, megatron_init
 from lag_megatron.growth.growth_map import Block, Copy, depth_map, identity_map
 from lag_megatron.growth.plan import GrowthPlan

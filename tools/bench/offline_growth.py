@@ -15,8 +15,8 @@ from typing import Any
 import synthetic
 import torch
 
-from lag_megatron.checkpoint.layout import STATES
-from lag_megatron.checkpoint.regions import Region
+from lag_megatron.checkpoint.state.layout import STATES
+from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.checkpoint.zero_files import optimizer_file
 from lag_megatron.growth.growth_map import grown_names

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lag_megatron.checkpoint.layout import Topology
+from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.config import ModelConfig, ParallelConfig, RunConfig, StageConfig
 from lag_megatron.engine import Engine
 from lag_megatron.growth.offline import grow_checkpoint

@@ -12,7 +12,13 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.blank import (
+from lag_megatron.checkpoint.hf import format as hf_format
+from lag_megatron.checkpoint.hf.architecture import ARCHITECTURES, Architecture
+from lag_megatron.checkpoint.hf.tensor_map import Heads, Row, Run, expand, runs, shape_of
+from lag_megatron.checkpoint.hf.tensors import DTYPES, Stored, open_tensors
+from lag_megatron.checkpoint.integrity import Look
+from lag_megatron.checkpoint.state.box import Shape, numel
+from lag_megatron.checkpoint.state.deepspeed_defaults import (
     SETTINGS_NOTE,
     blank_client_state,
     blank_groups,
@@ -20,14 +26,8 @@ from lag_megatron.checkpoint.blank import (
     decay_groups,
     module_keys,
 )
-from lag_megatron.checkpoint.boxes import Shape, numel
-from lag_megatron.checkpoint.hf import format as hf_format
-from lag_megatron.checkpoint.hf.architecture import ARCHITECTURES, Architecture
-from lag_megatron.checkpoint.hf.tensor_map import Heads, Row, Run, expand, runs, shape_of
-from lag_megatron.checkpoint.hf.tensors import DTYPES, Stored, open_tensors
-from lag_megatron.checkpoint.integrity import Look
-from lag_megatron.checkpoint.layout import State
-from lag_megatron.checkpoint.source import WholeParameters
+from lag_megatron.checkpoint.state.layout import State
+from lag_megatron.checkpoint.state.source import WholeParameters
 from lag_megatron.config import ModelConfig, padded_vocab_size
 from lag_megatron.errors import CheckpointError, ConfigError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from lag_megatron.checkpoint.boxes import Shape, numel
+from lag_megatron.checkpoint.state.box import Shape, numel
 
 INDEX = "model.safetensors.index.json"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

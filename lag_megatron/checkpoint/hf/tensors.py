@@ -8,8 +8,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lag_megatron.checkpoint import pickles
-from lag_megatron.checkpoint.boxes import Shape
 from lag_megatron.checkpoint.hf import format as hf_format
+from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.errors import CheckpointError
 
 DTYPES = ("F32", "BF16", "F16", "torch.float32", "torch.bfloat16", "torch.float16")

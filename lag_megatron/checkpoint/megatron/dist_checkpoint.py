@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from lag_megatron.checkpoint import pickles
-from lag_megatron.checkpoint.boxes import numel
 from lag_megatron.checkpoint.megatron import dcp_metadata
 from lag_megatron.checkpoint.megatron.dcp_metadata import Contents, StoredTensor
-from lag_megatron.checkpoint.names import layers_in
+from lag_megatron.checkpoint.state.box import numel
+from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.zipcheck import damaged_records
 from lag_megatron.errors import CheckpointError
 

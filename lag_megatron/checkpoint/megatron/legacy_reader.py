@@ -19,21 +19,21 @@ from numpy._core.multiarray import _reconstruct
 from torch import Tensor
 
 from lag_megatron.checkpoint import pickles
-from lag_megatron.checkpoint.blank import (
+from lag_megatron.checkpoint.integrity import EVERYTHING, Look
+from lag_megatron.checkpoint.megatron.arguments import model_of
+from lag_megatron.checkpoint.megatron.param_names import in_model_order, own_name
+from lag_megatron.checkpoint.state.box import Shape, numel
+from lag_megatron.checkpoint.state.deepspeed_defaults import (
     SETTINGS_NOTE,
     blank_groups,
     blank_header,
     decay_groups,
     module_keys,
 )
-from lag_megatron.checkpoint.boxes import Shape, numel
-from lag_megatron.checkpoint.integrity import EVERYTHING, Look
-from lag_megatron.checkpoint.layout import State
-from lag_megatron.checkpoint.megatron.arguments import model_of
-from lag_megatron.checkpoint.megatron.param_names import in_model_order, own_name
-from lag_megatron.checkpoint.names import layers_in
-from lag_megatron.checkpoint.source import WholeParameters
-from lag_megatron.checkpoint.tensor_parallel import is_gated, pieces, whole_shape
+from lag_megatron.checkpoint.state.layout import State
+from lag_megatron.checkpoint.state.param_names import layers_in
+from lag_megatron.checkpoint.state.source import WholeParameters
+from lag_megatron.checkpoint.state.tensor_parallel import is_gated, pieces, whole_shape
 from lag_megatron.checkpoint.zipcheck import damaged_records
 from lag_megatron.errors import CheckpointError
 

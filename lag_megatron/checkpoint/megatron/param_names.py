@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lag_megatron.checkpoint.boxes import Shape
-from lag_megatron.checkpoint.names import LAYER
+from lag_megatron.checkpoint.state.box import Shape
+from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.errors import CheckpointError
 
 # (the module's own name, the name it is stored under): weight and bias follow.

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.blank import (
+from lag_megatron.checkpoint.integrity import Look
+from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint
+from lag_megatron.checkpoint.megatron.arguments import model_of
+from lag_megatron.checkpoint.megatron.dcp_metadata import Contents, Place, StoredTensor
+from lag_megatron.checkpoint.megatron.param_names import Stacked, in_model_order, parameters_in
+from lag_megatron.checkpoint.state.box import Box, Shape, interval_boxes, numel, strides_of
+from lag_megatron.checkpoint.state.deepspeed_defaults import (
     blank_groups,
     blank_header,
     decay_groups,
     module_keys,
 )
-from lag_megatron.checkpoint.boxes import Box, Shape, interval_boxes, numel, strides_of
-from lag_megatron.checkpoint.integrity import Look
-from lag_megatron.checkpoint.layout import Group, GroupState, State
-from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint
-from lag_megatron.checkpoint.megatron.arguments import model_of
-from lag_megatron.checkpoint.megatron.dcp_metadata import Contents, Place, StoredTensor
-from lag_megatron.checkpoint.megatron.param_names import Stacked, in_model_order, parameters_in
-from lag_megatron.checkpoint.names import layers_in
-from lag_megatron.checkpoint.source import WholeParameters
+from lag_megatron.checkpoint.state.layout import Group, GroupState, State
+from lag_megatron.checkpoint.state.param_names import layers_in
+from lag_megatron.checkpoint.state.source import WholeParameters
 from lag_megatron.checkpoint.zipcheck import tensor_records
 from lag_megatron.errors import CheckpointError
 

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 
 from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.boxes import Box, numel
-from lag_megatron.checkpoint.draft import DTYPES, Room
 from lag_megatron.checkpoint.integrity import EVERYTHING
-from lag_megatron.checkpoint.layout import STATES, State
 from lag_megatron.checkpoint.megatron.dcp_metadata import METADATA, Place, StoredTensor
 from lag_megatron.checkpoint.megatron.dcp_metadata_writer import write_metadata
 from lag_megatron.checkpoint.megatron.dist_checkpoint import COMMON, CONFIG
 from lag_megatron.checkpoint.megatron.param_names import Stacked, stored_as
-from lag_megatron.checkpoint.names import layers_in
 from lag_megatron.checkpoint.parts import Order, Part
+from lag_megatron.checkpoint.state.box import Box, numel
+from lag_megatron.checkpoint.state.layout import STATES, State
+from lag_megatron.checkpoint.state.param_names import layers_in
+from lag_megatron.checkpoint.state.spec import DTYPES, Room
+from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.checkpoint.stream import Crew
-from lag_megatron.checkpoint.whole import WholeState
 from lag_megatron.checkpoint.zero_write import write_objects
 from lag_megatron.errors import CheckpointError
 

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lag_megatron.checkpoint.boxes import Shape
 from lag_megatron.checkpoint.integrity import EVERYTHING, Look
-from lag_megatron.checkpoint.layout import (
+from lag_megatron.checkpoint.paging import read_ahead
+from lag_megatron.checkpoint.state.box import Shape
+from lag_megatron.checkpoint.state.layout import (
     Container,
     Group,
     GroupState,
@@ -24,9 +25,8 @@ from lag_megatron.checkpoint.layout import (
     frozen_layout,
     make_layout,
 )
-from lag_megatron.checkpoint.loss_scale import LossScale
-from lag_megatron.checkpoint.paging import read_ahead
-from lag_megatron.checkpoint.states import Optimizer
+from lag_megatron.checkpoint.state.loss_scale import LossScale
+from lag_megatron.checkpoint.state.optimizer_states import Optimizer
 
 # The layout of a state that nothing has cut.
 WHOLE = Topology(zero_stage=0, data_size=1, tensor_size=1, precision="fp32")

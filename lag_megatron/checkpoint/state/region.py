@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lag_megatron.checkpoint.layout import Segment, State
+from lag_megatron.checkpoint.state.layout import Segment, State
 
 
 @dataclass(frozen=True, slots=True)

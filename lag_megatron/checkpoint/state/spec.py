@@ -7,10 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint.layout import DEFAULT_SUB_GROUP_SIZE, GroupState, Layout, Topology
-from lag_megatron.checkpoint.loss_scale import LossScale
-from lag_megatron.checkpoint.regions import Region
-from lag_megatron.checkpoint.source import Source
+from lag_megatron.checkpoint.state.layout import (
+    DEFAULT_SUB_GROUP_SIZE,
+    GroupState,
+    Layout,
+    Topology,
+)
+from lag_megatron.checkpoint.state.loss_scale import LossScale
+from lag_megatron.checkpoint.state.region import Region
+from lag_megatron.checkpoint.state.source import Source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint.boxes import Shape, numel
-from lag_megatron.checkpoint.draft import Draft
-from lag_megatron.checkpoint.layout import Container, Segment, State
-from lag_megatron.checkpoint.regions import Fill, Region
-from lag_megatron.checkpoint.source import Check
+from lag_megatron.checkpoint.state.box import Shape, numel
+from lag_megatron.checkpoint.state.layout import Container, Segment, State
+from lag_megatron.checkpoint.state.region import Fill, Region
+from lag_megatron.checkpoint.state.source import Check
+from lag_megatron.checkpoint.state.spec import Draft
 
 _HERE = Container(0, 0)  # a region's segments are found by their offsets
 

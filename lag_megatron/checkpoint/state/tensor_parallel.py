@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from lag_megatron.checkpoint.boxes import Box, Shape, whole
+from lag_megatron.checkpoint.state.box import Box, Shape, whole
 
 # (pattern of the end of a parameter's name, dimension that is cut); what matches none is whole.
 CUTS: tuple[tuple[str, int], ...] = (

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lag_megatron.checkpoint.boxes import Shape
-from lag_megatron.checkpoint.layout import Group, Layout
+from lag_megatron.checkpoint.state.box import Shape
+from lag_megatron.checkpoint.state.layout import Group, Layout
 from lag_megatron.errors import CheckpointError
 
 _SHOWN = 3

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict
 
-from lag_megatron.checkpoint.boxes import Shape, numel
-from lag_megatron.checkpoint.segments import Container as Container
-from lag_megatron.checkpoint.segments import EvenParts
-from lag_megatron.checkpoint.segments import Segment as Segment
-from lag_megatron.checkpoint.states import STATES as STATES
-from lag_megatron.checkpoint.states import Optimizer, shape_of, states_of
-from lag_megatron.checkpoint.states import State as State
+from lag_megatron.checkpoint.state.box import Shape, numel
+from lag_megatron.checkpoint.state.optimizer_states import STATES as STATES
+from lag_megatron.checkpoint.state.optimizer_states import Optimizer, shape_of, states_of
+from lag_megatron.checkpoint.state.optimizer_states import State as State
+from lag_megatron.checkpoint.state.segments import Container as Container
+from lag_megatron.checkpoint.state.segments import EvenParts
+from lag_megatron.checkpoint.state.segments import Segment as Segment
 
 Group = Mapping[str, Shape]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from lag_megatron.checkpoint.boxes import Shape
-from lag_megatron.checkpoint.layout import Group, GroupState
+from lag_megatron.checkpoint.state.box import Shape
+from lag_megatron.checkpoint.state.layout import Group, GroupState
 from lag_megatron.config import ModelConfig
 
 # The version whose files are written here.

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from lag_megatron.checkpoint.boxes import Shape
+from lag_megatron.checkpoint.state.box import Shape
 
 State = Literal["fp32", "exp_avg", "exp_avg_sq", "row_var", "col_var", "variance"]
 Optimizer = Literal["adamw", "adafactor"]
