@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import CheckpointError
 from lag_megatron.live import LiveState
 
@@ -62,7 +62,7 @@ class WeightAverage:
                 f"{path}: cannot be written: {str(error).splitlines()[0]}. Free some space and run "
                 "the same command again."
             ) from error
-        return {path.name: commit.seal(path)}
+        return {path.name: manifest.seal(path)}
 
     @torch.no_grad()
     def load(self, folder: Path, *, rank: int, size: int) -> None:

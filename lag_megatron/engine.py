@@ -22,13 +22,13 @@ import deepspeed
 from torch import Tensor
 
 from lag_megatron.caches import clear_marks
-from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.integrity import require_sound
 from lag_megatron.checkpoint.state.compatibility import (
     require_same_optimizer,
     require_same_parameters,
 )
 from lag_megatron.checkpoint.state.layout import Layout, Topology, make_layout
+from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.storage.integrity import require_sound
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.checkpoint.zero_files import files_of, files_of_rank
 from lag_megatron.checkpoint.zero_write import bytes_of
@@ -277,7 +277,7 @@ class Engine:
         else:
             self.live.require(resharding(source, self.topology))
             mine = files_of(source.topology)[world.rank :: world.size]
-        if commit.is_committed(checkpoint):
+        if manifest.is_committed(checkpoint):
             require_sound(checkpoint, mine)
         return same
 

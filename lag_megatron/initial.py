@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint.integrity import Look
 from lag_megatron.checkpoint.state.source import Source
+from lag_megatron.checkpoint.storage.integrity import Look
 from lag_megatron.config import ModelConfig
 from lag_megatron.engine import Engine
 from lag_megatron.errors import CheckpointError

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.config.positions import stage_ranges
 from lag_megatron.engine import Engine
@@ -76,14 +76,14 @@ class Trainer:
         run, journal = self.job.run, self.recorder.books.journal
         self._refuse_lost_checkpoint()
         for stage in reversed(range(len(self.config.stages))):
-            if tags := commit.committed(run.stage(stage)):
-                commit.check_sizes(tags[-1])
+            if tags := manifest.committed(run.stage(stage)):
+                manifest.check_sizes(tags[-1])
                 self._saved(tags[-1], stage, step_of(tags[-1].name))  # a kill may have come between
                 return Position(stage, tags[-1])
             decision = journal.find("decision", growth=stage)
             if decision is not None:
                 state = run.root / decision["state"]
-                commit.check_sizes(state)
+                manifest.check_sizes(state)
                 if not self.config.growth_before(stage).exhaustive:
                     drop_losers(run, stage, winner=state)  # a kill may have come between
                 return Position(stage, state)
@@ -92,7 +92,7 @@ class Trainer:
     def _refuse_lost_checkpoint(self) -> None:
         """A run that silently began anew because its newest state is gone would lie."""
         newest = self.recorder.books.journal.find("checkpoint")
-        if newest is not None and not commit.is_committed(self.job.run.root / newest["path"]):
+        if newest is not None and not manifest.is_committed(self.job.run.root / newest["path"]):
             raise CheckpointError(
                 f"{self.job.run.root / newest['path']}: the journal says that this checkpoint was "
                 "saved, but it is not there, or not whole. Restore it, or name an older one with "
@@ -237,11 +237,11 @@ class Trainer:
         self.world.from_coordinator(lambda: self._saved(path, stage, step))
 
     def _saved(self, path: Path, stage: int, step: int) -> None:
-        commit.point_latest(path)
+        manifest.point_latest(path)
         relative = self.job.run.relative(path)
         self.recorder.happened("checkpoint", once={"path": relative}, stage=stage, step=step)
-        for old in commit.committed(path.parent)[: -self.config.checkpoint.keep_last]:
-            commit.remove(old)
+        for old in manifest.committed(path.parent)[: -self.config.checkpoint.keep_last]:
+            manifest.remove(old)
 
     # Growing
 

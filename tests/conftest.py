@@ -165,7 +165,7 @@ def random_batches(config, world, step):
 
 def train_and_save(config, folder, *, steps=3, tag="step3", client_state=None):
     """On each rank: an engine of ``config`` after ``steps`` steps, committed as ``folder/tag``."""
-    from lag_megatron.checkpoint import commit
+    from lag_megatron.checkpoint.storage import manifest
     from lag_megatron.engine import Engine
     from lag_megatron.parallel import start_world, stop_world
 
@@ -174,13 +174,13 @@ def train_and_save(config, folder, *, steps=3, tag="step3", client_state=None):
     engine = Engine(config, world, num_layers=layers, vocab_size=PICO_VOCABULARY)
     for step in range(steps):
         engine.train_step(random_batches(config, world, step), step=step, lr=1e-2)
-    draft = commit.temporary(folder / tag)
+    draft = manifest.temporary(folder / tag)
     state = {"step": steps, "tokens": steps * 32, **(client_state or {})}
     engine.save(folder, draft.name, client_state=state)
     world.barrier()
     if world.is_coordinator:
-        files = {path.name: commit.seal(path) for path in draft.iterdir()}
-        commit.publish(folder / tag, files=files, about={"step": steps})
+        files = {path.name: manifest.seal(path) for path in draft.iterdir()}
+        manifest.publish(folder / tag, files=files, about={"step": steps})
     stop_world()
 
 

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import commit, open
+from lag_megatron.checkpoint import open
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import CheckpointError, LagError
 
 UNVERIFIED = "unverified: there is no manifest to compare with, so damage cannot be ruled out"
@@ -49,7 +50,7 @@ def _examine(path: Path, *, verify: bool) -> dict[str, Any]:
             problems += open.damages(path)
         except CheckpointError as error:
             problems.append(str(error))
-        if not commit.is_committed(path):
+        if not manifest.is_committed(path):
             problems.append(UNVERIFIED)
     problems = list(dict.fromkeys(problems))
     return facts | {"sound": not problems, "problems": problems}
@@ -69,7 +70,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     model = [f"{facts['layers']} layers"] if facts["layers"] is not None else []
     model += [f"{facts['parameters']:,} parameters"] if facts["parameters"] is not None else []
     marker = facts["marker"]
-    by = "manifest" if marker == commit.MANIFEST else marker
+    by = "manifest" if marker == manifest.MANIFEST else marker
     committed = "yes" if facts["committed"] else f"no {by}: unverified"
     lines = [
         facts["path"],

@@ -3,17 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.state.tensor_parallel import whole_shape
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.checkpoint.zero_files import torch_optimizer_state
 
 
 def looks_like_checkpoint(path: Path) -> bool:
     """Whether a folder holds at least something of a checkpoint, sound or not."""
-    return commit.is_committed(path) or any(path.glob("*_states.pt"))
+    return manifest.is_committed(path) or any(path.glob("*_states.pt"))
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def describe(path: Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "format": f"DeepSpeed {checkpoint.header['ds_version']}, ZeRO-{topology.zero_stage}",
-        "committed": commit.is_committed(path),
+        "committed": manifest.is_committed(path),
         "step": checkpoint.step,
         "tokens": state.get("tokens"),
         "topology": {

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import commit, describe, universal
+from lag_megatron.checkpoint import describe, universal
 from lag_megatron.checkpoint.hf import format as hf_format
 from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint, legacy_reader
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero import resolve as resolve_zero
 from lag_megatron.errors import CheckpointError
 
@@ -86,10 +87,10 @@ def describe_any(path: Path) -> dict[str, Any]:
     kind = detect(path)
     if kind == ZERO:
         facts = describe.describe(path)
-        extra = {"marker": commit.MANIFEST, "notes": []}
+        extra = {"marker": manifest.MANIFEST, "notes": []}
         return {**facts, **extra, "problems": [], "complete": True}
-    if commit.is_committed(path):
-        commit.check_sizes(path)
+    if manifest.is_committed(path):
+        manifest.check_sizes(path)
     facts = _DESCRIBE[kind](path)
     files = {
         str(file.relative_to(path)): file.stat().st_size
@@ -109,10 +110,10 @@ def describe_any(path: Path) -> dict[str, Any]:
 
 def _sharing(path: Path) -> Iterator[str]:
     """Which files are another checkpoint's too."""
-    if not commit.is_committed(path):
+    if not manifest.is_committed(path):
         return
-    read = commit.read_manifest(path)
-    shared = [entry for entry in read["files"].values() if commit.SHARED in entry]
+    read = manifest.read_manifest(path)
+    shared = [entry for entry in read["files"].values() if manifest.SHARED in entry]
     if shared:
         size = sum(entry["size"] for entry in shared)
         yield (
@@ -127,7 +128,7 @@ def damages(path: Path) -> Iterator[str]:
     Raises:
         CheckpointError: if there is too much of it to tell.
     """
-    if commit.is_committed(path):
-        yield from commit.damages(path)
+    if manifest.is_committed(path):
+        yield from manifest.damages(path)
     else:
         yield from _DAMAGES[detect(path)](path)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from lag_megatron.atomic_io import flush_to_disk
-from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.record import Record
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.stream import Crew, Rooms, Told
 from lag_megatron.errors import CheckpointError, PlanError
 
@@ -64,7 +64,7 @@ class Order:
     what: str
     check: Callable[[], None]
     finish: Callable[[Path, Mapping[str, Any]], Mapping[str, Any]] = lambda folder, files: {}
-    pointer: str | None = commit.LATEST
+    pointer: str | None = manifest.LATEST
     says: str | None = None
 
     def was_published(self) -> bool:
@@ -73,16 +73,16 @@ class Order:
         Raises:
             CheckpointError: if it was, but files of it are gone or cut short since.
         """
-        if not commit.is_committed(self.target):
+        if not manifest.is_committed(self.target):
             return False
         about = json.loads(json.dumps(_comparable(self.about)))  # as it stands in a manifest
-        found = commit.check_sizes(self.target)
+        found = manifest.check_sizes(self.target)
         return all(found.get(key) == value for key, value in about.items())
 
     def point(self) -> None:
         """Make the pointer name the target."""
         if self.pointer is not None:
-            commit.point_latest(self.target, self.pointer, self.says)
+            manifest.point_latest(self.target, self.pointer, self.says)
 
 
 def write(order: Order, *, workers: int = 1, written: Told = lambda count: None) -> bool:
@@ -108,14 +108,14 @@ def write(order: Order, *, workers: int = 1, written: Told = lambda count: None)
 
 
 def _write_parts(order: Order, workers: int, written: Told) -> None:
-    draft = commit.temporary(order.target)
+    draft = manifest.temporary(order.target)
     try:
         names = {part.name for part in order.parts}
         record = Record.open(draft, _comparable(order.about), names)
         for entry in record.entries().values():
             written(entry["size"])
         missing = order.needed - sum(entry["size"] for entry in record.entries().values())
-        commit.require_space(draft, needed=max(0, missing), what=order.what)
+        manifest.require_space(draft, needed=max(0, missing), what=order.what)
         _write_missing(order, record, workers, written)
         files = record.entries()
         files |= order.finish(draft, files)
@@ -123,15 +123,15 @@ def _write_parts(order: Order, workers: int, written: Told) -> None:
             folders = filter(Path.is_dir, draft.rglob("*"))
             _require([disk.submit(flush_to_disk, folder) for folder in folders])
         record.close()
-        commit.publish(order.target, files=files, about=order.about, pointer=None)
+        manifest.publish(order.target, files=files, about=order.about, pointer=None)
     except OSError as error:
-        commit.remove(draft)
+        manifest.remove(draft)
         raise CheckpointError(
             f"{error.filename or order.target}: cannot write there: {error.strerror or error}. "
             "Name another target."
         ) from None
     except Exception:
-        commit.remove(draft)
+        manifest.remove(draft)
         raise
     try:
         order.point()

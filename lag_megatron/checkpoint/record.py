@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 
 _NAME = ".parts.jsonl"
 
@@ -45,7 +45,7 @@ class Record:
                 if part and part["part"] in names and _is_there(draft, part["files"]):
                     record.done[part["part"]] = part["files"]
         else:
-            commit.remove(draft)
+            manifest.remove(draft)
             draft.mkdir(parents=True)
         record._clear()
         text = [first, *(_line(name, files) for name, files in record.done.items())]

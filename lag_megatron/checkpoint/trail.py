@@ -10,8 +10,8 @@ from typing import Any
 
 import xxhash
 
-from lag_megatron.checkpoint.commit import NO_STATE, STATES_APART
-from lag_megatron.checkpoint.paging import write_behind
+from lag_megatron.checkpoint.storage.manifest import NO_STATE, STATES_APART
+from lag_megatron.checkpoint.storage.page_cache import write_behind
 
 _WINDOW_BYTES = 1 << 24
 _GAP_BYTES = 1 << 16

@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lag_megatron.checkpoint import pickles
-from lag_megatron.checkpoint.integrity import EVERYTHING, Look
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.checkpoint.state.param_names import layers_in
-from lag_megatron.checkpoint.zipcheck import damaged_records
+from lag_megatron.checkpoint.storage import torch_pickle
+from lag_megatron.checkpoint.storage.integrity import EVERYTHING, Look
+from lag_megatron.checkpoint.storage.torch_zip import damaged_records
 from lag_megatron.errors import CheckpointError
 
 FOLDER, POINTER, OPTIMIZER = "zero", "latest_universal", "optimizer_state.pt"
@@ -56,7 +56,7 @@ class Universal:
                 f"{path}: no mp_rank_00_model_states.pt, which the conversion copies last: "
                 "it was not finished. Convert again."
             )
-        headers = [pickles.load(file) for file in files]
+        headers = [torch_pickle.load(file) for file in files]
         shapes: dict[str, tuple[int, ...]] = {}
         frozen: set[str] = set()
         for file, header in zip(files, headers, strict=True):
@@ -88,7 +88,7 @@ class Universal:
             CheckpointError: if its file is missing, damaged or holds something else.
         """
         file = self.parameters[name] / f"{state}.pt"
-        found = pickles.load(file)
+        found = torch_pickle.load(file)
         tensor = found.get("param") if isinstance(found, dict) else found
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{file}: holds no tensor. Convert again.")
@@ -160,7 +160,7 @@ def _model_file_problems(checkpoint: Universal) -> Iterator[str]:
         names = [f"zero_pp_rank_{rank}_{name}" for name in names for rank in data_ranks]
     for name in names:
         try:
-            pickles.load(checkpoint.path / name)
+            torch_pickle.load(checkpoint.path / name)
         except CheckpointError as error:
             yield str(error)
 
@@ -168,7 +168,7 @@ def _model_file_problems(checkpoint: Universal) -> Iterator[str]:
 def _groups(checkpoint: Universal) -> tuple[list[dict[str, Any]], list[str]]:
     """Hyper-parameters of the parameter groups, and what keeps them from being read."""
     try:
-        found = pickles.load(checkpoint.path / FOLDER / OPTIMIZER)
+        found = torch_pickle.load(checkpoint.path / FOLDER / OPTIMIZER)
     except CheckpointError as error:
         return [], [str(error)]
     groups = found.get("param_groups", []) if isinstance(found, dict) else []
@@ -210,7 +210,7 @@ def _parameter_problems(checkpoint: Universal, counts: dict[str, int]) -> Iterat
 def _was_trained(folder: Path) -> bool:
     """Whether the conversion took weights from an optimizer; else it copied them from the model."""
     try:
-        found = pickles.load(folder / "fp32.pt")
+        found = torch_pickle.load(folder / "fp32.pt")
     except CheckpointError:
         return True
     return not isinstance(found, dict) or set(found) != {"param"}

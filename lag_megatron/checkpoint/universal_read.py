@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint import commit, pickles, universal
-from lag_megatron.checkpoint.integrity import Look
+from lag_megatron.checkpoint import universal
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.deepspeed_defaults import blank_groups
 from lag_megatron.checkpoint.state.layout import Group, GroupState, State
 from lag_megatron.checkpoint.state.source import WholeParameters
 from lag_megatron.checkpoint.state.tensor_parallel import GATED, is_gated, whole_shape
+from lag_megatron.checkpoint.storage import manifest, torch_pickle
+from lag_megatron.checkpoint.storage.integrity import Look
 from lag_megatron.checkpoint.universal import FOLDER, OPTIMIZER, Universal
 from lag_megatron.errors import CheckpointError
 
@@ -25,8 +26,8 @@ def open_universal(path: Path) -> WholeParameters:
     Raises:
         CheckpointError: naming the file that is missing, damaged or of another shape.
     """
-    if commit.is_committed(path):
-        commit.check_sizes(path)
+    if manifest.is_committed(path):
+        manifest.check_sizes(path)
     if problems := universal.describe(path)["problems"]:
         raise CheckpointError(f"{path}: {problems[0]}")
     checkpoint = Universal.open(path)
@@ -95,7 +96,7 @@ class _Reader:
 
     def check(self, look: Look) -> None:
         """Refuse content that differs from its checksums."""
-        committed = commit.is_committed(self.path)
+        committed = manifest.is_committed(self.path)
         if found := list(
             look.damages(self.path) if committed else universal.damages(self.path, look)
         ):
@@ -103,7 +104,7 @@ class _Reader:
 
     @cached_property
     def _optimizer(self) -> Any:
-        return pickles.load(self.path / FOLDER / OPTIMIZER)
+        return torch_pickle.load(self.path / FOLDER / OPTIMIZER)
 
     def _stored(self, name: str, state: str) -> Tensor:
         key = (name, state)
@@ -142,7 +143,7 @@ class _Reader:
     def _require_halves(self, name: str) -> None:
         """Refuse a gate and an up half that were merged as one: their shape does not show it."""
         file = self.path / FOLDER / name / "fp32.pt"
-        kept = pickles.load(file)
+        kept = torch_pickle.load(file)
         if not isinstance(kept, dict) or kept.get("param_n_sub_params") != 2:
             raise CheckpointError(
                 f"{file}: tensor-parallel parts of a gate and an up half were merged as if they "
@@ -154,7 +155,7 @@ class _Reader:
         """The steps that a parameter has taken; after ZeRO-3 one file says it for all."""
         file = self.path / FOLDER / name / "step.pt"
         if file.is_file():
-            return torch.as_tensor(pickles.load(file), dtype=torch.float32).reshape(())
+            return torch.as_tensor(torch_pickle.load(file), dtype=torch.float32).reshape(())
         state = (self._optimizer.get("optimizer_state_dict") or {}).get("state") or {}
         taken = state[0]["step"] if 0 in state else self.checkpoint.header["global_steps"]
         return torch.as_tensor(taken, dtype=torch.float32).reshape(())

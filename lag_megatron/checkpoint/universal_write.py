@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-from lag_megatron.checkpoint import pickles
-from lag_megatron.checkpoint.integrity import EVERYTHING
 from lag_megatron.checkpoint.mould import Moulds
 from lag_megatron.checkpoint.parts import Order, Part
 from lag_megatron.checkpoint.state.box import numel
@@ -25,6 +23,8 @@ from lag_megatron.checkpoint.state.layout import STATES, Topology
 from lag_megatron.checkpoint.state.spec import Draft, Room, deepspeed_config
 from lag_megatron.checkpoint.state.tensor_parallel import GATED, cut_dim, is_gated, local_shape
 from lag_megatron.checkpoint.state.unsharded import WholeState
+from lag_megatron.checkpoint.storage import torch_pickle
+from lag_megatron.checkpoint.storage.integrity import EVERYTHING
 from lag_megatron.checkpoint.stream import Crew
 from lag_megatron.checkpoint.universal import FOLDER, OPTIMIZER, POINTER
 from lag_megatron.checkpoint.zero_files import model_file
@@ -146,7 +146,7 @@ def _write_optimizer(draft: Draft, folder: Path, crew: Crew) -> dict[str, Any]:
         "dynamic_loss_scale": draft.loss_scale.dynamic,
         "overflow": False,
         **clip,
-        "zero_stage": pickles.ZeroStage(draft.topology.zero_stage),
+        "zero_stage": torch_pickle.ZeroStage(draft.topology.zero_stage),
         "partition_count": draft.topology.data_size,
         "ds_version": draft.template.header["ds_version"],
         "param_groups": groups,

@@ -12,9 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.integrity import EVERYTHING, Look, require_sound
-from lag_megatron.checkpoint.paging import read_only_on_demand
 from lag_megatron.checkpoint.state.layout import (
     Container,
     Group,
@@ -28,6 +25,9 @@ from lag_megatron.checkpoint.state.layout import (
 from lag_megatron.checkpoint.state.loss_scale import LossScale
 from lag_megatron.checkpoint.state.optimizer_states import Optimizer
 from lag_megatron.checkpoint.state.source import Mapped
+from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.storage.integrity import EVERYTHING, Look, require_sound
+from lag_megatron.checkpoint.storage.page_cache import read_only_on_demand
 from lag_megatron.checkpoint.zero_files import (
     files_of,
     group_states,
@@ -80,8 +80,8 @@ class ZeroCheckpoint:
             CheckpointError: if it is not a DeepSpeed checkpoint, incomplete, or laid out by
                 options that are not understood.
         """
-        if commit.is_committed(path):
-            commit.check_sizes(path)
+        if manifest.is_committed(path):
+            manifest.check_sizes(path)
         header, topology = read_header(path)
         missing = [f for f in files_of(topology) if not (path / f).is_file()]
         if missing:

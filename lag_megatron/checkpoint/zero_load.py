@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.state.layout import Container, Segment, Topology
 from lag_megatron.checkpoint.state.optimizer_states import Optimizer, states_of
+from lag_megatron.checkpoint.storage import torch_pickle
+from lag_megatron.checkpoint.storage.torch_zip import DAMAGE, is_plain_pickle
 from lag_megatron.checkpoint.zero_files import torch_optimizer_state
-from lag_megatron.checkpoint.zipcheck import DAMAGE, is_plain_pickle
 from lag_megatron.errors import CheckpointError
 
 FOREIGN = "not written by DeepSpeed, or by a version that is not understood here."
@@ -27,7 +27,7 @@ def load_states(file: Path) -> Any:
     """
     if file.is_file() and not is_plain_pickle(file):
         _require_sound_pickle(file)
-    states = pickles.load(file)
+    states = torch_pickle.load(file)
     if not isinstance(states, dict) or "ds_version" not in states:
         raise CheckpointError(f"{file}: {FOREIGN}")
     return states

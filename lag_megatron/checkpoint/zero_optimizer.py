@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.state.layout import STATES, Layout, Segment
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.checkpoint.state.spec import Draft, Room, deepspeed_config
+from lag_megatron.checkpoint.storage import torch_pickle
 
 
 def optimizer_objects(draft: Draft, *, data_rank: int, room: Room) -> dict[str, Any]:
@@ -109,13 +109,13 @@ def _by_group(draft: Draft, data_rank: int, room: Room) -> dict[str, Any]:
         masters.append(room(Region("fp32", parts, filled)))
         paddings.append(length - filled)
         slices.append(
-            OrderedDict((n, pickles.FragmentAddress(s.length, s.offset)) for n, s in parts)
+            OrderedDict((n, torch_pickle.FragmentAddress(s.length, s.offset)) for n, s in parts)
         )
     groups = [{**group.settings, "params": [key]} for key, group in enumerate(draft.groups)]
     return {
         "base_optimizer_state": {"state": state, "param_groups": groups},
         "single_partition_of_fp32_groups": masters,
-        "zero_stage": pickles.ZeroStage(topology.zero_stage),
+        "zero_stage": torch_pickle.ZeroStage(topology.zero_stage),
         **_clip(draft),
         "group_paddings": paddings,
         "param_alignment_paddings": [[0] * len(group) for group in layout.groups],
@@ -142,7 +142,7 @@ def _by_subgroup(draft: Draft, data_rank: int, room: Room) -> dict[str, Any]:
         for number, group in enumerate(draft.groups)
     ]
     return {
-        "zero_stage": pickles.ZeroStage.weights,
+        "zero_stage": torch_pickle.ZeroStage.weights,
         "optimizer_state_dict": {"state": state, "param_groups": groups},
         "fp32_flat_groups": masters,
         "partition_count": draft.topology.data_size,

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.mould import Moulds
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import Layout, Topology
 from lag_megatron.checkpoint.state.region import Fill
 from lag_megatron.checkpoint.state.spec import DTYPES, Draft, Room
+from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.stream import ALONE, Crew, Span, write_spans
 from lag_megatron.checkpoint.zero_files import model_file, optimizer_file
 from lag_megatron.checkpoint.zero_model import model_objects
@@ -106,9 +106,9 @@ def write_objects(
 
 def _laid_out(path: Path, objects: Any, room: Room) -> list[Span]:
     """Create the file with all but its large values, which are still to be written."""
-    mapped = pickles.create(path, objects)
+    mapped = torch_pickle.create(path, objects)
     pairs = list(_tensors(objects, mapped))
-    offsets = pickles.byte_offsets(path, [there for _, there in pairs])
+    offsets = torch_pickle.byte_offsets(path, [there for _, there in pairs])
     spans: dict[int, Span] = {}
     for (here, there), offset in zip(pairs, offsets, strict=True):
         region = room.regions.get(id(here))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lag_megatron.atomic_io import write_atomically
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import RunError
 from lag_megatron.evaluation.documents import Json
 from lag_megatron.evaluation.harness import SCORES
@@ -46,5 +46,5 @@ def score_candidates(run: Path, evaluate: Callable[[Path], Json]) -> Iterator[tu
 
 def _kept(run: Path) -> Iterator[Path]:
     for folder in sorted(path for path in run.glob("growth*/*") if path.is_dir()):
-        if tags := commit.committed(folder):
+        if tags := manifest.committed(folder):
             yield tags[-1]

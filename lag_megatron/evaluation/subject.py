@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lag_megatron.checkpoint import commit, open
+from lag_megatron.checkpoint import open
 from lag_megatron.checkpoint.hf import format as hf_format
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
 from lag_megatron.checkpoint.hf.writer import Precision
 from lag_megatron.checkpoint.parts import write
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, ConfigError, DataError
 from lag_megatron.growth.convert import Conversion
@@ -42,7 +43,7 @@ def resolve(path: Path) -> Path:
         CheckpointError: if there is none, or it is of a kind that cannot be exported.
     """
     if _is_run(path):
-        tags = [tag for stage in sorted(path.glob("stage*")) for tag in commit.committed(stage)]
+        tags = [tag for stage in sorted(path.glob("stage*")) for tag in manifest.committed(stage)]
         if not tags:
             raise CheckpointError(f"{path}: a run that has no checkpoint yet.")
         return tags[-1]

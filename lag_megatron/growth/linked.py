@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.mould import Moulds
 from lag_megatron.checkpoint.parts import Order, Part
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import STATES, State, Topology
 from lag_megatron.checkpoint.state.optimizer_states import role_of
 from lag_megatron.checkpoint.state.unsharded import WholeState
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.stream import Crew
 from lag_megatron.checkpoint.universal import FOLDER
 from lag_megatron.checkpoint.universal_write import universal_order, write_states
@@ -90,9 +90,11 @@ def link(file: Path, place: Path, folder: Path, source: Path) -> tuple[str, dict
             "on the source's file system; leave out --link elsewhere."
         ) from None
     name = str(file.relative_to(source))
-    known = commit.read_manifest(source)["files"].get(name) if commit.is_committed(source) else None
-    entry = dict(known) if known is not None else commit.seal(file)
-    return str(place.relative_to(folder)), {**entry, commit.SHARED: name}
+    known = (
+        manifest.read_manifest(source)["files"].get(name) if manifest.is_committed(source) else None
+    )
+    entry = dict(known) if known is not None else manifest.seal(file)
+    return str(place.relative_to(folder)), {**entry, manifest.SHARED: name}
 
 
 def origin_of(growth: Growth, name: str, state: State) -> str | None:

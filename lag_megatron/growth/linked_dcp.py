@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from lag_megatron.checkpoint import commit, pickles
 from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint
 from lag_megatron.checkpoint.megatron.dcp_metadata import Place, StoredTensor
 from lag_megatron.checkpoint.megatron.dcp_metadata_writer import write_metadata
@@ -27,6 +26,7 @@ from lag_megatron.checkpoint.state.layout import State
 from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.checkpoint.state.spec import Room
 from lag_megatron.checkpoint.state.unsharded import WholeState
+from lag_megatron.checkpoint.storage import manifest, torch_pickle
 from lag_megatron.checkpoint.stream import Crew
 from lag_megatron.checkpoint.zero_write import write_objects
 from lag_megatron.errors import PlanError
@@ -164,13 +164,13 @@ class _GrownMetadata:
         write_metadata(folder, self._tensors(files), dict(self._objects()))
         written = [dcp_metadata.METADATA]
         if self.is_megatron:
-            pickles.save(folder / dist_checkpoint.COMMON, self.common)
+            torch_pickle.save(folder / dist_checkpoint.COMMON, self.common)
             config = (self.growth.source.path / dist_checkpoint.CONFIG).read_text(encoding="utf-8")
             (folder / dist_checkpoint.CONFIG).write_text(
                 json.dumps(json.loads(config)), encoding="utf-8"
             )
             written += [dist_checkpoint.COMMON, dist_checkpoint.CONFIG]
-        return {name: commit.seal(folder / name) for name in written}
+        return {name: manifest.seal(folder / name) for name in written}
 
     def _tensors(self, files: Mapping[str, Any]) -> dict[str, StoredTensor]:
         known = {p + where.key for p, _ in self.kinds for where in self.old.values()}

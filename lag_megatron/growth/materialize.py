@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from lag_megatron import __version__
-from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.checkpoint.state.layout import (
     Group,
@@ -27,6 +26,7 @@ from lag_megatron.checkpoint.state.tensor_parallel import (
     local_shape,
     whole_shape,
 )
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.stream import ALONE, Crew
 from lag_megatron.checkpoint.zero_write import bytes_of, write_rank
 from lag_megatron.errors import PlanError
@@ -140,7 +140,7 @@ class Growth:
         """What the grown checkpoint's manifest says beside its files."""
         source = {
             "path": str(self.source.path.absolute()),
-            "digest": commit.digest_of(self.source.path),
+            "digest": manifest.digest_of(self.source.path),
         }
         return {
             "step": self.source.step,

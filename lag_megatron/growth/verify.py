@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import STATES, State
 from lag_megatron.checkpoint.state.optimizer_states import shape_of, states_of
 from lag_megatron.checkpoint.state.source import WHOLE
 from lag_megatron.checkpoint.state.spec import DTYPES
 from lag_megatron.checkpoint.state.unsharded import WholeState
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.growth.convert import Conversion, open_source, whole_state
 from lag_megatron.growth.materialize import resharding
 
@@ -29,7 +29,7 @@ def differences(conversion: Conversion, target: Path) -> Iterator[str]:
         conversion: what was to be done.
         target: the directory that it made.
     """
-    yield from commit.damages(target)
+    yield from manifest.damages(target)
     source, is_hf = conversion.whole, conversion.to == "hf"
     rows = next((s[0] for n, s in source.shapes.items() if n in _VOCABULARY), None)
     found = whole_state(resharding(open_source(target, vocab_size=rows if is_hf else None), WHOLE))

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.paths import with_path_length
 from lag_megatron.probe.event import Event
 from lag_megatron.probe.ledger import Entry, Ledger
@@ -36,7 +36,7 @@ def drop_losers(run: RunDirectory, growth: int, *, winner: Path) -> None:
     """Delete all saved states of a decided event but the winner's."""
     for state in run.growth(growth).glob("*/step*"):
         if state != winner and state.is_dir():
-            commit.remove(state)
+            manifest.remove(state)
 
 
 def metrics_of(job: Job, event: Event, winner: Entry) -> list[MetricRow]:

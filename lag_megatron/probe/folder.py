@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.atomic_io import flush_to_disk, write_atomically
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.rundir import step_of, tag_of
 from lag_megatron.tracking import read_rows
 
@@ -51,10 +51,10 @@ class CandidateFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for draft in self.path.glob("step*.tmp"):
-            commit.remove(draft)
+            manifest.remove(draft)
         states = [
             steps
-            for tag in commit.committed(self.path)
+            for tag in manifest.committed(self.path)
             if (steps := step_of(tag.name) - self._base_step) <= rung and usable(tag)
         ]
         start = max(states, default=0)
@@ -77,7 +77,7 @@ class CandidateFolder:
         """Delete all saved states but one."""
         for other in self.path.glob("step*"):
             if other != state and other.is_dir():
-                commit.remove(other)
+                manifest.remove(other)
 
     def mark_failed(self, reason: str, *, rank: int) -> None:
         """Leave word of a failure that ends this process."""

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from lag_megatron.averaging import WeightAverage, fits
-from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.integrity import require_sound
+from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.storage.integrity import require_sound
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig
 from lag_megatron.engine import Engine
@@ -151,7 +151,7 @@ class ProbeGroup:
                 source = ZeroCheckpoint.open(self.event.base)
                 opened.append(Growth(source, candidate.plan, self.engine.topology))
                 return
-            names = sorted(commit.check_sizes(state)["files"])
+            names = sorted(manifest.check_sizes(state)["files"])
             require_sound(state, names[self.world.rank :: self.world.size])
             opened.append(resharding(ZeroCheckpoint.open(state), self.engine.topology))
 

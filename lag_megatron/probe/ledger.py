@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.probe.event import Event, Progress
 from lag_megatron.probe.folder import CandidateFolder
 from lag_megatron.probe.journal import Journal
@@ -49,7 +49,7 @@ class Entry:
     @property
     def has_state(self) -> bool:
         """Whether the state at the last finished rung can be gone on from."""
-        return self.state is not None and commit.is_committed(self.state)
+        return self.state is not None and manifest.is_committed(self.state)
 
 
 class Ledger:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from lag_megatron.atomic_io import write_atomically
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import RunError
 from lag_megatron.probe.journal import Journal
 from lag_megatron.rundir import RunDirectory
@@ -25,15 +25,15 @@ def rewind(run: RunDirectory, tag: str) -> None:
         target = aside / path.relative_to(run.root)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(path, target)
-    commit.point_latest(place)
+    manifest.point_latest(place)
     _cut_journal(run, place, aside)
 
 
 def _place(run: RunDirectory, tag: str) -> Path:
-    there = [p for stage in sorted(run.root.glob("stage*")) for p in commit.committed(stage)]
+    there = [p for stage in sorted(run.root.glob("stage*")) for p in manifest.committed(stage)]
     for path in there:
         if path.name == tag:
-            commit.check_sizes(path)
+            manifest.check_sizes(path)
             return path
     names = ", ".join(path.name for path in there)
     raise RunError(

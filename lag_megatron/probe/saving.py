@@ -11,8 +11,8 @@ import torch
 
 from lag_megatron import __version__
 from lag_megatron.averaging import WeightAverage
-from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.state.layout import Topology
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero_files import files_of_rank
 from lag_megatron.config import RunConfig
 from lag_megatron.engine import Engine
@@ -49,15 +49,15 @@ def save_engine(
             its message and exit code 2.
     """
     world, config = engine.world, engine.config
-    draft = commit.temporary(path)
+    draft = manifest.temporary(path)
 
     def prepare() -> bool:
-        if commit.is_committed(path):
+        if manifest.is_committed(path):
             return False  # a resumed run came to the same step again
-        commit.remove(draft)
-        commit.remove(path)
+        manifest.remove(draft)
+        manifest.remove(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        commit.require_space(path.parent, needed=engine.bytes_on_disk, what="a checkpoint")
+        manifest.require_space(path.parent, needed=engine.bytes_on_disk, what="a checkpoint")
         return True
 
     if not world.from_coordinator(prepare):
@@ -71,7 +71,7 @@ def save_engine(
         parts = world.from_each(lambda: _written_live(engine, draft, growth, state, average))
     files = {name: entry for part in parts for name, entry in part.items()}
     about = {"step": step, "growth_history": list(history), "versions": VERSIONS}
-    world.from_coordinator(lambda: commit.publish(path, files=files, about=about))
+    world.from_coordinator(lambda: manifest.publish(path, files=files, about=about))
 
 
 def _written_live(
@@ -117,4 +117,4 @@ def _written(engine: Engine, draft: Path, state: Mapping[str, Any]) -> None:
 def _sealed(world: World, folder: Path, topology: Topology) -> dict[str, Any]:
     """Manifest entries of this rank's files; it hashes its own, which others may not see yet."""
     mine = files_of_rank(topology, **world.place)
-    return {name: commit.seal(folder / name) for name in mine}
+    return {name: manifest.seal(folder / name) for name in mine}

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.integrity import require_sound
+from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.storage.integrity import require_sound
 from lag_megatron.growth.layer_map import draw
 from lag_megatron.parallel import World
 from lag_megatron.probe.coordinator import Coordinator
@@ -74,7 +74,7 @@ def _leader(desk: Desk | None) -> Desk:
 
 def _require_sound_base(world: World, base: Path) -> None:
     """Every candidate grows from the base, so a flipped bit there would be in all; ranks share."""
-    names = sorted(commit.check_sizes(base)["files"])
+    names = sorted(manifest.check_sizes(base)["files"])
     require_sound(base, names[world.rank :: world.size])
 
 
@@ -82,7 +82,7 @@ def _coordinator(group: ProbeGroup, recorder: Recorder) -> Coordinator:
     event, job = group.event, group.job
     there = sum(file.stat().st_size for file in _saved(job, event))
     needed = _states(group) * group.engine.bytes_on_disk - there
-    commit.require_space(job.run.root, needed=needed, what="probing candidates")
+    manifest.require_space(job.run.root, needed=needed, what="probing candidates")
 
     def told(entry: Entry, progress: Progress, number: int) -> None:
         _say_progress(recorder, event, entry, progress, number)

@@ -8,7 +8,7 @@ from collections import OrderedDict
 
 import torch
 
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 
 MODEL = "mp_rank_00_model_states.pt"
 FIRST = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -162,9 +162,9 @@ def evil(name):
 
 def edit_manifest(change):
     def corrupt(folder, others):
-        entries = json.loads((folder / commit.MANIFEST).read_text())
+        entries = json.loads((folder / manifest.MANIFEST).read_text())
         change(entries)
-        (folder / commit.MANIFEST).write_text(json.dumps(entries))
+        (folder / manifest.MANIFEST).write_text(json.dumps(entries))
 
     return corrupt
 
@@ -174,7 +174,7 @@ def name_a_missing_file(entries):
 
 
 def damage_manifest(folder, others):
-    os.truncate(folder / commit.MANIFEST, 100)
+    os.truncate(folder / manifest.MANIFEST, 100)
 
 
 def another_header(folder, others):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from conftest import pico_config
 
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.config import GrowthConfig
 from lag_megatron.growth.pool import build_pool
 from lag_megatron.probe.coordinator import Coordinator
@@ -98,14 +98,16 @@ class Stand:
 
     def _save(self, folder, steps, point):
         state = folder.state_at(steps)
-        if commit.is_committed(state):
+        if manifest.is_committed(state):
             return
-        draft = commit.temporary(state)
-        commit.remove(draft)
+        draft = manifest.temporary(state)
+        manifest.remove(draft)
         draft.mkdir(parents=True)
         (draft / "shard").write_text(json.dumps(steps))
         point("saving")
-        commit.publish(state, files={"shard": commit.seal(draft / "shard")}, about={"step": steps})
+        manifest.publish(
+            state, files={"shard": manifest.seal(draft / "shard")}, about={"step": steps}
+        )
         folder.keep_only(state)
 
     def work(self, *, point=lambda name: None, group=0):
@@ -131,7 +133,7 @@ class Stand:
     def states(self):
         """Saved states on disk, by candidate."""
         return {
-            c.id: [step_of(p.name) - BASE_STEP for p in commit.committed(self.run.probe(1, c.id))]
+            c.id: [step_of(p.name) - BASE_STEP for p in manifest.committed(self.run.probe(1, c.id))]
             for c in self.event.pool
         }
 

@@ -8,8 +8,9 @@ import subprocess
 import pytest
 import torch
 
-from lag_megatron.checkpoint import commit, zero_files
+from lag_megatron.checkpoint import zero_files
 from lag_megatron.checkpoint.state.layout import Topology
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero import ZeroCheckpoint, resolve
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.growth.offline import grow_checkpoint
@@ -28,7 +29,7 @@ def plan(source=2, target=3):
 def copy(checkpoint, tmp_path):
     """A copy of the checkpoint as another program would leave it: without a manifest."""
     path = shutil.copytree(checkpoint, tmp_path / "source" / "step3")
-    (path / commit.MANIFEST).unlink()
+    (path / manifest.MANIFEST).unlink()
     return path
 
 
@@ -49,7 +50,7 @@ def refused(source, target, match, error=CheckpointError, growth=None):
         grow_checkpoint(source, target, growth or plan())
     assert "Traceback" not in str(caught.value)
     assert not target.exists()
-    assert not commit.temporary(target).exists()
+    assert not manifest.temporary(target).exists()
     assert not (target.parent / "latest").exists()
 
 
@@ -68,9 +69,9 @@ def test_a_truncated_file_of_a_committed_checkpoint(checkpoint, tmp_path, target
 
 def test_a_damaged_manifest(checkpoint, tmp_path, target):
     path = shutil.copytree(checkpoint, tmp_path / "source")
-    (path / commit.MANIFEST).write_text("{")
+    (path / manifest.MANIFEST).write_text("{")
     refused(path, target, "damaged")
-    (path / commit.MANIFEST).write_text('{"format": 99}')
+    (path / manifest.MANIFEST).write_text('{"format": 99}')
     refused(path, target, "format 99 is not 1")
 
 
@@ -162,11 +163,11 @@ def test_an_existing_target_is_left_alone(copy, target):
 
 def test_the_same_growth_twice_is_done_once(copy, target):
     grow_checkpoint(copy, target, plan())
-    before = (target / commit.MANIFEST).stat().st_mtime_ns
+    before = (target / manifest.MANIFEST).stat().st_mtime_ns
     (target.parent / "latest").unlink()
     grow_checkpoint(copy, target, plan())
     assert (target.parent / "latest").read_text() == "step3"
-    assert (target / commit.MANIFEST).stat().st_mtime_ns == before
+    assert (target / manifest.MANIFEST).stat().st_mtime_ns == before
     other = GrowthPlan(operator="last", source_layers=2, target_layers=3)
     with pytest.raises(PlanError, match="exists already"):
         grow_checkpoint(copy, target, other)
@@ -202,7 +203,7 @@ def test_a_disk_that_is_really_full(copy, tmp_path, monkeypatch, size_kib):
         pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
     try:
         refused(copy, folder / "step3", "only 0 MiB are free|No space left")
-        monkeypatch.setattr(commit, "require_space", lambda *a, **k: None)
+        monkeypatch.setattr(manifest, "require_space", lambda *a, **k: None)
         refused(copy, folder / "step3", "cannot write: (No space left|the disk is full)")
         assert list(folder.iterdir()) == []
     finally:
@@ -211,8 +212,8 @@ def test_a_disk_that_is_really_full(copy, tmp_path, monkeypatch, size_kib):
 
 def test_sources_are_never_changed(checkpoint, target):
     grow_checkpoint(checkpoint, target, plan())
-    assert list(commit.damages(checkpoint)) == []
-    assert list(commit.damages(target)) == []
+    assert list(manifest.damages(checkpoint)) == []
+    assert list(manifest.damages(target)) == []
 
 
 def test_a_flipped_bit_is_found_by_the_checksums(checkpoint, target):
@@ -220,10 +221,10 @@ def test_a_flipped_bit_is_found_by_the_checksums(checkpoint, target):
     data = bytearray((target / SHARD).read_bytes())
     data[len(data) // 2] ^= 1
     (target / SHARD).write_bytes(data)
-    assert list(commit.damages(target)) == [f"{SHARD}: content differs from its checksum"]
+    assert list(manifest.damages(target)) == [f"{SHARD}: content differs from its checksum"]
     (target / MODEL).unlink()
     (target / SHARD).write_bytes(b"")
-    assert sorted(commit.damages(target)) == [
+    assert sorted(manifest.damages(target)) == [
         f"{MODEL}: missing",
         f"{SHARD}: 0 bytes, expected {len(data)}",
     ]

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
 
@@ -46,7 +46,7 @@ def grow_until(source, target, last_call, *, publishing=False):
 
     def count(frame, event, argument):
         nonlocal calls, begun
-        begun = begun or frame.f_code is commit.publish.__code__
+        begun = begun or frame.f_code is manifest.publish.__code__
         if begun and event in ("call", "c_call"):
             calls = next(number)
             if calls == last_call:
@@ -65,7 +65,7 @@ def grow_until(source, target, last_call, *, publishing=False):
 def test_killed_at_any_moment(checkpoint, tmp_path):
     expected = tmp_path / "expected" / "step3"
     grow_checkpoint(checkpoint, expected, PLAN)  # first, so that everything is imported
-    files = commit.read_manifest(expected)["files"]
+    files = manifest.read_manifest(expected)["files"]
     total = grow_until(checkpoint, tmp_path / "counted" / "step3", -1)
     last = grow_until(checkpoint, tmp_path / "published" / "step3", -1, publishing=True)
     assert 50 < last < total / 10
@@ -88,14 +88,14 @@ def test_killed_at_any_moment(checkpoint, tmp_path):
             moment = moment * 3 // 4
         latest = target.parent / "latest"
         if target.exists():
-            assert list(commit.damages(target)) == []
-            assert commit.read_manifest(target)["files"] == files
+            assert list(manifest.damages(target)) == []
+            assert manifest.read_manifest(target)["files"] == files
         else:
             assert not latest.exists()
-        assert commit.committed(target.parent) == ([target] if target.exists() else [])
-        outcomes.add((target.exists(), latest.exists(), commit.temporary(target).exists()))
+        assert manifest.committed(target.parent) == ([target] if target.exists() else [])
+        outcomes.add((target.exists(), latest.exists(), manifest.temporary(target).exists()))
         grow_checkpoint(checkpoint, target, PLAN)
-        assert commit.read_manifest(target)["files"] == files
+        assert manifest.read_manifest(target)["files"] == files
         assert latest.read_text() == "step3"
         assert sorted(p.name for p in target.parent.iterdir()) == ["latest", "step3"]
     assert (False, False, True) in outcomes
@@ -109,7 +109,7 @@ def test_removal_is_never_half_a_checkpoint(checkpoint, tmp_path, monkeypatch):
     def killed(path, **options):
         raise InterruptedError
 
-    monkeypatch.setattr(commit.shutil, "rmtree", killed)
+    monkeypatch.setattr(manifest.shutil, "rmtree", killed)
     with pytest.raises(InterruptedError):
-        commit.remove(target)
-    assert not commit.is_committed(target)
+        manifest.remove(target)
+    assert not manifest.is_committed(target)

@@ -13,7 +13,7 @@ from hf_weights import HEADS, LAYERS
 from test_tools_checkpoint import grow, inspect
 from tokenizers import models, pre_tokenizers
 
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.config import OptimizerConfig
 
@@ -161,7 +161,7 @@ def test_the_grown_and_the_converted_agree(checkpoint, tmp_path):
     assert convert(tmp_path / "grown", tmp_path / "a", "--to", "universal") == 0
     assert convert(checkpoint, tmp_path / "b", "--to", "universal", *growth) == 0
     files = [
-        commit.read_manifest(tmp_path / name / "step3_universal")["files"] for name in ("a", "b")
+        manifest.read_manifest(tmp_path / name / "step3_universal")["files"] for name in ("a", "b")
     ]
     values = [{k: v for k, v in listed.items() if k.startswith("zero/")} for listed in files]
     assert values[0] == values[1]

@@ -6,8 +6,9 @@ import os
 import pytest
 from converting import convert, refused, save_families
 
-from lag_megatron.checkpoint import commit, parts
+from lag_megatron.checkpoint import parts
 from lag_megatron.checkpoint.record import Record
+from lag_megatron.checkpoint.storage import manifest
 
 families = pytest.fixture(save_families, scope="module")
 
@@ -15,7 +16,7 @@ families = pytest.fixture(save_families, scope="module")
 def test_goes_on_after_a_kill(checkpoint, tmp_path, monkeypatch):
     """Parts that are on disk are not written again, and the result is the same."""
     assert convert(checkpoint, tmp_path / "expected", "--to", "universal") == 0
-    expected = commit.read_manifest(tmp_path / "expected" / "step3_universal")["files"]
+    expected = manifest.read_manifest(tmp_path / "expected" / "step3_universal")["files"]
     target, pid = tmp_path / "out", os.fork()
     if pid == 0:
         note, left = Record.note, [5]
@@ -46,7 +47,7 @@ def test_goes_on_after_a_kill(checkpoint, tmp_path, monkeypatch):
     assert convert(checkpoint, target, "--to", "universal", "--verify") == 0
     assert written
     assert not set(written) & set(done)
-    assert commit.read_manifest(target / "step3_universal")["files"] == expected
+    assert manifest.read_manifest(target / "step3_universal")["files"] == expected
     assert not list((target / "step3_universal").glob(".parts*"))
 
 
@@ -93,7 +94,7 @@ def test_the_job_is_part_of_what_a_universal_checkpoint_is(checkpoint, tmp_path,
 
 def test_a_draft_of_other_files_is_not_gone_on_with(families, tmp_path, monkeypatch):
     _, source = families["gpt2"]
-    seal, left = commit.seal, [2]
+    seal, left = manifest.seal, [2]
 
     def die(path):
         left[0] -= 1
@@ -101,7 +102,7 @@ def test_a_draft_of_other_files_is_not_gone_on_with(families, tmp_path, monkeypa
             raise KeyboardInterrupt
         return seal(path)
 
-    monkeypatch.setattr(commit, "seal", die)
+    monkeypatch.setattr(manifest, "seal", die)
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "hf", "--to", "hf", "--max-shard-size", "10KB", "--workers", 1)
     assert list(tmp_path.glob("hf.tmp/*"))

@@ -7,8 +7,9 @@ import shutil
 import pytest
 from converting import convert, copy_llama, refused, save_families
 
-from lag_megatron.checkpoint import commit, open
-from lag_megatron.checkpoint.integrity import Look
+from lag_megatron.checkpoint import open
+from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.storage.integrity import Look
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.convert import open_source
 
@@ -86,15 +87,15 @@ def resharded(checkpoint, tmp_path):
 def test_an_export_compares_what_it_reads_and_no_more(resharded, tmp_path, capsys):
     name = "zero_pp_rank_2_mp_rank_00_optim_states.pt"
     file = resharded / name
-    apart = commit.read_manifest(resharded)["files"][name][commit.STATES_APART]
+    apart = manifest.read_manifest(resharded)["files"][name][manifest.STATES_APART]
     begin, end = apart["exp_avg"]["runs"][0]
     flip(file, (begin + end) // 2)
     assert convert(resharded, tmp_path / "hf", "--to", "hf") == 0
     error = refused(capsys, 2, resharded, tmp_path / "other", "--to", "universal")
     assert f"damaged: {name}: content differs" in error
     masters = sum(apart["fp32"]["runs"][0]) // 2
-    archive = apart[commit.NO_STATE]["runs"][-1][1] - 1  # its end: offsets and a comment
-    for state, at in (("fp32", masters), (commit.NO_STATE, archive)):
+    archive = apart[manifest.NO_STATE]["runs"][-1][1] - 1  # its end: offsets and a comment
+    for state, at in (("fp32", masters), (manifest.NO_STATE, archive)):
         flip(file, at)
         error = refused(capsys, 2, resharded, tmp_path / "again", "--to", "hf")
         assert name in error
@@ -106,15 +107,15 @@ def test_an_export_compares_what_it_reads_and_no_more(resharded, tmp_path, capsy
 @pytest.mark.parametrize("known", [{}, 5, "no masters", "no file"])
 def test_a_manifest_that_does_not_cover_what_is_read(known, resharded, tmp_path, capsys):
     name = "zero_pp_rank_2_mp_rank_00_optim_states.pt"
-    found = commit.read_manifest(resharded)
+    found = manifest.read_manifest(resharded)
     entry = found["files"][name]
-    masters = sum(entry[commit.STATES_APART]["fp32"]["runs"][0]) // 2
+    masters = sum(entry[manifest.STATES_APART]["fp32"]["runs"][0]) // 2
     if known == "no file":
         del found["files"][name]
     elif known == "no masters":
-        del entry[commit.STATES_APART]["fp32"]
+        del entry[manifest.STATES_APART]["fp32"]
     else:
-        entry[commit.STATES_APART] = known
+        entry[manifest.STATES_APART] = known
     (resharded / "manifest.json").write_text(json.dumps(found))
     if known != "no file":
         assert convert(resharded, tmp_path / "hf", "--to", "hf") == 0
@@ -128,7 +129,7 @@ def test_ranks_share_the_looking(form, checkpoint, tmp_path):
     """Of three ranks one finds a damage; together they look at every file."""
     assert convert(checkpoint, tmp_path / "out", "--to", form, "--world-size", 2) == 0
     tag = open.resolve(tmp_path / "out")
-    for name in sorted(commit.read_manifest(tag)["files"]):
+    for name in sorted(manifest.read_manifest(tag)["files"]):
         if (tag / name).suffix not in (".pt", ".distcp", ".safetensors"):
             continue
         source, told = open_source(tag), []

@@ -18,7 +18,7 @@ from converting import (
 from full_state import read_full
 from hf_weights import LAYERS, VOCABULARY, megatron_weights
 
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.config import ModelConfig
 
@@ -102,7 +102,7 @@ def test_other_ways_to_keep_the_same_weights(family, families, tmp_path, capsys)
     for other in (pickled, bare, old):
         assert convert(other, tmp_path / f"{other.name}-zero", "--to", "zero") == 0
         files = [
-            commit.read_manifest(tmp_path / name / "step00000000")["files"]
+            manifest.read_manifest(tmp_path / name / "step00000000")["files"]
             for name in ("expected", f"{other.name}-zero")
         ]
         assert files[0] == files[1], other
@@ -162,5 +162,5 @@ def test_pickles_of_before_1_6(folder, checkpoint, tmp_path):
             target = tmp_path / f"{name}-{source.name}-{len(files)}"
             assert convert(source, target, "--to", "zero", "--zero-stage", 3) == 0
             (tag,) = target.glob("step*")
-            files.append(commit.read_manifest(tag)["files"])
+            files.append(manifest.read_manifest(tag)["files"])
         assert files[0] == files[1]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from converting import convert, copy_llama, refused, rewrite, save_families, settings
 
-from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.megatron import dcp_metadata
 from lag_megatron.checkpoint.megatron.dcp_metadata import StoredTensor
 from lag_megatron.checkpoint.megatron.dcp_metadata_writer import write_metadata
 from lag_megatron.checkpoint.state.box import Box
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import CheckpointError
 
 families = pytest.fixture(save_families, scope="module")
@@ -90,7 +90,7 @@ def test_too_small_a_vocabulary(folder, tmp_path, capsys):
 @pytest.mark.parametrize("form", ["zero", "universal", "megatron", "hf"])
 def test_a_disk_that_is_too_small_is_told_first(form, checkpoint, tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(commit.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(manifest.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     error = refused(capsys, 2, checkpoint, tmp_path / "out", "--to", form)
     assert "needs 0 MiB, but only 0 MiB are free" in error
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []

@@ -47,7 +47,7 @@ from corrupting import (
 )
 from test_tools_checkpoint import inspect
 
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
@@ -194,7 +194,9 @@ CASES = [
         None,
         f"{THIRD}: missing",
     ),
-    Case("manifest of another checkpoint", take(commit.MANIFEST, "other run"), None, f"{MODEL}: "),
+    Case(
+        "manifest of another checkpoint", take(manifest.MANIFEST, "other run"), None, f"{MODEL}: "
+    ),
     Case("appended bytes", append(SHARD, 100), None, f"{SHARD}: {SIZE}"),
     Case("appended kilobytes", append(SHARD, 2**17), f"{SHARD}: {CUT}", f"{SHARD}: {SIZE}"),
     Case("evil shard", evil(SHARD), f"{SHARD}: holds objects that no DeepSpeed", f"{SHARD}: "),
@@ -230,7 +232,7 @@ CASES = [
 def planted(case, others, tmp_path, *, bare):
     folder = shutil.copytree(others(case.base), tmp_path / "source" / "step3")
     if bare:
-        (folder / commit.MANIFEST).unlink()
+        (folder / manifest.MANIFEST).unlink()
     case.corrupt(folder, others)
     return folder
 
@@ -263,7 +265,7 @@ def test_corruptions_are_named_and_refused(case, bare, others, tmp_path, capsys)
     with pytest.raises((CheckpointError, PlanError), match=reason):
         grow_checkpoint(folder, target, PLAN)
     assert not target.exists()
-    assert not commit.temporary(target).exists()
+    assert not manifest.temporary(target).exists()
     assert not (target.parent / "latest").exists()
     assert files_of(folder) == before
     assert not list(tmp_path.rglob("it_ran"))
@@ -273,9 +275,9 @@ def test_corruptions_are_named_and_refused(case, bare, others, tmp_path, capsys)
 def test_a_bit_that_flips_anywhere_is_refused_or_of_no_matter(name, checkpoint, tmp_path):
     """Without a manifest: dates in the archive and the space between its records do not matter."""
     grow_checkpoint(checkpoint, tmp_path / "expected", PLAN)
-    expected = commit.read_manifest(tmp_path / "expected")["files"]
+    expected = manifest.read_manifest(tmp_path / "expected")["files"]
     source = shutil.copytree(checkpoint, tmp_path / "source")
-    (source / commit.MANIFEST).unlink()
+    (source / manifest.MANIFEST).unlink()
     data = (source / name).read_bytes()
     with zipfile.ZipFile(source / name) as archive:
         pickled = next(r for r in archive.infolist() if r.filename.endswith("/data.pkl"))
@@ -296,7 +298,7 @@ def test_a_bit_that_flips_anywhere_is_refused_or_of_no_matter(name, checkpoint, 
         except CheckpointError as error:
             refusal = str(error)
         if refusal is None:
-            assert commit.read_manifest(target)["files"] == expected
+            assert manifest.read_manifest(target)["files"] == expected
             shutil.rmtree(target)
         else:
             assert name in refusal

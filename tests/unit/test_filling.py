@@ -11,12 +11,13 @@ import pytest
 import torch
 import xxhash
 
-from lag_megatron.checkpoint import commit, stream
+from lag_megatron.checkpoint import stream
 from lag_megatron.checkpoint.mould import Moulds
 from lag_megatron.checkpoint.relay import Relay
 from lag_megatron.checkpoint.state.layout import Container, Segment
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.checkpoint.state.spec import Room
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.stream import Crew, Span, write_spans
 from lag_megatron.checkpoint.zero_write import write_objects
 from lag_megatron.errors import CheckpointError
@@ -179,7 +180,7 @@ def test_each_state_has_a_checksum_of_its_own(tmp_path):
         Span(1024, torch.float32, region(200)),
     ]
     entry = write_spans(file, spans, Numbers())
-    apart, data = entry[commit.STATES_APART], file.read_bytes()
+    apart, data = entry[manifest.STATES_APART], file.read_bytes()
     assert {name: there["runs"] for name, there in apart.items()} == {
         "fp32": [[64, 464], [1024, 1824]],
         "exp_avg": [[464, 864]],

@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_checkpoint_errors import MODEL, SHARD, change, plan
 
-from lag_megatron.checkpoint import commit, stream
+from lag_megatron.checkpoint import stream
 from lag_megatron.checkpoint.state.layout import Topology, make_layout
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.growth.growth_map import grown_names
@@ -21,7 +22,7 @@ from lag_megatron.growth.plan import GrowthPlan
 def copy(checkpoint, tmp_path):
     """A copy of the checkpoint without a manifest."""
     path = shutil.copytree(checkpoint, tmp_path / "source" / "step3")
-    (path / commit.MANIFEST).unlink()
+    (path / manifest.MANIFEST).unlink()
     return path
 
 
@@ -32,7 +33,7 @@ def unpartitioned(checkpoint, tmp_path):
     path = tmp_path / "zero0" / "step3"
     growth = resharding(source, retarget(source.topology, zero_stage=0))
     grow_checkpoint(checkpoint, path, growth.plan, topology=growth.topology)
-    (path / commit.MANIFEST).unlink()
+    (path / manifest.MANIFEST).unlink()
     return path
 
 

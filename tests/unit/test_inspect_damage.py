@@ -13,9 +13,9 @@ from foreign import NORM, UNVERIFIED, look_at, made_in
 from test_tools_checkpoint import inspect
 from test_zipcheck import flip, place_of
 
-from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.hf import format as hf_format
 from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import CheckpointError
 
 # Torch says so of every save by a single process.
@@ -179,7 +179,7 @@ def test_flipped_bits_are_found_where_there_are_checksums(
 
 def test_flipped_bits_in_a_zero_checkpoint_without_a_manifest(checkpoint, tmp_path, look):
     path = shutil.copytree(checkpoint, tmp_path / "step3")
-    (path / commit.MANIFEST).unlink()
+    (path / manifest.MANIFEST).unlink()
     file = path / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     flip(file, place_of(file, "data/0"))
     assert look(path)["problems"] == []
@@ -191,9 +191,9 @@ def test_flipped_bits_in_a_zero_checkpoint_without_a_manifest(checkpoint, tmp_pa
 
 def test_a_manifest_speaks_for_other_formats_too(copied, tmp_path, look):
     path = copied("gpt2")
-    files = {p.name: commit.seal(p) for p in path.iterdir()}
-    path.rename(commit.temporary(path))
-    commit.publish(path, files=files, about={})
+    files = {p.name: manifest.seal(p) for p in path.iterdir()}
+    path.rename(manifest.temporary(path))
+    manifest.publish(path, files=files, about={})
     assert look(path, "--verify")["sound"] is True
     flip(path / "model.safetensors", -1)
     assert look(path, "--verify")["problems"] == [

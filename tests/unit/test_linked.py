@@ -11,9 +11,10 @@ from conftest import sparing
 from foreign import torch_dist, universal
 from test_tools_checkpoint import grow, inspect
 
-from lag_megatron.checkpoint import commit, open
+from lag_megatron.checkpoint import open
 from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.checkpoint.state.source import WHOLE
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.growth.convert import open_source, whole_state
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.growth.plan import GrowthPlan
@@ -59,8 +60,8 @@ def require_grown(source, target, operator, options, layers):
 
 
 def shared(tag):
-    files = commit.read_manifest(tag)["files"]
-    return {name for name, entry in files.items() if commit.SHARED in entry}
+    files = manifest.read_manifest(tag)["files"]
+    return {name for name, entry in files.items() if manifest.SHARED in entry}
 
 
 @pytest.mark.parametrize("layers", sparing([3, 4], slow=lambda layers: layers == 4))
@@ -77,7 +78,7 @@ def test_what_is_linked_is_what_growing_makes(form, plan, layers, sources, tmp_p
     capsys.readouterr()
     assert inspect(target, "--verify") == 0
     told = capsys.readouterr().out
-    assert f"{len(shared(tag))} of {len(commit.read_manifest(tag)['files'])} files" in told
+    assert f"{len(shared(tag))} of {len(manifest.read_manifest(tag)['files'])} files" in told
     assert inspect(source, "--verify") == 0
 
 

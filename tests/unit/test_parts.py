@@ -6,8 +6,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from lag_megatron.checkpoint import commit, parts
+from lag_megatron.checkpoint import parts
 from lag_megatron.checkpoint.parts import Order, Part
+from lag_megatron.checkpoint.storage import manifest
 
 
 def order(target, works):
@@ -107,4 +108,4 @@ def test_a_key_before_all_parts_have_begun_ends_those_that_have(tmp_path, monkey
         parts.write(order(target, {"first": write, "second": write}), workers=2)
     assert ended == [True]
     assert not target.exists()
-    assert commit.temporary(target).is_dir()  # the same call goes on from it
+    assert manifest.temporary(target).is_dir()  # the same call goes on from it

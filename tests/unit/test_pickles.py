@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, run_ranks
 
-from lag_megatron.checkpoint import pickles
+from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.errors import CheckpointError
 
 WITHOUT = """
@@ -65,21 +65,21 @@ def _classes(path):
 
 
 def test_every_kind_of_object_comes_back(tmp_path):
-    scaler = pickles.DynamicLossScaler()
+    scaler = torch_pickle.DynamicLossScaler()
     scaler.cur_scale = 2.0
     objects = {
         "scaler": scaler,
-        "stage": pickles.ZeroStage.weights,
-        "address": pickles.FragmentAddress(3, 4),
+        "stage": torch_pickle.ZeroStage.weights,
+        "address": torch_pickle.FragmentAddress(3, 4),
         "shape": torch.Size([2, 3]),
         "numbers": [1, 2.5, None, True, "text", b"bytes", (1, 2)],
         "tensor": torch.empty(2, 3, dtype=torch.bfloat16),
     }
-    mapped = pickles.create(tmp_path / "file.pt", objects)
+    mapped = torch_pickle.create(tmp_path / "file.pt", objects)
     mapped["tensor"].fill_(1.5)
     del mapped
-    back = pickles.load(tmp_path / "file.pt")
-    assert (back["scaler"].cur_scale, back["stage"]) == (2.0, pickles.ZeroStage.weights)
+    back = torch_pickle.load(tmp_path / "file.pt")
+    assert (back["scaler"].cur_scale, back["stage"]) == (2.0, torch_pickle.ZeroStage.weights)
     assert (back["address"].numel, back["address"].start) == (3, 4)
     assert back["shape"] == (2, 3)
     assert back["numbers"] == objects["numbers"]
@@ -95,13 +95,13 @@ def test_foreign_objects_are_refused_and_run_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"module": Foreign()}, tmp_path / "file.pt")
     with pytest.raises(CheckpointError, match="holds objects that no DeepSpeed checkpoint has"):
-        pickles.load(tmp_path / "file.pt")
+        torch_pickle.load(tmp_path / "file.pt")
     assert not (tmp_path / "touched").exists()
 
 
 def test_reading_never_writes_to_the_file(tmp_path):
     torch.save({"tensor": torch.zeros(4)}, tmp_path / "file.pt")
-    pickles.load(tmp_path / "file.pt")["tensor"].fill_(1.0)
+    torch_pickle.load(tmp_path / "file.pt")["tensor"].fill_(1.0)
     assert torch.equal(torch.load(tmp_path / "file.pt")["tensor"], torch.zeros(4))
 
 
@@ -109,16 +109,22 @@ def test_members_of_enumerations_as_python_3_11_0_to_3_11_3_pickle_them(tmp_path
     def by_name(self, protocol):
         return getattr, (type(self), self.name)
 
-    monkeypatch.setattr(pickles.ZeroStage, "__reduce_ex__", by_name)
+    monkeypatch.setattr(torch_pickle.ZeroStage, "__reduce_ex__", by_name)
     path = tmp_path / "states.pt"
-    torch.save({"stage": pickles.ZeroStage.weights}, path, pickle_module=pickles._Pickling)
+    torch.save(
+        {"stage": torch_pickle.ZeroStage.weights}, path, pickle_module=torch_pickle._Pickling
+    )
     assert b"getattr" in path.read_bytes()
-    assert pickles.load(path)["stage"] is pickles.ZeroStage.weights
+    assert torch_pickle.load(path)["stage"] is torch_pickle.ZeroStage.weights
 
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(pickles.LossScaler, "__init__"), (pickles.ZeroStage, "mro"), (torch.float32, "__class__")],
+    [
+        (torch_pickle.LossScaler, "__init__"),
+        (torch_pickle.ZeroStage, "mro"),
+        (torch.float32, "__class__"),
+    ],
 )
 def test_getattr_of_anything_else_is_refused(owner, name, tmp_path):
     class Reach:
@@ -126,6 +132,6 @@ def test_getattr_of_anything_else_is_refused(owner, name, tmp_path):
             return getattr, (owner, name)
 
     path = tmp_path / "states.pt"
-    torch.save({"x": Reach()}, path, pickle_module=pickles._Pickling)
+    torch.save({"x": Reach()}, path, pickle_module=torch_pickle._Pickling)
     with pytest.raises(CheckpointError, match="holds objects that no DeepSpeed checkpoint has"):
-        pickles.load(path)
+        torch_pickle.load(path)

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from lag_megatron import rundir
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.config import load_config
 from lag_megatron.errors import RunError
 from lag_megatron.probe.journal import Journal
@@ -137,11 +137,11 @@ def test_a_checkpoint_is_gone_at_once_even_where_its_files_are_not(tmp_path, mon
     tag = tmp_path / "step00000004"
     tag.mkdir()
     (tag / "shard").write_text("x")
-    (tag / commit.MANIFEST).write_text("{}")
+    (tag / manifest.MANIFEST).write_text("{}")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
-        commit.remove(tag)
+        manifest.remove(tag)
     assert not tag.exists()
-    assert commit.committed(tmp_path) == []
-    commit.remove(tmp_path / "step00000008")
+    assert manifest.committed(tmp_path) == []
+    manifest.remove(tmp_path / "step00000008")
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ import pytest
 from staging import groups_of, plan_of
 from test_tools_checkpoint import grow
 
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig, PoolConfig
 from lag_megatron.errors import PlanError
@@ -58,7 +58,7 @@ def test_the_tool(checkpoint, tmp_path, capsys):
     staged = ("--operator", "staged", "--layers", 4)
     assert grow(checkpoint, tmp_path / "out", *staged, "--set", "placement=append") == 0
     assert "layers 2 -> 4: 1 2 I I\n" in capsys.readouterr().out
-    assert list(commit.damages(tmp_path / "out" / "step3")) == []
+    assert list(manifest.damages(tmp_path / "out" / "step3")) == []
     (history,) = ZeroCheckpoint.open(tmp_path / "out" / "step3").client_state["growth_history"]
     assert history["options"] == {"placement": "append"}
     assert grow(checkpoint, tmp_path / "dry", *staged, "--dry-run") == 0

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from full_state import tree_differences
 
-from lag_megatron.checkpoint import commit
+from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.growth.plan import GrowthPlan
 
@@ -42,7 +42,7 @@ def test_grows_a_tag_and_points_latest_to_it(checkpoint, tmp_path, capsys):
     (history,) = grown.client_state["growth_history"]
     assert history["target_layers"] == 3
     assert history["init_std"] == 0.02
-    assert list(commit.damages(tmp_path / "out" / "step3")) == []
+    assert list(manifest.damages(tmp_path / "out" / "step3")) == []
 
 
 def test_takes_the_folder_with_latest_and_grows_again(checkpoint, tmp_path):
@@ -108,7 +108,7 @@ def test_a_plan_file_says_everything(checkpoint, tmp_path, capsys):
     )
     (tmp_path / "plan.json").write_text(plan.to_json())
     assert grow(checkpoint, tmp_path / "out", "--plan", tmp_path / "plan.json") == 0
-    found = commit.read_manifest(tmp_path / "out" / "step3")
+    found = manifest.read_manifest(tmp_path / "out" / "step3")
     assert found["plan_digest"] == plan.digest
     assert GrowthPlan(**found["plan"]) == plan
     assert grow(checkpoint, tmp_path / "o", "--plan", tmp_path / "plan.json", "--seed", 1) == 2
@@ -118,7 +118,7 @@ def test_a_plan_file_says_everything(checkpoint, tmp_path, capsys):
 def test_options_reach_the_plan(checkpoint, tmp_path):
     extra = ("--moments", "zero", "--seed", 9, "--init-std", 0.5)
     assert grow(checkpoint, tmp_path / "out", *LAG, "--layers", 4, *extra) == 0
-    plan = commit.read_manifest(tmp_path / "out" / "step3")["plan"]
+    plan = manifest.read_manifest(tmp_path / "out" / "step3")["plan"]
     assert (plan["moments"], plan["seed"], plan["init_std"]) == ("zero", 9, 0.5)
 
 
@@ -154,7 +154,7 @@ def test_wrong_paths_exit_2(checkpoint, tmp_path, capsys):
     assert "not a DeepSpeed checkpoint" in capsys.readouterr().err
     assert grow(checkpoint, checkpoint.parent, *LAG, "--layers", 3) == 2
     assert "exists already" in capsys.readouterr().err
-    assert list(commit.damages(checkpoint)) == []
+    assert list(manifest.damages(checkpoint)) == []
     for path in (tmp_path / "none", tmp_path):
         assert inspect(path) == 2
     with pytest.raises(SystemExit) as caught:
@@ -208,7 +208,7 @@ def copy(checkpoint, tmp_path):
 
 
 def test_verify_without_a_manifest_is_not_sound(copy, capsys):
-    (copy / commit.MANIFEST).unlink()
+    (copy / manifest.MANIFEST).unlink()
     assert inspect(copy) == 0
     assert "unverified" in capsys.readouterr().out
     assert inspect(copy, "--verify") == 1
@@ -235,7 +235,7 @@ def test_damage_is_not_sound(copy, capsys, verify):
     (copy / SHARD).unlink()
     assert inspect(copy, *verify) == 1
     assert "missing" in capsys.readouterr().err
-    (copy / commit.MANIFEST).write_text("{")
+    (copy / manifest.MANIFEST).write_text("{")
     assert inspect(copy, *verify) == 1
     assert "damaged" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import torch
 
-from lag_megatron.checkpoint.zipcheck import damaged_records, has_checksums
+from lag_megatron.checkpoint.storage.torch_zip import damaged_records, has_checksums
 from lag_megatron.errors import CheckpointError
 
 TENSORS = {"a": torch.arange(1000.0), "b": torch.tensor(3.0)}

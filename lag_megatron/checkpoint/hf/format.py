@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint.integrity import EVERYTHING, Look
 from lag_megatron.checkpoint.state.box import Shape, numel
-from lag_megatron.checkpoint.zipcheck import damaged_records, has_checksums
+from lag_megatron.checkpoint.storage.integrity import EVERYTHING, Look
+from lag_megatron.checkpoint.storage.torch_zip import damaged_records, has_checksums
 from lag_megatron.errors import CheckpointError
 
 CONFIG, TRAINER = "config.json", "trainer_state.json"

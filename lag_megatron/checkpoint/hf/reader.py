@@ -11,12 +11,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.hf import format as hf_format
 from lag_megatron.checkpoint.hf.architecture import ARCHITECTURES, Architecture
 from lag_megatron.checkpoint.hf.tensor_map import Heads, Row, Run, expand, runs, shape_of
 from lag_megatron.checkpoint.hf.tensors import DTYPES, Stored, open_tensors
-from lag_megatron.checkpoint.integrity import Look
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.deepspeed_defaults import (
     SETTINGS_NOTE,
@@ -28,6 +26,8 @@ from lag_megatron.checkpoint.state.deepspeed_defaults import (
 )
 from lag_megatron.checkpoint.state.layout import State
 from lag_megatron.checkpoint.state.source import WholeParameters
+from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.storage.integrity import Look
 from lag_megatron.config import ModelConfig, padded_vocab_size
 from lag_megatron.errors import CheckpointError, ConfigError
 
@@ -122,7 +122,7 @@ class Import:
         Raises:
             CheckpointError: naming the file, or both tensors.
         """
-        committed = commit.is_committed(self.path)
+        committed = manifest.is_committed(self.path)
         if found := list(
             look.damages(self.path) if committed else hf_format.damages(self.path, look)
         ):

@@ -7,9 +7,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.hf import format as hf_format
 from lag_megatron.checkpoint.state.box import Shape
+from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.errors import CheckpointError
 
 DTYPES = ("F32", "BF16", "F16", "torch.float32", "torch.bfloat16", "torch.float16")
@@ -68,7 +68,7 @@ def _pickled(path: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for name in names:
         file = path / name
-        values = pickles.load(file)
+        values = torch_pickle.load(file)
         if not isinstance(values, dict):
             raise CheckpointError(f"{file}: holds no tensors by name.")
         found |= {

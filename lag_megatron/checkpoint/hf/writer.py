@@ -10,17 +10,17 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from lag_megatron.checkpoint import commit
 from lag_megatron.checkpoint.hf.architecture import Architecture, architecture_of
 from lag_megatron.checkpoint.hf.safetensors_writer import INDEX, SafetensorsFile, lay_out
 from lag_megatron.checkpoint.hf.tensor_map import Heads, Row, expand, runs, shape_of
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile, save_tokenizer
-from lag_megatron.checkpoint.integrity import Look
 from lag_megatron.checkpoint.parts import Order, Part
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.state.spec import DTYPES
 from lag_megatron.checkpoint.state.unsharded import WholeState
+from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.storage.integrity import Look
 from lag_megatron.checkpoint.stream import Crew, Span, write_spans
 from lag_megatron.config import ModelConfig
 from lag_megatron.errors import CheckpointError
@@ -76,7 +76,7 @@ class Export:
                 "dtype": self.dtype,
                 "vocabulary": self.vocab_size,
                 "weights": [file.name for file in files],
-                "tokenizer": [commit.checksum(file) for file in self._tokenizer_files],
+                "tokenizer": [manifest.checksum(file) for file in self._tokenizer_files],
             },
             needed=sum(map(numel, self.shapes.values())) * DTYPES[self.dtype].itemsize,
             what="the exported model",
@@ -216,7 +216,7 @@ class Export:
             (folder / INDEX).write_text(index, encoding="utf-8")
         # Weights are being written beside.
         written = [p for p in folder.iterdir() if p.suffix != ".safetensors" and p.name[0] != "."]
-        return {path.name: commit.seal(path) for path in written}
+        return {path.name: manifest.seal(path) for path in written}
 
     def _save_config(self, folder: Path) -> None:
         import transformers  # seconds; what only describes a checkpoint does without

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from lag_megatron.checkpoint.integrity import EVERYTHING, Look
 from lag_megatron.checkpoint.state.box import Box, Shape, numel
-from lag_megatron.checkpoint.zipcheck import damaged_records
+from lag_megatron.checkpoint.storage.integrity import EVERYTHING, Look
+from lag_megatron.checkpoint.storage.torch_zip import damaged_records
 from lag_megatron.errors import CheckpointError
 
 METADATA = ".metadata"

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from lag_megatron.checkpoint import pickles
 from lag_megatron.checkpoint.megatron import dcp_metadata
 from lag_megatron.checkpoint.megatron.dcp_metadata import Contents, StoredTensor
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.param_names import layers_in
-from lag_megatron.checkpoint.zipcheck import damaged_records
+from lag_megatron.checkpoint.storage import torch_pickle
+from lag_megatron.checkpoint.storage.torch_zip import damaged_records
 from lag_megatron.errors import CheckpointError
 
 CONFIG, COMMON = "metadata.json", "common.pt"
@@ -105,7 +105,7 @@ def read_common(path: Path) -> tuple[Mapping[str, Any], str]:
     file = path / COMMON
     if not file.is_file():
         raise CheckpointError(f"{file}: missing. Restore it, or use another checkpoint.")
-    safe: list[Any] = [argparse.Namespace, *pickles.STAND_INS.items()]
+    safe: list[Any] = [argparse.Namespace, *torch_pickle.STAND_INS.items()]
     try:
         with torch.serialization.safe_globals(safe):
             found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)

@@ -18,8 +18,6 @@ import torch
 from numpy._core.multiarray import _reconstruct
 from torch import Tensor
 
-from lag_megatron.checkpoint import pickles
-from lag_megatron.checkpoint.integrity import EVERYTHING, Look
 from lag_megatron.checkpoint.megatron.arguments import model_of
 from lag_megatron.checkpoint.megatron.param_names import in_model_order, own_name
 from lag_megatron.checkpoint.state.box import Shape, numel
@@ -34,7 +32,9 @@ from lag_megatron.checkpoint.state.layout import State
 from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.state.source import WholeParameters
 from lag_megatron.checkpoint.state.tensor_parallel import is_gated, pieces, whole_shape
-from lag_megatron.checkpoint.zipcheck import damaged_records
+from lag_megatron.checkpoint.storage import torch_pickle
+from lag_megatron.checkpoint.storage.integrity import EVERYTHING, Look
+from lag_megatron.checkpoint.storage.torch_zip import damaged_records
 from lag_megatron.errors import CheckpointError
 
 _FILE = "model_optim_rng.pt"
@@ -216,18 +216,18 @@ def _load(file: Path) -> Mapping[str, Any]:
     """
     if not file.is_file():
         raise CheckpointError(f"{file}: missing. Restore it from a copy.")
-    safe: list[Any] = [argparse.Namespace, *pickles.STAND_INS.items(), *_NUMPY]
+    safe: list[Any] = [argparse.Namespace, *torch_pickle.STAND_INS.items(), *_NUMPY]
     try:
         with torch.serialization.safe_globals(safe):
             found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file}: holds objects that are not known here ({pickles.cause(error)}). Reading them "
+            f"{file}: holds objects that are not known here ({torch_pickle.cause(error)}). Reading them "
             "could run code, so it was left alone. Save it as torch_dist."
         ) from None
     except (RuntimeError, ValueError, EOFError, OSError) as error:
         raise CheckpointError(
-            f"{file}: damaged or cut short: {pickles.cause(error)}. Restore it from a copy."
+            f"{file}: damaged or cut short: {torch_pickle.cause(error)}. Restore it from a copy."
         ) from None
     if not isinstance(found, dict) or not isinstance(found.get("model"), dict):
         raise CheckpointError(f"{file}: holds no model of Megatron-Core.")

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.integrity import Look
 from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint
 from lag_megatron.checkpoint.megatron.arguments import model_of
 from lag_megatron.checkpoint.megatron.dcp_metadata import Contents, Place, StoredTensor
@@ -27,7 +25,9 @@ from lag_megatron.checkpoint.state.deepspeed_defaults import (
 from lag_megatron.checkpoint.state.layout import Group, GroupState, State
 from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.state.source import WholeParameters
-from lag_megatron.checkpoint.zipcheck import tensor_records
+from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.storage.integrity import Look
+from lag_megatron.checkpoint.storage.torch_zip import tensor_records
 from lag_megatron.errors import CheckpointError
 
 # What the optimizer's states are called, by Megatron's optimizers and by torch's.
@@ -51,8 +51,8 @@ def open_megatron(path: Path, *, weights_only: bool = False) -> WholeParameters:
         CheckpointError: if it is not finished, damaged, or holds parameters that are not known, or
             an optimizer's states in a form that is not.
     """
-    if commit.is_committed(path):
-        commit.check_sizes(path)
+    if manifest.is_committed(path):
+        manifest.check_sizes(path)
     if problems := dist_checkpoint.describe(path)["problems"]:
         raise CheckpointError(f"{path}: {problems[0]}")
     contents = dcp_metadata.read_metadata(path)
@@ -189,7 +189,7 @@ class _Reader:
 
     def check(self, look: Look) -> None:
         """Refuse content that differs from its checksums."""
-        committed = commit.is_committed(self.path)
+        committed = manifest.is_committed(self.path)
         found = list(
             look.damages(self.path) if committed else dcp_metadata.damages(self.contents, look)
         )

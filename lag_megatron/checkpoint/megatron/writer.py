@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.integrity import EVERYTHING
 from lag_megatron.checkpoint.megatron.dcp_metadata import METADATA, Place, StoredTensor
 from lag_megatron.checkpoint.megatron.dcp_metadata_writer import write_metadata
 from lag_megatron.checkpoint.megatron.dist_checkpoint import COMMON, CONFIG
@@ -25,6 +23,8 @@ from lag_megatron.checkpoint.state.layout import STATES, State
 from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.state.spec import DTYPES, Room
 from lag_megatron.checkpoint.state.unsharded import WholeState
+from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.storage.integrity import EVERYTHING
 from lag_megatron.checkpoint.stream import Crew
 from lag_megatron.checkpoint.zero_write import write_objects
 from lag_megatron.errors import CheckpointError
@@ -115,7 +115,7 @@ class _Stored:
         lengths = {name: entry["size"] for name, entry in files.items()}
         nothing = Place(_NOTHING, 0, (folder / _NOTHING).stat().st_size, transformed=False)
         write_metadata(folder, self._tensors(lengths), dict.fromkeys(self._empty(), nothing))
-        return {n: commit.seal(folder / n) for n in (_NOTHING, COMMON, CONFIG, METADATA)}
+        return {n: manifest.seal(folder / n) for n in (_NOTHING, COMMON, CONFIG, METADATA)}
 
     def _kinds(self) -> Iterator[tuple[str, State, torch.dtype]]:
         """Prefix, values and precision of everything that is stored of a parameter."""

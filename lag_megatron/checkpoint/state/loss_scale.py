@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lag_megatron.checkpoint import pickles
+from lag_megatron.checkpoint.storage import torch_pickle
 
 # DeepSpeed's own defaults for fp16 (runtime/precision_config.py, fp16/loss_scaler.py).
 _INITIAL_SCALE_POWER = 16
@@ -82,10 +82,10 @@ class LossScale:
     def as_object(self) -> Any:
         """For ZeRO 1 to 3."""
         if not self.dynamic:
-            scaler: Any = pickles.LossScaler()
+            scaler: Any = torch_pickle.LossScaler()
             vars(scaler).update(cur_scale=self.scale, dynamic=False)
             return scaler
-        scaler = pickles.DynamicLossScaler()
+        scaler = torch_pickle.DynamicLossScaler()
         vars(scaler).update(
             cur_scale=self.scale,
             dynamic=True,

@@ -12,8 +12,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lag_megatron.checkpoint.integrity import EVERYTHING, Look
-from lag_megatron.checkpoint.paging import read_ahead
 from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.checkpoint.state.layout import (
     Container,
@@ -27,6 +25,8 @@ from lag_megatron.checkpoint.state.layout import (
 )
 from lag_megatron.checkpoint.state.loss_scale import LossScale
 from lag_megatron.checkpoint.state.optimizer_states import Optimizer
+from lag_megatron.checkpoint.storage.integrity import EVERYTHING, Look
+from lag_megatron.checkpoint.storage.page_cache import read_ahead
 
 # The layout of a state that nothing has cut.
 WHOLE = Topology(zero_stage=0, data_size=1, tensor_size=1, precision="fp32")

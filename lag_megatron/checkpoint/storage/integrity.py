@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from lag_megatron.checkpoint import commit
-from lag_megatron.checkpoint.zipcheck import damaged_records, has_checksums
+from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.storage.torch_zip import damaged_records, has_checksums
 from lag_megatron.errors import CheckpointError
 
 T = TypeVar("T")
@@ -32,8 +32,8 @@ class Look:
 
     def damages(self, path: Path) -> Iterator[str]:
         """The damages that a committed directory's manifest shows, with the reason."""
-        names = self.share(commit.read_manifest(path)["files"])
-        yield from commit.damages(path, names, states=self.states)
+        names = self.share(manifest.read_manifest(path)["files"])
+        yield from manifest.damages(path, names, states=self.states)
 
 
 EVERYTHING = Look()
@@ -72,14 +72,14 @@ def require_sound(
 
 def is_verifiable(path: Path) -> bool:
     """Whether every byte of a tag directory has a checksum, so that no damage can hide."""
-    return commit.is_committed(path) or all(map(has_checksums, path.glob("*.pt")))
+    return manifest.is_committed(path) or all(map(has_checksums, path.glob("*.pt")))
 
 
 def _damages(
     path: Path, names: Collection[str] | None, states: Collection[str] | None
 ) -> Iterator[str]:
-    if commit.is_committed(path):
-        yield from commit.damages(path, names, states=states)
+    if manifest.is_committed(path):
+        yield from manifest.damages(path, names, states=states)
         return
     for name in sorted(p.name for p in path.glob("*.pt")) if names is None else sorted(names):
         for record in damaged_records(path / name):

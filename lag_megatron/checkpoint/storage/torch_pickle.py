@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint.zipcheck import is_plain_pickle, tensor_records
+from lag_megatron.checkpoint.storage.torch_zip import is_plain_pickle, tensor_records
 from lag_megatron.errors import CheckpointError
 
 
