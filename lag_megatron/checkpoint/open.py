@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import describe, universal
+from lag_megatron.checkpoint import describe
 from lag_megatron.checkpoint.hf import format as hf_format
 from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint, legacy_reader
 from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.universal import format as universal_format
 from lag_megatron.checkpoint.zero import resolve as resolve_zero
 from lag_megatron.errors import CheckpointError
 
@@ -21,15 +22,15 @@ ZERO, UNIVERSAL, MEGATRON, DCP, HF = "zero", "universal", "megatron", "dcp", "hf
 LEGACY = "megatron_legacy"
 _MEGATRON_POINTER = "latest_checkpointed_iteration.txt"
 _DESCRIBE: dict[str, Callable[[Path], dict[str, Any]]] = {
-    UNIVERSAL: universal.describe,
+    UNIVERSAL: universal_format.describe,
     MEGATRON: dist_checkpoint.describe,
     DCP: dist_checkpoint.describe,
     LEGACY: legacy_reader.describe,
     HF: hf_format.describe,
 }
 _DAMAGES: dict[str, Callable[[Path], Iterator[str]]] = {
-    ZERO: universal.damages,  # both are files of torch.save
-    UNIVERSAL: universal.damages,
+    ZERO: universal_format.damages,  # both are files of torch.save
+    UNIVERSAL: universal_format.damages,
     MEGATRON: dist_checkpoint.damages,
     DCP: dist_checkpoint.damages,
     LEGACY: legacy_reader.damages,
@@ -45,7 +46,7 @@ def resolve(path: Path) -> Path:
     """
     if not path.is_dir() or (path / "latest").is_file():
         return resolve_zero(path)
-    for pointer, form in ((universal.POINTER, "{}"), (_MEGATRON_POINTER, "iter_{:0>7}")):
+    for pointer, form in ((universal_format.POINTER, "{}"), (_MEGATRON_POINTER, "iter_{:0>7}")):
         if (path / pointer).is_file():
             text = (path / pointer).read_text().strip()
             tag = path / (text if text == "release" else form.format(text))
@@ -61,7 +62,7 @@ def detect(path: Path) -> str:
     Raises:
         CheckpointError: if it holds none.
     """
-    if universal.looks_universal(path):
+    if universal_format.looks_universal(path):
         return UNIVERSAL
     if any(path.glob("*_states.pt")):
         return ZERO

@@ -17,8 +17,8 @@ from lag_megatron.checkpoint.parts import Order
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import WHOLE, Source
 from lag_megatron.checkpoint.state.unsharded import WholeState
-from lag_megatron.checkpoint.universal_read import open_universal
-from lag_megatron.checkpoint.universal_write import universal_order
+from lag_megatron.checkpoint.universal.reader import open_universal
+from lag_megatron.checkpoint.universal.writer import universal_order
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.growth.offline import zero_order

@@ -19,8 +19,8 @@ from lag_megatron.checkpoint.state.optimizer_states import role_of
 from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.stream import Crew
-from lag_megatron.checkpoint.universal import FOLDER
-from lag_megatron.checkpoint.universal_write import universal_order, write_states
+from lag_megatron.checkpoint.universal.format import FOLDER
+from lag_megatron.checkpoint.universal.writer import universal_order, write_states
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.convert import whole_state
 from lag_megatron.growth.growth_map import Copy

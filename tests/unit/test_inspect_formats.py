@@ -11,7 +11,7 @@ import torch
 from foreign import HISTORY, PICO_PARAMETERS, UNVERIFIED, look_at, made_in
 from test_tools_checkpoint import inspect
 
-from lag_megatron.checkpoint.universal import Universal
+from lag_megatron.checkpoint.universal.format import Universal
 
 # Torch says so of every save by a single process.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")

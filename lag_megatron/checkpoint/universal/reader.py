@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint import universal
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.deepspeed_defaults import blank_groups
 from lag_megatron.checkpoint.state.layout import Group, GroupState, State
@@ -16,7 +15,8 @@ from lag_megatron.checkpoint.state.source import WholeParameters
 from lag_megatron.checkpoint.state.tensor_parallel import GATED, is_gated, whole_shape
 from lag_megatron.checkpoint.storage import manifest, torch_pickle
 from lag_megatron.checkpoint.storage.integrity import Look
-from lag_megatron.checkpoint.universal import FOLDER, OPTIMIZER, Universal
+from lag_megatron.checkpoint.universal import format as universal_format
+from lag_megatron.checkpoint.universal.format import FOLDER, OPTIMIZER, Universal
 from lag_megatron.errors import CheckpointError
 
 
@@ -28,7 +28,7 @@ def open_universal(path: Path) -> WholeParameters:
     """
     if manifest.is_committed(path):
         manifest.check_sizes(path)
-    if problems := universal.describe(path)["problems"]:
+    if problems := universal_format.describe(path)["problems"]:
         raise CheckpointError(f"{path}: {problems[0]}")
     checkpoint = Universal.open(path)
     degrees = checkpoint.header.get("checkpoint_parallel_dimensions") or {}
@@ -98,7 +98,7 @@ class _Reader:
         """Refuse content that differs from its checksums."""
         committed = manifest.is_committed(self.path)
         if found := list(
-            look.damages(self.path) if committed else universal.damages(self.path, look)
+            look.damages(self.path) if committed else universal_format.damages(self.path, look)
         ):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Convert again.")
 

@@ -26,7 +26,7 @@ from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING
 from lag_megatron.checkpoint.stream import Crew
-from lag_megatron.checkpoint.universal import FOLDER, OPTIMIZER, POINTER
+from lag_megatron.checkpoint.universal.format import FOLDER, OPTIMIZER, POINTER
 from lag_megatron.checkpoint.zero_files import model_file
 from lag_megatron.checkpoint.zero_write import write_objects
 from lag_megatron.errors import CheckpointError
