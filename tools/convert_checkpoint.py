@@ -11,8 +11,8 @@ from pathlib import Path
 from growing import add_growth_options, plan_of, progress, topology_of
 
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
-from lag_megatron.checkpoint.parts import write
 from lag_megatron.checkpoint.state.source import WHOLE, Source, WholeParameters
+from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.errors import LagError, PlanError
 from lag_megatron.growth.convert import Conversion, open_source
 from lag_megatron.growth.verify import differences

@@ -12,10 +12,10 @@ from pathlib import Path
 from growing import TOPOLOGY, add_growth_options, plan_of, progress, topology_of
 
 from lag_megatron.checkpoint import open
-from lag_megatron.checkpoint.parts import write
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import WHOLE
 from lag_megatron.checkpoint.storage.integrity import is_verifiable
+from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero import ZeroCheckpoint, resolve
 from lag_megatron.errors import LagError, PlanError
 from lag_megatron.growth.convert import open_source

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lag_megatron.checkpoint.mould import Moulds
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import Layout, Topology
 from lag_megatron.checkpoint.state.region import Fill
 from lag_megatron.checkpoint.state.spec import DTYPES, Draft, Room
 from lag_megatron.checkpoint.storage import torch_pickle
-from lag_megatron.checkpoint.stream import ALONE, Crew, Span, write_spans
+from lag_megatron.checkpoint.writer.file_template import Moulds
+from lag_megatron.checkpoint.writer.file_writer import ALONE, Crew, Span, write_spans
 from lag_megatron.checkpoint.zero_files import model_file, optimizer_file
 from lag_megatron.checkpoint.zero_model import model_objects
 from lag_megatron.checkpoint.zero_optimizer import optimizer_objects

@@ -11,8 +11,8 @@ from lag_megatron.checkpoint import open
 from lag_megatron.checkpoint.hf import format as hf_format
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
 from lag_megatron.checkpoint.hf.writer import Precision
-from lag_megatron.checkpoint.parts import write
 from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, ConfigError, DataError
 from lag_megatron.growth.convert import Conversion

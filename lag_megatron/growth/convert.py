@@ -13,12 +13,12 @@ from lag_megatron.checkpoint.hf.writer import Export, Precision
 from lag_megatron.checkpoint.megatron.legacy_reader import open_legacy
 from lag_megatron.checkpoint.megatron.reader import open_megatron
 from lag_megatron.checkpoint.megatron.writer import megatron_order
-from lag_megatron.checkpoint.parts import Order
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import WHOLE, Source
 from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.checkpoint.universal.reader import open_universal
 from lag_megatron.checkpoint.universal.writer import universal_order
+from lag_megatron.checkpoint.writer.job import Order
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.growth.offline import zero_order

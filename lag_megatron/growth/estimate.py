@@ -10,7 +10,7 @@ from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.optimizer_states import role_of, shape_of, states_of
 from lag_megatron.checkpoint.state.spec import DTYPES
 from lag_megatron.checkpoint.state.tensor_parallel import cut_dim
-from lag_megatron.checkpoint.stream import PIECE_BYTES, ROOM_BYTES
+from lag_megatron.checkpoint.writer.file_writer import PIECE_BYTES, ROOM_BYTES
 from lag_megatron.growth.fresh import Diagonals, Normal
 from lag_megatron.growth.growth_map import Copy
 from lag_megatron.growth.materialize import Growth

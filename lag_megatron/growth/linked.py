@@ -11,16 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint.mould import Moulds
-from lag_megatron.checkpoint.parts import Order, Part
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import STATES, State, Topology
 from lag_megatron.checkpoint.state.optimizer_states import role_of
 from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.stream import Crew
 from lag_megatron.checkpoint.universal.format import FOLDER
 from lag_megatron.checkpoint.universal.writer import universal_order, write_states
+from lag_megatron.checkpoint.writer.file_template import Moulds
+from lag_megatron.checkpoint.writer.file_writer import Crew
+from lag_megatron.checkpoint.writer.job import Order, Part
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.convert import whole_state
 from lag_megatron.growth.growth_map import Copy

@@ -20,14 +20,14 @@ from lag_megatron.checkpoint.megatron.dcp_metadata_writer import write_metadata
 from lag_megatron.checkpoint.megatron.param_names import Stacked, parameters_in, stored_as
 from lag_megatron.checkpoint.megatron.reader import prefixes_of
 from lag_megatron.checkpoint.megatron.writer import TRACKER
-from lag_megatron.checkpoint.parts import Order, Part
 from lag_megatron.checkpoint.state.box import Box, numel
 from lag_megatron.checkpoint.state.layout import State
 from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.checkpoint.state.spec import Room
 from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.checkpoint.storage import manifest, torch_pickle
-from lag_megatron.checkpoint.stream import Crew
+from lag_megatron.checkpoint.writer.file_writer import Crew
+from lag_megatron.checkpoint.writer.job import Order, Part
 from lag_megatron.checkpoint.zero_write import write_objects
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.convert import whole_state

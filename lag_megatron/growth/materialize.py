@@ -27,7 +27,7 @@ from lag_megatron.checkpoint.state.tensor_parallel import (
     whole_shape,
 )
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.stream import ALONE, Crew
+from lag_megatron.checkpoint.writer.file_writer import ALONE, Crew
 from lag_megatron.checkpoint.zero_write import bytes_of, write_rank
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.fill import Filler

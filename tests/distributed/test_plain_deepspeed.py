@@ -27,7 +27,7 @@ from plain_program import (
     train_and_save,
 )
 
-from lag_megatron.checkpoint.parts import write
+from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.convert import Conversion, open_source

@@ -6,9 +6,9 @@ import os
 import pytest
 from converting import convert, refused, save_families
 
-from lag_megatron.checkpoint import parts
-from lag_megatron.checkpoint.record import Record
 from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.writer import job
+from lag_megatron.checkpoint.writer.progress_log import Record
 
 families = pytest.fixture(save_families, scope="module")
 
@@ -77,7 +77,7 @@ def test_a_pointer_that_cannot_be_written_is_told_as_such(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts.Order, "point", full)
+        patch.setattr(job.Order, "point", full)
         error = refused(capsys, 2, checkpoint, tmp_path / "out", "--to", "megatron")
     assert "is written, but latest_checkpointed_iteration.txt beside it is not" in error
     assert convert(checkpoint, tmp_path / "out", "--to", "megatron") == 0

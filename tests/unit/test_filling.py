@@ -11,14 +11,14 @@ import pytest
 import torch
 import xxhash
 
-from lag_megatron.checkpoint import stream
-from lag_megatron.checkpoint.mould import Moulds
-from lag_megatron.checkpoint.relay import Relay
 from lag_megatron.checkpoint.state.layout import Container, Segment
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.checkpoint.state.spec import Room
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.stream import Crew, Span, write_spans
+from lag_megatron.checkpoint.writer import file_writer
+from lag_megatron.checkpoint.writer.file_template import Moulds
+from lag_megatron.checkpoint.writer.file_writer import Crew, Span, write_spans
+from lag_megatron.checkpoint.writer.ordered_pool import Relay
 from lag_megatron.checkpoint.zero_write import write_objects
 from lag_megatron.errors import CheckpointError
 
@@ -148,8 +148,8 @@ def test_a_thread_that_waits_comes_back_when_another_fails():
 @pytest.mark.parametrize("block", [1 << 22, 1 << 12])
 def test_rows_that_lie_as_columns(block, dtype, tmp_path, monkeypatch):
     """Matrices of 96 x 40 among others, turned whole or some rows at a time, by four threads."""
-    monkeypatch.setattr(stream, "_BLOCK_BYTES", block)
-    monkeypatch.setattr(stream, "_WINDOW_BYTES", 1 << 10)
+    monkeypatch.setattr(file_writer, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(file_writer, "_WINDOW_BYTES", 1 << 10)
     rows, width, size = 96, 40, dtype.itemsize
     spans, at = [], 8
     for _ in range(3):

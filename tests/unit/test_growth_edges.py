@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_checkpoint_errors import MODEL, SHARD, change, plan
 
-from lag_megatron.checkpoint import stream
 from lag_megatron.checkpoint.state.layout import Topology, make_layout
 from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.writer import file_writer
 from lag_megatron.checkpoint.zero import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.growth.growth_map import grown_names
@@ -153,8 +153,8 @@ def test_a_disk_that_fails_while_writing_leaves_nothing(checkpoint, tmp_path, mo
             raise OSError(5, "Input/output error")
         return pwrite(*arguments)
 
-    pwrite = stream.os.pwrite
-    monkeypatch.setattr(stream.os, "pwrite", failing)
+    pwrite = file_writer.os.pwrite
+    monkeypatch.setattr(file_writer.os, "pwrite", failing)
     growth = Growth(ZeroCheckpoint.open(checkpoint), plan())
     with pytest.raises(CheckpointError, match="cannot write: Input/output error"):
         growth.write_rank(tmp_path, tensor_rank=0, data_rank=0)

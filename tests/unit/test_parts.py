@@ -6,9 +6,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from lag_megatron.checkpoint import parts
-from lag_megatron.checkpoint.parts import Order, Part
 from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.writer import job
+from lag_megatron.checkpoint.writer.job import Order, Part
 
 
 def order(target, works):
@@ -31,10 +31,10 @@ def test_the_first_that_fails_is_raised_before_others_end():
     with ThreadPoolExecutor(2) as pool:
         tasks = [pool.submit(may_end.wait, 60), pool.submit(fail)]
         with pytest.raises(OSError, match="no room"):
-            parts._require(tasks)
+            job._require(tasks)
         assert not tasks[0].done()
         may_end.set()
-        parts._require(tasks[:1])
+        job._require(tasks[:1])
         assert tasks[0].done()
 
 
@@ -50,13 +50,13 @@ def test_who_waits_holds_no_lock_that_a_worker_needs(monkeypatch):
         tasks = [pool.submit(time.sleep, 0.2) for _ in range(4)]
         with monkeypatch.context() as patch:
             patch.setattr(threading.Condition, "wait", watched)
-            parts._require(tasks)
+            job._require(tasks)
         assert all(task.done() for task in tasks)
 
 
 def test_neither_parts_nor_their_flushes_are_waited_for_one_by_one(tmp_path, monkeypatch):
     """The wait for a task's result is on a condition, too."""
-    result, flush, here = Future.result, parts.flush_to_disk, threading.current_thread()
+    result, flush, here = Future.result, job.flush_to_disk, threading.current_thread()
     flushed = []
 
     def watched(task, timeout=None):
@@ -75,8 +75,8 @@ def test_neither_parts_nor_their_flushes_are_waited_for_one_by_one(tmp_path, mon
         return {"inner/file": {"size": 7}}
 
     monkeypatch.setattr(Future, "result", watched)
-    monkeypatch.setattr(parts, "flush_to_disk", slow)
-    assert parts.write(order(tmp_path / "step3", {"only": write}))
+    monkeypatch.setattr(job, "flush_to_disk", slow)
+    assert job.write(order(tmp_path / "step3", {"only": write}))
     assert flushed == ["file", "inner"]
 
 
@@ -89,7 +89,7 @@ def test_a_key_before_all_parts_have_begun_ends_those_that_have(tmp_path, monkey
             for _ in range(600):
                 crew.told(1)
                 time.sleep(0.05)
-        except parts._Abandoned:
+        except job._Abandoned:
             ended.append(True)
             raise
 
@@ -102,10 +102,10 @@ def test_a_key_before_all_parts_have_begun_ends_those_that_have(tmp_path, monkey
                 raise KeyboardInterrupt
             return super().submit(work, *given)
 
-    monkeypatch.setattr(parts, "ThreadPoolExecutor", Interrupted)
+    monkeypatch.setattr(job, "ThreadPoolExecutor", Interrupted)
     target = tmp_path / "step3"
     with pytest.raises(KeyboardInterrupt):
-        parts.write(order(target, {"first": write, "second": write}), workers=2)
+        job.write(order(target, {"first": write, "second": write}), workers=2)
     assert ended == [True]
     assert not target.exists()
     assert manifest.temporary(target).is_dir()  # the same call goes on from it

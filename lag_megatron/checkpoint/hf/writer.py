@@ -14,14 +14,14 @@ from lag_megatron.checkpoint.hf.architecture import Architecture, architecture_o
 from lag_megatron.checkpoint.hf.safetensors_writer import INDEX, SafetensorsFile, lay_out
 from lag_megatron.checkpoint.hf.tensor_map import Heads, Row, expand, runs, shape_of
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile, save_tokenizer
-from lag_megatron.checkpoint.parts import Order, Part
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.state.spec import DTYPES
 from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import Look
-from lag_megatron.checkpoint.stream import Crew, Span, write_spans
+from lag_megatron.checkpoint.writer.file_writer import Crew, Span, write_spans
+from lag_megatron.checkpoint.writer.job import Order, Part
 from lag_megatron.config import ModelConfig
 from lag_megatron.errors import CheckpointError
 

@@ -17,7 +17,6 @@ from lag_megatron.checkpoint.megatron.dcp_metadata import METADATA, Place, Store
 from lag_megatron.checkpoint.megatron.dcp_metadata_writer import write_metadata
 from lag_megatron.checkpoint.megatron.dist_checkpoint import COMMON, CONFIG
 from lag_megatron.checkpoint.megatron.param_names import Stacked, stored_as
-from lag_megatron.checkpoint.parts import Order, Part
 from lag_megatron.checkpoint.state.box import Box, numel
 from lag_megatron.checkpoint.state.layout import STATES, State
 from lag_megatron.checkpoint.state.param_names import layers_in
@@ -25,7 +24,8 @@ from lag_megatron.checkpoint.state.spec import DTYPES, Room
 from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING
-from lag_megatron.checkpoint.stream import Crew
+from lag_megatron.checkpoint.writer.file_writer import Crew
+from lag_megatron.checkpoint.writer.job import Order, Part
 from lag_megatron.checkpoint.zero_write import write_objects
 from lag_megatron.errors import CheckpointError
 

@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-from lag_megatron.checkpoint.mould import Moulds
-from lag_megatron.checkpoint.parts import Order, Part
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import STATES, Topology
 from lag_megatron.checkpoint.state.spec import Draft, Room, deepspeed_config
@@ -25,8 +23,10 @@ from lag_megatron.checkpoint.state.tensor_parallel import GATED, cut_dim, is_gat
 from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING
-from lag_megatron.checkpoint.stream import Crew
 from lag_megatron.checkpoint.universal.format import FOLDER, OPTIMIZER, POINTER
+from lag_megatron.checkpoint.writer.file_template import Moulds
+from lag_megatron.checkpoint.writer.file_writer import Crew
+from lag_megatron.checkpoint.writer.job import Order, Part
 from lag_megatron.checkpoint.zero_files import model_file
 from lag_megatron.checkpoint.zero_write import write_objects
 from lag_megatron.errors import CheckpointError

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lag_megatron.atomic_io import flush_to_disk
-from lag_megatron.checkpoint.relay import Relay
 from lag_megatron.checkpoint.state.region import Fill, Region
-from lag_megatron.checkpoint.trail import Trail
+from lag_megatron.checkpoint.writer.checksums import Trail
+from lag_megatron.checkpoint.writer.ordered_pool import Relay
 
 # Large enough that planning a piece costs little beside copying it, small enough for the cache.
 PIECE_BYTES = 1 << 20

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from lag_megatron.atomic_io import flush_to_disk
-from lag_megatron.checkpoint.record import Record
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.stream import Crew, Rooms, Told
+from lag_megatron.checkpoint.writer.file_writer import Crew, Rooms, Told
+from lag_megatron.checkpoint.writer.progress_log import Record
 from lag_megatron.errors import CheckpointError, PlanError
 
 _FLUSHES = 8  # at a time: a file system brings small files to the disk together

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.state.region import Fill
 from lag_megatron.checkpoint.state.spec import Room
-from lag_megatron.checkpoint.stream import (
+from lag_megatron.checkpoint.writer.file_writer import (
     Crew,
     Span,
     fill_file,

@@ -1,0 +1,1 @@
+"""Writing checkpoints: jobs, files, checksums, progress after an interruption."""
