@@ -29,9 +29,9 @@ from lag_megatron.checkpoint.state.compatibility import (
 from lag_megatron.checkpoint.state.layout import Layout, Topology, make_layout
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import require_sound
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
-from lag_megatron.checkpoint.zero_files import files_of, files_of_rank
-from lag_megatron.checkpoint.zero_write import bytes_of
+from lag_megatron.checkpoint.zero.file_names import files_of, files_of_rank
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.writer import bytes_of
 from lag_megatron.config import RunConfig
 from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.data.ready import on_device

@@ -27,7 +27,7 @@ from lag_megatron.checkpoint.state.layout import (
 from lag_megatron.checkpoint.state.loss_scale import LossScale
 from lag_megatron.checkpoint.state.optimizer_states import shape_of, states_of
 from lag_megatron.checkpoint.state.region import Region
-from lag_megatron.checkpoint.zero_write import write_rank
+from lag_megatron.checkpoint.zero.writer import write_rank
 from lag_megatron.errors import PlanError
 from lag_megatron.forward_weights import follow_masters, own_weights
 from lag_megatron.growth.materialize import Growth

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config.positions import stage_ranges
 from lag_megatron.engine import Engine
 from lag_megatron.errors import CheckpointError

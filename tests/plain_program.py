@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from full_state import read_full
 from torch import nn
 
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.growth.materialize import retarget
 from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan

@@ -57,7 +57,7 @@ def probe(engine, config, world, first=3, count=2):
 
 def switch_in_place(config, base, folder):
     """On each rank: what differs between a candidate from disk and one grown in place."""
-    from lag_megatron.checkpoint.zero import ZeroCheckpoint
+    from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.engine import Engine
     from lag_megatron.growth.materialize import Growth
     from lag_megatron.growth.offline import grow_checkpoint
@@ -104,7 +104,7 @@ def kept_here(limit=float("inf")):
 def switch_from_kept(config, base, folder, plans):
     """On each rank: losses after both ways of switching, and what of the second was written."""
     from lag_megatron import live as live_module
-    from lag_megatron.checkpoint.zero import ZeroCheckpoint
+    from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.engine import Engine
     from lag_megatron.growth.materialize import Growth
     from lag_megatron.kept import KeptBase

@@ -16,7 +16,7 @@ from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import WHOLE
 from lag_megatron.checkpoint.storage.integrity import is_verifiable
 from lag_megatron.checkpoint.writer.job import write
-from lag_megatron.checkpoint.zero import ZeroCheckpoint, resolve
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint, resolve
 from lag_megatron.errors import LagError, PlanError
 from lag_megatron.growth.convert import open_source
 from lag_megatron.growth.estimate import estimate

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import describe
 from lag_megatron.checkpoint.hf import format as hf_format
 from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint, legacy_reader
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.universal import format as universal_format
-from lag_megatron.checkpoint.zero import resolve as resolve_zero
+from lag_megatron.checkpoint.zero import describe
+from lag_megatron.checkpoint.zero.reader import resolve as resolve_zero
 from lag_megatron.errors import CheckpointError
 
 ZERO, UNIVERSAL, MEGATRON, DCP, HF = "zero", "universal", "megatron", "dcp", "hf"

@@ -13,7 +13,7 @@ from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
 from lag_megatron.checkpoint.hf.writer import Precision
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer.job import write
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, ConfigError, DataError
 from lag_megatron.growth.convert import Conversion
 from lag_megatron.rundir import RunDirectory

@@ -28,7 +28,7 @@ from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.checkpoint.storage import manifest, torch_pickle
 from lag_megatron.checkpoint.writer.file_writer import Crew
 from lag_megatron.checkpoint.writer.job import Order, Part
-from lag_megatron.checkpoint.zero_write import write_objects
+from lag_megatron.checkpoint.zero.writer import write_objects
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.convert import whole_state
 from lag_megatron.growth.linked import link, origin_of

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lag_megatron.averaging import WeightAverage, fits
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import require_sound
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig
 from lag_megatron.engine import Engine
 from lag_megatron.errors import RunError

@@ -10,8 +10,8 @@ from full_state import tree_differences
 from switching import PLANS, same_files, switch_from_kept, switch_in_place
 from test_engine import build, load_into_each, steps, stop_and_resume
 
-from lag_megatron.checkpoint.describe import describe
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.describe import describe
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import OptimizerConfig
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.estimate import estimate

@@ -20,7 +20,7 @@ from full_state import read_full
 
 from lag_megatron.checkpoint.state.source import WHOLE
 from lag_megatron.checkpoint.writer.job import write
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.growth.convert import Conversion, open_source
 from lag_megatron.growth.linked import linked_universal
 from lag_megatron.growth.linked_dcp import linked_megatron

@@ -48,7 +48,7 @@ def losses_of(engine, config, world, first):
 
 def trained(config, base, graphed):
     """Losses before and after two switches of candidates, and of evaluations between."""
-    from lag_megatron.checkpoint.zero import ZeroCheckpoint
+    from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.engine import Engine
     from lag_megatron.growth.materialize import Growth
     from lag_megatron.model.graphed_layers import graph_layers

@@ -69,7 +69,7 @@ def test_the_first_loss_is_the_last_of_the_other(form, world, overrides, grown, 
 def test_the_history_goes_on_and_so_does_a_run(grown, tiny, tmp_path):
     overrides = [STAGE, "model.num_layers=3", f"checkpoint.initial={grown / 'zero'}"]
     run_ranks(train, 1, tiny, tmp_path / "run", overrides)
-    from lag_megatron.checkpoint.zero import ZeroCheckpoint
+    from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 
     state = ZeroCheckpoint.open(tmp_path / "run" / "stage00" / "step00000004").client_state
     assert [plan["target_layers"] for plan in state["growth_history"]] == [3]

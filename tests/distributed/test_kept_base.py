@@ -45,7 +45,7 @@ def test_a_gpu_keeps_its_base(stage, precision, tmp_path):
 
 def test_a_base_that_does_not_fit_is_read_from_its_shards(base, capsys):
     """It is said once; what else would have to be read stays unread."""
-    from lag_megatron.checkpoint.zero import ZeroCheckpoint
+    from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.growth.materialize import Growth
 
     growth = Growth(ZeroCheckpoint.open(base), PLANS["duplicate"])
@@ -58,7 +58,7 @@ def test_a_base_that_does_not_fit_is_read_from_its_shards(base, capsys):
 
 def test_stores_are_taken_in_their_order(base, capsys):
     """The second where the first has no room."""
-    from lag_megatron.checkpoint.zero import ZeroCheckpoint
+    from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.growth.materialize import Growth
     from lag_megatron.kept import KeptBase, Store
 
@@ -85,7 +85,7 @@ def test_stores_are_taken_in_their_order(base, capsys):
 
 def test_copies_of_too_many_pieces_are_left_to_the_shards(base, capsys, monkeypatch):
     from lag_megatron import kept as kept_module
-    from lag_megatron.checkpoint.zero import ZeroCheckpoint
+    from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.growth.materialize import Growth
 
     monkeypatch.setattr(kept_module, "MAX_RUNS", 5)
@@ -100,7 +100,7 @@ def test_a_new_base_takes_the_place_of_the_old(base, tmp_path):
     """Nothing of another checkpoint is ever written."""
     import shutil
 
-    from lag_megatron.checkpoint.zero import ZeroCheckpoint
+    from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.growth.materialize import Growth
 
     other, kept = tmp_path / "other", kept_here()
@@ -147,7 +147,7 @@ OPERATORS = {
 def test_every_region_is_what_shards_give(name, stage, tensor, base):
     """Also from one tensor-parallel size to another, whose copies are strided."""
     from lag_megatron.checkpoint.state.layout import Topology
-    from lag_megatron.checkpoint.zero import ZeroCheckpoint
+    from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.growth.materialize import Growth
     from lag_megatron.kernels.grow import by_torch
 

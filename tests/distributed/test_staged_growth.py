@@ -26,7 +26,7 @@ def grow(config, folder, plans):
 
     Every plan's state is saved as it was loaded from disk, and as it is when grown in place.
     """
-    from lag_megatron.checkpoint.zero import ZeroCheckpoint
+    from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.engine import Engine
     from lag_megatron.growth.materialize import Growth
     from lag_megatron.growth.offline import grow_checkpoint

@@ -12,7 +12,7 @@ import torch
 from conftest import PICO_VOCABULARY, pico_config, random_batches, run_ranks, train_and_save
 from full_state import differences, grow_full, read_full, tree_differences
 
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.growth.materialize import retarget
 from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan

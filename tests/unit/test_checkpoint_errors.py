@@ -8,10 +8,10 @@ import subprocess
 import pytest
 import torch
 
-from lag_megatron.checkpoint import zero_files
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.zero import ZeroCheckpoint, resolve
+from lag_megatron.checkpoint.zero import file_names
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint, resolve
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
@@ -232,7 +232,7 @@ def test_a_flipped_bit_is_found_by_the_checksums(checkpoint, target):
 
 def test_names_of_files():
     topology = Topology(zero_stage=3, data_size=11, tensor_size=2, precision="bf16")
-    names = zero_files.files_of(topology)
+    names = file_names.files_of(topology)
     assert len(names) == len(set(names)) == 44
     assert "zero_pp_rank_10_mp_rank_01_model_states.pt" in names
     assert "bf16_zero_pp_rank_10_mp_rank_01_optim_states.pt" in names

@@ -14,7 +14,7 @@ from test_tools_checkpoint import grow, inspect
 from tokenizers import models, pre_tokenizers
 
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import OptimizerConfig
 
 families = pytest.fixture(save_families, scope="module")

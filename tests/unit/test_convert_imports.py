@@ -19,7 +19,7 @@ from full_state import read_full
 from hf_weights import LAYERS, VOCABULARY, megatron_weights
 
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import ModelConfig
 
 families = pytest.fixture(save_families, scope="module")

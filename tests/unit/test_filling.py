@@ -19,7 +19,7 @@ from lag_megatron.checkpoint.writer import file_writer
 from lag_megatron.checkpoint.writer.file_template import Moulds
 from lag_megatron.checkpoint.writer.file_writer import Crew, Span, write_spans
 from lag_megatron.checkpoint.writer.ordered_pool import Relay
-from lag_megatron.checkpoint.zero_write import write_objects
+from lag_megatron.checkpoint.zero.writer import write_objects
 from lag_megatron.errors import CheckpointError
 
 

@@ -10,7 +10,7 @@ from test_checkpoint_errors import MODEL, SHARD, change, plan
 from lag_megatron.checkpoint.state.layout import Topology, make_layout
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer import file_writer
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.growth.growth_map import grown_names
 from lag_megatron.growth.materialize import Growth, resharding, retarget

@@ -9,7 +9,7 @@ from full_state import tree_differences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.growth.materialize import resharding, retarget
 from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan

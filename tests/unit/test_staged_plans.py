@@ -7,7 +7,7 @@ from staging import groups_of, plan_of
 from test_tools_checkpoint import grow
 
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig, PoolConfig
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.growth_map import depth_map

@@ -13,7 +13,7 @@ from conftest import ROOT
 from full_state import tree_differences
 
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.growth.plan import GrowthPlan
 
 SHARD = "zero_pp_rank_1_mp_rank_00_optim_states.pt"

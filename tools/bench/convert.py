@@ -28,7 +28,7 @@ from offline_growth import copy_files, in_child
 from lag_megatron.checkpoint.state.source import WHOLE
 from lag_megatron.checkpoint.storage.manifest import STATES_APART
 from lag_megatron.checkpoint.writer.job import write
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.growth.convert import Conversion, Format, open_source
 from lag_megatron.growth.linked import linked_universal
 from lag_megatron.growth.linked_dcp import linked_megatron

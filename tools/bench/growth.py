@@ -18,7 +18,7 @@ from figures import write_figures
 from live_switch import switch_figures
 from offline_growth import against_gathering, copy_ratio, read_ratio, worker_memory
 
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.growth.materialize import retarget
 from lag_megatron.parallel import World, start_world, stop_world
 

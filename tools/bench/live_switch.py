@@ -20,7 +20,7 @@ import synthetic
 import torch
 from figures import write_figures
 
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.engine import Engine
 from lag_megatron.growth.materialize import Growth
 from lag_megatron.growth.offline import grow_checkpoint

@@ -17,8 +17,8 @@ import torch
 
 from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.checkpoint.state.region import Region
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
-from lag_megatron.checkpoint.zero_files import optimizer_file
+from lag_megatron.checkpoint.zero.file_names import optimizer_file
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.growth.growth_map import grown_names
 from lag_megatron.growth.materialize import Growth
 from lag_megatron.growth.offline import grow_checkpoint

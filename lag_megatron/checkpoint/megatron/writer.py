@@ -26,7 +26,7 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING
 from lag_megatron.checkpoint.writer.file_writer import Crew
 from lag_megatron.checkpoint.writer.job import Order, Part
-from lag_megatron.checkpoint.zero_write import write_objects
+from lag_megatron.checkpoint.zero.writer import write_objects
 from lag_megatron.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"

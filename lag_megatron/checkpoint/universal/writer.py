@@ -27,8 +27,8 @@ from lag_megatron.checkpoint.universal.format import FOLDER, OPTIMIZER, POINTER
 from lag_megatron.checkpoint.writer.file_template import Moulds
 from lag_megatron.checkpoint.writer.file_writer import Crew
 from lag_megatron.checkpoint.writer.job import Order, Part
-from lag_megatron.checkpoint.zero_files import model_file
-from lag_megatron.checkpoint.zero_write import write_objects
+from lag_megatron.checkpoint.zero.file_names import model_file
+from lag_megatron.checkpoint.zero.writer import write_objects
 from lag_megatron.errors import CheckpointError
 
 _VERSION = 0.4  # of the format, as DeepSpeed 0.19 writes it

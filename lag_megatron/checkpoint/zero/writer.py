@@ -13,9 +13,9 @@ from lag_megatron.checkpoint.state.spec import DTYPES, Draft, Room
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.writer.file_template import Moulds
 from lag_megatron.checkpoint.writer.file_writer import ALONE, Crew, Span, write_spans
-from lag_megatron.checkpoint.zero_files import model_file, optimizer_file
-from lag_megatron.checkpoint.zero_model import model_objects
-from lag_megatron.checkpoint.zero_optimizer import optimizer_objects
+from lag_megatron.checkpoint.zero.file_names import model_file, optimizer_file
+from lag_megatron.checkpoint.zero.model_states import model_objects
+from lag_megatron.checkpoint.zero.optim_states import optimizer_objects
 from lag_megatron.errors import CheckpointError
 
 _BYTES = 4

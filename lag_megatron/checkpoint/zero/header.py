@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.layout import DEFAULT_SUB_GROUP_SIZE, Group, Topology
-from lag_megatron.checkpoint.zero_load import FOREIGN, load_states
+from lag_megatron.checkpoint.zero.load import FOREIGN, load_states
 from lag_megatron.errors import CheckpointError
 
 # Options of DeepSpeed that change the order or padding of flat buffers in ways not handled here.

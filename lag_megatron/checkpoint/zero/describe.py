@@ -7,8 +7,8 @@ from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.state.tensor_parallel import whole_shape
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
-from lag_megatron.checkpoint.zero_files import torch_optimizer_state
+from lag_megatron.checkpoint.zero.file_names import torch_optimizer_state
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 
 
 def looks_like_checkpoint(path: Path) -> bool:

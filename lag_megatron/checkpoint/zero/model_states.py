@@ -14,7 +14,7 @@ from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.checkpoint.state.layout import whole_parameters
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.checkpoint.state.spec import DTYPES, Draft, Room, deepspeed_config
-from lag_megatron.checkpoint.zero_optimizer import unpartitioned_optimizer
+from lag_megatron.checkpoint.zero.optim_states import unpartitioned_optimizer
 
 
 def model_objects(draft: Draft, *, tensor_rank: int, data_rank: int, room: Room) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from lag_megatron.checkpoint.state.source import Mapped
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING, Look, require_sound
 from lag_megatron.checkpoint.storage.page_cache import read_only_on_demand
-from lag_megatron.checkpoint.zero_files import (
+from lag_megatron.checkpoint.zero.file_names import (
     files_of,
     group_states,
     model_file,
@@ -37,7 +37,7 @@ from lag_megatron.checkpoint.zero_files import (
     step_counts,
     torch_optimizer_state,
 )
-from lag_megatron.checkpoint.zero_header import (
+from lag_megatron.checkpoint.zero.header import (
     aliases,
     frozen_shapes,
     join_subgroups,
@@ -45,7 +45,7 @@ from lag_megatron.checkpoint.zero_header import (
     resolve,
     trained_groups,
 )
-from lag_megatron.checkpoint.zero_load import (
+from lag_megatron.checkpoint.zero.load import (
     load_states,
     optimizer_of,
     pads_masters,

@@ -9,7 +9,7 @@ from lag_megatron.checkpoint.state.layout import Container, Segment, Topology
 from lag_megatron.checkpoint.state.optimizer_states import Optimizer, states_of
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.torch_zip import DAMAGE, is_plain_pickle
-from lag_megatron.checkpoint.zero_files import torch_optimizer_state
+from lag_megatron.checkpoint.zero.file_names import torch_optimizer_state
 from lag_megatron.errors import CheckpointError
 
 FOREIGN = "not written by DeepSpeed, or by a version that is not understood here."
