@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from lag_megatron.config.positions import stage_ranges, start_positions
+from lag_megatron.config.stage_schedule import stage_ranges, start_positions
 from lag_megatron.engine import Engine
 from lag_megatron.errors import RunError
 from lag_megatron.parallel import World

@@ -6,7 +6,7 @@ from typing import Any
 
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.config.positions import stage_ranges
+from lag_megatron.config.stage_schedule import stage_ranges
 from lag_megatron.engine import Engine
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.pool import build_pool

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from lag_megatron.config.data import DataConfig, MlmConfig, Ul2Config
 from lag_megatron.config.schema import RunConfig
-from lag_megatron.config.spans import sentinels_needed, span_lengths
+from lag_megatron.config.span_corruption import sentinels_needed, span_lengths
 
 _SPECIAL = 3  # [CLS] and two [SEP]
 

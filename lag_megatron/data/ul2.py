@@ -12,7 +12,12 @@ import torch
 import xxhash
 
 from lag_megatron.config import Ul2Config
-from lag_megatron.config.spans import SpanLengths, is_extreme, sentinels_needed, span_lengths
+from lag_megatron.config.span_corruption import (
+    SpanLengths,
+    is_extreme,
+    sentinels_needed,
+    span_lengths,
+)
 from lag_megatron.data.tokenizer import Tokenizer
 from lag_megatron.errors import DataError
 

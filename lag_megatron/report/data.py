@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.config.positions import stage_ranges
+from lag_megatron.config.stage_schedule import stage_ranges
 from lag_megatron.paths import mean_layers_run
 from lag_megatron.report.analysis import analysis_of_nothing
 from lag_megatron.report.growth import growth_data, growth_settings

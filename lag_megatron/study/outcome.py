@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lag_megatron.config import RunConfig
-from lag_megatron.config.positions import stage_ranges
+from lag_megatron.config.stage_schedule import stage_ranges
 from lag_megatron.errors import RunError
 from lag_megatron.report.data import SPEED, TRAIN, VAL, last_event, series
 from lag_megatron.report.read import Json, RunFiles, finite, read_run

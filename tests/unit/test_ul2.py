@@ -11,7 +11,7 @@ from sample_text import stories
 from scipy import stats
 
 from lag_megatron.config import Ul2Config
-from lag_megatron.config.spans import is_extreme, sentinels_needed, span_lengths
+from lag_megatron.config.span_corruption import is_extreme, sentinels_needed, span_lengths
 from lag_megatron.data.tokenizer import Tokenizer
 from lag_megatron.data.tokenizer_training import train_bpe
 from lag_megatron.data.ul2 import Ul2Samples, corrupt

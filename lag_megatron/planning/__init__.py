@@ -1,0 +1,1 @@
+"""Schedules, costs and random paths, computed from a configuration alone."""
