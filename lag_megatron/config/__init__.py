@@ -1,6 +1,5 @@
 """Typed, strict configuration."""
 
-from lag_megatron.config.check import data_parallel_size, require_groups
 from lag_megatron.config.data import (
     DataConfig,
     MlmConfig,
@@ -19,6 +18,7 @@ from lag_megatron.config.schema import (
     StageConfig,
     TrackingConfig,
 )
+from lag_megatron.config.validation.run import data_parallel_size, require_groups
 
 __all__ = [
     "CheckpointConfig",

@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from lag_megatron.config.check import problems_of
-from lag_megatron.config.check_stages import length_problems
-from lag_megatron.config.explain import explain
 from lag_megatron.config.schema import RunConfig
 from lag_megatron.config.stage_policy import expand_stages
 from lag_megatron.config.stage_schedule import in_steps
+from lag_megatron.config.validation.messages import explain
+from lag_megatron.config.validation.run import problems_of
+from lag_megatron.config.validation.stages import length_problems
 from lag_megatron.errors import ConfigError
 
 Tree = dict[str, Any]

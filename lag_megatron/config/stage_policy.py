@@ -12,8 +12,8 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from lag_megatron.config.base import FORBID
-from lag_megatron.config.explain import explain
 from lag_megatron.config.raptr import RaptrConfig, resolved
+from lag_megatron.config.validation.messages import explain
 from lag_megatron.planning.shares import shares
 
 Tree = dict[str, Any]

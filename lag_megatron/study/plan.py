@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lag_megatron.config import RunConfig, parse_config, require_groups
-from lag_megatron.config.check import problems_of
 from lag_megatron.config.load import Tree, merge
+from lag_megatron.config.validation.run import problems_of
 from lag_megatron.errors import ConfigError, PlanError
 from lag_megatron.study.budget import PlannedCost, Price, with_last_steps
 from lag_megatron.study.schema import Study, refusal

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from lag_megatron.config import ModelConfig, ParallelConfig, RunConfig, StageConfig
-from lag_megatron.config.check_model import model_problems
+from lag_megatron.config.validation.model import model_problems
 
 SHAPE = {
     "num_layers": 2,

@@ -18,7 +18,7 @@ from lag_megatron.config import (
     TokenizerConfig,
     Ul2Config,
 )
-from lag_megatron.config.check import problems_of
+from lag_megatron.config.validation.run import problems_of
 from lag_megatron.data import Feed, Prepared, prepare_data
 from lag_megatron.data.show import describe_samples
 from lag_megatron.errors import DataError

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Iterator
 
-from lag_megatron.config.check_data import data_problems
-from lag_megatron.config.check_model import model_problems
-from lag_megatron.config.check_optimizer import optimizer_problems
-from lag_megatron.config.check_paths import path_problems
-from lag_megatron.config.check_stages import position_problems
 from lag_megatron.config.model import ParallelConfig
 from lag_megatron.config.schema import GrowthConfig, PoolConfig, RunConfig
+from lag_megatron.config.validation.data import data_problems
+from lag_megatron.config.validation.model import model_problems
+from lag_megatron.config.validation.optimizer import optimizer_problems
+from lag_megatron.config.validation.random_paths import path_problems
+from lag_megatron.config.validation.stages import position_problems
 from lag_megatron.errors import ConfigError
 
 

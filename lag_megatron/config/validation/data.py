@@ -4,9 +4,9 @@ import math
 import re
 from collections.abc import Iterator
 
-from lag_megatron.config.check_objective import objective_problems
 from lag_megatron.config.data import DataConfig, SourceConfig, TokenizerConfig
 from lag_megatron.config.schema import RunConfig
+from lag_megatron.config.validation.objective import objective_problems
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Files of a mixture's own folder, where its sources' folders may be made by their names, and the
