@@ -34,7 +34,7 @@ from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.checkpoint.zero.writer import bytes_of
 from lag_megatron.config import RunConfig
 from lag_megatron.config.deepspeed import deepspeed_config
-from lag_megatron.data.ready import on_device
+from lag_megatron.data.batch import on_device
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.growth.plan import GrowthPlan

@@ -125,7 +125,7 @@ def _tree(options: argparse.Namespace) -> dict[str, Any]:
 
 def _prepare(config: RunConfig, options: argparse.Namespace) -> str:
     from lag_megatron.data import prepare_data  # imports torch: seconds
-    from lag_megatron.data.show import describe_samples
+    from lag_megatron.data.preview import describe_samples
 
     if options.output and config.data.source == "prepared" and not config.data.mixture:
         raise ConfigError(f"--output {options.output}: the source is prepared already.")

@@ -14,10 +14,10 @@ from lag_megatron.config import DataConfig
 from lag_megatron.data import draft
 from lag_megatron.data.corpus import Corpus
 from lag_megatron.data.encode import SPLITS, encode_corpus, join_parts, part_prefix
-from lag_megatron.data.prepared import META, TOKENIZER, UNIGRAMS, PreparedData, checksum
+from lag_megatron.data.prepared_dataset import META, TOKENIZER, UNIGRAMS, PreparedData, checksum
 from lag_megatron.data.shaping import save_tokenizer
-from lag_megatron.data.statistics import cross_entropy
 from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from lag_megatron.data.unigram import cross_entropy
 from lag_megatron.data.workers import Workers
 from lag_megatron.errors import DataError
 

@@ -10,7 +10,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from lag_megatron.data.corpus import Corpus, read_again
-from lag_megatron.data.prepared import checksum
+from lag_megatron.data.prepared_dataset import checksum
 from lag_megatron.data.sources import Chunk, Source
 from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.data.workers import Workers

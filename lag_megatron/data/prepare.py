@@ -9,7 +9,7 @@ import numpy as np
 
 from lag_megatron.config import DataConfig
 from lag_megatron.data import draft
-from lag_megatron.data.blended import (
+from lag_megatron.data.blended_dataset import (
     MIXTURE,
     Prepared,
     PreparedMixture,
@@ -20,7 +20,7 @@ from lag_megatron.data.blended import (
 )
 from lag_megatron.data.build import build_folder, validation_mask
 from lag_megatron.data.corpus import Corpus, open_corpus
-from lag_megatron.data.prepared import META, TOKENIZER, PreparedData, PreparedSource
+from lag_megatron.data.prepared_dataset import META, TOKENIZER, PreparedData, PreparedSource
 from lag_megatron.data.shaping import save_tokenizer, shaping_digest, tokenizer_file, train_on
 from lag_megatron.data.sources import CHUNK_BYTES
 from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer

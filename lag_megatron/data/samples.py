@@ -9,7 +9,7 @@ from megatron.core.datasets.utils import Split
 
 from lag_megatron.config import DataConfig
 from lag_megatron.data.causal import CausalSamples
-from lag_megatron.data.documents import open_documents
+from lag_megatron.data.indexed_dataset import open_documents
 from lag_megatron.data.mlm import MlmSamples
 from lag_megatron.data.tokenizer import Tokenizer
 from lag_megatron.data.ul2 import Ul2Samples

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from lag_megatron.data.ahead import Ahead
+from lag_megatron.data.prefetch import Ahead
 
 
 def test_the_next_is_begun_before_it_is_asked_for():

@@ -29,8 +29,8 @@ from lag_megatron.data import (
     prepare,
     prepare_data,
 )
-from lag_megatron.data.blended import MIXTURE
-from lag_megatron.data.prepared import TOKENIZER
+from lag_megatron.data.blended_dataset import MIXTURE
+from lag_megatron.data.prepared_dataset import TOKENIZER
 from lag_megatron.errors import ConfigError, DataError
 from lag_megatron.report import report_data, write_report
 

@@ -20,7 +20,7 @@ from lag_megatron.config import (
 )
 from lag_megatron.config.validation.run import problems_of
 from lag_megatron.data import Feed, Prepared, prepare_data
-from lag_megatron.data.show import describe_samples
+from lag_megatron.data.preview import describe_samples
 from lag_megatron.errors import DataError
 
 SEQ_LENGTH = 32

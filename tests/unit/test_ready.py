@@ -2,7 +2,7 @@
 
 import torch
 
-from lag_megatron.data.ready import ready
+from lag_megatron.data.batch import ready
 
 
 def rows(count=5, length=7):

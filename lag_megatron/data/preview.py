@@ -7,7 +7,7 @@ import torch
 
 from lag_megatron.config import RunConfig
 from lag_megatron.data.batches import Batch, TrainingData
-from lag_megatron.data.blended import Prepared
+from lag_megatron.data.blended_dataset import Prepared
 from lag_megatron.data.tokenizer import Tokenizer
 
 _MEASURED_SAMPLES = 2000

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.atomic_io import write_atomically
-from lag_megatron.data.prepared import (
+from lag_megatron.data.prepared_dataset import (
     TOKENIZER,
     PreparedData,
     PreparedSource,
     checksum,
     read_meta,
 )
-from lag_megatron.data.statistics import mixed_cross_entropy
 from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from lag_megatron.data.unigram import mixed_cross_entropy
 from lag_megatron.errors import DataError
 from lag_megatron.mixture import Blend
 

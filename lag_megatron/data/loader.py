@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from lag_megatron.config import ParallelConfig, RunConfig
-from lag_megatron.data.ahead import Ahead
+from lag_megatron.data.batch import ready
 from lag_megatron.data.batches import Batch, TrainingData, ValidationData
-from lag_megatron.data.blended import Prepared
-from lag_megatron.data.ready import ready
+from lag_megatron.data.blended_dataset import Prepared
+from lag_megatron.data.prefetch import Ahead
 from lag_megatron.parallel import World
 
 
