@@ -10,8 +10,8 @@ from megatron.core.datasets.utils import Split
 from lag_megatron.config import DataConfig
 from lag_megatron.data.blended_dataset import Prepared
 from lag_megatron.data.indexed_dataset import open_documents
+from lag_megatron.data.objectives.samples import Epochs, open_samples
 from lag_megatron.data.prepared_dataset import PreparedSource
-from lag_megatron.data.samples import Epochs, open_samples
 from lag_megatron.errors import DataError
 from lag_megatron.mixture import Blend
 

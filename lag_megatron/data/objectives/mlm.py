@@ -12,7 +12,7 @@ from megatron.core.datasets.helpers import build_mapping
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from lag_megatron.config import MlmConfig
-from lag_megatron.data.masking import choose_positions, replacements
+from lag_megatron.data.objectives.masking import choose_positions, replacements
 from lag_megatron.data.tokenizer import Tokenizer
 from lag_megatron.errors import DataError
 

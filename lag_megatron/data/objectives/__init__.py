@@ -1,0 +1,1 @@
+"""Training objectives: causal, masked-language-model and UL2 samples."""
