@@ -2,12 +2,12 @@
 
 from lag_megatron.data.batches import Batch, TrainingData, ValidationData
 from lag_megatron.data.blended_dataset import Prepared, PreparedMixture
-from lag_megatron.data.corpus import Corpus, open_corpus
 from lag_megatron.data.loader import Feed
-from lag_megatron.data.prepare import open_prepared, prepare_data
+from lag_megatron.data.prepare.corpus import Corpus, open_corpus
+from lag_megatron.data.prepare.prepare import open_prepared, prepare_data
+from lag_megatron.data.prepare.train_tokenizer import train_bpe
 from lag_megatron.data.prepared_dataset import PreparedData
 from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from lag_megatron.data.tokenizer_training import train_bpe
 
 __all__ = [
     "Batch",

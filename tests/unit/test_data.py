@@ -17,15 +17,8 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from lag_megatron.config import DataConfig, TokenizerConfig
-from lag_megatron.data import (
-    PreparedData,
-    TrainingData,
-    ValidationData,
-    build,
-    encode,
-    open_corpus,
-    prepare_data,
-)
+from lag_megatron.data import PreparedData, TrainingData, ValidationData, open_corpus, prepare_data
+from lag_megatron.data.prepare import build, tokenize
 from lag_megatron.errors import DataError
 
 DOCUMENTS = 40
@@ -210,7 +203,7 @@ def test_a_disk_that_refuses(
         raise OSError(code, "refused")
 
     with monkeypatch.context() as full:
-        full.setattr(encode.IndexedDatasetBuilder, "add_document", refuse)
+        full.setattr(tokenize.IndexedDatasetBuilder, "add_document", refuse)
         with pytest.raises(DataError, match=message):
             prepare_data(config, cache_dir=tmp_path)
     made = prepare_data(config, cache_dir=tmp_path)

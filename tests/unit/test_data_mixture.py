@@ -26,10 +26,10 @@ from lag_megatron.data import (
     ValidationData,
     load_tokenizer,
     open_prepared,
-    prepare,
     prepare_data,
 )
 from lag_megatron.data.blended_dataset import MIXTURE
+from lag_megatron.data.prepare import prepare
 from lag_megatron.data.prepared_dataset import TOKENIZER
 from lag_megatron.errors import ConfigError, DataError
 from lag_megatron.report import report_data, write_report

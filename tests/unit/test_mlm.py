@@ -18,8 +18,8 @@ from scipy import stats
 
 from lag_megatron.config import MlmConfig
 from lag_megatron.data.objectives.mlm import MlmSamples
+from lag_megatron.data.prepare.train_tokenizer import train_bpe, train_wordpiece
 from lag_megatron.data.tokenizer import Tokenizer
-from lag_megatron.data.tokenizer_training import train_bpe, train_wordpiece
 from lag_megatron.errors import DataError
 
 SEQ_LENGTH = 64

@@ -11,14 +11,14 @@ from megatron.core.datasets.indexed_dataset import DType
 
 from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.config import DataConfig
-from lag_megatron.data import draft
-from lag_megatron.data.corpus import Corpus
-from lag_megatron.data.encode import SPLITS, encode_corpus, join_parts, part_prefix
+from lag_megatron.data.prepare import staging_dir
+from lag_megatron.data.prepare.corpus import Corpus
+from lag_megatron.data.prepare.fingerprint import save_tokenizer
+from lag_megatron.data.prepare.tokenize import SPLITS, encode_corpus, join_parts, part_prefix
+from lag_megatron.data.prepare.worker_pool import Workers
 from lag_megatron.data.prepared_dataset import META, TOKENIZER, UNIGRAMS, PreparedData, checksum
-from lag_megatron.data.shaping import save_tokenizer
 from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.data.unigram import cross_entropy
-from lag_megatron.data.workers import Workers
 from lag_megatron.errors import DataError
 
 _SAMPLE_BYTES = 1 << 20
@@ -90,12 +90,12 @@ def build_folder(
     """
     work = folder.with_name(f"{folder.name}.part")
     if done := open_complete(folder, digest=digest):
-        draft.remove(work)  # after a kill between publishing and removing
+        staging_dir.remove(work)  # after a kill between publishing and removing
         return done
-    draft.require_free(folder)
-    with draft.held(work, digest=digest):
+    staging_dir.require_free(folder)
+    with staging_dir.held(work, digest=digest):
         if done := open_complete(folder, digest=digest):  # by the process that we waited for
-            draft.remove(work)
+            staging_dir.remove(work)
             return done
         tokenizer = _tokenizer(work / TOKENIZER, make_tokenizer)
         _require_room(work, corpus, tokenizer)
@@ -108,8 +108,8 @@ def build_folder(
             workers=workers,
         )
         _assemble(work, digest=digest, corpus=corpus, sentences=sentences, tokenizer=tokenizer)
-        draft.publish(work / "whole", folder)
-        draft.remove(work)
+        staging_dir.publish(work / "whole", folder)
+        staging_dir.remove(work)
     return PreparedData.open(folder)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from lag_megatron.config import DataConfig
-from lag_megatron.data import draft
 from lag_megatron.data.blended_dataset import (
     MIXTURE,
     Prepared,
@@ -18,13 +17,19 @@ from lag_megatron.data.blended_dataset import (
     write_mixture,
     write_places,
 )
-from lag_megatron.data.build import build_folder, validation_mask
-from lag_megatron.data.corpus import Corpus, open_corpus
+from lag_megatron.data.prepare import staging_dir
+from lag_megatron.data.prepare.build import build_folder, validation_mask
+from lag_megatron.data.prepare.corpus import Corpus, open_corpus
+from lag_megatron.data.prepare.fingerprint import (
+    save_tokenizer,
+    shaping_digest,
+    tokenizer_file,
+    train_on,
+)
+from lag_megatron.data.prepare.sources import CHUNK_BYTES
+from lag_megatron.data.prepare.worker_pool import Workers
 from lag_megatron.data.prepared_dataset import META, TOKENIZER, PreparedData, PreparedSource
-from lag_megatron.data.shaping import save_tokenizer, shaping_digest, tokenizer_file, train_on
-from lag_megatron.data.sources import CHUNK_BYTES
 from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from lag_megatron.data.workers import Workers
 from lag_megatron.errors import DataError
 
 
@@ -116,7 +121,7 @@ def _prepare_mixture(job: _Job) -> PreparedMixture:
     places = {name: data.folder for name, data in ready.items()}
     if _is_complete(folder, digest, places):
         return PreparedMixture.open(folder)
-    with draft.held(folder, digest=digest, complete=folder / MIXTURE):
+    with staging_dir.held(folder, digest=digest, complete=folder / MIXTURE):
         if (folder / MIXTURE).is_file():  # by the process that we waited for, or of moved sources
             if not _is_complete(folder, digest, places):
                 write_places(folder, places)
@@ -133,7 +138,7 @@ def _prepare_mixture(job: _Job) -> PreparedMixture:
             for source in config.mixture
         ]
         write_mixture(folder, digest=digest, sources=sources)
-        draft.finish(folder)
+        staging_dir.finish(folder)
     return PreparedMixture.open(folder)
 
 

@@ -68,7 +68,7 @@ class Workers:
             # A server that has imported everything once forks the workers: this process may run
             # threads, and a fresh interpreter each would import torch each.
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["lag_megatron.data.encode"])
+            context.set_forkserver_preload(["lag_megatron.data.prepare.tokenize"])
             _start_quietly()
             self._pool = ProcessPoolExecutor(
                 self._count, mp_context=context, initializer=_begin_worker

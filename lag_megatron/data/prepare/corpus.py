@@ -7,9 +7,9 @@ import numpy as np
 import xxhash
 
 from lag_megatron.config.data import DataConfig, SourceConfig
-from lag_megatron.data.readers import read_chunk
-from lag_megatron.data.sources import CHUNK_BYTES, Chunk, Source
-from lag_megatron.data.workers import Workers
+from lag_megatron.data.prepare.readers import read_chunk
+from lag_megatron.data.prepare.sources import CHUNK_BYTES, Chunk, Source
+from lag_megatron.data.prepare.worker_pool import Workers
 from lag_megatron.errors import DataError
 
 _DIGEST_BYTES = 16

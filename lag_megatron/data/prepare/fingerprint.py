@@ -13,9 +13,9 @@ import xxhash
 
 from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.config import DataConfig
-from lag_megatron.data.corpus import Corpus
+from lag_megatron.data.prepare.corpus import Corpus
+from lag_megatron.data.prepare.train_tokenizer import train_tokenizer
 from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from lag_megatron.data.tokenizer_training import train_tokenizer
 from lag_megatron.mixture import Blend
 
 _FORMAT = 2

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from lag_megatron.data.corpus import Corpus, read_again
+from lag_megatron.data.prepare.corpus import Corpus, read_again
+from lag_megatron.data.prepare.sources import Chunk, Source
+from lag_megatron.data.prepare.worker_pool import Workers
 from lag_megatron.data.prepared_dataset import checksum
-from lag_megatron.data.sources import Chunk, Source
 from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from lag_megatron.data.workers import Workers
 
 SPLITS = ("train", "validation")
 _READ_TOKENS = 1 << 22

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lag_megatron.config.data import DataConfig, SourceConfig
-from lag_megatron.data.tables import table_parts
+from lag_megatron.data.prepare.arrow import table_parts
 from lag_megatron.errors import DataError
 
 CHUNK_BYTES = 32 << 20

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from lag_megatron.data.sources import PIECE, Chunk, Source, Stretch, unreadable
-from lag_megatron.data.tables import pyarrow, table_texts
+from lag_megatron.data.prepare.arrow import pyarrow, table_texts
+from lag_megatron.data.prepare.sources import PIECE, Chunk, Source, Stretch, unreadable
 from lag_megatron.errors import DataError
 
 _BLOCK = 1 << 20

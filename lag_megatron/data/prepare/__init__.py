@@ -1,0 +1,1 @@
+"""From raw text to Megatron's .bin/.idx files: sources, tokenizing, building."""
