@@ -35,6 +35,7 @@ from lag_megatron.checkpoint.zero.writer import bytes_of
 from lag_megatron.config import RunConfig
 from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.data.batch import on_device
+from lag_megatron.distributed.world import DeepSpeedGroups, World, topology_of
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.growth.plan import GrowthPlan
@@ -45,7 +46,6 @@ from lag_megatron.model.graphed_layers import graph_layers
 from lag_megatron.model.initialize import initialize_weights, mark_cut_parameters
 from lag_megatron.model.parameter_groups import decay_split, make_optimizer
 from lag_megatron.model.random_state import seed_everywhere, seed_step
-from lag_megatron.parallel import DeepSpeedGroups, World, topology_of
 from lag_megatron.paths import LayerPath
 from lag_megatron.step_result import StepResult
 from lag_megatron.subnetwork import partial_step

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 from lag_megatron.config.stage_schedule import stage_ranges, start_positions
+from lag_megatron.distributed.world import World
 from lag_megatron.engine import Engine
 from lag_megatron.errors import RunError
-from lag_megatron.parallel import World
 from lag_megatron.probe.recorder import Recorder
 from lag_megatron.probe.steps import Job, MetricRow
 from lag_megatron.schedule import steps_flops, tokens_per_step

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from lag_megatron.distributed.world import World
 from lag_megatron.model.parameter_groups import gradient_squares
-from lag_megatron.parallel import World
 
 
 def doubles(values: Sequence[float], device: torch.device) -> Tensor:

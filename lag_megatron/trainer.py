@@ -7,13 +7,13 @@ from typing import Any
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.distributed.world import World, topology_of
 from lag_megatron.engine import Engine
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.pool import build_pool
 from lag_megatron.initial import growth_history, start_from
 from lag_megatron.measuring import Meter
 from lag_megatron.mirror import show_event
-from lag_megatron.parallel import World, topology_of
 from lag_megatron.probe.conclusion import drop_losers
 from lag_megatron.probe.event import Event
 from lag_megatron.probe.group import ProbeGroup

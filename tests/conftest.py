@@ -166,8 +166,8 @@ def random_batches(config, world, step):
 def train_and_save(config, folder, *, steps=3, tag="step3", client_state=None):
     """On each rank: an engine of ``config`` after ``steps`` steps, committed as ``folder/tag``."""
     from lag_megatron.checkpoint.storage import manifest
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine import Engine
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=config.parallel.tensor)
     layers = config.model.num_layers

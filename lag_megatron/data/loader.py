@@ -10,7 +10,7 @@ from lag_megatron.data.batch import ready
 from lag_megatron.data.batches import Batch, TrainingData, ValidationData
 from lag_megatron.data.blended_dataset import Prepared
 from lag_megatron.data.prefetch import Ahead
-from lag_megatron.parallel import World
+from lag_megatron.distributed.world import World
 
 
 class Feed:

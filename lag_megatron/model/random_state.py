@@ -9,8 +9,8 @@ import hashlib
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from lag_megatron.distributed.world import World
 from lag_megatron.model.without_cuda import run_megatron_without_cuda
-from lag_megatron.parallel import World
 
 _SPLIT_STREAM = "model-parallel-rng"
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
+from lag_megatron.distributed.heartbeat import listen
+from lag_megatron.distributed.world import World
 from lag_megatron.errors import RunError
-from lag_megatron.heartbeat import listen
-from lag_megatron.parallel import World
 from lag_megatron.probe.coordinator import Coordinator
 from lag_megatron.probe.event import Progress, Turn
 from lag_megatron.stopping import StopFlag, Stopped

@@ -16,12 +16,13 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import require_sound
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig
+from lag_megatron.distributed.watchdog import watched
+from lag_megatron.distributed.world import World, local_ranks
 from lag_megatron.engine import Engine
 from lag_megatron.errors import RunError
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.growth.pool import Candidate
 from lag_megatron.kept import KeptBase
-from lag_megatron.parallel import World, local_ranks
 from lag_megatron.probe.event import Event, Progress, Turn
 from lag_megatron.probe.folder import CURVE, TRAINING, CandidateFolder
 from lag_megatron.probe.saving import save_engine
@@ -29,7 +30,6 @@ from lag_megatron.probe.steps import Job, MetricRow
 from lag_megatron.schedule import tokens_per_step
 from lag_megatron.step_result import mean
 from lag_megatron.stopping import Stopped
-from lag_megatron.watch import watched
 
 MayWin = Callable[[Progress], bool]
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from lag_megatron.distributed.world import CONTROL_TIMEOUT, World, local_ranks
 from lag_megatron.engine import Engine
-from lag_megatron.parallel import CONTROL_TIMEOUT, World, local_ranks
 from lag_megatron.probe.event import Event
 from lag_megatron.probe.group import ProbeGroup
 from lag_megatron.probe.steps import Job

@@ -15,9 +15,9 @@ from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero.file_names import files_of_rank
 from lag_megatron.config import RunConfig
+from lag_megatron.distributed.world import World
 from lag_megatron.engine import Engine
 from lag_megatron.growth.materialize import Growth
-from lag_megatron.parallel import World
 
 VERSIONS = {"lag_megatron": __version__, "torch": torch.__version__}
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import require_sound
+from lag_megatron.distributed.world import World
 from lag_megatron.growth.layer_map import draw
-from lag_megatron.parallel import World
 from lag_megatron.probe.coordinator import Coordinator
 from lag_megatron.probe.desk import Desk, desk_of
 from lag_megatron.probe.event import Event, Progress

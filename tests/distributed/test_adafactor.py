@@ -102,7 +102,7 @@ def source_of(name, sources):
 
 def beside_torch(config, grown_config, base):
     """Losses of the engine and of the reference: from nothing, and after each way of growing."""
-    from lag_megatron.parallel import stop_world
+    from lag_megatron.distributed.world import stop_world
 
     world, engine = build(config)
     expected = reference(engine, config, {}, 0, 4)

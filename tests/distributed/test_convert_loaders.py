@@ -63,8 +63,8 @@ def full(tag, config, world):
 
 def load_universal(config, folder, out):
     """DeepSpeed's own load, and its save of what it took."""
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine import Engine
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=config.parallel.tensor)
     config = replace(config, deepspeed={"checkpoint": {"load_universal": True}})
@@ -135,8 +135,8 @@ def load_dist(config, folder, numbered=False):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import optimizer as shards
 
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model
-    from lag_megatron.parallel import start_world, stop_world
 
     start_world(tensor=config.parallel.tensor)
     model = build_model(
@@ -206,8 +206,8 @@ def part_of(name, whole, rank, size, gated):
 
 def load_imported(config, folder):
     """DeepSpeed's own load of a converted checkpoint, and a step from there."""
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine import Engine
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=config.parallel.tensor)
     layers = config.model.num_layers

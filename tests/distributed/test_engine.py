@@ -12,8 +12,8 @@ TOLERANCE = 1e-5
 
 
 def build(config):
+    from lag_megatron.distributed.world import start_world
     from lag_megatron.engine import Engine
-    from lag_megatron.parallel import start_world
 
     world = start_world(tensor=config.parallel.tensor)
     layers = config.model.num_layers
@@ -29,7 +29,7 @@ def steps(engine, config, world, first, last, lr=1e-2):
 
 def curve(config):
     """Losses and gradient norms of 4 steps, then validation losses of 2 batches."""
-    from lag_megatron.parallel import stop_world
+    from lag_megatron.distributed.world import stop_world
 
     world, engine = build(config)
     same = random_batches(config, world, 0)  # again and again, so that the loss falls
@@ -82,8 +82,8 @@ def test_bf16_follows_fp32_and_keeps_fp32_masters(reference):
 
 def stop_and_resume(config, folder):
     """Three ways from step 3 to 6: straight on, in a new engine, in one that went elsewhere."""
+    from lag_megatron.distributed.world import stop_world
     from lag_megatron.engine import Engine
-    from lag_megatron.parallel import stop_world
 
     world, engine = build(config)
     layers = config.model.num_layers
@@ -139,7 +139,7 @@ def test_resume_with_dropout(tmp_path):
 
 
 def save_once(config, folder):
-    from lag_megatron.parallel import stop_world
+    from lag_megatron.distributed.world import stop_world
 
     world, engine = build(config)
     steps(engine, config, world, 0, 1)

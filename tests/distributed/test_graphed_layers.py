@@ -49,10 +49,10 @@ def losses_of(engine, config, world, first):
 def trained(config, base, graphed):
     """Losses before and after two switches of candidates, and of evaluations between."""
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine import Engine
     from lag_megatron.growth.materialize import Growth
     from lag_megatron.model.graphed_layers import graph_layers
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=1)
     engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)
@@ -104,9 +104,9 @@ def test_replayed_layers_train_the_same(stage, precision, llama, bases):
 
 
 def one_more_forward():
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model
     from lag_megatron.model.graphed_layers import graph_layers
-    from lag_megatron.parallel import start_world, stop_world
 
     config = pico_config()
     start_world(tensor=1)
@@ -140,8 +140,8 @@ def test_few_shapes_are_kept_and_moved_weights_are_captured_again():
 
 
 def build_on_a_cpu(config):
+    from lag_megatron.distributed.world import start_world
     from lag_megatron.engine import Engine
-    from lag_megatron.parallel import start_world
 
     Engine(config, start_world(tensor=1), num_layers=2, vocab_size=PICO_VOCABULARY)
 

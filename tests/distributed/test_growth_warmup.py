@@ -28,10 +28,10 @@ def base(tmp_path_factory):
 def one_step_each(config, base, folder):
     """Save the state after one step from the same grown state, at three choices of rates."""
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine import Engine
     from lag_megatron.growth.materialize import Growth
     from lag_megatron.growth.offline import grow_checkpoint
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)

@@ -28,8 +28,8 @@ def model_of(config, world):
 
 def both_ways(config, few):
     """On each rank: the loss and all gradients by Megatron's head, then by ours."""
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import linear_cross_entropy, loss_sums
-    from lag_megatron.parallel import start_world, stop_world
 
     linear_cross_entropy._CHUNK["cpu"] = few
     world = start_world(tensor=config.parallel.tensor)
@@ -72,8 +72,8 @@ def test_loss_and_gradients_are_megatrons(family, parallel):
 
 def regularised(config):
     """The loss of one batch in training and in evaluation, and the logits."""
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import loss_sums
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=1)
     model = model_of(config, world)

@@ -10,8 +10,8 @@ TOLERANCE = 1e-5
 
 def curve(config):
     """Losses and gradient norms of 4 steps, then a validation loss."""
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine import Engine
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=config.parallel.tensor)
     layers = config.model.num_layers
@@ -106,9 +106,9 @@ def streams(config):
     """Dropout masks of what sequence parallelism splits, on each rank."""
     import torch
 
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine import Engine
     from lag_megatron.model.random_state import seed_step
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=1, vocab_size=PICO_VOCABULARY)
@@ -152,8 +152,8 @@ def said(config):
     """What Megatron-Core warns of while the model of a run is made."""
     import logging
 
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine import Engine
-    from lag_megatron.parallel import start_world, stop_world
 
     class Kept(logging.Handler):
         def emit(self, record):

@@ -70,8 +70,8 @@ def logits_of(kind, weights, parallel):
     """On each rank: all logits of our model with these weights."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=parallel.tensor)
     model = build_model(
@@ -148,8 +148,8 @@ def all_token_sums(model, batch):
 
 def bert_gradients(config, parallel):
     """On each rank: losses and gradients, by Megatron's head without options and by ours."""
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import loss_sums
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=parallel.tensor)
     torch.manual_seed(0)
@@ -202,8 +202,8 @@ def counts_of(config, parallel):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model, loss_sums
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=parallel.tensor)
     layers = config.model.num_layers

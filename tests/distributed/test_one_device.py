@@ -61,8 +61,8 @@ def without_values(monkeypatch):
 
 def gradients(precision):
     """By model: the loss's device, and parameters whose gradient is missing or elsewhere."""
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model, loss_sums
-    from lag_megatron.parallel import start_world, stop_world
 
     start_world(tensor=1)
     found = {}

@@ -261,7 +261,7 @@ def test_groups_meet_even_when_there_is_nothing_left_to_do(tiny, tmp_path):
 
 def whose_word(count):
     """On each rank: whether an error in its group is to be told elsewhere."""
-    from lag_megatron.parallel import start_world, stop_world
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.probe.groups import split_world
 
     def fail():

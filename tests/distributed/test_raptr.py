@@ -44,7 +44,7 @@ def engine_of(config, world):
 
 def trained(config, folder):
     """On each rank: losses and norms of some steps and a validation loss; the state is saved."""
-    from lag_megatron.parallel import start_world, stop_world
+    from lag_megatron.distributed.world import start_world, stop_world
 
     world = start_world(tensor=config.parallel.tensor)
     engine, curve = engine_of(config, world), []
@@ -60,9 +60,9 @@ def trained(config, folder):
 
 def reference(config):
     """The same on one rank, without DeepSpeed; also the state, by kind and name."""
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import labels_of, loss_sums, mean_loss
     from lag_megatron.model.parameter_groups import decay_split
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=1)
     whole = engine_of(config, world)._engine.module
@@ -250,7 +250,7 @@ def test_deepspeeds_own_step(update, references, tmp_path):
 
 def states_around_a_step(config):
     """Each parameter's weights and optimizer state before and after one step of a path."""
-    from lag_megatron.parallel import start_world, stop_world
+    from lag_megatron.distributed.world import start_world, stop_world
 
     world = start_world(tensor=1)
     engine = engine_of(config, world)

@@ -139,9 +139,9 @@ def test_candidates_of_paths_survive_a_kill(step, tiny, tmp_path):
 
 def saved_bytes(layers, path):
     """Bytes that autograd keeps of the layers in one forward pass, and how often each part ran."""
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model, loss_sums
     from lag_megatron.model.path import layers_on
-    from lag_megatron.parallel import start_world, stop_world
 
     config = pico_config(num_layers=layers)
     world = start_world(tensor=1)
@@ -191,8 +191,8 @@ def fetched(config, paths):
     """For each step, the layers whose weights ZeRO-3 gathered for it."""
 
     from lag_megatron.checkpoint.state.param_names import LAYER
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine import Engine
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=1)
     layers = config.model.num_layers

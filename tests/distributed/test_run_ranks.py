@@ -15,7 +15,7 @@ def ranks_sum():
     import torch
     import torch.distributed as dist
 
-    from lag_megatron.parallel import start_world, stop_world
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.sums import over_data
 
     world = start_world(tensor=1)
@@ -75,8 +75,8 @@ def test_a_result_has_to_be_picklable():
 
 
 def train_once(config):
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine import Engine
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=1)
     engine = Engine(config, world, num_layers=1, vocab_size=64)

@@ -27,10 +27,10 @@ def grow(config, folder, plans):
     Every plan's state is saved as it was loaded from disk, and as it is when grown in place.
     """
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine import Engine
     from lag_megatron.growth.materialize import Growth
     from lag_megatron.growth.offline import grow_checkpoint
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=config.parallel.tensor)
     validation = [random_batches(config, world, 99)]

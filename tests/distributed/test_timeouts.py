@@ -16,10 +16,10 @@ LIMIT = 3.0
 
 
 def _start(limit=LIMIT):
-    from lag_megatron import parallel
+    from lag_megatron.distributed import world as world_module
 
-    parallel.HEAD_START = datetime.timedelta()
-    return parallel.start_world(tensor=1, timeout=limit)
+    world_module.HEAD_START = datetime.timedelta()
+    return world_module.start_world(tensor=1, timeout=limit)
 
 
 def _waited_in(kind):
@@ -55,7 +55,7 @@ def test_a_collective_waits_no_longer_than_the_configuration_says(kind):
 def _nccl_default():
     import torch.distributed.distributed_c10d as c10d
 
-    from lag_megatron.parallel import HEAD_START, start_world
+    from lag_megatron.distributed.world import HEAD_START, start_world
 
     start_world(tensor=1, timeout=77)
     return c10d._get_default_timeout("nccl") - HEAD_START
@@ -92,7 +92,7 @@ def test_ranks_wait_as_long_as_the_coordinator_works():
 
 
 def test_a_port_that_another_run_has_is_named(monkeypatch):
-    from lag_megatron.rendezvous import meet
+    from lag_megatron.distributed.rendezvous import meet
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -102,7 +102,7 @@ def test_a_port_that_another_run_has_is_named(monkeypatch):
 
 
 def test_ranks_that_do_not_come_are_missed(monkeypatch):
-    from lag_megatron import rendezvous
+    from lag_megatron.distributed import rendezvous
 
     monkeypatch.setattr(rendezvous, "_TIMEOUT", datetime.timedelta(seconds=1))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

@@ -112,8 +112,8 @@ def sources(tmp_path_factory):
 
 def load_and_save(config, folder, layers, steps):
     """On each rank: load what was grown, save it again, train on; the losses."""
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine import Engine
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(
@@ -198,8 +198,8 @@ def train_unsharded(config, state, steps):
 
     Twice: the second time without the moments.
     """
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model, labels_of, loss_sums
-    from lag_megatron.parallel import start_world, stop_world
 
     world, losses = start_world(tensor=1), []
     model = build_model(

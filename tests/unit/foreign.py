@@ -58,8 +58,8 @@ def _save_megatron(folder, metadata, arguments):
     from megatron.core.dist_checkpointing.strategies import torch as strategies
     from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model
-    from lag_megatron.parallel import start_world, stop_world
 
     class OnCpu(SaveShardedStrategy):
         can_handle_sharded_objects = True

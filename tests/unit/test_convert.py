@@ -144,8 +144,8 @@ def test_the_order_of_parameters_is_megatrons(head):
 
 
 def names_of(config):
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model
-    from lag_megatron.parallel import start_world, stop_world
 
     start_world(tensor=1)
     model = build_model(config.model, config.parallel, num_layers=2, vocab_size=PICO_VOCABULARY)

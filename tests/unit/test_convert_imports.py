@@ -50,8 +50,8 @@ def test_an_import_is_the_same_model(family, families, tmp_path):
 
 def our_logits(model_config, weights, tokens):
     from lag_megatron.config import ParallelConfig
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model
-    from lag_megatron.parallel import start_world, stop_world
 
     start_world(tensor=1)
     model = build_model(

@@ -192,7 +192,7 @@ def test_mfu_counts_what_the_model_computes():
 def tiny_roofline():
     import gpu_kernels
 
-    from lag_megatron.parallel import start_world, stop_world
+    from lag_megatron.distributed.world import start_world, stop_world
 
     start_world(tensor=1)
     gpu_kernels.megatrons_loss = lambda logits, labels: torch.nn.functional.cross_entropy(

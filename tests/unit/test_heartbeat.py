@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lag_megatron import heartbeat
+from lag_megatron.distributed import heartbeat
 from lag_megatron.errors import RunError
 
 HOSTS = ["node-a", "node-b", "node-c"]

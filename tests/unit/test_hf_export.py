@@ -43,8 +43,8 @@ def train_and_save_described(config, folder):
 
 def our_logits(config, state, tokens):
     """Logits (b, s, v) of our model on one rank with these whole tensors."""
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model
-    from lag_megatron.parallel import start_world, stop_world
 
     start_world(tensor=1)
     model = build_model(
@@ -187,8 +187,8 @@ def test_a_bert_fills_masks_as_ours_does(world, model, tmp_path):
 
 def train_bert(config, folder):
     """A checkpoint of three steps of a BERT, which says its shape."""
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine import Engine
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=config.parallel.tensor)
     layers = config.model.num_layers
@@ -203,8 +203,8 @@ def train_bert(config, folder):
 
 def bert_logits(config, state, tokens, kinds):
     """Logits (b, s, v) of our BERT on one rank with these whole tensors."""
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model
-    from lag_megatron.parallel import start_world, stop_world
 
     start_world(tensor=1)
     model = build_model(

@@ -22,8 +22,8 @@ def save(folder, weights):
     """On each of two tensor-parallel ranks, as Megatron-LM's training saves."""
     from megatron.core.enums import ModelType
 
+    from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model
-    from lag_megatron.parallel import start_world, stop_world
 
     world = start_world(tensor=2)
     config = pico_config(**SHAPE)

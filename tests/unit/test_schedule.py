@@ -115,7 +115,7 @@ def megatrons_counts() -> dict[str, int]:
 
 
 def counted() -> dict[str, int]:
-    from lag_megatron.parallel import start_world, stop_world
+    from lag_megatron.distributed.world import start_world, stop_world
 
     start_world(tensor=1)
     counts = {

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from lag_megatron.watch import watched
+from lag_megatron.distributed.watchdog import watched
 
 SECONDS = 0.5
 

@@ -20,10 +20,10 @@ import torch
 from figures import write_figures
 
 from lag_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, StageConfig
+from lag_megatron.distributed.world import World, start_world, stop_world
 from lag_megatron.engine import Engine
 from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import MOMENT_POLICIES, GrowthPlan
-from lag_megatron.parallel import World, start_world, stop_world
 
 LR, BETAS = 1e-3, (0.9, 0.999)
 SOURCE, VOCABULARY, LENGTH, BATCH = 4, 128, 32, 8

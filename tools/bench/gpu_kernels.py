@@ -20,11 +20,11 @@ from figures import write_figures
 from timing import copy_rate, device_prefix, matmul_rate, medians
 from torch import Tensor
 
+from lag_megatron.distributed.world import start_world, stop_world
 from lag_megatron.kernels.adamw import adamw_step, on_device
 from lag_megatron.kernels.build import nvcc_path
 from lag_megatron.kernels.partition import Partition, Rates
 from lag_megatron.model.linear_cross_entropy import linear_cross_entropy
-from lag_megatron.parallel import start_world, stop_world
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from live_switch import switch_figures
 from offline_growth import against_gathering, copy_ratio, read_ratio, worker_memory
 
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
+from lag_megatron.distributed.world import World, start_world, stop_world
 from lag_megatron.growth.materialize import retarget
-from lag_megatron.parallel import World, start_world, stop_world
 
 # Layers of 512 hidden units for each size of state, in GiB.
 SIZES = {"0.5": 12, "1": 24, "2": 48}

@@ -24,9 +24,9 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 from lag_megatron.config import ModelConfig, ParallelConfig
+from lag_megatron.distributed.world import start_world, stop_world
 from lag_megatron.model import build_model
 from lag_megatron.model.linear_cross_entropy import linear_cross_entropy
-from lag_megatron.parallel import start_world, stop_world
 
 TOKENS, WIDTH, VOCABULARY = 4096, 256, 32768
 BERT_SHAPE = {"hidden_size": 256, "ffn_hidden_size": 1024, "num_attention_heads": 4,

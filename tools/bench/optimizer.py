@@ -20,9 +20,9 @@ import torch
 from figures import write_figures
 from step_job import LR, SHAPES, Job
 
+from lag_megatron.distributed.world import World, start_world, stop_world
 from lag_megatron.engine import Engine
 from lag_megatron.model import loss_sums
-from lag_megatron.parallel import World, start_world, stop_world
 
 SHAPE = "small"
 

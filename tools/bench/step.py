@@ -28,7 +28,7 @@ from figures import write_figures
 from step_job import SHAPES, Job, write_weights
 from step_peers import PEERS, matmul_rate, serve
 
-from lag_megatron.parallel import peak_flops
+from lag_megatron.distributed.world import peak_flops
 
 STEPS = 3  # of a round
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3}

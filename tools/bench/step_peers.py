@@ -20,8 +20,8 @@ from step_job import (
 from torch import Tensor
 
 from lag_megatron.checkpoint.hf.architecture import architecture_of
+from lag_megatron.distributed.world import start_world, stop_world
 from lag_megatron.engine import Engine
-from lag_megatron.parallel import start_world, stop_world
 
 Batch = dict[str, Tensor]
 Step = Callable[[Batch, int], float]
@@ -94,9 +94,9 @@ def stock(job: Job, *, attention: type | None = None) -> Step:
     """Megatron-Core's model by its own local layers, under DeepSpeed ZeRO-1 with torch's AdamW."""
     import deepspeed
 
+    from lag_megatron.distributed.world import DeepSpeedGroups
     from lag_megatron.model.random_state import seed_everywhere
     from lag_megatron.model.without_cuda import run_megatron_without_cuda
-    from lag_megatron.parallel import DeepSpeedGroups
 
     world = start_world(tensor=1)
     run_megatron_without_cuda()

@@ -16,12 +16,12 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from megatron.core import parallel_state
 
-from lag_megatron import heartbeat
 from lag_megatron.checkpoint.state.layout import DEFAULT_SUB_GROUP_SIZE, Rank, Topology
 from lag_megatron.config import RunConfig
 from lag_megatron.config.deepspeed import deepspeed_config
+from lag_megatron.distributed import heartbeat
+from lag_megatron.distributed.rendezvous import meet, remove_shared_memory
 from lag_megatron.errors import LagError, RunError
-from lag_megatron.rendezvous import meet, remove_shared_memory
 
 T = TypeVar("T")
 

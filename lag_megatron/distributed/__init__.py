@@ -1,0 +1,1 @@
+"""Process groups, rendezvous, heartbeat and watchdog."""
