@@ -7,7 +7,7 @@ from typing import Any
 from lag_megatron.checkpoint.state.source import Source
 from lag_megatron.checkpoint.storage.integrity import Look
 from lag_megatron.config import ModelConfig
-from lag_megatron.engine import Engine
+from lag_megatron.engine.engine import Engine
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.convert import open_source
 from lag_megatron.growth.materialize import resharding

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lag_megatron.checkpoint.state.param_names import LAYER
+from lag_megatron.engine.state import LiveState
 from lag_megatron.errors import RunError
-from lag_megatron.live import LiveState
 
 
 @contextlib.contextmanager

@@ -10,11 +10,11 @@ from lag_megatron.config import RunConfig, padded_vocab_size, require_groups
 from lag_megatron.data import Feed, Prepared, open_prepared, prepare_data
 from lag_megatron.distributed.world import World, environment, start_world, stop_world
 from lag_megatron.dry_run import growth_pools
+from lag_megatron.engine.training_context import Job
 from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.probe.journal import Journal
 from lag_megatron.probe.recorder import Books, Recorder
 from lag_megatron.probe.rewind import rewind
-from lag_megatron.probe.steps import Job
 from lag_megatron.report import write_report
 from lag_megatron.rundir import RunDirectory, acquire, claim, write_json
 from lag_megatron.schedule import as_journalled, parameter_count

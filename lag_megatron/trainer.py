@@ -8,7 +8,9 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config.stage_schedule import stage_ranges
 from lag_megatron.distributed.world import World, topology_of
-from lag_megatron.engine import Engine
+from lag_megatron.engine.engine import Engine
+from lag_megatron.engine.save import save_engine
+from lag_megatron.engine.training_context import Job
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.pool import build_pool
 from lag_megatron.initial import growth_history, start_from
@@ -19,9 +21,7 @@ from lag_megatron.probe.event import Event
 from lag_megatron.probe.group import ProbeGroup
 from lag_megatron.probe.groups import count_groups, part_of
 from lag_megatron.probe.recorder import Recorder
-from lag_megatron.probe.saving import save_engine
 from lag_megatron.probe.search import search
-from lag_megatron.probe.steps import Job
 from lag_megatron.rundir import step_of, tag_of
 from lag_megatron.schedule import as_journalled, tokens_per_step
 from lag_megatron.stopping import Stopped

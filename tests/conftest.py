@@ -49,7 +49,7 @@ def run_ranks(fn: Any, world_size: int, *args: Any, timeout: float = 120) -> lis
         TimeoutError: with the stacks of all ranks.
         ChildProcessError: if a rank died without an exception.
     """
-    import lag_megatron.engine  # noqa: F401  # once here, so that forked ranks start fast
+    import lag_megatron.engine.engine  # noqa: F401  # once here, so that forked ranks start fast
 
     store, port = _rendezvous()
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
@@ -167,7 +167,7 @@ def train_and_save(config, folder, *, steps=3, tag="step3", client_state=None):
     """On each rank: an engine of ``config`` after ``steps`` steps, committed as ``folder/tag``."""
     from lag_megatron.checkpoint.storage import manifest
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     world = start_world(tensor=config.parallel.tensor)
     layers = config.model.num_layers

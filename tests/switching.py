@@ -59,7 +59,7 @@ def switch_in_place(config, base, folder):
     """On each rank: what differs between a candidate from disk and one grown in place."""
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
     from lag_megatron.growth.materialize import Growth
     from lag_megatron.growth.offline import grow_checkpoint
 
@@ -96,19 +96,19 @@ def switch_in_place(config, base, folder):
 
 
 def kept_here(limit=float("inf")):
-    from lag_megatron.kept import KeptBase, Store
+    from lag_megatron.engine.base_cache import KeptBase, Store
 
     return KeptBase([Store("memory", lambda: limit, torch.empty)], page=PAGE)
 
 
 def switch_from_kept(config, base, folder, plans):
     """On each rank: losses after both ways of switching, and what of the second was written."""
-    from lag_megatron import live as live_module
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine import state as live_module
+    from lag_megatron.engine.base_cache import KeptBase
+    from lag_megatron.engine.engine import Engine
     from lag_megatron.growth.materialize import Growth
-    from lag_megatron.kept import KeptBase
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lag_megatron.engine.training_context import Job, MetricRow
 from lag_megatron.probe.conclusion import conclude, drop_losers, metrics_of
 from lag_megatron.probe.event import Event, Progress, Turn
 from lag_megatron.probe.journal import Journal
 from lag_megatron.probe.ledger import Entry, Ledger
-from lag_megatron.probe.steps import Job, MetricRow
 from lag_megatron.rundir import write_json
 from lag_megatron.selection import can_still_win, judge, rung_value
 

@@ -11,24 +11,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lag_megatron.averaging import WeightAverage, fits
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import require_sound
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig
 from lag_megatron.distributed.watchdog import watched
 from lag_megatron.distributed.world import World, local_ranks
-from lag_megatron.engine import Engine
+from lag_megatron.engine.base_cache import KeptBase
+from lag_megatron.engine.ema import WeightAverage, fits
+from lag_megatron.engine.engine import Engine
+from lag_megatron.engine.save import save_engine
+from lag_megatron.engine.step_result import mean
+from lag_megatron.engine.training_context import Job, MetricRow
 from lag_megatron.errors import RunError
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.growth.pool import Candidate
-from lag_megatron.kept import KeptBase
 from lag_megatron.probe.event import Event, Progress, Turn
 from lag_megatron.probe.folder import CURVE, TRAINING, CandidateFolder
-from lag_megatron.probe.saving import save_engine
-from lag_megatron.probe.steps import Job, MetricRow
 from lag_megatron.schedule import tokens_per_step
-from lag_megatron.step_result import mean
 from lag_megatron.stopping import Stopped
 
 MayWin = Callable[[Progress], bool]

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from lag_megatron.engine.training_context import MetricRow
 from lag_megatron.probe.journal import Journal
-from lag_megatron.probe.steps import MetricRow
 from lag_megatron.tracking import Console, MetricsLog
 from lag_megatron.wandb_mirror import Wandb
 

@@ -7,6 +7,7 @@ from typing import Any
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import require_sound
 from lag_megatron.distributed.world import World
+from lag_megatron.engine.training_context import Job
 from lag_megatron.growth.layer_map import draw
 from lag_megatron.probe.coordinator import Coordinator
 from lag_megatron.probe.desk import Desk, desk_of
@@ -14,7 +15,6 @@ from lag_megatron.probe.event import Event, Progress
 from lag_megatron.probe.group import ProbeGroup
 from lag_megatron.probe.ledger import Entry
 from lag_megatron.probe.recorder import Recorder
-from lag_megatron.probe.steps import Job
 from lag_megatron.selection import least_disturbed
 from lag_megatron.stopping import Stopped
 

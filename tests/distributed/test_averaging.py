@@ -7,9 +7,9 @@ from conftest import PICO_VOCABULARY, pico_config, random_batches, run_ranks, sp
 
 def watch(config, folder):
     """On each rank: average 4 steps; evaluations of the weights, the averages, and by hand."""
-    from lag_megatron.averaging import WeightAverage
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.ema import WeightAverage
+    from lag_megatron.engine.engine import Engine
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=2, vocab_size=PICO_VOCABULARY)
@@ -40,7 +40,7 @@ def watch(config, folder):
 
 def undisturbed(config):
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=2, vocab_size=PICO_VOCABULARY)

@@ -64,7 +64,7 @@ def full(tag, config, world):
 def load_universal(config, folder, out):
     """DeepSpeed's own load, and its save of what it took."""
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     world = start_world(tensor=config.parallel.tensor)
     config = replace(config, deepspeed={"checkpoint": {"load_universal": True}})
@@ -207,7 +207,7 @@ def part_of(name, whole, rank, size, gated):
 def load_imported(config, folder):
     """DeepSpeed's own load of a converted checkpoint, and a step from there."""
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     world = start_world(tensor=config.parallel.tensor)
     layers = config.model.num_layers

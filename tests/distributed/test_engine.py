@@ -13,7 +13,7 @@ TOLERANCE = 1e-5
 
 def build(config):
     from lag_megatron.distributed.world import start_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     world = start_world(tensor=config.parallel.tensor)
     layers = config.model.num_layers
@@ -83,7 +83,7 @@ def test_bf16_follows_fp32_and_keeps_fp32_masters(reference):
 def stop_and_resume(config, folder):
     """Three ways from step 3 to 6: straight on, in a new engine, in one that went elsewhere."""
     from lag_megatron.distributed.world import stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     world, engine = build(config)
     layers = config.model.num_layers

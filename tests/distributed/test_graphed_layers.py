@@ -50,7 +50,7 @@ def trained(config, base, graphed):
     """Losses before and after two switches of candidates, and of evaluations between."""
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
     from lag_megatron.growth.materialize import Growth
     from lag_megatron.model.graphed_layers import graph_layers
 
@@ -141,7 +141,7 @@ def test_few_shapes_are_kept_and_moved_weights_are_captured_again():
 
 def build_on_a_cpu(config):
     from lag_megatron.distributed.world import start_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     Engine(config, start_world(tensor=1), num_layers=2, vocab_size=PICO_VOCABULARY)
 

@@ -28,7 +28,7 @@ def plans_for(family):
 def grow(config, folder, plans):
     """On each rank: the base's validation loss, and for each plan that after growth and one on."""
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     world = start_world(tensor=config.parallel.tensor)
     validation = [family_batches(config, world, 99)]

@@ -60,7 +60,7 @@ def grow_and_load(config, folder, plans, target_layers, steps=3):
     import deepspeed
 
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     world = start_world(tensor=config.parallel.tensor)
 

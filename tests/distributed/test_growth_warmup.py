@@ -29,7 +29,7 @@ def one_step_each(config, base, folder):
     """Save the state after one step from the same grown state, at three choices of rates."""
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
     from lag_megatron.growth.materialize import Growth
     from lag_megatron.growth.offline import grow_checkpoint
 

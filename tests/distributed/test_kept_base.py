@@ -59,8 +59,8 @@ def test_a_base_that_does_not_fit_is_read_from_its_shards(base, capsys):
 def test_stores_are_taken_in_their_order(base, capsys):
     """The second where the first has no room."""
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
+    from lag_megatron.engine.base_cache import KeptBase, Store
     from lag_megatron.growth.materialize import Growth
-    from lag_megatron.kept import KeptBase, Store
 
     taken = []
 
@@ -84,8 +84,8 @@ def test_stores_are_taken_in_their_order(base, capsys):
 
 
 def test_copies_of_too_many_pieces_are_left_to_the_shards(base, capsys, monkeypatch):
-    from lag_megatron import kept as kept_module
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
+    from lag_megatron.engine import base_cache as kept_module
     from lag_megatron.growth.materialize import Growth
 
     monkeypatch.setattr(kept_module, "MAX_RUNS", 5)
@@ -114,7 +114,7 @@ def test_a_new_base_takes_the_place_of_the_old(base, tmp_path):
 
 
 def test_on_a_cpu_nothing_is_kept():
-    from lag_megatron.kept import KeptBase
+    from lag_megatron.engine.base_cache import KeptBase
 
     assert KeptBase.on(torch.device("cpu"), local_ranks=1) is None
 
@@ -122,7 +122,7 @@ def test_on_a_cpu_nothing_is_kept():
 def targets_of(growth):
     """Buffers of data rank 0, full of something else."""
     from lag_megatron.checkpoint.state.region import Region
-    from lag_megatron.kept import Target
+    from lag_megatron.engine.base_cache import Target
 
     targets = []
     for state, layout in growth.layout.states.items():

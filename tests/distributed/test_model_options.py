@@ -11,7 +11,7 @@ TOLERANCE = 1e-5
 def curve(config):
     """Losses and gradient norms of 4 steps, then a validation loss."""
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     world = start_world(tensor=config.parallel.tensor)
     layers = config.model.num_layers
@@ -107,7 +107,7 @@ def streams(config):
     import torch
 
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
     from lag_megatron.model.random_state import seed_step
 
     world = start_world(tensor=config.parallel.tensor)
@@ -153,7 +153,7 @@ def said(config):
     import logging
 
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     class Kept(logging.Handler):
         def emit(self, record):

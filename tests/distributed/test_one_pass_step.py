@@ -17,7 +17,7 @@ QUICK = [
 def masters_after(config, *, spoil=False):
     """On each rank: its masters, moments and weights after some steps, and the gradient norms."""
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     world = start_world(tensor=config.parallel.tensor)
     layers = config.model.num_layers

@@ -8,7 +8,7 @@ from families import family_batches, family_config
 def curve(config, one_pass):
     """Losses and gradient norms of 4 steps, and how often each kernel ran."""
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
     from lag_megatron.kernels import activation, attention_cpu, softmax, softmax_cpu
     from lag_megatron.model import attention
 

@@ -33,7 +33,7 @@ class Reads(TorchDispatchMode):
 
 def engine_and_batches(config):
     from lag_megatron.distributed.world import start_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=2, vocab_size=PICO_VOCABULARY)
@@ -43,8 +43,8 @@ def engine_and_batches(config):
 def reads_on_a_cpu(config):
     from deepspeed.accelerator import get_accelerator
 
-    from lag_megatron import engine as engine_module
     from lag_megatron.distributed.world import stop_world
+    from lag_megatron.engine import engine as engine_module
 
     engine, batches = engine_and_batches(config)
     for step in range(LAST):
@@ -76,8 +76,8 @@ def test_values_are_read_once(stage):
 
 def waits_on_a_gpu(config):
     """A step in which torch refuses every call that waits, but for the one at its end."""
-    from lag_megatron import engine as engine_module
     from lag_megatron.distributed.world import stop_world
+    from lag_megatron.engine import engine as engine_module
 
     engine, batches = engine_and_batches(config)
     pinned = [[{n: t.pin_memory() for n, t in part.items()} for part in b] for b in batches]

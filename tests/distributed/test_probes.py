@@ -67,15 +67,15 @@ def train_from_a_kept_base(*arguments):
     """As ``train`` where the device keeps the base of an event; how many launches there were."""
     import torch
 
-    from lag_megatron import live
-    from lag_megatron.kept import KeptBase, Store
+    from lag_megatron.engine import state
+    from lag_megatron.engine.base_cache import KeptBase, Store
 
     def kept(device, **unused):
         return KeptBase([Store("memory", lambda: 1e9, torch.empty)], page=500)
 
-    write_runs, launches = live.write_runs, []
+    write_runs, launches = state.write_runs, []
     KeptBase.on = kept
-    live.write_runs = lambda runs: (launches.append(len(runs)), write_runs(runs))
+    state.write_runs = lambda runs: (launches.append(len(runs)), write_runs(runs))
     train(*arguments)
     return len(launches)
 
@@ -112,7 +112,7 @@ def at_step(step, times, action):
     """A fault: the ``times``-th time that this process takes step ``step`` of stage 1."""
 
     def fault():
-        from lag_megatron.probe.steps import Job
+        from lag_megatron.engine.training_context import Job
 
         honest, seen = Job.step, []
 
@@ -186,8 +186,8 @@ def test_a_hung_rank_ends_with_all_stacks_and_at_last_costs_the_candidate(tiny, 
 
 
 def full_disk():
+    from lag_megatron.engine.state import LiveState
     from lag_megatron.errors import CheckpointError
-    from lag_megatron.live import LiveState
 
     def write(self, folder, growth, *, client_state):
         raise CheckpointError(f"{folder}: cannot write: No space left on device")

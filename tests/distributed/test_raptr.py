@@ -37,7 +37,7 @@ def batches_of(config, world, step):
 
 
 def engine_of(config, world):
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     return Engine(config, world, num_layers=LAYERS, vocab_size=PICO_VOCABULARY)
 

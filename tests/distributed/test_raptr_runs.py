@@ -22,7 +22,7 @@ def killed_at(step_to_die):
     """Rank 0 dies, as by kill -9, before that step."""
 
     def fault():
-        from lag_megatron.probe.steps import Job
+        from lag_megatron.engine.training_context import Job
 
         honest = Job.step
 
@@ -192,7 +192,7 @@ def fetched(config, paths):
 
     from lag_megatron.checkpoint.state.param_names import LAYER
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     world = start_world(tensor=1)
     layers = config.model.num_layers

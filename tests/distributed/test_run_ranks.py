@@ -16,7 +16,7 @@ def ranks_sum():
     import torch.distributed as dist
 
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.sums import over_data
+    from lag_megatron.engine.reductions import over_data
 
     world = start_world(tensor=1)
     mine = torch.tensor([world.rank + 1.0], dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_a_result_has_to_be_picklable():
 
 def train_once(config):
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     world = start_world(tensor=1)
     engine = Engine(config, world, num_layers=1, vocab_size=64)

@@ -35,7 +35,7 @@ def killed_in_probes_of(growth):
     def fault():
         if os.environ["RANK"] != "0":
             return
-        from lag_megatron.probe.steps import Job
+        from lag_megatron.engine.training_context import Job
 
         honest, started = Job.step, {"probes": 0}
 

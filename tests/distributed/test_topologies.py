@@ -113,7 +113,7 @@ def sources(tmp_path_factory):
 def load_and_save(config, folder, layers, steps):
     """On each rank: load what was grown, save it again, train on; the losses."""
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(

@@ -209,7 +209,7 @@ def test_other_text_under_a_run_is_refused(tiny, corpus, tmp_path):
 
 
 def poisonous_gradient():
-    from lag_megatron import engine
+    from lag_megatron.engine import engine
 
     honest = engine.loss_sums
 

@@ -9,7 +9,7 @@ from lag_megatron.model import wide_products
 
 def losses(config, wide):
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     wide_products_answer(wide)
     world = start_world(tensor=config.parallel.tensor)

@@ -188,7 +188,7 @@ def test_a_bert_fills_masks_as_ours_does(world, model, tmp_path):
 def train_bert(config, folder):
     """A checkpoint of three steps of a BERT, which says its shape."""
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import Engine
+    from lag_megatron.engine.engine import Engine
 
     world = start_world(tensor=config.parallel.tensor)
     layers = config.model.num_layers

@@ -20,10 +20,10 @@ from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import RunConfig, load_config
 from lag_megatron.distributed.world import World, start_world, stop_world
 from lag_megatron.dry_run import growth_pools
-from lag_megatron.engine import Engine
+from lag_megatron.engine.engine import Engine
+from lag_megatron.engine.save import save_engine
 from lag_megatron.growth.materialize import Growth
 from lag_megatron.probe.groups import split_world
-from lag_megatron.probe.saving import save_engine
 from lag_megatron.vocabulary import estimate_vocab_size
 
 ROUNDS = 5

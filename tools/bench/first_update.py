@@ -21,7 +21,7 @@ from figures import write_figures
 
 from lag_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, StageConfig
 from lag_megatron.distributed.world import World, start_world, stop_world
-from lag_megatron.engine import Engine
+from lag_megatron.engine.engine import Engine
 from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import MOMENT_POLICIES, GrowthPlan
 

@@ -22,11 +22,11 @@ from figures import write_figures
 
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.distributed.world import World, start_world, stop_world
-from lag_megatron.engine import Engine
+from lag_megatron.engine.base_cache import KeptBase
+from lag_megatron.engine.engine import Engine
 from lag_megatron.growth.materialize import Growth
 from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
-from lag_megatron.kept import KeptBase
 
 T = TypeVar("T")
 LAYERS, HIDDEN, VOCABULARY = 16, 256, 8192

@@ -13,10 +13,10 @@ from pathlib import Path
 from lag_megatron.config import load_config, padded_vocab_size
 from lag_megatron.data import Feed, open_prepared, prepare_data
 from lag_megatron.distributed.world import start_world, stop_world
-from lag_megatron.engine import Engine
-from lag_megatron.probe.steps import Job
+from lag_megatron.engine.engine import Engine
+from lag_megatron.engine.step_result import mean
+from lag_megatron.engine.training_context import Job
 from lag_megatron.rundir import RunDirectory, step_of
-from lag_megatron.step_result import mean
 from lag_megatron.stopping import StopFlag
 
 

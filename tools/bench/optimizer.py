@@ -21,7 +21,7 @@ from figures import write_figures
 from step_job import LR, SHAPES, Job
 
 from lag_megatron.distributed.world import World, start_world, stop_world
-from lag_megatron.engine import Engine
+from lag_megatron.engine.engine import Engine
 from lag_megatron.model import loss_sums
 
 SHAPE = "small"

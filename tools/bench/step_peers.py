@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.hf.architecture import architecture_of
 from lag_megatron.distributed.world import start_world, stop_world
-from lag_megatron.engine import Engine
+from lag_megatron.engine.engine import Engine
 
 Batch = dict[str, Tensor]
 Step = Callable[[Batch, int], float]

@@ -36,21 +36,21 @@ from lag_megatron.config import RunConfig
 from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.data.batch import on_device
 from lag_megatron.distributed.world import DeepSpeedGroups, World, topology_of
+from lag_megatron.engine.base_cache import KeptBase
+from lag_megatron.engine.fused_zero_step import use_one_pass
+from lag_megatron.engine.partial_step import partial_step
+from lag_megatron.engine.reductions import doubles, gradient_norm, over_data, read
+from lag_megatron.engine.state import LiveState
+from lag_megatron.engine.step_result import StepResult
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.materialize import Growth, resharding
 from lag_megatron.growth.plan import GrowthPlan
-from lag_megatron.kept import KeptBase
-from lag_megatron.live import LiveState
 from lag_megatron.model import build_model, labels_of, loss_sums, mean_loss
 from lag_megatron.model.graphed_layers import graph_layers
 from lag_megatron.model.initialize import initialize_weights, mark_cut_parameters
 from lag_megatron.model.parameter_groups import decay_split, make_optimizer
 from lag_megatron.model.random_state import seed_everywhere, seed_step
 from lag_megatron.paths import LayerPath
-from lag_megatron.step_result import StepResult
-from lag_megatron.subnetwork import partial_step
-from lag_megatron.sums import doubles, gradient_norm, over_data, read
-from lag_megatron.zero_step import use_one_pass
 
 Batch = dict[str, Tensor]
 Flag = Callable[[], bool]

@@ -9,8 +9,8 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+from lag_megatron.engine.state import LiveState
 from lag_megatron.layer_rates import frozen, slowed
-from lag_megatron.live import LiveState
 from lag_megatron.model.path import layers_on
 from lag_megatron.paths import LayerPath
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from lag_megatron.config import RunConfig
 from lag_megatron.config.raptr import Lengths
 from lag_megatron.data import Feed
-from lag_megatron.engine import Engine
+from lag_megatron.engine.engine import Engine
 from lag_megatron.learning_rate import rate_at
 from lag_megatron.paths import path_at, with_path_length
 from lag_megatron.rundir import RunDirectory

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from lag_megatron import __version__
-from lag_megatron.averaging import WeightAverage
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero.file_names import files_of_rank
 from lag_megatron.config import RunConfig
 from lag_megatron.distributed.world import World
-from lag_megatron.engine import Engine
+from lag_megatron.engine.ema import WeightAverage
+from lag_megatron.engine.engine import Engine
 from lag_megatron.growth.materialize import Growth
 
 VERSIONS = {"lag_megatron": __version__, "torch": torch.__version__}

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.engine.state import LiveState
 from lag_megatron.errors import CheckpointError
-from lag_megatron.live import LiveState
 
 # Karras et al. 2024 (EDM2), section 3.1: the average's width is 10 % of the steps averaged over.
 GAMMA = 6.94

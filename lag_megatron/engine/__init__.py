@@ -1,0 +1,1 @@
+"""The DeepSpeed engine and everything that touches DeepSpeed's insides."""
