@@ -31,9 +31,9 @@ from typing import Any
 from lag_megatron.atomic_io import write_atomically
 from lag_megatron.errors import ConfigError, LagError
 from lag_megatron.evaluation.candidates import score_candidates
-from lag_megatron.evaluation.documents import TASKS, find_file, read_documents
+from lag_megatron.evaluation.export import ExportOptions, as_transformers, resolve
 from lag_megatron.evaluation.harness import evaluate, require_harness, table
-from lag_megatron.evaluation.subject import ExportOptions, as_transformers, resolve
+from lag_megatron.evaluation.task_data import TASKS, find_file, read_documents
 
 
 def main(arguments: list[str] | None = None) -> int:

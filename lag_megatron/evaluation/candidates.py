@@ -7,8 +7,8 @@ from pathlib import Path
 from lag_megatron.atomic_io import write_atomically
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import RunError
-from lag_megatron.evaluation.documents import Json
 from lag_megatron.evaluation.harness import SCORES
+from lag_megatron.evaluation.task_data import Json
 
 SCORES_FILE = "scores.json"
 

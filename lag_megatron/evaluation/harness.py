@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lag_megatron.errors import RunError
-from lag_megatron.evaluation.documents import Documents, Json, read_documents
+from lag_megatron.evaluation.task_data import Documents, Json, read_documents
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 # The number of each task that stands for it in comparisons.

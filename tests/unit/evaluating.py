@@ -2,7 +2,7 @@
 
 import json
 
-from lag_megatron.evaluation.documents import find_file
+from lag_megatron.evaluation.task_data import find_file
 
 END = "<|endoftext|>"
 LAMBADA = [("The dog ate the", "bone"), ("She read the", "book"), ('He said: "I never', "lie")]

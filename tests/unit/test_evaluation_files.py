@@ -7,7 +7,7 @@ import pytest
 from evaluating import tydi_rows, write_tasks
 
 from lag_megatron.errors import DataError
-from lag_megatron.evaluation.documents import find_file, read_documents
+from lag_megatron.evaluation.task_data import find_file, read_documents
 
 data = pytest.fixture(write_tasks, scope="module")
 

@@ -14,7 +14,7 @@ from tokenizers import models, pre_tokenizers
 from lag_megatron.config import dump_config
 from lag_megatron.errors import CheckpointError, DataError, RunError
 from lag_megatron.evaluation.candidates import kept_states
-from lag_megatron.evaluation.subject import resolve, tokenizer_of
+from lag_megatron.evaluation.export import resolve, tokenizer_of
 
 data = pytest.fixture(write_tasks, scope="module")
 
