@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lag_megatron.checkpoint.state.layout import Topology, make_layout
-from lag_megatron.growth.fresh import fill
 from lag_megatron.growth.growth_map import depth_map
 from lag_megatron.growth.transfer import Move, Side, plan_rank
+from lag_megatron.growth.weight_init import fill
 
 HIDDEN, FFN, VOCABULARY, LENGTH = 16, 24, 32, 8
 GROUPS = 2  # query groups of all kinds; a Llama has two heads in each

@@ -19,9 +19,9 @@ from lag_megatron.checkpoint.state.box import Shape, collapse
 from lag_megatron.checkpoint.state.layout import Container, State
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.growth.fill import Filler
-from lag_megatron.growth.fresh import Constant, fill
 from lag_megatron.growth.materialize import Growth
 from lag_megatron.growth.transfer import Draw, Move
+from lag_megatron.growth.weight_init import Constant, fill
 from lag_megatron.kernels.runs import Run
 
 # Elements that are read and kept together.

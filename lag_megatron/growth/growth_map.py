@@ -14,17 +14,17 @@ from lag_megatron.checkpoint.state.box import Box, Shape, whole
 from lag_megatron.checkpoint.state.optimizer_states import STATES, Role
 from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.fit import (
+from lag_megatron.growth.identity_init import Silence, silence_of
+from lag_megatron.growth.layer_map import LayerMap, LayerOrigin
+from lag_megatron.growth.plan import GrowthPlan, MomentPolicy
+from lag_megatron.growth.validate import (
     BRANCH_OUTPUTS,
     POST_NORMS,
     check_layers,
     check_number,
     layers_of,
 )
-from lag_megatron.growth.fresh import Constant, Fresh, Normal, megatron_init
-from lag_megatron.growth.layer_map import LayerMap, LayerOrigin
-from lag_megatron.growth.plan import GrowthPlan, MomentPolicy
-from lag_megatron.growth.silent import Silence, silence_of
+from lag_megatron.growth.weight_init import Constant, Fresh, Normal, megatron_init
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from lag_megatron.checkpoint.state.box import (
 from lag_megatron.checkpoint.state.layout import Container, Layout, Segment, State, Topology
 from lag_megatron.checkpoint.state.optimizer_states import role_of
 from lag_megatron.checkpoint.state.tensor_parallel import Piece, cut_dim, pieces
-from lag_megatron.growth.fresh import Fresh
 from lag_megatron.growth.growth_map import Copy, GrowthMap
+from lag_megatron.growth.weight_init import Fresh
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from lag_megatron.checkpoint.state.tensor_parallel import cut_dim, pieces, whole_shape
 from lag_megatron.config import RunConfig
 from lag_megatron.distributed.world import World
-from lag_megatron.growth.fresh import fill, megatron_init
+from lag_megatron.growth.weight_init import fill, megatron_init
 
 
 def mark_cut_parameters(model: torch.nn.Module) -> None:

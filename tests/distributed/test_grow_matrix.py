@@ -12,9 +12,9 @@ import torch
 from conftest import PICO_VOCABULARY, pico_config, random_batches, run_ranks, sparing
 from full_state import STATES, differences, grow_full, read_full, tree_differences
 
-from lag_megatron.growth.fresh import Normal, normal
 from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
+from lag_megatron.growth.weight_init import Normal, normal
 
 DUPLICATE, RANDOM, ZEROED, BORROWED = "duplicate", "random", "zeroed", "borrowed"
 # name: (operator, options, moments asked for, layers as (old, is new), moments expected)

@@ -6,7 +6,6 @@ import pytest
 
 from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.fresh import Constant, Normal
 from lag_megatron.growth.growth_map import (
     Copy,
     depth_map,
@@ -15,6 +14,7 @@ from lag_megatron.growth.growth_map import (
     moment_policy,
 )
 from lag_megatron.growth.plan import GrowthPlan
+from lag_megatron.growth.weight_init import Constant, Normal
 
 TENSORS = {
     "{post}attn_layernorm.weight": (4,),

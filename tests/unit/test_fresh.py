@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lag_megatron.checkpoint.state.box import Box, numel, whole
-from lag_megatron.growth import fresh
-from lag_megatron.growth.fresh import Constant, Normal, fill, megatron_init, normal
+from lag_megatron.growth import weight_init
+from lag_megatron.growth.weight_init import Constant, Normal, fill, megatron_init, normal
 
 UNIT = Normal(1.0, "test")
 
@@ -29,7 +29,7 @@ def test_a_box_holds_the_values_of_the_whole(shape, data, chunk):
     extent = tuple(data.draw(st.integers(1, n - a)) for a, n in zip(low, shape, strict=True))
     part = torch.empty(extent)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fresh, "_CHUNK", chunk)
+        patch.setattr(weight_init, "_CHUNK", chunk)
         fill(part, UNIT, shape=shape, box=Box(low, extent))
     slices = tuple(slice(a, a + n) for a, n in zip(low, extent, strict=True))
     assert torch.equal(part, everything[slices])

@@ -5,7 +5,6 @@ import pytest
 from lag_megatron.checkpoint.state.box import whole
 from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.fresh import Constant, Normal
 from lag_megatron.growth.growth_map import (
     Copy,
     depth_map,
@@ -14,6 +13,7 @@ from lag_megatron.growth.growth_map import (
     moment_policy,
 )
 from lag_megatron.growth.plan import GrowthPlan
+from lag_megatron.growth.weight_init import Constant, Normal
 
 TENSORS = {"norm.weight": (4,), "mlp.linear_fc1.weight": (8, 4), "mlp.linear_fc2.weight": (4, 8)}
 

@@ -14,8 +14,8 @@ from torch_models import grow_dense, random_stack, state_of
 
 from lag_megatron.checkpoint.state.box import Box, whole
 from lag_megatron.checkpoint.state.layout import STATES
-from lag_megatron.growth.fresh import Diagonals, Normal, fill, normal
 from lag_megatron.growth.growth_map import depth_map, moment_policy
+from lag_megatron.growth.weight_init import Diagonals, Normal, fill, normal
 
 MODELS = st.fixed_dictionaries({
     "hidden": st.sampled_from([8, 16]),

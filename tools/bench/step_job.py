@@ -13,7 +13,7 @@ from lag_megatron.checkpoint.hf.architecture import architecture_of
 from lag_megatron.config import RunConfig, parse_config
 from lag_megatron.distributed.world import start_world, stop_world
 from lag_megatron.engine.engine import Engine
-from lag_megatron.growth.fresh import Normal, megatron_init
+from lag_megatron.growth.weight_init import Normal, megatron_init
 from lag_megatron.model import build_model
 from lag_megatron.schedule import training_flops_per_token
 

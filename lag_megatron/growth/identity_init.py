@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.checkpoint.state.tensor_parallel import is_gated
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.fresh import Constant, Diagonals, Fresh, Normal
 from lag_megatron.growth.plan import GrowthPlan
+from lag_megatron.growth.weight_init import Constant, Diagonals, Fresh, Normal
 
 _QKV, _PROJECTION = ".self_attention.linear_qkv.weight", ".self_attention.linear_proj.weight"
 _FC1, _FC2 = ".mlp.linear_fc1.weight", ".mlp.linear_fc2.weight"
