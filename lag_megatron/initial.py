@@ -9,8 +9,8 @@ from lag_megatron.checkpoint.storage.integrity import Look
 from lag_megatron.config import ModelConfig
 from lag_megatron.engine.engine import Engine
 from lag_megatron.errors import CheckpointError
-from lag_megatron.growth.convert import open_source
-from lag_megatron.growth.materialize import resharding
+from lag_megatron.growth.apply.conversion import open_source
+from lag_megatron.growth.apply.grown_state import resharding
 
 # What two models of the same parameters may compute differently with.
 _COMPUTED = ("family", "num_attention_heads", "num_query_groups", "positions", "rotary_base",

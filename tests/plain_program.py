@@ -8,8 +8,8 @@ from full_state import read_full
 from torch import nn
 
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.growth.materialize import retarget
-from lag_megatron.growth.offline import grow_checkpoint
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
+from lag_megatron.growth.apply.grown_state import retarget
 from lag_megatron.growth.plan import GrowthPlan
 
 HIDDEN, INNER, VOCABULARY, LENGTH = 10, 14, 30, 6  # with 2 and 3 ranks, padding everywhere

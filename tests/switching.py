@@ -60,8 +60,8 @@ def switch_in_place(config, base, folder):
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine.engine import Engine
-    from lag_megatron.growth.materialize import Growth
-    from lag_megatron.growth.offline import grow_checkpoint
+    from lag_megatron.growth.apply.grow_zero import grow_checkpoint
+    from lag_megatron.growth.apply.grown_state import Growth
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)
@@ -108,7 +108,7 @@ def switch_from_kept(config, base, folder, plans):
     from lag_megatron.engine import state as live_module
     from lag_megatron.engine.base_cache import KeptBase
     from lag_megatron.engine.engine import Engine
-    from lag_megatron.growth.materialize import Growth
+    from lag_megatron.growth.apply.grown_state import Growth
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lag_megatron.checkpoint.state.layout import Topology, make_layout
+from lag_megatron.growth.apply.copy_plan import Move, Side, plan_rank
 from lag_megatron.growth.growth_map import depth_map
-from lag_megatron.growth.transfer import Move, Side, plan_rank
 from lag_megatron.growth.weight_init import fill
 
 HIDDEN, FFN, VOCABULARY, LENGTH = 16, 24, 32, 8

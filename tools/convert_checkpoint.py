@@ -14,8 +14,8 @@ from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
 from lag_megatron.checkpoint.state.source import WHOLE, Source, WholeParameters
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.errors import LagError, PlanError
-from lag_megatron.growth.convert import Conversion, open_source
-from lag_megatron.growth.verify import differences
+from lag_megatron.growth.apply.conversion import Conversion, open_source
+from lag_megatron.growth.apply.verify import differences
 
 _FORMATS = {
     "zero": 'DeepSpeed loads it with load_checkpoint("{0}")',

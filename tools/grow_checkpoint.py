@@ -18,13 +18,13 @@ from lag_megatron.checkpoint.storage.integrity import is_verifiable
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint, resolve
 from lag_megatron.errors import LagError, PlanError
-from lag_megatron.growth.convert import open_source
-from lag_megatron.growth.estimate import estimate
+from lag_megatron.growth.apply.conversion import open_source
+from lag_megatron.growth.apply.estimate import estimate
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
+from lag_megatron.growth.apply.grown_state import Growth
+from lag_megatron.growth.apply.hardlink_dcp import linked_megatron
+from lag_megatron.growth.apply.hardlink_universal import linked_universal
 from lag_megatron.growth.layer_map import draw
-from lag_megatron.growth.linked import linked_universal
-from lag_megatron.growth.linked_dcp import linked_megatron
-from lag_megatron.growth.materialize import Growth
-from lag_megatron.growth.offline import grow_checkpoint
 
 
 def main(arguments: list[str] | None = None) -> int:

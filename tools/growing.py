@@ -15,7 +15,7 @@ from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.state.source import Source
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.materialize import retarget
+from lag_megatron.growth.apply.grown_state import retarget
 from lag_megatron.growth.operators import OPERATORS
 from lag_megatron.growth.plan import MOMENT_POLICIES, GrowthPlan
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from lag_megatron.checkpoint.state.box import Shape, collapse
 from lag_megatron.checkpoint.state.layout import Container, State
 from lag_megatron.checkpoint.state.region import Region
-from lag_megatron.growth.fill import Filler
-from lag_megatron.growth.materialize import Growth
-from lag_megatron.growth.transfer import Draw, Move
+from lag_megatron.growth.apply.copy_plan import Draw, Move
+from lag_megatron.growth.apply.fill import Filler
+from lag_megatron.growth.apply.grown_state import Growth
 from lag_megatron.growth.weight_init import Constant, fill
 from lag_megatron.kernels.runs import Run
 

@@ -43,7 +43,7 @@ from lag_megatron.engine.reductions import doubles, gradient_norm, over_data, re
 from lag_megatron.engine.state import LiveState
 from lag_megatron.engine.step_result import StepResult
 from lag_megatron.errors import CheckpointError
-from lag_megatron.growth.materialize import Growth, resharding
+from lag_megatron.growth.apply.grown_state import Growth, resharding
 from lag_megatron.growth.plan import GrowthPlan
 from lag_megatron.model import build_model, labels_of, loss_sums, mean_loss
 from lag_megatron.model.graphed_layers import graph_layers

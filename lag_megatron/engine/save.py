@@ -17,7 +17,7 @@ from lag_megatron.config import RunConfig
 from lag_megatron.distributed.world import World
 from lag_megatron.engine.ema import WeightAverage
 from lag_megatron.engine.engine import Engine
-from lag_megatron.growth.materialize import Growth
+from lag_megatron.growth.apply.grown_state import Growth
 
 VERSIONS = {"lag_megatron": __version__, "torch": torch.__version__}
 

@@ -31,7 +31,7 @@ from lag_megatron.checkpoint.zero.writer import write_rank
 from lag_megatron.engine.base_cache import KeptBase, Target
 from lag_megatron.engine.sync_weights import follow_masters, own_weights
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.materialize import Growth
+from lag_megatron.growth.apply.grown_state import Growth
 from lag_megatron.kernels.grow import write_runs
 
 # What DeepSpeed counts, under the same names in its engine and in its checkpoints.

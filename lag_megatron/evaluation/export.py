@@ -15,7 +15,7 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, ConfigError, DataError
-from lag_megatron.growth.convert import Conversion
+from lag_megatron.growth.apply.conversion import Conversion
 from lag_megatron.rundir import RunDirectory
 
 _TOKENIZER = "tokenizer.json"

@@ -24,7 +24,7 @@ from lag_megatron.engine.save import save_engine
 from lag_megatron.engine.step_result import mean
 from lag_megatron.engine.training_context import Job, MetricRow
 from lag_megatron.errors import RunError
-from lag_megatron.growth.materialize import Growth, resharding
+from lag_megatron.growth.apply.grown_state import Growth, resharding
 from lag_megatron.growth.pool import Candidate
 from lag_megatron.probe.event import Event, Progress, Turn
 from lag_megatron.probe.folder import CURVE, TRAINING, CandidateFolder

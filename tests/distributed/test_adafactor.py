@@ -14,9 +14,9 @@ from lag_megatron.checkpoint.zero.describe import describe
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import OptimizerConfig
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.estimate import estimate
-from lag_megatron.growth.materialize import Growth, retarget
-from lag_megatron.growth.offline import grow_checkpoint
+from lag_megatron.growth.apply.estimate import estimate
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
+from lag_megatron.growth.apply.grown_state import Growth, retarget
 
 FILE = "mp_rank_00_model_states.pt"
 

@@ -21,10 +21,10 @@ from full_state import read_full
 from lag_megatron.checkpoint.state.source import WHOLE
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.growth.convert import Conversion, open_source
-from lag_megatron.growth.linked import linked_universal
-from lag_megatron.growth.linked_dcp import linked_megatron
-from lag_megatron.growth.materialize import Growth, retarget
+from lag_megatron.growth.apply.conversion import Conversion, open_source
+from lag_megatron.growth.apply.grown_state import Growth, retarget
+from lag_megatron.growth.apply.hardlink_dcp import linked_megatron
+from lag_megatron.growth.apply.hardlink_universal import linked_universal
 from lag_megatron.growth.plan import GrowthPlan
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")

@@ -51,7 +51,7 @@ def trained(config, base, graphed):
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine.engine import Engine
-    from lag_megatron.growth.materialize import Growth
+    from lag_megatron.growth.apply.grown_state import Growth
     from lag_megatron.model.graphed_layers import graph_layers
 
     world = start_world(tensor=1)

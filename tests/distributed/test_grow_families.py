@@ -10,7 +10,7 @@ from families import FAMILIES, family_batches, family_config
 from full_state import differences, grow_full, read_full
 from test_grow_matrix import DUPLICATE, EVENTS, RANDOM, fresh_weights, plan_of
 
-from lag_megatron.growth.offline import grow_checkpoint
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
 
 KEPT = "kept"

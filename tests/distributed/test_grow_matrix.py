@@ -12,7 +12,7 @@ import torch
 from conftest import PICO_VOCABULARY, pico_config, random_batches, run_ranks, sparing
 from full_state import STATES, differences, grow_full, read_full, tree_differences
 
-from lag_megatron.growth.offline import grow_checkpoint
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
 from lag_megatron.growth.weight_init import Normal, normal
 

@@ -30,8 +30,8 @@ def one_step_each(config, base, folder):
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine.engine import Engine
-    from lag_megatron.growth.materialize import Growth
-    from lag_megatron.growth.offline import grow_checkpoint
+    from lag_megatron.growth.apply.grow_zero import grow_checkpoint
+    from lag_megatron.growth.apply.grown_state import Growth
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)

@@ -46,7 +46,7 @@ def test_a_gpu_keeps_its_base(stage, precision, tmp_path):
 def test_a_base_that_does_not_fit_is_read_from_its_shards(base, capsys):
     """It is said once; what else would have to be read stays unread."""
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-    from lag_megatron.growth.materialize import Growth
+    from lag_megatron.growth.apply.grown_state import Growth
 
     growth = Growth(ZeroCheckpoint.open(base), PLANS["duplicate"])
     kept, targets = kept_here(limit=4), targets_of(growth)
@@ -60,7 +60,7 @@ def test_stores_are_taken_in_their_order(base, capsys):
     """The second where the first has no room."""
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.engine.base_cache import KeptBase, Store
-    from lag_megatron.growth.materialize import Growth
+    from lag_megatron.growth.apply.grown_state import Growth
 
     taken = []
 
@@ -86,7 +86,7 @@ def test_stores_are_taken_in_their_order(base, capsys):
 def test_copies_of_too_many_pieces_are_left_to_the_shards(base, capsys, monkeypatch):
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.engine import base_cache as kept_module
-    from lag_megatron.growth.materialize import Growth
+    from lag_megatron.growth.apply.grown_state import Growth
 
     monkeypatch.setattr(kept_module, "MAX_RUNS", 5)
     growth, kept = Growth(ZeroCheckpoint.open(base), PLANS["duplicate"]), kept_here()
@@ -101,7 +101,7 @@ def test_a_new_base_takes_the_place_of_the_old(base, tmp_path):
     import shutil
 
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-    from lag_megatron.growth.materialize import Growth
+    from lag_megatron.growth.apply.grown_state import Growth
 
     other, kept = tmp_path / "other", kept_here()
     shutil.copytree(base, other)
@@ -148,7 +148,7 @@ def test_every_region_is_what_shards_give(name, stage, tensor, base):
     """Also from one tensor-parallel size to another, whose copies are strided."""
     from lag_megatron.checkpoint.state.layout import Topology
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-    from lag_megatron.growth.materialize import Growth
+    from lag_megatron.growth.apply.grown_state import Growth
     from lag_megatron.kernels.grow import by_torch
 
     topology = Topology(zero_stage=stage, data_size=2, tensor_size=tensor, precision="bf16")

@@ -29,8 +29,8 @@ def grow(config, folder, plans):
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine.engine import Engine
-    from lag_megatron.growth.materialize import Growth
-    from lag_megatron.growth.offline import grow_checkpoint
+    from lag_megatron.growth.apply.grow_zero import grow_checkpoint
+    from lag_megatron.growth.apply.grown_state import Growth
 
     world = start_world(tensor=config.parallel.tensor)
     validation = [random_batches(config, world, 99)]

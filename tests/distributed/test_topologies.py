@@ -13,8 +13,8 @@ from conftest import PICO_VOCABULARY, pico_config, random_batches, run_ranks, tr
 from full_state import differences, grow_full, read_full, tree_differences
 
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.growth.materialize import retarget
-from lag_megatron.growth.offline import grow_checkpoint
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
+from lag_megatron.growth.apply.grown_state import retarget
 from lag_megatron.growth.plan import GrowthPlan
 
 LAYERS = [(0, False), (0, True), (1, False), (1, True)]

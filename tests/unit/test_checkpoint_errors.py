@@ -13,7 +13,7 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero import file_names
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint, resolve
 from lag_megatron.errors import CheckpointError, PlanError
-from lag_megatron.growth.offline import grow_checkpoint
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
 
 MODEL = "mp_rank_00_model_states.pt"

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.growth.offline import grow_checkpoint
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
 
 PLAN = GrowthPlan(

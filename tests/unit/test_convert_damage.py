@@ -11,7 +11,7 @@ from lag_megatron.checkpoint import open
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import Look
 from lag_megatron.errors import CheckpointError
-from lag_megatron.growth.convert import open_source
+from lag_megatron.growth.apply.conversion import open_source
 
 families = pytest.fixture(save_families, scope="module")
 folder = pytest.fixture(copy_llama)

@@ -49,7 +49,7 @@ from test_tools_checkpoint import inspect
 
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import CheckpointError, PlanError
-from lag_megatron.growth.offline import grow_checkpoint
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
 
 PLAN = GrowthPlan(

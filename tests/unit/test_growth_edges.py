@@ -12,9 +12,9 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer import file_writer
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, PlanError
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
+from lag_megatron.growth.apply.grown_state import Growth, resharding, retarget
 from lag_megatron.growth.growth_map import grown_names
-from lag_megatron.growth.materialize import Growth, resharding, retarget
-from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
 
 

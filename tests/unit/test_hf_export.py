@@ -24,7 +24,7 @@ from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, ConfigError, PlanError
 from lag_megatron.evaluation.export import ExportOptions, as_transformers
-from lag_megatron.growth.convert import Conversion
+from lag_megatron.growth.apply.conversion import Conversion
 
 WORDS = 50  # of 64 rows: the rest is padding
 END = "<|endoftext|>"

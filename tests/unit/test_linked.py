@@ -15,8 +15,8 @@ from lag_megatron.checkpoint import open
 from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.checkpoint.state.source import WHOLE
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.growth.convert import open_source, whole_state
-from lag_megatron.growth.materialize import Growth, resharding
+from lag_megatron.growth.apply.conversion import open_source, whole_state
+from lag_megatron.growth.apply.grown_state import Growth, resharding
 from lag_megatron.growth.plan import GrowthPlan
 
 PLANS = {

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.growth.materialize import resharding, retarget
-from lag_megatron.growth.offline import grow_checkpoint
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
+from lag_megatron.growth.apply.grown_state import resharding, retarget
 from lag_megatron.growth.plan import GrowthPlan
 
 TOPOLOGIES = st.builds(

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from lag_megatron.checkpoint.state.box import whole
 from lag_megatron.checkpoint.state.layout import STATES, Topology, make_layout
 from lag_megatron.checkpoint.state.tensor_parallel import local_shape
+from lag_megatron.growth.apply.copy_plan import Move, Side, plan_rank
 from lag_megatron.growth.growth_map import Block, Copy, depth_map, identity_map
 from lag_megatron.growth.plan import GrowthPlan
-from lag_megatron.growth.transfer import Move, Side, plan_rank
 from lag_megatron.growth.weight_init import Normal, fill, megatron_init
 
 # The test's own table of what tensor parallelism cuts.

@@ -30,10 +30,10 @@ from lag_megatron.checkpoint.storage.manifest import STATES_APART
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.distributed.world import World, start_world, stop_world
-from lag_megatron.growth.convert import Conversion, Format, open_source
-from lag_megatron.growth.linked import linked_universal
-from lag_megatron.growth.linked_dcp import linked_megatron
-from lag_megatron.growth.materialize import Growth, retarget
+from lag_megatron.growth.apply.conversion import Conversion, Format, open_source
+from lag_megatron.growth.apply.grown_state import Growth, retarget
+from lag_megatron.growth.apply.hardlink_dcp import linked_megatron
+from lag_megatron.growth.apply.hardlink_universal import linked_universal
 
 SIZES = {"0.5": 12, "1": 24}  # layers of 512 hidden units
 RANKS, ROUNDS = 4, 5

@@ -22,7 +22,7 @@ from figures import write_figures
 from lag_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, StageConfig
 from lag_megatron.distributed.world import World, start_world, stop_world
 from lag_megatron.engine.engine import Engine
-from lag_megatron.growth.offline import grow_checkpoint
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.plan import MOMENT_POLICIES, GrowthPlan
 
 LR, BETAS = 1e-3, (0.9, 0.999)

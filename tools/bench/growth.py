@@ -20,7 +20,7 @@ from offline_growth import against_gathering, copy_ratio, read_ratio, worker_mem
 
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.distributed.world import World, start_world, stop_world
-from lag_megatron.growth.materialize import retarget
+from lag_megatron.growth.apply.grown_state import retarget
 
 # Layers of 512 hidden units for each size of state, in GiB.
 SIZES = {"0.5": 12, "1": 24, "2": 48}

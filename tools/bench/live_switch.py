@@ -24,8 +24,8 @@ from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.distributed.world import World, start_world, stop_world
 from lag_megatron.engine.base_cache import KeptBase
 from lag_megatron.engine.engine import Engine
-from lag_megatron.growth.materialize import Growth
-from lag_megatron.growth.offline import grow_checkpoint
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
+from lag_megatron.growth.apply.grown_state import Growth
 from lag_megatron.growth.plan import GrowthPlan
 
 T = TypeVar("T")

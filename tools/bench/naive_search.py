@@ -12,7 +12,7 @@ from typing import Any
 from launched import Base, Searched, launch, make_base, run_search
 
 from lag_megatron.config import load_config
-from lag_megatron.growth.offline import grow_checkpoint
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.pool import Candidate, build_pool
 from lag_megatron.schedule import parameter_count
 

@@ -19,11 +19,11 @@ from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.checkpoint.zero.file_names import optimizer_file
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
+from lag_megatron.growth.apply.copy_plan import Move, plan_rank
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
+from lag_megatron.growth.apply.grown_state import Growth
 from lag_megatron.growth.growth_map import grown_names
-from lag_megatron.growth.materialize import Growth
-from lag_megatron.growth.offline import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
-from lag_megatron.growth.transfer import Move, plan_rank
 
 ROUNDS = 5
 _SAMPLE_S = 0.002

@@ -10,7 +10,7 @@ from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.config import ModelConfig, ParallelConfig, RunConfig, StageConfig
 from lag_megatron.distributed.world import World
 from lag_megatron.engine.engine import Engine
-from lag_megatron.growth.offline import grow_checkpoint
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
 from lag_megatron.paths import LayerPath
 

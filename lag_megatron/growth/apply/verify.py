@@ -12,8 +12,8 @@ from lag_megatron.checkpoint.state.source import WHOLE
 from lag_megatron.checkpoint.state.spec import DTYPES
 from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.growth.convert import Conversion, open_source, whole_state
-from lag_megatron.growth.materialize import resharding
+from lag_megatron.growth.apply.conversion import Conversion, open_source, whole_state
+from lag_megatron.growth.apply.grown_state import resharding
 
 _PIECE = 1 << 20  # elements
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")

@@ -11,8 +11,8 @@ from lag_megatron.checkpoint.state.optimizer_states import role_of, shape_of, st
 from lag_megatron.checkpoint.state.spec import DTYPES
 from lag_megatron.checkpoint.state.tensor_parallel import cut_dim
 from lag_megatron.checkpoint.writer.file_writer import PIECE_BYTES, ROOM_BYTES
+from lag_megatron.growth.apply.grown_state import Growth
 from lag_megatron.growth.growth_map import Copy
-from lag_megatron.growth.materialize import Growth
 from lag_megatron.growth.weight_init import Diagonals, Normal
 
 _BYTES = 4

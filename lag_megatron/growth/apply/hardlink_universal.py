@@ -22,9 +22,9 @@ from lag_megatron.checkpoint.writer.file_template import Moulds
 from lag_megatron.checkpoint.writer.file_writer import Crew
 from lag_megatron.checkpoint.writer.job import Order, Part
 from lag_megatron.errors import CheckpointError
-from lag_megatron.growth.convert import whole_state
+from lag_megatron.growth.apply.conversion import whole_state
+from lag_megatron.growth.apply.grown_state import Growth
 from lag_megatron.growth.growth_map import Copy
-from lag_megatron.growth.materialize import Growth
 
 
 def linked_universal(growth: Growth, target: Path) -> Order:

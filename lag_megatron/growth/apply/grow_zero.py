@@ -9,7 +9,7 @@ from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.writer.file_writer import Crew
 from lag_megatron.checkpoint.writer.job import Order, Part, write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.growth.materialize import Growth
+from lag_megatron.growth.apply.grown_state import Growth
 from lag_megatron.growth.plan import GrowthPlan
 
 

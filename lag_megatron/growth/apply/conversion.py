@@ -20,8 +20,8 @@ from lag_megatron.checkpoint.universal.reader import open_universal
 from lag_megatron.checkpoint.universal.writer import universal_order
 from lag_megatron.checkpoint.writer.job import Order
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.growth.materialize import Growth, resharding
-from lag_megatron.growth.offline import zero_order
+from lag_megatron.growth.apply.grow_zero import zero_order
+from lag_megatron.growth.apply.grown_state import Growth, resharding
 from lag_megatron.growth.plan import GrowthPlan
 
 Format = Literal["zero", "universal", "megatron", "hf"]

@@ -14,8 +14,8 @@ from lag_megatron.checkpoint.state.layout import Container, Layout, State, Topol
 from lag_megatron.checkpoint.state.optimizer_states import shape_of
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.checkpoint.state.source import Elements, Source
+from lag_megatron.growth.apply.copy_plan import Draw, Move, Place, Side, plan_rank
 from lag_megatron.growth.growth_map import GrowthMap
-from lag_megatron.growth.transfer import Draw, Move, Place, Side, plan_rank
 from lag_megatron.growth.weight_init import fill
 
 

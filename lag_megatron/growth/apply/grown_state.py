@@ -30,7 +30,7 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer.file_writer import ALONE, Crew
 from lag_megatron.checkpoint.zero.writer import bytes_of, write_rank
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.fill import Filler
+from lag_megatron.growth.apply.fill import Filler
 from lag_megatron.growth.growth_map import Copy, GrowthMap, grown_names, growth_map_of
 from lag_megatron.growth.plan import GrowthPlan
 

@@ -30,9 +30,9 @@ from lag_megatron.checkpoint.writer.file_writer import Crew
 from lag_megatron.checkpoint.writer.job import Order, Part
 from lag_megatron.checkpoint.zero.writer import write_objects
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.convert import whole_state
-from lag_megatron.growth.linked import link, origin_of
-from lag_megatron.growth.materialize import Growth
+from lag_megatron.growth.apply.conversion import whole_state
+from lag_megatron.growth.apply.grown_state import Growth
+from lag_megatron.growth.apply.hardlink_universal import link, origin_of
 
 
 def linked_megatron(growth: Growth, target: Path) -> Order:

@@ -1,0 +1,1 @@
+"""Applying a growth plan: to files, and to a live engine."""
