@@ -46,7 +46,7 @@ from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.apply.grown_state import Growth, resharding
 from lag_megatron.growth.plan import GrowthPlan
 from lag_megatron.model import build_model, labels_of, loss_sums, mean_loss
-from lag_megatron.model.graphed_layers import graph_layers
+from lag_megatron.model.cuda_graphs import graph_layers
 from lag_megatron.model.initialize import initialize_weights, mark_cut_parameters
 from lag_megatron.model.parameter_groups import decay_split, make_optimizer
 from lag_megatron.model.random_state import seed_everywhere, seed_step

@@ -11,7 +11,7 @@ from typing import Any
 
 from lag_megatron.engine.state import LiveState
 from lag_megatron.layer_rates import frozen, slowed
-from lag_megatron.model.path import layers_on
+from lag_megatron.model.layer_dropping import layers_on
 from lag_megatron.paths import LayerPath
 
 

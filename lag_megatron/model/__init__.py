@@ -4,11 +4,11 @@ import torch
 
 from lag_megatron.config import ModelConfig, ParallelConfig
 from lag_megatron.model.bert import build_bert
+from lag_megatron.model.bf16_emulation import emulates_products, widen_products
+from lag_megatron.model.cpu_shims import run_megatron_without_cuda
 from lag_megatron.model.gpt import build_gpt
 from lag_megatron.model.losses import labels_of, loss_sums, mean_loss
 from lag_megatron.model.sequence_parallel import sum_partial_gradients
-from lag_megatron.model.wide_products import emulates_products, widen_products
-from lag_megatron.model.without_cuda import run_megatron_without_cuda
 
 __all__ = ["build_model", "labels_of", "loss_sums", "mean_loss"]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lag_megatron.config import ModelConfig
 from lag_megatron.kernels.softmax import reads, statistics, to_gradient
-from lag_megatron.model.wide_products import emulates_products
+from lag_megatron.model.bf16_emulation import emulates_products
 
 # Bytes of a chunk's logits: on a CPU enough rows for fast products while they stay near the cache,
 # on a GPU enough to fill it.

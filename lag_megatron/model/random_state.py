@@ -10,7 +10,7 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from lag_megatron.distributed.world import World
-from lag_megatron.model.without_cuda import run_megatron_without_cuda
+from lag_megatron.model.cpu_shims import run_megatron_without_cuda
 
 _SPLIT_STREAM = "model-parallel-rng"
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lag_megatron.config import ModelConfig, ParallelConfig
 from lag_megatron.model.attention import SDPACoreAttention
+from lag_megatron.model.layer_dropping import PathLayer
 from lag_megatron.model.mlp import one_pass_mlp
-from lag_megatron.model.path import PathLayer
 
 _ACTIVATIONS = {
     "gelu": functools.partial(F.gelu, approximate="tanh"),

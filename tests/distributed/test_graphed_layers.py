@@ -52,7 +52,7 @@ def trained(config, base, graphed):
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine.engine import Engine
     from lag_megatron.growth.apply.grown_state import Growth
-    from lag_megatron.model.graphed_layers import graph_layers
+    from lag_megatron.model.cuda_graphs import graph_layers
 
     world = start_world(tensor=1)
     engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)
@@ -106,7 +106,7 @@ def test_replayed_layers_train_the_same(stage, precision, llama, bases):
 def one_more_forward():
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model
-    from lag_megatron.model.graphed_layers import graph_layers
+    from lag_megatron.model.cuda_graphs import graph_layers
 
     config = pico_config()
     start_world(tensor=1)

@@ -141,7 +141,7 @@ def saved_bytes(layers, path):
     """Bytes that autograd keeps of the layers in one forward pass, and how often each part ran."""
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model, loss_sums
-    from lag_megatron.model.path import layers_on
+    from lag_megatron.model.layer_dropping import layers_on
 
     config = pico_config(num_layers=layers)
     world = start_world(tensor=1)

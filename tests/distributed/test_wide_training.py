@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import PICO_VOCABULARY, pico_config, random_batches, run_ranks
 
-from lag_megatron.model import wide_products
+from lag_megatron.model import bf16_emulation
 
 
 def losses(config, wide):
@@ -25,7 +25,7 @@ def losses(config, wide):
 def wide_products_answer(wide):
     from lag_megatron import model
 
-    for module in (model, model.linear_cross_entropy, wide_products):
+    for module in (model, model.linear_cross_entropy, bf16_emulation):
         module.emulates_products = lambda dtype, device: wide and dtype is torch.bfloat16
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from lag_megatron.model.bf16_emulation import _Copies, emulates_products, widen_products
 from lag_megatron.model.linear_cross_entropy import linear_cross_entropy
-from lag_megatron.model.wide_products import _Copies, emulates_products, widen_products
 
 CPU = torch.device("cpu")
 

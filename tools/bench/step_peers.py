@@ -95,8 +95,8 @@ def stock(job: Job, *, attention: type | None = None) -> Step:
     import deepspeed
 
     from lag_megatron.distributed.world import DeepSpeedGroups
+    from lag_megatron.model.cpu_shims import run_megatron_without_cuda
     from lag_megatron.model.random_state import seed_everywhere
-    from lag_megatron.model.without_cuda import run_megatron_without_cuda
 
     world = start_world(tensor=1)
     run_megatron_without_cuda()
