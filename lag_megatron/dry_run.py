@@ -12,18 +12,18 @@ from lag_megatron.config import (
 from lag_megatron.config.stage_schedule import stage_ranges
 from lag_megatron.growth.layer_map import draw
 from lag_megatron.growth.pool import Candidate, build_pool
-from lag_megatron.paths import mean_layers_run, with_longest_paths
-from lag_megatron.rate_curve import rate_curve
-from lag_megatron.schedule import (
+from lag_megatron.planning.cost import (
     parameter_count,
     stage_flops,
     state_bytes_per_parameter,
     tokens_per_step,
     training_flops_per_token,
 )
-from lag_megatron.search_cost import SearchCost, search_cost, training_flops
+from lag_megatron.planning.lr_plot import rate_curve
+from lag_megatron.planning.random_paths import mean_layers_run, with_longest_paths
+from lag_megatron.planning.search_cost import SearchCost, search_cost, training_flops
+from lag_megatron.planning.vocab_size import estimate_vocab_size
 from lag_megatron.selection import planned
-from lag_megatron.vocabulary import estimate_vocab_size
 
 MIB = 2**20
 

@@ -12,12 +12,12 @@ from lag_megatron.distributed.world import World, environment, start_world, stop
 from lag_megatron.dry_run import growth_pools
 from lag_megatron.engine.training_context import Job
 from lag_megatron.errors import ConfigError, RunError
+from lag_megatron.planning.cost import as_journalled, parameter_count
 from lag_megatron.probe.journal import Journal
 from lag_megatron.probe.recorder import Books, Recorder
 from lag_megatron.probe.rewind import rewind
 from lag_megatron.report import write_report
 from lag_megatron.rundir import RunDirectory, acquire, claim, write_json
-from lag_megatron.schedule import as_journalled, parameter_count
 from lag_megatron.stopping import StopFlag, Stopped
 from lag_megatron.tracking import Console, MetricsLog, read_rows
 from lag_megatron.trainer import Trainer

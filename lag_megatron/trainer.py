@@ -16,6 +16,7 @@ from lag_megatron.growth.pool import build_pool
 from lag_megatron.initial import growth_history, start_from
 from lag_megatron.measuring import Meter
 from lag_megatron.mirror import show_event
+from lag_megatron.planning.cost import as_journalled, tokens_per_step
 from lag_megatron.probe.conclusion import drop_losers
 from lag_megatron.probe.event import Event
 from lag_megatron.probe.group import ProbeGroup
@@ -23,7 +24,6 @@ from lag_megatron.probe.groups import count_groups, part_of
 from lag_megatron.probe.recorder import Recorder
 from lag_megatron.probe.search import search
 from lag_megatron.rundir import step_of, tag_of
-from lag_megatron.schedule import as_journalled, tokens_per_step
 from lag_megatron.stopping import Stopped
 
 

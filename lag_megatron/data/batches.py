@@ -13,7 +13,7 @@ from lag_megatron.data.indexed_dataset import open_documents
 from lag_megatron.data.objectives.samples import Epochs, open_samples
 from lag_megatron.data.prepared_dataset import PreparedSource
 from lag_megatron.errors import DataError
-from lag_megatron.mixture import Blend
+from lag_megatron.planning.blend import Blend
 
 Batch = dict[str, torch.Tensor]
 
@@ -25,7 +25,7 @@ class TrainingData:
     """Global batches of training samples, the same whatever the world size and run length.
 
     Sample i of the run comes from the source that the weights' order names (see
-    :class:`~lag_megatron.mixture.Blend`), and is that source's j-th.  Megatron's datasets order
+    :class:`~lag_megatron.planning.blend.Blend`), and is that source's j-th.  Megatron's datasets order
     their samples by the number of epochs that they are built for, so each epoch of a source gets
     its own, of one epoch, seeded by (seed, source, epoch): sample j of a source is sample
     ``j % samples`` of its epoch ``j // samples``.

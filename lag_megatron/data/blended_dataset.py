@@ -18,7 +18,7 @@ from lag_megatron.data.prepared_dataset import (
 from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.data.unigram import mixed_cross_entropy
 from lag_megatron.errors import DataError
-from lag_megatron.mixture import Blend
+from lag_megatron.planning.blend import Blend
 
 MIXTURE = "mixture.json"
 

@@ -50,7 +50,7 @@ from lag_megatron.model.cuda_graphs import graph_layers
 from lag_megatron.model.initialize import initialize_weights, mark_cut_parameters
 from lag_megatron.model.parameter_groups import decay_split, make_optimizer
 from lag_megatron.model.random_state import seed_everywhere, seed_step
-from lag_megatron.paths import LayerPath
+from lag_megatron.planning.random_paths import LayerPath
 
 Batch = dict[str, Tensor]
 Flag = Callable[[], bool]

@@ -12,7 +12,7 @@ from typing import Any
 from lag_megatron.engine.state import LiveState
 from lag_megatron.layer_rates import frozen, slowed
 from lag_megatron.model.layer_dropping import layers_on
-from lag_megatron.paths import LayerPath
+from lag_megatron.planning.random_paths import LayerPath
 
 
 @contextlib.contextmanager

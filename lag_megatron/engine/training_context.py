@@ -7,10 +7,10 @@ from lag_megatron.config import RunConfig
 from lag_megatron.config.raptr import Lengths
 from lag_megatron.data import Feed
 from lag_megatron.engine.engine import Engine
-from lag_megatron.learning_rate import rate_at
-from lag_megatron.paths import path_at, with_path_length
+from lag_megatron.planning.cost import tokens_per_step
+from lag_megatron.planning.lr_schedule import rate_at
+from lag_megatron.planning.random_paths import path_at, with_path_length
 from lag_megatron.rundir import RunDirectory
-from lag_megatron.schedule import tokens_per_step
 from lag_megatron.stopping import StopFlag
 
 MetricRow = dict[str, float | int | str]

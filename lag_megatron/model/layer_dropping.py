@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from lag_megatron.paths import LayerPath
+from lag_megatron.planning.random_paths import LayerPath
 
 Add = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.config.stage_schedule import stage_ranges
-from lag_megatron.paths import mean_layers_run
+from lag_megatron.planning.cost import parameter_count, steps_flops, tokens_per_step
+from lag_megatron.planning.random_paths import mean_layers_run
 from lag_megatron.report.analysis import analysis_of_nothing
 from lag_megatron.report.growth import growth_data, growth_settings
 from lag_megatron.report.lineage import lineage_data
@@ -15,7 +16,6 @@ from lag_megatron.report.read import GrowthFiles, Json, RunFiles, finite, read_r
 from lag_megatron.report.recorded import search_of
 from lag_megatron.report.rules import RULES, own_outcome
 from lag_megatron.report.sources import sources_data
-from lag_megatron.schedule import parameter_count, steps_flops, tokens_per_step
 
 TRAIN, VAL, SPEED = "train/loss", "val/loss", "train/tokens_per_second"
 

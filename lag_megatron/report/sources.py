@@ -1,10 +1,10 @@
 """The sources of a run's text: what there is of each, and what the run has seen."""
 
-from lag_megatron.mixture import Blend
+from lag_megatron.planning.blend import Blend
+from lag_megatron.planning.cost import tokens_per_step
 from lag_megatron.report.blocks import Table
 from lag_megatron.report.read import Json, RunFiles
 from lag_megatron.report.words import integer
-from lag_megatron.schedule import tokens_per_step
 
 
 def sources_data(files: RunFiles, *, step: int) -> list[Json]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from lag_megatron.config import RunConfig
 from lag_megatron.dry_run import growth_pools
-from lag_megatron.search_cost import search_cost, training_flops
-from lag_megatron.vocabulary import estimate_vocab_size
+from lag_megatron.planning.search_cost import search_cost, training_flops
+from lag_megatron.planning.vocab_size import estimate_vocab_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from test_trainer import losses_of, train
 
 from lag_megatron.config import load_config
 from lag_megatron.errors import RunError
-from lag_megatron.learning_rate import rate_at
+from lag_megatron.planning.lr_schedule import rate_at
 
 FACTOR, LR = 0.25, 1e-2
 PLAN = PLANS["random"]

@@ -224,7 +224,7 @@ def counts_of(config, parallel):
 def test_parameters_and_operations_are_counted_right(family, tensor):
     from families import PREDICTIONS, family_config
 
-    from lag_megatron.schedule import parameter_count, validation_flops_per_token
+    from lag_megatron.planning.cost import parameter_count, validation_flops_per_token
 
     config = family_config(family)
     length, shape = config.model.seq_length, {"num_layers": 2, "vocab_size": hf.VOCABULARY}

@@ -11,8 +11,8 @@ from conftest import PICO_VOCABULARY, pico_config, random_batches, run_ranks, sp
 from whole_runs import lines_of, losses_of, train
 
 from lag_megatron.config import load_config
-from lag_megatron.paths import LayerPath, path_at
-from lag_megatron.schedule import steps_flops, validation_flops_per_token
+from lag_megatron.planning.cost import steps_flops, validation_flops_per_token
+from lag_megatron.planning.random_paths import LayerPath, path_at
 
 PATHS = ["model.num_layers=5", "stages=[{steps: 8, path_length: 3}, {steps: 8, path_length: 4}, "
          "{steps: 4}]"]  # fmt: skip

@@ -7,8 +7,8 @@ import pytest
 
 from lag_megatron.config import parse_config
 from lag_megatron.errors import ConfigError
-from lag_megatron.learning_rate import rate_at
-from lag_megatron.rate_curve import rate_curve
+from lag_megatron.planning.lr_plot import rate_curve
+from lag_megatron.planning.lr_schedule import rate_at
 
 MODEL = {
     "num_layers": 2,

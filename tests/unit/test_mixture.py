@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lag_megatron.mixture import Blend
+from lag_megatron.planning.blend import Blend
 
 
 def furthest_off(blend: Blend, samples: int) -> float:

@@ -13,8 +13,19 @@ from lag_megatron.config import RunConfig, load_config, parse_config
 from lag_megatron.dry_run import describe_run
 from lag_megatron.errors import ConfigError
 from lag_megatron.growth.pool import build_pool
-from lag_megatron.paths import LayerPath, layers_run, mean_layers_run, path_at, with_path_length
-from lag_megatron.schedule import as_journalled, stage_flops, steps_flops, training_flops_per_token
+from lag_megatron.planning.cost import (
+    as_journalled,
+    stage_flops,
+    steps_flops,
+    training_flops_per_token,
+)
+from lag_megatron.planning.random_paths import (
+    LayerPath,
+    layers_run,
+    mean_layers_run,
+    path_at,
+    with_path_length,
+)
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4000

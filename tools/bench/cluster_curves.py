@@ -23,8 +23,8 @@ from lag_megatron.dry_run import growth_pools
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.save import save_engine
 from lag_megatron.growth.apply.grown_state import Growth
+from lag_megatron.planning.vocab_size import estimate_vocab_size
 from lag_megatron.probe.groups import split_world
-from lag_megatron.vocabulary import estimate_vocab_size
 
 ROUNDS = 5
 ROWS = (1, 2, 4, 8)

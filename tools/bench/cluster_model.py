@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.config import ParallelConfig
-from lag_megatron.schedule import state_bytes_per_parameter
+from lag_megatron.planning.cost import state_bytes_per_parameter
 
 # What activations and buffers leave of a device for the state, as for ``probe_groups: auto``.
 STATE_SHARE = 0.6

@@ -22,8 +22,8 @@ from figures import write_figures
 from lag_megatron.config import RunConfig
 from lag_megatron.distributed.world import start_world, stop_world
 from lag_megatron.engine.engine import Engine
-from lag_megatron.paths import path_at, with_path_length
-from lag_megatron.schedule import steps_flops
+from lag_megatron.planning.cost import steps_flops
+from lag_megatron.planning.random_paths import path_at, with_path_length
 
 LAYERS, HIDDEN, VOCABULARY = 24, 256, 4096
 LENGTHS = (24, 18, 12, 6)

@@ -20,7 +20,7 @@ from pathlib import Path
 from figures import write_figures
 
 from lag_megatron.errors import RunError
-from lag_megatron.paths import mean_layers_run, path_parts
+from lag_megatron.planning.random_paths import mean_layers_run, path_parts
 from lag_megatron.report.data import TRAIN, series
 from lag_megatron.report.read import RunFiles, read_run
 

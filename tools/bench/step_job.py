@@ -15,7 +15,7 @@ from lag_megatron.distributed.world import start_world, stop_world
 from lag_megatron.engine.engine import Engine
 from lag_megatron.growth.weight_init import Normal, megatron_init
 from lag_megatron.model import build_model
-from lag_megatron.schedule import training_flops_per_token
+from lag_megatron.planning.cost import training_flops_per_token
 
 LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 

@@ -12,7 +12,7 @@ from lag_megatron.distributed.world import World
 from lag_megatron.engine.engine import Engine
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
-from lag_megatron.paths import LayerPath
+from lag_megatron.planning.random_paths import LayerPath
 
 TAG = "step00000002"
 SEED_LAYERS = 2

@@ -16,7 +16,7 @@ from lag_megatron.config import DataConfig
 from lag_megatron.data.prepare.corpus import Corpus
 from lag_megatron.data.prepare.train_tokenizer import train_tokenizer
 from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from lag_megatron.mixture import Blend
+from lag_megatron.planning.blend import Blend
 
 _FORMAT = 2
 # More text barely changes the merges: 8 MB for 4096 tokens, 100 MB for 50 thousand.

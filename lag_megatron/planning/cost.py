@@ -10,7 +10,7 @@ from lag_megatron.config import (
     RunConfig,
 )
 from lag_megatron.config.stage_schedule import stage_ranges
-from lag_megatron.paths import layers_run, with_path_length
+from lag_megatron.planning.random_paths import layers_run, with_path_length
 
 
 def as_journalled(config: RunConfig, events: Iterable[Mapping[str, Any]]) -> RunConfig:
