@@ -14,9 +14,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from lag_megatron.errors import ConfigError, LagError
-from lag_megatron.published_stages import BASE, FACTORS, LARGE, MEASURED_RATIOS, checks, halved
-from lag_megatron.scaling_law import ScalingLaw, learning_rate
-from lag_megatron.stage_plan import (
+from lag_megatron.planning.staged_training.plan import (
     BEST,
     GROWTH_SLOPES,
     OPTIMAL_SLOPE,
@@ -28,6 +26,15 @@ from lag_megatron.stage_plan import (
     plan_stages,
     stages_yaml,
 )
+from lag_megatron.planning.staged_training.published import (
+    BASE,
+    FACTORS,
+    LARGE,
+    MEASURED_RATIOS,
+    checks,
+    halved,
+)
+from lag_megatron.planning.staged_training.scaling_law import ScalingLaw, learning_rate
 
 NO_WIDTH = "Width is planned by the law only: this project has no operator that widens yet."
 NOT_DOUBLED = "No configuration: the operator 'staged' only doubles the number of layers."

@@ -7,7 +7,12 @@ import pytest
 from scipy.optimize import brentq
 
 from lag_megatron.errors import ConfigError, PlanError
-from lag_megatron.scaling_law import ScalingLaw, learning_rate, ratio_on_grid, step_on_grid
+from lag_megatron.planning.staged_training.scaling_law import (
+    ScalingLaw,
+    learning_rate,
+    ratio_on_grid,
+    step_on_grid,
+)
 
 LAW = ScalingLaw()
 OTHER = ScalingLaw(

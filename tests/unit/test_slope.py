@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lag_megatron.errors import ConfigError, RunError
-from lag_megatron.scaling_law import ScalingLaw
-from lag_megatron.slope import has_flattened, slopes
+from lag_megatron.planning.staged_training.scaling_law import ScalingLaw
+from lag_megatron.planning.staged_training.slope import has_flattened, slopes
 
 LAW = ScalingLaw()
 SIZE = 5e7

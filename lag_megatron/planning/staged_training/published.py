@@ -8,8 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from lag_megatron.scaling_law import ScalingLaw, learning_rate, ratio_on_grid, step_on_grid
-from lag_megatron.stage_plan import GROWTH_SLOPES, OPTIMAL_SLOPE, Growth, Shape
+from lag_megatron.planning.staged_training.plan import GROWTH_SLOPES, OPTIMAL_SLOPE, Growth, Shape
+from lag_megatron.planning.staged_training.scaling_law import (
+    ScalingLaw,
+    learning_rate,
+    ratio_on_grid,
+    step_on_grid,
+)
 
 BASE, LARGE = Shape(12, 768), Shape(24, 1536)
 # Parameters by which doubling the depth, the width or both multiplies.

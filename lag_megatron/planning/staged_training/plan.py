@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 from lag_megatron.errors import PlanError
-from lag_megatron.scaling_law import ScalingLaw
+from lag_megatron.planning.staged_training.scaling_law import ScalingLaw
 
 Growth = Literal["depth", "width", "both"]
 

@@ -1,0 +1,1 @@
+"""When to grow, by Staged Training's scaling law."""
