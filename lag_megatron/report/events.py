@@ -11,8 +11,8 @@ from lag_megatron.report.figures import (
     ranks_figure,
 )
 from lag_megatron.report.findings import finding_blocks, rule_blocks, rung_blocks, scored_tasks
+from lag_megatron.report.formatting import NONE, duration, fixed, integer, loss, plural
 from lag_megatron.report.read import Json
-from lag_megatron.report.words import NONE, duration, fixed, integer, loss, plural
 
 MAX_COLUMNS = 16
 MAX_LOST = 8
