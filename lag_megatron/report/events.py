@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lag_megatron.report.blocks import Block, Facts, Heading, Table, Text
 from lag_megatron.report.figures import (
     curves_figure,
     detail_figure,
@@ -13,6 +12,7 @@ from lag_megatron.report.figures import (
 from lag_megatron.report.findings import finding_blocks, rule_blocks, rung_blocks, scored_tasks
 from lag_megatron.report.formatting import NONE, duration, fixed, integer, loss, plural
 from lag_megatron.report.read import Json
+from lag_megatron.report.render.blocks import Block, Facts, Heading, Table, Text
 
 MAX_COLUMNS = 16
 MAX_LOST = 8

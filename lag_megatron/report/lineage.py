@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lag_megatron.report.blocks import Block, Figure, Heading, Table, Text
-from lag_megatron.report.chart import segment, text
 from lag_megatron.report.read import Json
+from lag_megatron.report.render.blocks import Block, Figure, Heading, Table, Text
+from lag_megatron.report.render.svg_chart import segment, text
 
 BOX, GAP, TOP, COLUMN = 26, 18, 26, 150
 

@@ -2,9 +2,9 @@
 
 from lag_megatron.planning.blend import Blend
 from lag_megatron.planning.cost import tokens_per_step
-from lag_megatron.report.blocks import Table
 from lag_megatron.report.formatting import integer
 from lag_megatron.report.read import Json, RunFiles
+from lag_megatron.report.render.blocks import Table
 
 
 def sources_data(files: RunFiles, *, step: int) -> list[Json]:

@@ -3,7 +3,16 @@
 import re
 from collections.abc import Iterable, Iterator
 
-from lag_megatron.report.blocks import Block, Drawing, Facts, Figure, Heading, Image, Table, Text
+from lag_megatron.report.render.blocks import (
+    Block,
+    Drawing,
+    Facts,
+    Figure,
+    Heading,
+    Image,
+    Table,
+    Text,
+)
 
 
 def to_markdown(blocks: Iterable[Block]) -> str:

@@ -4,8 +4,17 @@ import base64
 from collections.abc import Iterable, Iterator
 from html import escape
 
-from lag_megatron.report.blocks import Block, Drawing, Facts, Figure, Heading, Image, Table, Text
-from lag_megatron.report.style import STYLE
+from lag_megatron.report.render.blocks import (
+    Block,
+    Drawing,
+    Facts,
+    Figure,
+    Heading,
+    Image,
+    Table,
+    Text,
+)
+from lag_megatron.report.render.css import STYLE
 
 
 def to_html(blocks: Iterable[Block], *, title: str) -> str:

@@ -1,0 +1,1 @@
+"""Blocks of a report as HTML, Markdown and SVG."""
