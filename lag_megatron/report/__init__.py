@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
-from lag_megatron.report.content import blocks
 from lag_megatron.report.data import report_data
-from lag_megatron.report.plots import draw_figures, plots_available, write_figures
 from lag_megatron.report.recorded import record_search, write_search
 from lag_megatron.report.render.html import to_html
 from lag_megatron.report.render.markdown import to_markdown
+from lag_megatron.report.sections.matplotlib_figures import (
+    draw_figures,
+    plots_available,
+    write_figures,
+)
+from lag_megatron.report.sections.run import blocks
 
 __all__ = [
     "plots_available",

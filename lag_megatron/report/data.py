@@ -11,11 +11,11 @@ from lag_megatron.planning.cost import parameter_count, steps_flops, tokens_per_
 from lag_megatron.planning.random_paths import mean_layers_run
 from lag_megatron.report.analysis import analysis_of_nothing
 from lag_megatron.report.growth import growth_data, growth_settings
-from lag_megatron.report.lineage import lineage_data
 from lag_megatron.report.read import GrowthFiles, Json, RunFiles, finite, read_run
 from lag_megatron.report.recorded import search_of
 from lag_megatron.report.rules import RULES, own_outcome
-from lag_megatron.report.sources import sources_data
+from lag_megatron.report.sections.lineage import lineage_data
+from lag_megatron.report.sections.sources import sources_data
 
 TRAIN, VAL, SPEED = "train/loss", "val/loss", "train/tokens_per_second"
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from lag_megatron.atomic_io import write_atomically
-from lag_megatron.report.plots import plots_available
 from lag_megatron.report.render.html import to_html
 from lag_megatron.report.render.markdown import to_markdown
+from lag_megatron.report.sections.matplotlib_figures import plots_available
 from lag_megatron.study.content import study_blocks
 from lag_megatron.study.figures import draw_study
 from lag_megatron.study.findings import findings

@@ -4,8 +4,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.report.plots import BLUE, DPI, GREEN, GREY, HALF, LOOK, ORANGE, SOFT, WIDE
 from lag_megatron.report.read import Json
+from lag_megatron.report.sections.matplotlib_figures import (
+    BLUE,
+    DPI,
+    GREEN,
+    GREY,
+    HALF,
+    LOOK,
+    ORANGE,
+    SOFT,
+    WIDE,
+)
 
 Canvas = Any  # matplotlib.figure.Figure, which may not be there to import
 Size = tuple[float, float]

@@ -10,7 +10,7 @@ from synthetic_run import SyntheticRun
 from lag_megatron.config import parse_config
 from lag_megatron.planning.cost import as_journalled
 from lag_megatron.report import report_data, write_report
-from lag_megatron.report.lineage import lineage_data
+from lag_megatron.report.sections.lineage import lineage_data
 
 
 @pytest.fixture(autouse=True)

@@ -3,16 +3,21 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lag_megatron.report.figures import (
+from lag_megatron.report.formatting import NONE, duration, fixed, integer, loss, plural
+from lag_megatron.report.read import Json
+from lag_megatron.report.render.blocks import Block, Facts, Heading, Table, Text
+from lag_megatron.report.sections.findings import (
+    finding_blocks,
+    rule_blocks,
+    rung_blocks,
+    scored_tasks,
+)
+from lag_megatron.report.sections.svg_figures import (
     curves_figure,
     detail_figure,
     layer_map_drawing,
     ranks_figure,
 )
-from lag_megatron.report.findings import finding_blocks, rule_blocks, rung_blocks, scored_tasks
-from lag_megatron.report.formatting import NONE, duration, fixed, integer, loss, plural
-from lag_megatron.report.read import Json
-from lag_megatron.report.render.blocks import Block, Facts, Heading, Table, Text
 
 MAX_COLUMNS = 16
 MAX_LOST = 8

@@ -1,0 +1,1 @@
+"""Sections of a report, from its statistics to blocks and figures."""
