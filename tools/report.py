@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lag_megatron.errors import LagError, RunError
 from lag_megatron.report import report_data, write_report, write_search
-from lag_megatron.report.recorded import read_search, recorded_searches
-from lag_megatron.report.rules import (
+from lag_megatron.report.stats.recorded_search import read_search, recorded_searches
+from lag_megatron.report.stats.rule_comparison import (
     RULES,
     analysis_text,
     compare_rules,

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from lag_megatron.report.data import report_data
-from lag_megatron.report.recorded import record_search, write_search
 from lag_megatron.report.render.html import to_html
 from lag_megatron.report.render.markdown import to_markdown
 from lag_megatron.report.sections.matplotlib_figures import (
@@ -12,6 +10,8 @@ from lag_megatron.report.sections.matplotlib_figures import (
     write_figures,
 )
 from lag_megatron.report.sections.run import blocks
+from lag_megatron.report.stats.recorded_search import record_search, write_search
+from lag_megatron.report.stats.run import report_data
 
 __all__ = [
     "plots_available",

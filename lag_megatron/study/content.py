@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lag_megatron.report.formatting import NONE, duration, integer
-from lag_megatron.report.read import Json
 from lag_megatron.report.render.blocks import Block, Facts, Heading, Image, Table, Text
+from lag_megatron.report.stats.run_files import Json
 from lag_megatron.study.figures import LABELS
 from lag_megatron.study.findings import findings, interval
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.report.read import Json
 from lag_megatron.report.sections.matplotlib_figures import (
     BLUE,
     DPI,
@@ -16,6 +15,7 @@ from lag_megatron.report.sections.matplotlib_figures import (
     SOFT,
     WIDE,
 )
+from lag_megatron.report.stats.run_files import Json
 
 Canvas = Any  # matplotlib.figure.Figure, which may not be there to import
 Size = tuple[float, float]

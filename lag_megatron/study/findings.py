@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from lag_megatron.report.formatting import plural
-from lag_megatron.report.read import Json
+from lag_megatron.report.stats.run_files import Json
 from lag_megatron.study.results import LAST
 
 # Planned and real operations that lie further apart than this are told.

@@ -16,7 +16,7 @@ from pathlib import Path
 from lag_megatron.atomic_io import write_atomically
 from lag_megatron.config import dump_config
 from lag_megatron.errors import ConfigError, RunError
-from lag_megatron.report.read import read_lines
+from lag_megatron.report.stats.run_files import read_lines
 from lag_megatron.rundir import RunDirectory, claim
 from lag_megatron.study.plan import PlannedRun, StudyPlan
 

@@ -8,8 +8,8 @@ from lag_megatron.config import RunConfig
 from lag_megatron.config.stage_schedule import stage_ranges
 from lag_megatron.errors import RunError
 from lag_megatron.planning.cost import steps_flops, tokens_per_step
-from lag_megatron.report.data import SPEED, TRAIN, VAL, last_event, series
-from lag_megatron.report.read import Json, RunFiles, finite, read_run
+from lag_megatron.report.stats.run import SPEED, TRAIN, VAL, last_event, series
+from lag_megatron.report.stats.run_files import Json, RunFiles, finite, read_run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

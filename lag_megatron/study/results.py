@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from lag_megatron.errors import LagError, RunError
-from lag_megatron.report.read import Json
+from lag_megatron.report.stats.run_files import Json
 from lag_megatron.rundir import claim
 from lag_megatron.study.launch import StudyFolder
 from lag_megatron.study.outcome import Outcome, Point, read_outcome

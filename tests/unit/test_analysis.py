@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lag_megatron.report.analysis import on_top
+from lag_megatron.report.stats.analysis import on_top
 from lag_megatron.selection.analysis import analyse, ended_curves
 
 STEPS = (0, 1, 2, 5, 10, 20, 50)

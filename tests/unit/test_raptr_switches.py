@@ -8,7 +8,7 @@ from conftest import ROOT, pico_config
 
 from lag_megatron.config import RunConfig, StageConfig
 from lag_megatron.errors import RunError
-from lag_megatron.report.read import RunFiles
+from lag_megatron.report.stats.run_files import RunFiles
 
 sys.path.insert(0, str(ROOT / "tools" / "bench"))
 

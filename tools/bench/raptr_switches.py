@@ -21,8 +21,8 @@ from figures import write_figures
 
 from lag_megatron.errors import RunError
 from lag_megatron.planning.random_paths import mean_layers_run, path_parts
-from lag_megatron.report.data import TRAIN, series
-from lag_megatron.report.read import RunFiles, read_run
+from lag_megatron.report.stats.run import TRAIN, series
+from lag_megatron.report.stats.run_files import RunFiles, read_run
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 from lag_megatron.config import GrowthConfig
 from lag_megatron.errors import RunError
-from lag_megatron.report.recorded import Search, read_search
-from lag_megatron.report.rules import compare_rules, loss_curves, settings_of
+from lag_megatron.report.stats.recorded_search import Search, read_search
+from lag_megatron.report.stats.rule_comparison import compare_rules, loss_curves, settings_of
 from lag_megatron.selection import Evaluation, rung_value, spearman
 from lag_megatron.selection.analysis import ended_curves
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lag_megatron.report.formatting import NONE, fixed, integer, loss
-from lag_megatron.report.read import Json, finite
 from lag_megatron.report.render.blocks import Block, Heading, Image, Table, Text
-from lag_megatron.report.rules import share_of_all
+from lag_megatron.report.stats.rule_comparison import share_of_all
+from lag_megatron.report.stats.run_files import Json, finite
 
 HIGH_CORRELATION, LOW_REGRET = 0.8, 0.1
 CAPTIONS = {

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lag_megatron.report.formatting import NONE, duration, fixed, integer, loss, plural
-from lag_megatron.report.read import Json
 from lag_megatron.report.render.blocks import Block, Facts, Heading, Table, Text
 from lag_megatron.report.sections.findings import (
     finding_blocks,
@@ -18,6 +17,7 @@ from lag_megatron.report.sections.svg_figures import (
     layer_map_drawing,
     ranks_figure,
 )
+from lag_megatron.report.stats.run_files import Json
 
 MAX_COLUMNS = 16
 MAX_LOST = 8

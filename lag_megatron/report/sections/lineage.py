@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lag_megatron.report.read import Json
 from lag_megatron.report.render.blocks import Block, Figure, Heading, Table, Text
 from lag_megatron.report.render.svg_chart import segment, text
+from lag_megatron.report.stats.run_files import Json
 
 BOX, GAP, TOP, COLUMN = 26, 18, 26, 150
 
@@ -14,7 +14,7 @@ def lineage_data(growths: Sequence[Json], *, first_layers: int) -> list[Json]:
     """The models of a run, oldest first, each layer with its origin.
 
     Args:
-        growths: the decided events of :func:`~lag_megatron.report.growth.growth_data`, in order.
+        growths: the decided events of :func:`~lag_megatron.report.stats.growth.growth_data`, in order.
         first_layers: layers of the model that was drawn.
 
     Returns:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.errors import RunError
-from lag_megatron.report.growth import growth_data
-from lag_megatron.report.read import Json, read_run
+from lag_megatron.report.stats.growth import growth_data
+from lag_megatron.report.stats.run_files import Json, read_run
 
 BLUE, ORANGE, GREEN, GREY, SOFT = "#0a58ca", "#b3470b", "#1a7f37", "#8b95a1", "#5b6470"
 DPI = 130
@@ -46,7 +46,7 @@ def write_figures(run_dir: Path, growth: int) -> dict[str, Path]:
 
 
 def draw_figures(growth: Json, folder: Path) -> dict[str, Path]:
-    """:func:`write_figures` for the numbers of :func:`~lag_megatron.report.growth.growth_data`.
+    """:func:`write_figures` for the numbers of :func:`~lag_megatron.report.stats.growth.growth_data`.
 
     Raises:
         RunError: if matplotlib is missing.

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lag_megatron.report.formatting import NONE, integer, loss
-from lag_megatron.report.read import Json
 from lag_megatron.report.render.blocks import Block, Facts, Heading, Table, Text
 from lag_megatron.report.sections.growth import growth_blocks, growth_summary
 from lag_megatron.report.sections.lineage import lineage_blocks
 from lag_megatron.report.sections.sources import sources_table
 from lag_megatron.report.sections.svg_figures import run_figure
+from lag_megatron.report.stats.run_files import Json
 
 MAX_ROWS = 40
 

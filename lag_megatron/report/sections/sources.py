@@ -3,8 +3,8 @@
 from lag_megatron.planning.blend import Blend
 from lag_megatron.planning.cost import tokens_per_step
 from lag_megatron.report.formatting import integer
-from lag_megatron.report.read import Json, RunFiles
 from lag_megatron.report.render.blocks import Table
+from lag_megatron.report.stats.run_files import Json, RunFiles
 
 
 def sources_data(files: RunFiles, *, step: int) -> list[Json]:

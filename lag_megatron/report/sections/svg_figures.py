@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from lag_megatron.report.read import Json
 from lag_megatron.report.render.blocks import Drawing, Figure
 from lag_megatron.report.render.svg_chart import Level, Line, Mark, line_chart, segment, text
+from lag_megatron.report.stats.run_files import Json
 
 MAX_POINTS = 400
 MAX_EXCESS = 6

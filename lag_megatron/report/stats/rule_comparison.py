@@ -7,10 +7,10 @@ from dataclasses import asdict
 from lag_megatron.config import GrowthConfig, parse_config
 from lag_megatron.config.load import apply_override
 from lag_megatron.errors import RunError
-from lag_megatron.report.analysis import analysis_of
 from lag_megatron.report.formatting import fixed, integer, loss
-from lag_megatron.report.read import Json, finite
-from lag_megatron.report.recorded import Search
+from lag_megatron.report.stats.analysis import analysis_of
+from lag_megatron.report.stats.recorded_search import Search
+from lag_megatron.report.stats.run_files import Json, finite
 from lag_megatron.selection import Evaluation, Replay, replay
 from lag_megatron.selection.analysis import ended_curves
 from lag_megatron.selection.ranking import Curve

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.errors import RunError
-from lag_megatron.report.growth import growth_data, growth_settings
-from lag_megatron.report.read import GrowthFiles, Json, RunFiles, finite, read_run
+from lag_megatron.report.stats.growth import growth_data, growth_settings
+from lag_megatron.report.stats.run_files import GrowthFiles, Json, RunFiles, finite, read_run
 
 DIGITS = 6
 KEPT = ("step", "val_loss", "val_loss_batches", "ema_val_loss", "ema_val_loss_batches")

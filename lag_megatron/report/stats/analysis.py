@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from lag_megatron.report.read import Json
+from lag_megatron.report.stats.run_files import Json
 from lag_megatron.selection.analysis import analyse
 from lag_megatron.selection.ranking import Curve
 

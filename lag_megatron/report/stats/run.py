@@ -9,13 +9,13 @@ from typing import Any
 from lag_megatron.config.stage_schedule import stage_ranges
 from lag_megatron.planning.cost import parameter_count, steps_flops, tokens_per_step
 from lag_megatron.planning.random_paths import mean_layers_run
-from lag_megatron.report.analysis import analysis_of_nothing
-from lag_megatron.report.growth import growth_data, growth_settings
-from lag_megatron.report.read import GrowthFiles, Json, RunFiles, finite, read_run
-from lag_megatron.report.recorded import search_of
-from lag_megatron.report.rules import RULES, own_outcome
 from lag_megatron.report.sections.lineage import lineage_data
 from lag_megatron.report.sections.sources import sources_data
+from lag_megatron.report.stats.analysis import analysis_of_nothing
+from lag_megatron.report.stats.growth import growth_data, growth_settings
+from lag_megatron.report.stats.recorded_search import search_of
+from lag_megatron.report.stats.rule_comparison import RULES, own_outcome
+from lag_megatron.report.stats.run_files import GrowthFiles, Json, RunFiles, finite, read_run
 
 TRAIN, VAL, SPEED = "train/loss", "val/loss", "train/tokens_per_second"
 

@@ -7,8 +7,8 @@ from typing import Any
 from lag_megatron.config import GrowthConfig
 from lag_megatron.growth.layer_map import LayerOrigin, draw
 from lag_megatron.planning.cost import stage_flops
-from lag_megatron.report.analysis import analysis_of
-from lag_megatron.report.read import GrowthFiles, Json, RunFiles, finite
+from lag_megatron.report.stats.analysis import analysis_of
+from lag_megatron.report.stats.run_files import GrowthFiles, Json, RunFiles, finite
 from lag_megatron.selection import (
     least_disturbed,
     losses_at,

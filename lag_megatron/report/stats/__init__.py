@@ -1,0 +1,1 @@
+"""Statistics of a run, from the files of its directory."""
