@@ -11,7 +11,7 @@ from lag_megatron.engine.training_context import Job, MetricRow
 from lag_megatron.errors import RunError
 from lag_megatron.planning.cost import steps_flops, tokens_per_step
 from lag_megatron.planning.staged_training.slope import has_flattened, slopes
-from lag_megatron.probe.recorder import Recorder
+from lag_megatron.run.recorder import Recorder
 
 # Validations over which the slope is measured: Shen et al. 2022 take the mean over 5 points.
 SLOPE_WINDOW = 5

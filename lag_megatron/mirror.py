@@ -7,8 +7,8 @@ from typing import Any
 from lag_megatron.growth.layer_map import draw
 from lag_megatron.probe.event import Event
 from lag_megatron.report import plots_available, write_figures
-from lag_megatron.rundir import RunDirectory
-from lag_megatron.wandb_mirror import Wandb
+from lag_megatron.run.directory import RunDirectory
+from lag_megatron.run.wandb_logger import Wandb
 
 Json = dict[str, Any]
 

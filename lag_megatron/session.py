@@ -13,15 +13,15 @@ from lag_megatron.dry_run import growth_pools
 from lag_megatron.engine.training_context import Job
 from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.planning.cost import as_journalled, parameter_count
-from lag_megatron.probe.journal import Journal
-from lag_megatron.probe.recorder import Books, Recorder
-from lag_megatron.probe.rewind import rewind
 from lag_megatron.report import write_report
-from lag_megatron.rundir import RunDirectory, acquire, claim, write_json
-from lag_megatron.stopping import StopFlag, Stopped
-from lag_megatron.tracking import Console, MetricsLog, read_rows
+from lag_megatron.run.directory import RunDirectory, acquire, claim, write_json
+from lag_megatron.run.journal import Journal
+from lag_megatron.run.metrics import Console, MetricsLog, read_rows
+from lag_megatron.run.recorder import Books, Recorder
+from lag_megatron.run.rollback import rewind
+from lag_megatron.run.signals import StopFlag, Stopped
+from lag_megatron.run.wandb_logger import Wandb
 from lag_megatron.trainer import Trainer
-from lag_megatron.wandb_mirror import Wandb
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,10 @@ from lag_megatron.probe.conclusion import drop_losers
 from lag_megatron.probe.event import Event
 from lag_megatron.probe.group import ProbeGroup
 from lag_megatron.probe.groups import count_groups, part_of
-from lag_megatron.probe.recorder import Recorder
 from lag_megatron.probe.search import search
-from lag_megatron.rundir import step_of, tag_of
-from lag_megatron.stopping import Stopped
+from lag_megatron.run.directory import step_of, tag_of
+from lag_megatron.run.recorder import Recorder
+from lag_megatron.run.signals import Stopped
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Megatron and torch warn at import about optional packages and their own deprecations.
 warnings.filterwarnings("ignore", module=r"(megatron|torch|deepspeed)(\.|$)")
 
-from lag_megatron.caches import keep_caches  # noqa: E402
+from lag_megatron.run.compile_cache import keep_caches  # noqa: E402
 
 keep_caches(ROOT)
 

@@ -23,7 +23,7 @@ import pytest
 import yaml
 from hypothesis import settings
 
-from lag_megatron.caches import keep_caches
+from lag_megatron.run.compile_cache import keep_caches
 
 ROOT = Path(__file__).parents[1]
 keep_caches(ROOT)

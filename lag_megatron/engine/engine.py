@@ -21,7 +21,6 @@ if not torch.cuda.is_available():
 import deepspeed
 from torch import Tensor
 
-from lag_megatron.caches import clear_marks
 from lag_megatron.checkpoint.state.compatibility import (
     require_same_optimizer,
     require_same_parameters,
@@ -51,6 +50,7 @@ from lag_megatron.model.initialize import initialize_weights, mark_cut_parameter
 from lag_megatron.model.parameter_groups import decay_split, make_optimizer
 from lag_megatron.model.random_state import seed_everywhere, seed_step
 from lag_megatron.planning.random_paths import LayerPath
+from lag_megatron.run.compile_cache import clear_marks
 
 Batch = dict[str, Tensor]
 Flag = Callable[[], bool]

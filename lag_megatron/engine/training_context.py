@@ -10,8 +10,8 @@ from lag_megatron.engine.engine import Engine
 from lag_megatron.planning.cost import tokens_per_step
 from lag_megatron.planning.lr_schedule import rate_at
 from lag_megatron.planning.random_paths import path_at, with_path_length
-from lag_megatron.rundir import RunDirectory
-from lag_megatron.stopping import StopFlag
+from lag_megatron.run.directory import RunDirectory
+from lag_megatron.run.signals import StopFlag
 
 MetricRow = dict[str, float | int | str]
 

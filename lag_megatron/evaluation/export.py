@@ -16,7 +16,7 @@ from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, ConfigError, DataError
 from lag_megatron.growth.apply.conversion import Conversion
-from lag_megatron.rundir import RunDirectory
+from lag_megatron.run.directory import RunDirectory
 
 _TOKENIZER = "tokenizer.json"
 

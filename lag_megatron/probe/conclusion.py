@@ -9,7 +9,7 @@ from lag_megatron.planning.cost import steps_flops, tokens_per_step, validation_
 from lag_megatron.planning.random_paths import with_path_length
 from lag_megatron.probe.event import Event
 from lag_megatron.probe.ledger import Entry, Ledger
-from lag_megatron.rundir import RunDirectory
+from lag_megatron.run.directory import RunDirectory
 from lag_megatron.selection import ProbeCost, ProbeRecord, Verdict, build_decision, replay
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from lag_megatron.atomic_io import flush_to_disk, write_atomically
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.rundir import step_of, tag_of
-from lag_megatron.tracking import read_rows
+from lag_megatron.run.directory import step_of, tag_of
+from lag_megatron.run.metrics import read_rows
 
 CURVE = "probe.jsonl"
 TRAINING = "train.jsonl"

@@ -29,7 +29,7 @@ from lag_megatron.growth.pool import Candidate
 from lag_megatron.planning.cost import tokens_per_step
 from lag_megatron.probe.event import Event, Progress, Turn
 from lag_megatron.probe.folder import CURVE, TRAINING, CandidateFolder
-from lag_megatron.stopping import Stopped
+from lag_megatron.run.signals import Stopped
 
 MayWin = Callable[[Progress], bool]
 

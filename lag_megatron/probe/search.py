@@ -14,9 +14,9 @@ from lag_megatron.probe.desk import Desk, desk_of
 from lag_megatron.probe.event import Event, Progress
 from lag_megatron.probe.group import ProbeGroup
 from lag_megatron.probe.ledger import Entry
-from lag_megatron.probe.recorder import Recorder
+from lag_megatron.run.recorder import Recorder
+from lag_megatron.run.signals import Stopped
 from lag_megatron.selection import least_disturbed
-from lag_megatron.stopping import Stopped
 
 
 def search(world: World, group: ProbeGroup, recorder: Recorder) -> Path:

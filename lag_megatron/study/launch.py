@@ -17,7 +17,7 @@ from lag_megatron.atomic_io import write_atomically
 from lag_megatron.config import dump_config
 from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.report.stats.run_files import read_lines
-from lag_megatron.rundir import RunDirectory, claim
+from lag_megatron.run.directory import RunDirectory, claim
 from lag_megatron.study.plan import PlannedRun, StudyPlan
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

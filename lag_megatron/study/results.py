@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from lag_megatron.errors import LagError, RunError
 from lag_megatron.report.stats.run_files import Json
-from lag_megatron.rundir import claim
+from lag_megatron.run.directory import claim
 from lag_megatron.study.launch import StudyFolder
 from lag_megatron.study.outcome import Outcome, Point, read_outcome
 from lag_megatron.study.plan import PlannedRun, StudyPlan

@@ -237,7 +237,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(zero_stage, tiny, tmp_path
 
 
 def broken_journal():
-    from lag_megatron.probe.journal import Journal
+    from lag_megatron.run.journal import Journal
 
     def append(self, event, **fields):
         raise OSError(5, "Input/output error")

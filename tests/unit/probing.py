@@ -17,8 +17,8 @@ from lag_megatron.growth.pool import build_pool
 from lag_megatron.probe.coordinator import Coordinator
 from lag_megatron.probe.event import Event, Progress
 from lag_megatron.probe.folder import CURVE, TRAINING, CandidateFolder
-from lag_megatron.probe.journal import Journal
-from lag_megatron.rundir import RunDirectory, step_of
+from lag_megatron.run.directory import RunDirectory, step_of
+from lag_megatron.run.journal import Journal
 
 BASE_STEP = 100
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lag_megatron.caches import keep_caches
+from lag_megatron.run.compile_cache import keep_caches
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
@@ -52,7 +52,7 @@ def test_a_launch_keeps_them(launcher, tmp_path):
 def test_a_mark_of_a_killed_build_is_removed(tmp_path):
     import os
 
-    from lag_megatron.caches import clear_marks
+    from lag_megatron.run.compile_cache import clear_marks
 
     mark = tmp_path / "op" / "lock"
     mark.parent.mkdir()
@@ -66,7 +66,7 @@ def test_a_live_build_is_waited_for(tmp_path):
     import threading
     import time
 
-    from lag_megatron.caches import clear_marks
+    from lag_megatron.run.compile_cache import clear_marks
 
     mark = tmp_path / "op" / "lock"
     mark.parent.mkdir()

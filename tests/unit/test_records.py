@@ -7,12 +7,12 @@ import shutil
 import pytest
 from conftest import ROOT
 
-from lag_megatron import rundir
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.config import load_config
 from lag_megatron.errors import RunError
-from lag_megatron.probe.journal import Journal
-from lag_megatron.tracking import MetricsLog, read_rows
+from lag_megatron.run import directory
+from lag_megatron.run.journal import Journal
+from lag_megatron.run.metrics import MetricsLog, read_rows
 
 
 def test_a_journal_is_its_replay(tmp_path):
@@ -62,13 +62,13 @@ def test_metrics_after_a_step_are_dropped(tmp_path):
 
 
 def hold(path, started, release):
-    with rundir.acquire(rundir.RunDirectory(path)):
+    with directory.acquire(directory.RunDirectory(path)):
         started.set()
         release.wait(20)
 
 
 def test_a_run_directory_has_one_writer(tmp_path, monkeypatch):
-    monkeypatch.setattr(rundir, "_LOCK_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(directory, "_LOCK_PATIENCE_SECONDS", 0.2)
     context = multiprocessing.get_context("fork")
     started, release = context.Event(), context.Event()
     holder = context.Process(target=hold, args=(tmp_path, started, release))
@@ -76,30 +76,30 @@ def test_a_run_directory_has_one_writer(tmp_path, monkeypatch):
     try:
         assert started.wait(10)
         with pytest.raises(RunError, match=f"pid {holder.pid}"):
-            rundir.acquire(rundir.RunDirectory(tmp_path))
+            directory.acquire(directory.RunDirectory(tmp_path))
     finally:
         release.set()
         holder.join()
-    rundir.acquire(rundir.RunDirectory(tmp_path)).close()
+    directory.acquire(directory.RunDirectory(tmp_path)).close()
 
 
 def test_what_may_differ_between_two_starts(tmp_path):
-    run = rundir.RunDirectory(tmp_path)
+    run = directory.RunDirectory(tmp_path)
     demo = ROOT / "configs" / "demo.yaml"
     spread = ["parallel.zero_stage=2", "parallel.tensor=2", "parallel.micro_batch=4"]
-    rundir.claim(run, load_config(demo))
-    rundir.claim(run, load_config(demo, overrides=["checkpoint.interval=7", *spread]))
+    directory.claim(run, load_config(demo))
+    directory.claim(run, load_config(demo, overrides=["checkpoint.interval=7", *spread]))
     assert load_config(tmp_path / "config.yaml").checkpoint.interval == 7
     for override in ("optimizer.lr=1.0", "data.seed=5", "growth.lag=0", "seed=3"):
         overrides = [override, *(["growth.rungs=[]"] if "lag" in override else [])]
         with pytest.raises(RunError, match=override.split("=")[0].replace(".", r"\.")):
-            rundir.claim(run, load_config(demo, overrides=overrides))
+            directory.claim(run, load_config(demo, overrides=overrides))
 
 
 def test_tags_sort_by_step():
     steps = [0, 9, 10, 99_999_999]
-    assert sorted(map(rundir.tag_of, steps)) == list(map(rundir.tag_of, steps))
-    assert [rundir.step_of(rundir.tag_of(step)) for step in steps] == steps
+    assert sorted(map(directory.tag_of, steps)) == list(map(directory.tag_of, steps))
+    assert [directory.step_of(directory.tag_of(step)) for step in steps] == steps
 
 
 def test_groups_and_time_limits_of_a_stage_may_change_between_starts(tmp_path):
@@ -109,11 +109,11 @@ def test_groups_and_time_limits_of_a_stage_may_change_between_starts(tmp_path):
         stages = f"stages=[{{steps: 500}}, {{steps: 100, num_layers: 6, growth: {growth}}}]"
         return load_config(demo, overrides=[stages])
 
-    run = rundir.RunDirectory(tmp_path)
-    rundir.claim(run, with_growth("{lag: 20, rungs: [], probe_groups: 8}"))
-    rundir.claim(run, with_growth("{lag: 20, rungs: [], probe_groups: auto, rung_timeout: 60}"))
+    run = directory.RunDirectory(tmp_path)
+    directory.claim(run, with_growth("{lag: 20, rungs: [], probe_groups: 8}"))
+    directory.claim(run, with_growth("{lag: 20, rungs: [], probe_groups: auto, rung_timeout: 60}"))
     with pytest.raises(RunError, match=r"stages\.1\.growth\.lag"):
-        rundir.claim(run, with_growth("{lag: 30, rungs: [], probe_groups: 8}"))
+        directory.claim(run, with_growth("{lag: 30, rungs: [], probe_groups: 8}"))
 
 
 def test_a_line_that_cannot_be_written_leaves_no_part_of_itself(tmp_path, monkeypatch):

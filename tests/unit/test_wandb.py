@@ -14,11 +14,11 @@ from conftest import ROOT
 from PIL import Image
 from read_wandb import fragments
 
-from lag_megatron import wandb_mirror
 from lag_megatron.config import TrackingConfig
 from lag_megatron.config.schema import WandbConfig
-from lag_megatron.tracking import Console
-from lag_megatron.wandb_mirror import Wandb
+from lag_megatron.run import wandb_logger
+from lag_megatron.run.metrics import Console
+from lag_megatron.run.wandb_logger import Wandb
 
 COLUMNS = ["candidate", "layer map", "loss at 0", "loss at 2", "rank", "status", "chosen"]
 CANDIDATES = [
@@ -294,7 +294,7 @@ def test_training_does_not_wait_for_wandb(stuck, tmp_path, capsys):
 
 
 def test_what_waits_is_bounded(stuck, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(wandb_mirror, "_QUEUE_LIMIT", 3)
+    monkeypatch.setattr(wandb_logger, "_QUEUE_LIMIT", 3)
     run = mirror(tmp_path)
     for step in range(6):
         run.log(train_row(step, stage=0))

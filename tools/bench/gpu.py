@@ -23,7 +23,7 @@ import torch
 from figures import record
 from timing import device_prefix
 
-from lag_megatron.caches import keep_caches
+from lag_megatron.run.compile_cache import keep_caches
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "tools" / "bench"

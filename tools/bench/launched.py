@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from lag_megatron.caches import keep_caches
-from lag_megatron.rundir import RunDirectory, tag_of
-from lag_megatron.tracking import read_rows
+from lag_megatron.run.compile_cache import keep_caches
+from lag_megatron.run.directory import RunDirectory, tag_of
+from lag_megatron.run.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 Tree = dict[str, Any]

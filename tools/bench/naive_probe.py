@@ -16,8 +16,8 @@ from lag_megatron.distributed.world import start_world, stop_world
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.step_result import mean
 from lag_megatron.engine.training_context import Job
-from lag_megatron.rundir import RunDirectory, step_of
-from lag_megatron.stopping import StopFlag
+from lag_megatron.run.directory import RunDirectory, step_of
+from lag_megatron.run.signals import StopFlag
 
 
 def main() -> int:

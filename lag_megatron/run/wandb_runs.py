@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.atomic_io import write_atomically
-from lag_megatron.tracking import Console
+from lag_megatron.run.metrics import Console
 
 IDS = "wandb_ids.json"
 _UPLOAD_SECONDS = 45.0  # less than the mirror waits for at the end

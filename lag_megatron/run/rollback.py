@@ -7,8 +7,8 @@ from pathlib import Path
 from lag_megatron.atomic_io import write_atomically
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import RunError
-from lag_megatron.probe.journal import Journal
-from lag_megatron.rundir import RunDirectory
+from lag_megatron.run.directory import RunDirectory
+from lag_megatron.run.journal import Journal
 
 
 def rewind(run: RunDirectory, tag: str) -> None:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lag_megatron.engine.training_context import MetricRow
-from lag_megatron.probe.journal import Journal
-from lag_megatron.tracking import Console, MetricsLog
-from lag_megatron.wandb_mirror import Wandb
+from lag_megatron.run.journal import Journal
+from lag_megatron.run.metrics import Console, MetricsLog
+from lag_megatron.run.wandb_logger import Wandb
 
 
 @dataclass(frozen=True, slots=True)

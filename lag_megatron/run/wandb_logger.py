@@ -17,8 +17,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lag_megatron.config import TrackingConfig
-from lag_megatron.tracking import Console, Row
-from lag_megatron.wandb_runs import Runs
+from lag_megatron.run.metrics import Console, Row
+from lag_megatron.run.wandb_runs import Runs
 
 _QUEUE_LIMIT = 100_000
 _FINISH_SECONDS = 60.0

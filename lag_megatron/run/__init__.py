@@ -1,0 +1,1 @@
+"""A run directory and what is written there: journal, metrics, W&B; signals and rollback."""
