@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.growth.layer_map import draw
-from lag_megatron.probe.event import Event
 from lag_megatron.report import plots_available, write_figures
 from lag_megatron.run.directory import RunDirectory
 from lag_megatron.run.wandb_logger import Wandb
+from lag_megatron.search.event import Event
 
 Json = dict[str, Any]
 

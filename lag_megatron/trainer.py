@@ -17,14 +17,14 @@ from lag_megatron.initial import growth_history, start_from
 from lag_megatron.measuring import Meter
 from lag_megatron.mirror import show_event
 from lag_megatron.planning.cost import as_journalled, tokens_per_step
-from lag_megatron.probe.conclusion import drop_losers
-from lag_megatron.probe.event import Event
-from lag_megatron.probe.group import ProbeGroup
-from lag_megatron.probe.groups import count_groups, part_of
-from lag_megatron.probe.search import search
 from lag_megatron.run.directory import step_of, tag_of
 from lag_megatron.run.recorder import Recorder
 from lag_megatron.run.signals import Stopped
+from lag_megatron.search.decision import drop_losers
+from lag_megatron.search.event import Event
+from lag_megatron.search.partition import count_groups, part_of
+from lag_megatron.search.search import search
+from lag_megatron.search.worker import ProbeGroup
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,14 +229,14 @@ def interrupted_conclusion():
     """Rank 0 ends before the decision; somebody knocks at the coordinator's port."""
     import socket
 
-    from lag_megatron.probe import desk
-    from lag_megatron.probe.coordinator import Coordinator
+    from lag_megatron.search import rpc
+    from lag_megatron.search.coordinator import Coordinator
 
     def announce(self, decision):
         raise LagError("end here")
 
     Coordinator.announce = announce
-    honest = desk._connected
+    honest = rpc._connected
 
     def connected(port, secret, group):
         address = os.environ["MASTER_ADDR"], port
@@ -245,7 +245,7 @@ def interrupted_conclusion():
             stranger.sendall(b"\0" * 100)
             return honest(port, secret, group)
 
-    desk._connected = connected
+    rpc._connected = connected
 
 
 @pytest.mark.slow
@@ -262,7 +262,7 @@ def test_groups_meet_even_when_there_is_nothing_left_to_do(tiny, tmp_path):
 def whose_word(count):
     """On each rank: whether an error in its group is to be told elsewhere."""
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.probe.groups import split_world
+    from lag_megatron.search.partition import split_world
 
     def fail():
         raise LagError("no")

@@ -14,11 +14,11 @@ from conftest import pico_config
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.config import GrowthConfig
 from lag_megatron.growth.pool import build_pool
-from lag_megatron.probe.coordinator import Coordinator
-from lag_megatron.probe.event import Event, Progress
-from lag_megatron.probe.folder import CURVE, TRAINING, CandidateFolder
 from lag_megatron.run.directory import RunDirectory, step_of
 from lag_megatron.run.journal import Journal
+from lag_megatron.search.candidate_dir import CURVE, TRAINING, CandidateFolder
+from lag_megatron.search.coordinator import Coordinator
+from lag_megatron.search.event import Event, Progress
 
 BASE_STEP = 100
 

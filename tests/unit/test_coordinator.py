@@ -11,7 +11,7 @@ import pytest
 from probing import BASE_STEP, Killed, Stand, killer, loss_of
 
 from lag_megatron.errors import RunError
-from lag_megatron.probe.folder import CandidateFolder
+from lag_megatron.search.candidate_dir import CandidateFolder
 from lag_megatron.selection import Evaluation, replay
 
 

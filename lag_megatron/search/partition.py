@@ -14,8 +14,8 @@ from lag_megatron.distributed.world import CONTROL_TIMEOUT, World, local_ranks
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.training_context import Job
 from lag_megatron.planning.cost import parameter_count, state_bytes_per_parameter
-from lag_megatron.probe.event import Event
-from lag_megatron.probe.group import ProbeGroup
+from lag_megatron.search.event import Event
+from lag_megatron.search.worker import ProbeGroup
 
 # What activations, logits and DeepSpeed's buffers leave of a device for the training state.
 _STATE_SHARE = 0.6

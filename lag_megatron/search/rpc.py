@@ -17,9 +17,9 @@ from typing import Any, Protocol
 from lag_megatron.distributed.heartbeat import listen
 from lag_megatron.distributed.world import World
 from lag_megatron.errors import RunError
-from lag_megatron.probe.coordinator import Coordinator
-from lag_megatron.probe.event import Progress, Turn
 from lag_megatron.run.signals import StopFlag, Stopped
+from lag_megatron.search.coordinator import Coordinator
+from lag_megatron.search.event import Progress, Turn
 
 _POLL_SECONDS = 0.5
 _HELLO_SECONDS = 30.0

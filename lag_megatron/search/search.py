@@ -9,13 +9,13 @@ from lag_megatron.checkpoint.storage.integrity import require_sound
 from lag_megatron.distributed.world import World
 from lag_megatron.engine.training_context import Job
 from lag_megatron.growth.layer_map import draw
-from lag_megatron.probe.coordinator import Coordinator
-from lag_megatron.probe.desk import Desk, desk_of
-from lag_megatron.probe.event import Event, Progress
-from lag_megatron.probe.group import ProbeGroup
-from lag_megatron.probe.ledger import Entry
 from lag_megatron.run.recorder import Recorder
 from lag_megatron.run.signals import Stopped
+from lag_megatron.search.candidates import Entry
+from lag_megatron.search.coordinator import Coordinator
+from lag_megatron.search.event import Event, Progress
+from lag_megatron.search.rpc import Desk, desk_of
+from lag_megatron.search.worker import ProbeGroup
 from lag_megatron.selection import least_disturbed
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.probe.event import Event, Progress
-from lag_megatron.probe.folder import CandidateFolder
 from lag_megatron.run.directory import RunDirectory
 from lag_megatron.run.journal import Journal
+from lag_megatron.search.candidate_dir import CandidateFolder
+from lag_megatron.search.event import Event, Progress
 from lag_megatron.selection import Evaluation, Verdict
 
 

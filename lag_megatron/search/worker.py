@@ -27,9 +27,9 @@ from lag_megatron.errors import RunError
 from lag_megatron.growth.apply.grown_state import Growth, resharding
 from lag_megatron.growth.pool import Candidate
 from lag_megatron.planning.cost import tokens_per_step
-from lag_megatron.probe.event import Event, Progress, Turn
-from lag_megatron.probe.folder import CURVE, TRAINING, CandidateFolder
 from lag_megatron.run.signals import Stopped
+from lag_megatron.search.candidate_dir import CURVE, TRAINING, CandidateFolder
+from lag_megatron.search.event import Event, Progress, Turn
 
 MayWin = Callable[[Progress], bool]
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.engine.training_context import Job, MetricRow
-from lag_megatron.probe.conclusion import conclude, drop_losers, metrics_of
-from lag_megatron.probe.event import Event, Progress, Turn
-from lag_megatron.probe.ledger import Entry, Ledger
 from lag_megatron.run.directory import write_json
 from lag_megatron.run.journal import Journal
+from lag_megatron.search.candidates import Entry, Ledger
+from lag_megatron.search.decision import conclude, drop_losers, metrics_of
+from lag_megatron.search.event import Event, Progress, Turn
 from lag_megatron.selection import can_still_win, judge, rung_value
 
 _POLL_SECONDS = 0.5

@@ -7,9 +7,9 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.engine.training_context import Job, MetricRow
 from lag_megatron.planning.cost import steps_flops, tokens_per_step, validation_flops_per_token
 from lag_megatron.planning.random_paths import with_path_length
-from lag_megatron.probe.event import Event
-from lag_megatron.probe.ledger import Entry, Ledger
 from lag_megatron.run.directory import RunDirectory
+from lag_megatron.search.candidates import Entry, Ledger
+from lag_megatron.search.event import Event
 from lag_megatron.selection import ProbeCost, ProbeRecord, Verdict, build_decision, replay
 
 
