@@ -70,7 +70,7 @@ def _with_deepspeed(config, path):
 
 
 def _dry_run(config, options) -> int:
-    from lag_megatron.dry_run import describe_run
+    from lag_megatron.training.dry_run import describe_run
 
     world_size = _hostfile_ranks(options.hostfile) or config.parallel.world_size or 1
     deepspeed_config(config, world_size=world_size)
@@ -95,7 +95,7 @@ def _hostfile_ranks(path: str | None) -> int | None:
 def _train(config, options) -> int:
     run_dir = options.run_dir or Path("runs") / Path(options.config).stem
     deepspeed_config(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    from lag_megatron.session import Request, train  # imports torch: seconds
+    from lag_megatron.training.train import Request, train  # imports torch: seconds
 
     train(Request(config, Path(run_dir), options.resume))
     return 0

@@ -8,7 +8,7 @@ from lag_megatron.config import load_config
 
 def train(config_path, run_dir, overrides=(), fault=None):
     """On each rank: a run, with DeepSpeed's real engine."""
-    from lag_megatron.session import Request, train
+    from lag_megatron.training.train import Request, train
 
     if fault is not None:
         fault()

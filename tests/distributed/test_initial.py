@@ -19,7 +19,7 @@ def convert(*arguments):
 
 
 def train(config_path, run_dir, overrides):
-    from lag_megatron.session import Request, train
+    from lag_megatron.training.train import Request, train
 
     train(Request(load_config(config_path, overrides=overrides), Path(run_dir), "auto"))
 

@@ -116,7 +116,7 @@ def stopped_at(step, *, before):
     """As a kill just before or just after the checkpoint of that step."""
 
     def fault():
-        from lag_megatron import trainer
+        from lag_megatron.training import trainer
 
         honest = trainer.save_engine
 

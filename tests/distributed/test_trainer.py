@@ -14,7 +14,7 @@ from lag_megatron.errors import CheckpointError, DataError, LagError, RunError
 
 def train(config_path, run_dir, overrides=(), resume="auto", fault=None):
     """On each rank: a run, with DeepSpeed's real engine."""
-    from lag_megatron.session import Request, train
+    from lag_megatron.training.train import Request, train
 
     if fault is not None:
         fault()
@@ -184,7 +184,7 @@ def test_going_back_puts_aside_what_came_after(tiny, tmp_path):
 
 
 def stop_in_growth():
-    from lag_megatron import trainer
+    from lag_megatron.training import trainer
 
     def stop(*arguments):
         raise LagError("stop here")

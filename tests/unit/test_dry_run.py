@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from lag_megatron.config import RunConfig, load_config
-from lag_megatron.dry_run import describe_run, state_bytes_per_parameter
 from lag_megatron.errors import ConfigError, PlanError
 from lag_megatron.planning.vocab_size import estimate_vocab_size
+from lag_megatron.training.dry_run import describe_run, state_bytes_per_parameter
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -10,7 +10,6 @@ import pytest
 from scipy import stats
 
 from lag_megatron.config import RunConfig, load_config, parse_config
-from lag_megatron.dry_run import describe_run
 from lag_megatron.errors import ConfigError
 from lag_megatron.growth.pool import build_pool
 from lag_megatron.planning.cost import (
@@ -26,6 +25,7 @@ from lag_megatron.planning.random_paths import (
     path_at,
     with_path_length,
 )
+from lag_megatron.training.dry_run import describe_run
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4000

@@ -13,9 +13,6 @@ from lag_megatron.engine.save import save_engine
 from lag_megatron.engine.training_context import Job
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.pool import build_pool
-from lag_megatron.initial import growth_history, start_from
-from lag_megatron.measuring import Meter
-from lag_megatron.mirror import show_event
 from lag_megatron.planning.cost import as_journalled, tokens_per_step
 from lag_megatron.run.directory import step_of, tag_of
 from lag_megatron.run.recorder import Recorder
@@ -25,6 +22,9 @@ from lag_megatron.search.event import Event
 from lag_megatron.search.partition import count_groups, part_of
 from lag_megatron.search.search import search
 from lag_megatron.search.worker import ProbeGroup
+from lag_megatron.training.init_from import growth_history, start_from
+from lag_megatron.training.stage_monitor import Meter
+from lag_megatron.training.wandb_event import show_event
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from lag_megatron import __version__
 from lag_megatron.config import RunConfig, padded_vocab_size, require_groups
 from lag_megatron.data import Feed, Prepared, open_prepared, prepare_data
 from lag_megatron.distributed.world import World, environment, start_world, stop_world
-from lag_megatron.dry_run import growth_pools
 from lag_megatron.engine.training_context import Job
 from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.planning.cost import as_journalled, parameter_count
@@ -21,7 +20,8 @@ from lag_megatron.run.recorder import Books, Recorder
 from lag_megatron.run.rollback import rewind
 from lag_megatron.run.signals import StopFlag, Stopped
 from lag_megatron.run.wandb_logger import Wandb
-from lag_megatron.trainer import Trainer
+from lag_megatron.training.dry_run import growth_pools
+from lag_megatron.training.trainer import Trainer
 
 
 @dataclass(frozen=True, slots=True)

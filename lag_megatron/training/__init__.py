@@ -1,0 +1,1 @@
+"""The training loop over stages, and the dry run."""
