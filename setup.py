@@ -14,7 +14,12 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["lag_megatron", "lag_megatron.*"]),
     package_data={
-        "lag_megatron": ["evaluation/tasks/*.yaml", "kernels/*.cu", "kernels/*.cpp", "kernels/*.h"]
+        "lag_megatron": [
+            "evaluation/tasks/*.yaml",
+            "kernels/cuda/*.cu",
+            "kernels/*.cpp",
+            "kernels/*.h",
+        ]
     },
     install_requires=[
         "torch>=2.11,<2.14",

@@ -25,9 +25,9 @@ class TrainingData:
     """Global batches of training samples, the same whatever the world size and run length.
 
     Sample i of the run comes from the source that the weights' order names (see
-    :class:`~lag_megatron.planning.blend.Blend`), and is that source's j-th.  Megatron's datasets order
-    their samples by the number of epochs that they are built for, so each epoch of a source gets
-    its own, of one epoch, seeded by (seed, source, epoch): sample j of a source is sample
+    :class:`~lag_megatron.planning.blend.Blend`), and is that source's j-th.  Megatron's datasets
+    order their samples by the number of epochs that they are built for, so each epoch of a source
+    gets its own, of one epoch, seeded by (seed, source, epoch): sample j of a source is sample
     ``j % samples`` of its epoch ``j // samples``.
 
     Args:

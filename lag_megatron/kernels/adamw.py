@@ -52,7 +52,7 @@ def _launcher(by: str) -> Callable[..., None]:
         from lag_megatron.kernels.adamw_triton import adamw_triton
 
         return adamw_triton
-    from lag_megatron.kernels.adamw_cuda import adamw_cuda
+    from lag_megatron.kernels.cuda.adamw import adamw_cuda
 
     return adamw_cuda
 

@@ -15,7 +15,7 @@ _BLOCK = 1024
 def adamw_triton(
     state: Sequence[Tensor], gradient: Tensor, weights: Tensor, numbers: Tensor, rates: Rates
 ) -> None:
-    """Launch the update; arguments as of :func:`lag_megatron.kernels.adamw_cuda.adamw_cuda`."""
+    """Launch the update; arguments as of :func:`lag_megatron.kernels.cuda.adamw.adamw_cuda`."""
     length = state[0].numel()
     _adamw[(triton.cdiv(length, _BLOCK),)](
         *state,

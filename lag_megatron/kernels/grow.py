@@ -58,6 +58,6 @@ def launch_of(runs: Sequence[Run], *, by: str = "") -> Callable[[], None]:
     if (by or ("triton" if importlib.util.find_spec("triton") else "cuda")) == "triton":
         from lag_megatron.kernels.grow_triton import grow_triton as launch
     else:
-        from lag_megatron.kernels.grow_cuda import grow_cuda as launch
+        from lag_megatron.kernels.cuda.grow import grow_cuda as launch
     (kind,) = kinds
     return lambda: launch(rows, scales, kind)

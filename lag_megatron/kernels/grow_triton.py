@@ -12,7 +12,7 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 def grow_triton(rows: Tensor, scales: Tensor, kind: torch.dtype) -> None:
-    """Launch the writing; arguments as of :func:`lag_megatron.kernels.grow_cuda.grow_cuda`."""
+    """Launch the writing; arguments as of :func:`lag_megatron.kernels.cuda.grow.grow_cuda`."""
     _grow[(len(rows),)](rows, scales, KIND=_TYPES[kind], BLOCK=TILE, num_warps=8)
 
 

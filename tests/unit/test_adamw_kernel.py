@@ -14,8 +14,8 @@ from lag_megatron.kernels.adamw import (
     on_device,
     squared_norms,
 )
-from lag_megatron.kernels.adamw_cuda import SOURCE
 from lag_megatron.kernels.build import build, cuda_command, nvcc_path
+from lag_megatron.kernels.cuda.adamw import SOURCE
 from lag_megatron.kernels.partition import Partition, Rates
 
 RATES = Rates(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lag_megatron.kernels.build import build, cuda_command, nvcc_path
+from lag_megatron.kernels.cuda.grow import SOURCE
 from lag_megatron.kernels.grow import by_torch, on_device, write_runs
-from lag_megatron.kernels.grow_cuda import SOURCE
 from lag_megatron.kernels.runs import TILE, Run, table_of
 
 KINDS = [torch.float32, torch.bfloat16, torch.float16]

@@ -222,8 +222,8 @@ def _load(file: Path) -> Mapping[str, Any]:
             found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file}: holds objects that are not known here ({torch_pickle.cause(error)}). Reading them "
-            "could run code, so it was left alone. Save it as torch_dist."
+            f"{file}: holds objects that are not known here ({torch_pickle.cause(error)}). "
+            "Reading them could run code, so it was left alone. Save it as torch_dist."
         ) from None
     except (RuntimeError, ValueError, EOFError, OSError) as error:
         raise CheckpointError(

@@ -14,7 +14,8 @@ def lineage_data(growths: Sequence[Json], *, first_layers: int) -> list[Json]:
     """The models of a run, oldest first, each layer with its origin.
 
     Args:
-        growths: the decided events of :func:`~lag_megatron.report.stats.growth.growth_data`, in order.
+        growths: the decided events of :func:`~lag_megatron.report.stats.growth.growth_data`, in
+            order.
         first_layers: layers of the model that was drawn.
 
     Returns:

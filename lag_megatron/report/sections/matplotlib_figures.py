@@ -46,7 +46,7 @@ def write_figures(run_dir: Path, growth: int) -> dict[str, Path]:
 
 
 def draw_figures(growth: Json, folder: Path) -> dict[str, Path]:
-    """:func:`write_figures` for the numbers of :func:`~lag_megatron.report.stats.growth.growth_data`.
+    """Figures of one event, from :func:`~lag_megatron.report.stats.growth.growth_data`.
 
     Raises:
         RunError: if matplotlib is missing.
