@@ -11,10 +11,11 @@ from pathlib import Path
 from growing import add_growth_options, plan_of, progress, topology_of
 
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
+from lag_megatron.checkpoint.open import open_source
 from lag_megatron.checkpoint.state.source import WHOLE, Source, WholeParameters
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.errors import LagError, PlanError
-from lag_megatron.growth.apply.conversion import Conversion, open_source
+from lag_megatron.growth.apply.conversion import Conversion
 from lag_megatron.growth.apply.verify import differences
 
 _FORMATS = {

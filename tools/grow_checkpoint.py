@@ -12,19 +12,19 @@ from pathlib import Path
 from growing import TOPOLOGY, add_growth_options, plan_of, progress, topology_of
 
 from lag_megatron.checkpoint import open
+from lag_megatron.checkpoint.open import open_source
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import WHOLE
 from lag_megatron.checkpoint.storage.integrity import is_verifiable
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint, resolve
 from lag_megatron.errors import LagError, PlanError
-from lag_megatron.growth.apply.conversion import open_source
 from lag_megatron.growth.apply.estimate import estimate
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.apply.grown_state import Growth
 from lag_megatron.growth.apply.hardlink_dcp import linked_megatron
 from lag_megatron.growth.apply.hardlink_universal import linked_universal
-from lag_megatron.growth.layer_map import draw
+from lag_megatron.growth.operators.layer_map import draw
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,10 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint.hf import format as hf_format
+from lag_megatron.checkpoint.hf.reader import open_transformers
 from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint, legacy_reader
+from lag_megatron.checkpoint.megatron.legacy_reader import open_legacy
+from lag_megatron.checkpoint.megatron.reader import open_megatron
+from lag_megatron.checkpoint.state.source import Source
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.universal import format as universal_format
+from lag_megatron.checkpoint.universal.reader import open_universal
 from lag_megatron.checkpoint.zero import describe
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.checkpoint.zero.reader import resolve as resolve_zero
 from lag_megatron.errors import CheckpointError
 
@@ -35,6 +41,11 @@ _DAMAGES: dict[str, Callable[[Path], Iterator[str]]] = {
     DCP: dist_checkpoint.damages,
     LEGACY: legacy_reader.damages,
     HF: hf_format.damages,
+}
+_READERS: dict[str, Callable[[Path], Source]] = {
+    ZERO: ZeroCheckpoint.open,
+    UNIVERSAL: open_universal,
+    LEGACY: open_legacy,
 }
 
 
@@ -107,6 +118,26 @@ def describe_any(path: Path) -> dict[str, Any]:
         "bytes": sum(files.values()),
         "complete": not facts["problems"],
     }
+
+
+def open_source(path: Path, *, vocab_size: int | None = None, weights_only: bool = False) -> Source:
+    """A checkpoint of any format that is read.
+
+    Args:
+        path: its directory, or one with a pointer to it.
+        vocab_size: rows of the vocabulary of a model of transformers.
+        weights_only: leave out a distributed checkpoint's optimizer states, whatever their form.
+
+    Raises:
+        CheckpointError: if it is damaged or of no known format.
+    """
+    path = resolve(path)
+    kind = detect(path)
+    if kind == HF:
+        return open_transformers(path, vocab_size=vocab_size)
+    if kind in (MEGATRON, DCP):
+        return open_megatron(path, weights_only=weights_only)
+    return _READERS[kind](path)
 
 
 def _sharing(path: Path) -> Iterator[str]:

@@ -15,7 +15,7 @@ from lag_megatron.checkpoint.state.optimizer_states import STATES, Role
 from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.identity_init import Silence, silence_of
-from lag_megatron.growth.layer_map import LayerMap, LayerOrigin
+from lag_megatron.growth.operators.layer_map import LayerMap, LayerOrigin
 from lag_megatron.growth.plan import GrowthPlan, MomentPolicy
 from lag_megatron.growth.validate import (
     BRANCH_OUTPUTS,

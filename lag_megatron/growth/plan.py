@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.layer_map import LayerMap, hands_norms_over, norms_stay
 from lag_megatron.growth.operators import layer_map_of
+from lag_megatron.growth.operators.layer_map import LayerMap, hands_norms_over, norms_stay
 
 MomentPolicy = Literal["copy", "zero", "borrow"]
 MOMENT_POLICIES: tuple[MomentPolicy, ...] = ("copy", "zero", "borrow")

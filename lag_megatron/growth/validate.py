@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.layer_map import Branch
+from lag_megatron.growth.operators.layer_map import Branch
 from lag_megatron.growth.plan import GrowthPlan
 
 # What follows the layer's number in the names of the projections back into the residual stream, and

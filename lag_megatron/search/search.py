@@ -8,7 +8,7 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import require_sound
 from lag_megatron.distributed.world import World
 from lag_megatron.engine.training_context import Job
-from lag_megatron.growth.layer_map import draw
+from lag_megatron.growth.operators.layer_map import draw
 from lag_megatron.run.recorder import Recorder
 from lag_megatron.run.signals import Stopped
 from lag_megatron.search.candidates import Entry

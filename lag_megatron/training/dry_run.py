@@ -10,7 +10,7 @@ from lag_megatron.config import (
     require_groups,
 )
 from lag_megatron.config.stage_schedule import stage_ranges
-from lag_megatron.growth.layer_map import draw
+from lag_megatron.growth.operators.layer_map import draw
 from lag_megatron.growth.pool import Candidate, build_pool
 from lag_megatron.planning.cost import (
     parameter_count,

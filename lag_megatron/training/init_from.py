@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lag_megatron.checkpoint.open import open_source
 from lag_megatron.checkpoint.state.source import Source
 from lag_megatron.checkpoint.storage.integrity import Look
 from lag_megatron.config import ModelConfig
 from lag_megatron.engine.engine import Engine
 from lag_megatron.errors import CheckpointError
-from lag_megatron.growth.apply.conversion import open_source
 from lag_megatron.growth.apply.grown_state import resharding
 
 # What two models of the same parameters may compute differently with.

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.growth.layer_map import draw
+from lag_megatron.growth.operators.layer_map import draw
 from lag_megatron.report import plots_available, write_figures
 from lag_megatron.run.directory import RunDirectory
 from lag_megatron.run.wandb_logger import Wandb

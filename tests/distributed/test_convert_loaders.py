@@ -18,10 +18,11 @@ from conftest import (
 )
 from full_state import read_full
 
+from lag_megatron.checkpoint.open import open_source
 from lag_megatron.checkpoint.state.source import WHOLE
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.growth.apply.conversion import Conversion, open_source
+from lag_megatron.growth.apply.conversion import Conversion
 from lag_megatron.growth.apply.grown_state import Growth, retarget
 from lag_megatron.growth.apply.hardlink_dcp import linked_megatron
 from lag_megatron.growth.apply.hardlink_universal import linked_universal

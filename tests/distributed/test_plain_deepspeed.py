@@ -27,10 +27,11 @@ from plain_program import (
     train_and_save,
 )
 
+from lag_megatron.checkpoint.open import open_source
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError
-from lag_megatron.growth.apply.conversion import Conversion, open_source
+from lag_megatron.growth.apply.conversion import Conversion
 from lag_megatron.growth.plan import GrowthPlan
 
 KEEP4 = GrowthPlan(operator="identity", source_layers=4, target_layers=4)

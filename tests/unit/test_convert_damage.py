@@ -8,10 +8,10 @@ import pytest
 from converting import convert, copy_llama, refused, save_families
 
 from lag_megatron.checkpoint import open
+from lag_megatron.checkpoint.open import open_source
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import Look
 from lag_megatron.errors import CheckpointError
-from lag_megatron.growth.apply.conversion import open_source
 
 families = pytest.fixture(save_families, scope="module")
 folder = pytest.fixture(copy_llama)

@@ -6,8 +6,8 @@ import pytest
 from mapping import EVERY_LAG, lag_map
 
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.layer_map import draw, feasible_block_sizes, feasible_indices
 from lag_megatron.growth.operators import OPERATORS, layer_map_of
+from lag_megatron.growth.operators.layer_map import draw, feasible_block_sizes, feasible_indices
 
 EVERY_GROWTH = sorted({(source, target) for source, target, _, _ in EVERY_LAG})
 

@@ -12,10 +12,11 @@ from foreign import torch_dist, universal
 from test_tools_checkpoint import grow, inspect
 
 from lag_megatron.checkpoint import open
+from lag_megatron.checkpoint.open import open_source
 from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.checkpoint.state.source import WHOLE
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.growth.apply.conversion import open_source, whole_state
+from lag_megatron.growth.apply.conversion import whole_state
 from lag_megatron.growth.apply.grown_state import Growth, resharding
 from lag_megatron.growth.plan import GrowthPlan
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.layer_map import LayerOrigin, draw
 from lag_megatron.growth.operators import OPERATORS, layer_map_of
+from lag_megatron.growth.operators.layer_map import LayerOrigin, draw
 from lag_megatron.growth.plan import GrowthPlan
 
 LAG = {"index": 1, "block_size": 2, "init": "duplicate"}

@@ -43,7 +43,7 @@ def layers_and_steps(config: Any) -> list[tuple[int, int]]:
     ],
 )
 def test_fixed_policies_are_pools_of_one(policy: str, layers: list[int], drawn: str) -> None:
-    from lag_megatron.growth.layer_map import draw
+    from lag_megatron.growth.operators.layer_map import draw
 
     config = config_of({"policy": policy, "layers": layers, "steps": 21})
     assert layers_and_steps(config) == [(layers[0], 10), (layers[1], 11)]

@@ -11,7 +11,7 @@ from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig, PoolConfig
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.growth_map import depth_map
-from lag_megatron.growth.layer_map import draw
+from lag_megatron.growth.operators.layer_map import draw
 from lag_megatron.growth.pool import build_pool
 
 

@@ -25,12 +25,13 @@ import torch
 from figures import write_figures
 from offline_growth import copy_files, in_child
 
+from lag_megatron.checkpoint.open import open_source
 from lag_megatron.checkpoint.state.source import WHOLE
 from lag_megatron.checkpoint.storage.manifest import STATES_APART
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.distributed.world import World, start_world, stop_world
-from lag_megatron.growth.apply.conversion import Conversion, Format, open_source
+from lag_megatron.growth.apply.conversion import Conversion, Format
 from lag_megatron.growth.apply.grown_state import Growth, retarget
 from lag_megatron.growth.apply.hardlink_dcp import linked_megatron
 from lag_megatron.growth.apply.hardlink_universal import linked_universal

@@ -1,35 +1,24 @@
 """Checkpoints from any format that is read to any that is written, with growth on the way."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from lag_megatron.checkpoint import open
-from lag_megatron.checkpoint.hf.reader import open_transformers
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile, tokenizer_files
 from lag_megatron.checkpoint.hf.writer import Export, Precision
-from lag_megatron.checkpoint.megatron.legacy_reader import open_legacy
-from lag_megatron.checkpoint.megatron.reader import open_megatron
 from lag_megatron.checkpoint.megatron.writer import megatron_order
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import WHOLE, Source
 from lag_megatron.checkpoint.state.unsharded import WholeState
-from lag_megatron.checkpoint.universal.reader import open_universal
 from lag_megatron.checkpoint.universal.writer import universal_order
 from lag_megatron.checkpoint.writer.job import Order
-from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.growth.apply.grow_zero import zero_order
 from lag_megatron.growth.apply.grown_state import Growth, resharding
 from lag_megatron.growth.plan import GrowthPlan
 
 Format = Literal["zero", "universal", "megatron", "hf"]
-_READERS: dict[str, Callable[[Path], Source]] = {
-    open.ZERO: ZeroCheckpoint.open,
-    open.UNIVERSAL: open_universal,
-    open.LEGACY: open_legacy,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,26 +116,6 @@ class Conversion:
     def _about(self) -> Mapping[str, Any]:
         about = dict(self._uncut.about)
         return about | ({"topology": None} if self.to in ("hf", "megatron") else {})
-
-
-def open_source(path: Path, *, vocab_size: int | None = None, weights_only: bool = False) -> Source:
-    """A checkpoint of any format that is read.
-
-    Args:
-        path: its directory, or one with a pointer to it.
-        vocab_size: rows of the vocabulary of a model of transformers.
-        weights_only: leave out a distributed checkpoint's optimizer states, whatever their form.
-
-    Raises:
-        CheckpointError: if it is damaged or of no known format.
-    """
-    path = open.resolve(path)
-    kind = open.detect(path)
-    if kind == open.HF:
-        return open_transformers(path, vocab_size=vocab_size)
-    if kind in (open.MEGATRON, open.DCP):
-        return open_megatron(path, weights_only=weights_only)
-    return _READERS[kind](path)
 
 
 def whole_state(growth: Growth) -> WholeState:

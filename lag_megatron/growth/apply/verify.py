@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from lag_megatron.checkpoint.open import open_source
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import STATES, State
 from lag_megatron.checkpoint.state.optimizer_states import shape_of, states_of
@@ -12,7 +13,7 @@ from lag_megatron.checkpoint.state.source import WHOLE
 from lag_megatron.checkpoint.state.spec import DTYPES
 from lag_megatron.checkpoint.state.unsharded import WholeState
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.growth.apply.conversion import Conversion, open_source, whole_state
+from lag_megatron.growth.apply.conversion import Conversion, whole_state
 from lag_megatron.growth.apply.grown_state import resharding
 
 _PIECE = 1 << 20  # elements

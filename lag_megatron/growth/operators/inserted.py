@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.layer_map import (
+from lag_megatron.growth.operators.depth import require_even_blocks
+from lag_megatron.growth.operators.layer_map import (
     Branch,
     Init,
     LayerMap,
@@ -14,7 +15,6 @@ from lag_megatron.growth.layer_map import (
     map_of_sources,
     require_more_layers,
 )
-from lag_megatron.growth.operators.depth import require_even_blocks
 from lag_megatron.growth.operators.options import layer_list, whole_number
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lag_megatron.config import GrowthConfig
-from lag_megatron.growth.layer_map import LayerOrigin, draw
+from lag_megatron.growth.operators.layer_map import LayerOrigin, draw
 from lag_megatron.planning.cost import stage_flops
 from lag_megatron.report.stats.analysis import analysis_of
 from lag_megatron.report.stats.run_files import GrowthFiles, Json, RunFiles, finite
