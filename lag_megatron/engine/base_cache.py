@@ -188,9 +188,9 @@ class KeptBase:
         for step in plan:
             if isinstance(step, Move):
                 yield from self._copies(target, step)
-            elif isinstance(step.fresh, Constant):
+            elif isinstance(step.init, Constant):
                 for start, _, count in _spans(step.shape, step.target.strides, step.target.strides):
-                    yield _run(target, step.target.offset + start, None, count, step.fresh.value)
+                    yield _run(target, step.target.offset + start, None, count, step.init.value)
             else:
                 yield from _drawn(target, step)
 
@@ -218,7 +218,7 @@ def _drawn(target: Target, step: Draw) -> Iterator[Run]:
     values = target.values
     start = values.storage_offset() + step.target.offset
     view = values.as_strided(step.shape, step.target.strides, start)
-    fill(view, step.fresh, shape=step.whole, box=step.box)
+    fill(view, step.init, shape=step.full_shape, box=step.box)
     if target.weights is None:
         return
     for start, _, count in _spans(step.shape, step.target.strides, step.target.strides):

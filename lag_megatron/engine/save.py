@@ -70,8 +70,8 @@ def save_engine(
         world.from_coordinator(lambda: draft.mkdir())
         parts = world.from_each(lambda: _written_live(engine, draft, growth, state, average))
     files = {name: entry for part in parts for name, entry in part.items()}
-    about = {"step": step, "growth_history": list(history), "versions": VERSIONS}
-    world.from_coordinator(lambda: manifest.commit(path, files=files, about=about))
+    metadata = {"step": step, "growth_history": list(history), "versions": VERSIONS}
+    world.from_coordinator(lambda: manifest.commit(path, files=files, metadata=metadata))
 
 
 def _written_live(

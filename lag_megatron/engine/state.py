@@ -152,15 +152,15 @@ class LiveState:
             their manifest entries; commit is the caller's.
         """
         entries = {counter: getattr(self._engine, counter) for counter in _COUNTERS}
-        draft = replace(
-            growth.draft,
+        spec = replace(
+            growth.spec,
             entries={**entries, "lag": {**growth.client_state, **client_state}},
             groups=self._group_states(),
             loss_scale=self._loss_scale(),
         )
-        return write_rank(folder, draft, self, **self._place)
+        return write_rank(folder, spec, self, **self._place)
 
-    def expect(self, region: Region) -> None:
+    def prefetch(self, region: Region) -> None:
         """Nothing has to be read: the state is in memory."""
 
     def __call__(self, region: Region, buffer: Tensor) -> None:

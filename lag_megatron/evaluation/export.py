@@ -91,7 +91,7 @@ def as_transformers(path: Path, options: ExportOptions) -> Iterator[Path]:
             tokenizer=tokenizer_of(path, options.tokenizer),
             dtype=options.dtype,
         )
-        write(conversion.order(folder))
+        write(conversion.job(folder))
         yield folder
 
 

@@ -118,14 +118,14 @@ def depth_map(
             parameters that the plan changes.
     """
     layer = check_layers(plan, _all_shapes(groups, frozen or {}))
-    silence = identity_init_of(plan, layer, query_groups)
+    identity_init = identity_init_of(plan, layer, query_groups)
     blocks: dict[str, tuple[ParamBlock, ...]] = {}
 
     def grow(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         grown: dict[str, Shape] = {}
         for name, old, origin in grown_names(list(shapes), plan.layer_map):
             grown[name] = shapes[old]
-            blocks[name] = (_block(plan, name, shapes[old], old, origin, silence),)
+            blocks[name] = (_block(plan, name, shapes[old], old, origin, identity_init),)
         return grown
 
     grown_groups = [grow(group) for group in groups]
@@ -176,7 +176,7 @@ def moment_policy(plan: GrowthPlan, origin: LayerOrigin) -> MomentPolicy:
     """
     if plan.moments != "auto":
         return plan.moments
-    if origin.silent:
+    if origin.zero_norms:
         return "zero"
     return "copy" if origin.init == "duplicate" and origin.branch_scale > 0 else "borrow"
 
@@ -187,18 +187,18 @@ def _block(
     shape: Shape,
     old: str,
     origin: LayerOrigin | None,
-    silence: IdentityInit | None,
+    identity_init: IdentityInit | None,
 ) -> ParamBlock:
     kept = _copy_all(old, shape)
     if origin is None:
         return kept
     norm = next((branch for branch, part in POST_NORMS.items() if part in name), None)
-    if norm in origin.plain_norms:
+    if norm in origin.identity_norms:
         plain: ValueSource = Constant(1.0 if name.endswith(".weight") else 0.0)
         return ParamBlock(kept.box, dict.fromkeys(STATES, Constant(0.0)) | {"fp32": plain})
-    weights = _weights(plan, name, shape, old, origin, silence)
+    weights = _weights(plan, name, shape, old, origin, identity_init)
     sources: dict[Role, ValueSource] = {**kept.sources, "fp32": weights}
-    is_handed_over = norm is not None and bool(origin.plain_norms)
+    is_handed_over = norm is not None and bool(origin.identity_norms)
     if origin.is_new and not is_handed_over:
         policy = moment_policy(plan, origin)
         if policy in ("zero", "borrow"):
@@ -214,7 +214,7 @@ def _weights(
     shape: Shape,
     old: str,
     origin: LayerOrigin,
-    silence: IdentityInit | None,
+    identity_init: IdentityInit | None,
 ) -> ValueSource:
     source: Copy | Normal | Constant = Copy(old, (0,) * len(shape))
     drawn = megatron_init(
@@ -223,8 +223,8 @@ def _weights(
         init_std=plan.init_std,
         key=f"growth/{plan.seed}/{plan.source_layers}-{plan.target_layers}",
     )
-    if silence and origin.silent:
-        return silence.weights(name, drawn) or source
+    if identity_init and origin.zero_norms:
+        return identity_init.weights(name, drawn) or source
     if origin.is_new and origin.init == "random":
         source = drawn
     is_branch_output = any(part in name for part in BRANCH_OUTPUTS)

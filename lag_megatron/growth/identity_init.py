@@ -71,7 +71,7 @@ def identity_init_of(
         PlanError: if such layers of the plan would not be the identity, or would not be known to be
             what the plan says.
     """
-    new = [origin for origin in plan.layer_map if origin.silent]
+    new = [origin for origin in plan.layer_map if origin.zero_norms]
     if not new:
         return None
     if any(".post_attn_layernorm." in tail for tail in layer):

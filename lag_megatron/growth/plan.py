@@ -74,7 +74,7 @@ class GrowthPlan:
         kept = [o for o in layer_map if not o.is_new]
         return (
             [o.source for o in kept] == list(range(self.source_layers))
-            and all(o.puts_out_zeros if o.is_new else o.branch_scale == 1 for o in layer_map)
+            and all(o.is_identity_branch if o.is_new else o.branch_scale == 1 for o in layer_map)
             and (
                 moves_second_norm(layer_map)
                 if norm_position == "post"

@@ -36,7 +36,7 @@ class Candidate:
             "target_layers": plan.target_layers,
             "layer_map": [
                 {"source": o.source, "new": o.is_new, "init": o.init, "scale": o.branch_scale}
-                | ({"silent": True} if o.silent else {})
+                | ({"silent": True} if o.zero_norms else {})
                 for o in plan.layer_map
             ],
             **({} if self.path_length is None else {"path_length": self.path_length}),

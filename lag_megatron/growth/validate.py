@@ -64,7 +64,7 @@ def _check_names(plan: GrowthPlan, layer: Mapping[str, Shape]) -> None:
     needed: dict[str, str] = {}
     if any(origin.branch_scale != 1 for origin in plan.layer_map):
         needed |= dict.fromkeys(BRANCH_OUTPUTS, "it scales layers that are named as Megatron does")
-    if any(origin.plain_norms for origin in plan.layer_map):
+    if any(origin.identity_norms for origin in plan.layer_map):
         needed |= dict.fromkeys(POST_NORMS.values(), "it is for post-LN models")
     for part, reason in needed.items():
         if not any(part in tail for tail in layer):

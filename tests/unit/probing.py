@@ -106,7 +106,7 @@ class Stand:
         (draft / "shard").write_text(json.dumps(steps))
         point("saving")
         manifest.commit(
-            state, files={"shard": manifest.file_entry(draft / "shard")}, about={"step": steps}
+            state, files={"shard": manifest.file_entry(draft / "shard")}, metadata={"step": steps}
         )
         folder.keep_only(state)
 

@@ -131,9 +131,9 @@ def describe_transformers(path: Path) -> dict[str, Any]:
     }
 
 
-def find_transformers_corruption(path: Path, look: VerifyScope = EVERYTHING) -> Iterator[str]:
+def find_transformers_corruption(path: Path, scope: VerifyScope = EVERYTHING) -> Iterator[str]:
     """Records of pickled weights that do not fit their checksums; safetensors has none."""
-    for file in look.share(sorted(path.glob("*.bin"))):
+    for file in scope.share(sorted(path.glob("*.bin"))):
         if is_zip(file):
             for record in damaged_records(file):
                 yield f"{file.name}: {record} differs from its checksum"

@@ -123,7 +123,7 @@ class Import:
         begin = start - first * width
         return values.reshape(-1)[begin : begin + length]
 
-    def check(self, look: VerifyScope) -> None:
+    def check(self, scope: VerifyScope) -> None:
         """Refuse damaged files, and those that hold tied weights twice, with different values.
 
         Raises:
@@ -131,12 +131,12 @@ class Import:
         """
         committed = manifest.is_committed(self.path)
         if found := list(
-            look.damages(self.path)
+            scope.damages(self.path)
             if committed
-            else hf_format.find_transformers_corruption(self.path, look)
+            else hf_format.find_transformers_corruption(self.path, scope)
         ):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
-        for other, owner in look.share(self._tied):
+        for other, owner in scope.share(self._tied):
             there, here = self.tensors[other], self.tensors[owner]
             step = max(1, (1 << 20) // max(1, numel(there.shape[1:])))
             same = there.shape == here.shape and all(
@@ -173,9 +173,9 @@ class Import:
         rows = {row.megatron: row for row in expanded}
         expected: dict[str, Shape] = {}
         for row in rows.values():
-            whole = self._whole_shape(row)
+            full = self._full_shape(row)
             expected.update(
-                zip(row.transformers, transformers_shapes(row, whole, self.heads), strict=True)
+                zip(row.transformers, transformers_shapes(row, full, self.heads), strict=True)
             )
         self._refuse_others(expected)
         return rows
@@ -234,12 +234,12 @@ class Import:
 
     def _shape(self, row: TensorMapping) -> Shape:
         """Of Megatron's parameter."""
-        shape = self._whole_shape(row)
+        shape = self._full_shape(row)
         if row.kind == "vocabulary":
             return (int(self.model.vocab_size), *shape[1:])
         return shape
 
-    def _whole_shape(self, row: TensorMapping) -> Shape:
+    def _full_shape(self, row: TensorMapping) -> Shape:
         """Of Megatron's parameter without padding, as the files' own tensors give it.
 
         Raises:
@@ -266,7 +266,7 @@ class Import:
     def _rows(self, row: TensorMapping, first: int, last: int) -> Iterator[Tensor]:
         """Rows of Megatron's parameter, piece by piece."""
         known = self.tokens if row.kind == "vocabulary" else last
-        for run in _within(row_runs(row, self._whole_shape(row)[0], self.heads), first, last):
+        for run in _within(row_runs(row, self._full_shape(row)[0], self.heads), first, last):
             stored = self.tensors[row.transformers[run.part]]
             yield stored.rows(run.start, run.start + run.count, transposed=row.transposed)
         if last > known:

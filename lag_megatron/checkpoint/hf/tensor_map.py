@@ -214,14 +214,12 @@ def row_runs(row: TensorMapping, rows: int, heads: Heads) -> list[RowRun]:
     return found
 
 
-def to_transformers(row: TensorMapping, whole: Tensor, heads: Heads) -> list[Tensor]:
+def to_transformers(row: TensorMapping, full: Tensor, heads: Heads) -> list[Tensor]:
     """The row's tensors in transformers from all of Megatron's, vocabulary padding still there."""
-    parts = [
-        whole.new_empty(shape) for shape in transformers_shapes(row, tuple(whole.shape), heads)
-    ]
+    parts = [full.new_empty(shape) for shape in transformers_shapes(row, tuple(full.shape), heads)]
     turned = [as_rows(part, row) for part in parts]
-    for run in row_runs(row, len(whole), heads):
-        turned[run.part][run.start : run.start + run.count] = whole[run.low : run.low + run.count]
+    for run in row_runs(row, len(full), heads):
+        turned[run.part][run.start : run.start + run.count] = full[run.low : run.low + run.count]
     return parts
 
 

@@ -55,7 +55,7 @@ class Export:
     carried: Sequence[Path] = ()
     vocabulary: int | None = None
 
-    def order(self, target: Path, *, about: Mapping[str, Any]) -> WriteJob:
+    def job(self, target: Path, *, metadata: Mapping[str, Any]) -> WriteJob:
         """What has to be written as the directory ``target``.
 
         Raises:
@@ -76,8 +76,8 @@ class Export:
                 Part("settings", lambda folder, _: self._write_settings(folder, index)),
                 *(Part(file.name, partial(self._write_file, file)) for file in files),
             ],
-            about={
-                **about,
+            metadata={
+                **metadata,
                 "written_as": "hf",
                 "dtype": self.dtype,
                 "vocabulary": self.vocab_size,
@@ -101,7 +101,7 @@ class Export:
         Raises:
             CheckpointError: if it does not.
         """
-        tree = self.state.draft.entries["lag"].get("model")
+        tree = self.state.spec.entries["lag"].get("model")
         try:
             return TypeAdapter(ModelConfig).validate_python(tree)
         except ValidationError as error:
@@ -139,7 +139,7 @@ class Export:
                     f"{self.state.path} only {rows}. Give the tokenizer that it was trained with."
                 )
         if wanted is None:
-            wanted = self.state.draft.entries["lag"].get("vocabulary")
+            wanted = self.state.spec.entries["lag"].get("vocabulary")
         if wanted is not None and not 0 < wanted <= rows:
             raise CheckpointError(f"{self.state.path}: has {rows} rows of tokens, not {wanted}.")
         return rows if wanted is None else wanted
@@ -178,16 +178,16 @@ class Export:
         """Of every tensor that is written, by its name in transformers."""
         shapes: dict[str, Shape] = {}
         for row in self.rows:
-            whole = self._kept(row)
+            full = self._kept(row)
             shapes.update(
-                zip(row.transformers, transformers_shapes(row, whole, self.heads), strict=True)
+                zip(row.transformers, transformers_shapes(row, full, self.heads), strict=True)
             )
         return shapes
 
     def _kept(self, row: TensorMapping) -> Shape:
         """Shape of Megatron's tensor without padding."""
-        whole = self.state.shapes[row.megatron]
-        return (self.vocab_size, *whole[1:]) if row.kind == "vocabulary" else whole
+        full = self.state.shapes[row.megatron]
+        return (self.vocab_size, *full[1:]) if row.kind == "vocabulary" else full
 
     @cached_property
     def _places(self) -> dict[str, tuple[TensorMapping, int]]:
@@ -197,11 +197,11 @@ class Export:
         }
 
     def _write_file(
-        self, file: SafetensorsFile, folder: Path, crew: WriteContext
+        self, file: SafetensorsFile, folder: Path, context: WriteContext
     ) -> dict[str, Any]:
         spans = [self._span(name, begin, file.dtype) for name, begin in file.create(folder).items()]
-        entry = write_spans(folder / file.name, spans, self.state.fill, crew)
-        crew.flush(folder / file.name)
+        entry = write_spans(folder / file.name, spans, self.state.fill, context)
+        context.flush(folder / file.name)
         return {file.name: entry}
 
     def _span(self, name: str, begin: int, dtype: torch.dtype) -> Span:
@@ -232,7 +232,7 @@ class Export:
         import transformers  # seconds; what only describes a checkpoint does without
 
         is_decoder = self.model.family == "gpt"
-        special: dict[str, Any] = dict(self.state.draft.entries["lag"].get("special_tokens") or {})
+        special: dict[str, Any] = dict(self.state.spec.entries["lag"].get("special_tokens") or {})
         if is_decoder and (self.tokenizer is not None or not special):
             end_id = None if self.tokenizer is None else self.tokenizer.end_id
             special = {"bos_token_id": end_id, "eos_token_id": end_id}

@@ -203,9 +203,9 @@ def problems(contents: Contents) -> Iterator[str]:
             yield f"{file_name}: cut short: {size} bytes, expected {ends[file_name]}"
 
 
-def find_dcp_corruption(contents: Contents, look: VerifyScope = EVERYTHING) -> Iterator[str]:
+def find_dcp_corruption(contents: Contents, scope: VerifyScope = EVERYTHING) -> Iterator[str]:
     """Everything stored whose bytes do not fit the checksum that ``torch.save`` left."""
-    for name, place, _ in look.share(contents.places()):
+    for name, place, _ in scope.share(contents.places()):
         if place is None or place.transformed or not (contents.path / place.file).is_file():
             continue
         try:

@@ -94,9 +94,9 @@ def describe_legacy(path: Path) -> dict[str, Any]:
     }
 
 
-def find_legacy_corruption(path: Path, look: VerifyScope = EVERYTHING) -> Iterator[str]:
+def find_legacy_corruption(path: Path, scope: VerifyScope = EVERYTHING) -> Iterator[str]:
     """Records that do not fit their checksums."""
-    for file in look.share(sorted(path.glob(f"mp_rank_*/{_FILE}"))):
+    for file in scope.share(sorted(path.glob(f"mp_rank_*/{_FILE}"))):
         for record in damaged_records(file):
             yield f"{file.relative_to(path)}: {record} differs from its checksum"
 
@@ -202,9 +202,9 @@ class _Reader:
         begin = start - first * width
         return rows.view(-1)[begin : begin + length]
 
-    def check(self, look: VerifyScope) -> None:
+    def check(self, scope: VerifyScope) -> None:
         """Refuse content that differs from its checksums."""
-        if found := list(find_legacy_corruption(self.path, look)):
+        if found := list(find_legacy_corruption(self.path, scope)):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
 
 

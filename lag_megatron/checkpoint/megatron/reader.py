@@ -163,15 +163,15 @@ class _Reader:
 
     def group_states(self, step: int) -> list[GroupState]:
         """Hyper-parameters where there are as many groups as here; torch's otherwise."""
-        blank = default_group_states(self.groups, step=step if self._has("exp_avg") else 0)
+        defaults = default_group_states(self.groups, step=step if self._has("exp_avg") else 0)
         kept: Any = self.common.get("optimizer")
         while isinstance(kept, dict) and "param_groups" not in kept:
             kept = kept.get("optimizer")
         listed = kept["param_groups"] if isinstance(kept, dict) else []
-        if len(listed) != len(blank):
-            return blank
+        if len(listed) != len(defaults):
+            return defaults
         found = []
-        for group, other in zip(blank, listed, strict=True):
+        for group, other in zip(defaults, listed, strict=True):
             known = {key: other[key] for key in group.settings if key in other}
             steps = {"step": torch.tensor(float(other["step"]))} if "step" in other else {}
             found.append(GroupState({**group.settings, **known}, {**group.counters, **steps}))
@@ -189,13 +189,13 @@ class _Reader:
             start += where.layer * numel(shape)
         return self._elements(tensor, start, length)
 
-    def check(self, look: VerifyScope) -> None:
+    def check(self, scope: VerifyScope) -> None:
         """Refuse content that differs from its checksums."""
         committed = manifest.is_committed(self.path)
         found = list(
-            look.damages(self.path)
+            scope.damages(self.path)
             if committed
-            else dcp_metadata.find_dcp_corruption(self.contents, look)
+            else dcp_metadata.find_dcp_corruption(self.contents, scope)
         )
         if found:
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")

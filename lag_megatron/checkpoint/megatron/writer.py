@@ -46,7 +46,7 @@ def megatron_job(
     target: Path,
     *,
     precision: str,
-    about: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     stacked: bool = True,
 ) -> WriteJob:
     """What has to be written as the directory ``target``, an ``iter_0000000``.
@@ -62,7 +62,7 @@ def megatron_job(
     Raises:
         CheckpointError: for a state that the format does not hold.
     """
-    if state.draft.layout.optimizer != "adamw" or state.draft.frozen.shapes:
+    if state.spec.layout.optimizer != "adamw" or state.spec.frozen.shapes:
         raise CheckpointError(
             f"{state.path}: Megatron's distributed optimizer keeps Adam's moments of every "
             "parameter, and this state has other ones. Convert to zero."
@@ -72,8 +72,8 @@ def megatron_job(
     return WriteJob(
         target=target,
         parts=[Part(name, partial(stored.write_parameter, name)) for name in state.shapes],
-        about={
-            **about,
+        metadata={
+            **metadata,
             "written_as": "megatron",
             "precision": precision,
             "layers": "stacked" if stacked else "numbered",
@@ -83,7 +83,7 @@ def megatron_job(
         check=partial(state.check, EVERYTHING),
         finish=stored.write_rest,
         pointer=TRACKER,
-        says=str(state.draft.template.step),
+        pointer_text=str(state.spec.template.step),
     )
 
 
@@ -96,13 +96,15 @@ class _CheckpointFiles:
         # Numbered, since names may be longer than file systems allow.
         self._numbers = {name: number for number, name in enumerate(state.shapes)}
 
-    def write_parameter(self, name: str, folder: Path, crew: WriteContext) -> dict[str, Any]:
+    def write_parameter(self, name: str, folder: Path, context: WriteContext) -> dict[str, Any]:
         """The files of a parameter's weights, masters and moments."""
         entries: dict[str, Any] = {}
         for prefix, kept, dtype in self._kinds():
-            room, file = PlaceholderTensors(), self._file(name, prefix)
-            objects = room(self._state.region(name, kept), self._box(name).shape, dtype)
-            entries[file] = write_objects(folder / file, objects, room, self._state.fill, crew)
+            placeholders, file = PlaceholderTensors(), self._file(name, prefix)
+            objects = placeholders(self._state.region(name, kept), self._box(name).shape, dtype)
+            entries[file] = write_objects(
+                folder / file, objects, placeholders, self._state.fill, context
+            )
         return entries
 
     def write_rest(self, folder: Path, files: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,13 +154,13 @@ class _CheckpointFiles:
         for key, listed in boxes.items():
             shape = listed[0][0].shape
             is_layers = self._stacked and "layers." in key
-            whole = (self._layers, *shape[1:]) if is_layers else shape
-            found[key] = StoredTensor(dtypes[key], whole, tuple(listed))
+            full_shape = (self._layers, *shape[1:]) if is_layers else shape
+            found[key] = StoredTensor(dtypes[key], full_shape, tuple(listed))
         return found
 
     def _empty(self) -> Iterator[str]:
         """Names of the extra state of Megatron's linear layers, of which there is none."""
-        for name in self._state.draft.names:
+        for name in self._state.spec.names:
             if name.endswith(_EXTRA) and not name.startswith("output_layer."):
                 where = self._where(name)
                 layers = self._layers if where.layer is not None else 1
@@ -168,9 +170,9 @@ class _CheckpointFiles:
 
     def _scheduler(self) -> dict[str, Any]:
         """How far a schedule is, in samples; for its shape Megatron's command line has to stand."""
-        draft = self._state.draft
-        samples = int(draft.template.header.get("global_samples") or 0)
-        settings = draft.groups[0].settings
+        spec = self._state.spec
+        samples = int(spec.template.header.get("global_samples") or 0)
+        settings = spec.groups[0].settings
         rate, decay = float(settings.get("lr", 0.0)), float(settings.get("weight_decay", 0.0))
         return {
             "max_lr": rate, "min_lr": 0.0, "lr_warmup_steps": 0, "lr_decay_steps": samples,
@@ -180,17 +182,17 @@ class _CheckpointFiles:
 
     def _common(self) -> dict[str, Any]:
         """What is no tensor, as Megatron-LM keeps it."""
-        draft = self._state.draft
+        spec = self._state.spec
         groups = [
             # By the last four Megatron tells its groups apart.
             {**group.settings, "step": float(group.counters["step"]),
              "wd_mult": 1.0 if group.settings.get("weight_decay") else 0.0, "lr_mult": 1.0,
              "is_expert_parallel": False, "is_decoupled_lr": False}
-            for group in draft.groups
+            for group in spec.groups
         ]  # fmt: skip
         return {
             "checkpoint_version": 3.0,
-            "iteration": draft.template.step,
+            "iteration": spec.template.step,
             "optimizer": {
                 "optimizer": {"param_groups": groups},
                 "param_state_sharding_type": _SHARDING,
@@ -200,5 +202,5 @@ class _CheckpointFiles:
                 "distrib_optim_sharding_type": _SHARDING,
                 **({} if self._stacked else {"non_homogeneous_layers": True}),
             },
-            "lag": draft.entries["lag"],
+            "lag": spec.entries["lag"],
         }

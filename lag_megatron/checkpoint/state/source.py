@@ -38,7 +38,7 @@ class Elements(Protocol):
     def strided(self, shape: Shape, strides: Shape, offset: int) -> Tensor:
         """Elements ``offset + sum(i * stride)``; a view, or a tensor made for this call."""
 
-    def expect(self, offset: int, count: int) -> None:
+    def prefetch(self, offset: int, count: int) -> None:
         """Begin to read ``count`` elements from ``offset`` on."""
 
 
@@ -52,7 +52,7 @@ class MappedElements:
         """A view of the buffer."""
         return self.buffer.as_strided(shape, strides, self.buffer.storage_offset() + offset)
 
-    def expect(self, offset: int, count: int) -> None:
+    def prefetch(self, offset: int, count: int) -> None:
         """Tell the kernel."""
         read_ahead(self.buffer, offset, count)
 
@@ -121,7 +121,7 @@ class CheckpointSource(Protocol):
     def check_every_file(self) -> None:
         """Refuse a checkpoint of which a file is missing or of another state."""
 
-    def require_sound(self, look: VerifyScope = EVERYTHING) -> None:
+    def require_sound(self, scope: VerifyScope = EVERYTHING) -> None:
         """Refuse a checkpoint whose content differs from its checksums, where it has any."""
 
 
@@ -139,7 +139,7 @@ class _Flat:
         span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         return self.read(offset, span).as_strided(shape, strides)
 
-    def expect(self, offset: int, count: int) -> None:
+    def prefetch(self, offset: int, count: int) -> None:
         """Files that others laid out are read in the kernel's own way."""
 
 
@@ -166,7 +166,7 @@ class UnshardedCheckpoint:
     group_states: list[GroupState] = field(repr=False)
     read: ReadFn = field(repr=False)
     untrained: ParamGroup = field(default_factory=dict, repr=False)
-    check: CheckFn = field(default=lambda look: None, repr=False)
+    check: CheckFn = field(default=lambda scope: None, repr=False)
     aliases: Mapping[str, str] = field(default_factory=dict, repr=False)
     notes: Sequence[str] = ()
 
@@ -215,6 +215,6 @@ class UnshardedCheckpoint:
     def check_every_file(self) -> None:
         """Nothing more: opening it has read every header."""
 
-    def require_sound(self, look: VerifyScope = EVERYTHING) -> None:
+    def require_sound(self, scope: VerifyScope = EVERYTHING) -> None:
         """Compare content with the checksums that the format has."""
-        self.check(look)
+        self.check(scope)

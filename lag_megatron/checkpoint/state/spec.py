@@ -64,16 +64,16 @@ class PlaceholderTensors:
         return tensor
 
 
-def ds_config_of(draft: CheckpointSpec) -> dict[str, Any]:
+def ds_config_of(spec: CheckpointSpec) -> dict[str, Any]:
     """DeepSpeed's configuration with the stage and the precision of the new checkpoint."""
-    config = dict(draft.template.header.get("ds_config") or {})
-    zero = {**(config.get("zero_optimization") or {}), "stage": draft.topology.zero_stage}
-    size = draft.topology.sub_group_size
+    config = dict(spec.template.header.get("ds_config") or {})
+    zero = {**(config.get("zero_optimization") or {}), "stage": spec.topology.zero_stage}
+    size = spec.topology.sub_group_size
     if int(zero.get("sub_group_size") or DEFAULT_SUB_GROUP_SIZE) != size:
         zero["sub_group_size"] = size  # the layout was cut by it
     config["zero_optimization"] = zero
     for precision in ("bf16", "fp16"):
-        enabled = draft.topology.precision == precision
+        enabled = spec.topology.precision == precision
         if enabled or (config.get(precision) or {}).get("enabled"):
             config[precision] = {**(config.get(precision) or {}), "enabled": enabled}
     return config

@@ -31,18 +31,18 @@ class UnshardedState:
     """
 
     path: Path
-    draft: CheckpointSpec
+    spec: CheckpointSpec
     fill: Fill
     check: CheckFn
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
         """Of every parameter, trained ones first."""
-        return {**self.draft.layout.shapes, **self.draft.frozen.shapes}
+        return {**self.spec.layout.shapes, **self.spec.frozen.shapes}
 
     def is_trained(self, name: str) -> bool:
         """Whether the optimizer has a parameter."""
-        return name in self.draft.layout.shapes
+        return name in self.spec.layout.shapes
 
     def region(self, name: str, state: State = "fp32", *runs: tuple[int, int]) -> Region:
         """Runs of a parameter's elements, (start, length) each, one behind the other.

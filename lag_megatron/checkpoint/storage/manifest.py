@@ -42,13 +42,13 @@ def file_entry(path: Path) -> dict[str, Any]:
 def file_checksum(path: Path, runs: Iterable[Sequence[int]] | None = None) -> str:
     """The xxh3-128 checksum of a file, or of runs of its bytes (begin, end), as hex digits."""
     digest = xxhash.xxh3_128()
-    room = memoryview(bytearray(_CHUNK))
+    buffer = memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as file:
         for begin, end in [(0, path.stat().st_size)] if runs is None else runs:
             file.seek(begin)
             left = end - begin
-            while left and (count := file.readinto(room[:left])):
-                digest.update(room[:count])
+            while left and (count := file.readinto(buffer[:left])):
+                digest.update(buffer[:count])
                 left -= count
     return digest.hexdigest()
 
@@ -57,7 +57,7 @@ def commit(
     path: Path,
     *,
     files: Mapping[str, Any],
-    about: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     pointer: str | None = LATEST,
 ) -> None:
     """Commit the finished ``<tag>.tmp`` as ``path`` and point its folder's ``latest`` to it.
@@ -68,23 +68,23 @@ def commit(
         about: further entries: step, growth plan, source, versions.
         pointer: the name of the file that points to it; None for none.
     """
-    draft = temporary(path)
-    manifest = {"format": MANIFEST_FORMAT, **about, "files": dict(sorted(files.items()))}
-    write_atomically(draft / MANIFEST, json.dumps(manifest, indent=1))
-    flush_to_disk(draft)
-    os.rename(draft, path)
+    staging = temporary(path)
+    manifest = {"format": MANIFEST_FORMAT, **metadata, "files": dict(sorted(files.items()))}
+    write_atomically(staging / MANIFEST, json.dumps(manifest, indent=1))
+    flush_to_disk(staging)
+    os.rename(staging, path)
     if pointer is None:
         flush_to_disk(path.parent)
     else:
         point_latest(path, pointer)
 
 
-def point_latest(path: Path, pointer: str = LATEST, says: str | None = None) -> None:
+def point_latest(path: Path, pointer: str = LATEST, pointer_text: str | None = None) -> None:
     """Make ``latest`` of a tag's folder name it, which is where DeepSpeed looks.
 
     Other programs look into another ``pointer``, which ``says`` something else.
     """
-    write_atomically(path.parent / pointer, path.name if says is None else says)
+    write_atomically(path.parent / pointer, path.name if pointer_text is None else pointer_text)
 
 
 def remove_checkpoint(path: Path) -> None:

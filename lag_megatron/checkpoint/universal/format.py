@@ -141,9 +141,9 @@ def describe_universal(path: Path) -> dict[str, Any]:
     }
 
 
-def find_universal_corruption(path: Path, look: VerifyScope = EVERYTHING) -> Iterator[str]:
+def find_universal_corruption(path: Path, scope: VerifyScope = EVERYTHING) -> Iterator[str]:
     """Records that do not fit their checksums, and files that are no archives."""
-    for file in look.share(sorted(path.rglob("*.pt"))):
+    for file in scope.share(sorted(path.rglob("*.pt"))):
         name = file.relative_to(path)
         try:
             for record in damaged_records(file):

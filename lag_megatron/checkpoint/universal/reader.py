@@ -63,7 +63,7 @@ class _Reader:
     def groups(self) -> list[ParamGroup]:
         """Whole shapes by parameter group; ZeRO-3 lists them by sub-group."""
         listed: list[ParamGroup] = [
-            {name: self._whole(name, tuple(shape)) for name, shape in group.items()}
+            {name: self._unsharded_shape(name, tuple(shape)) for name, shape in group.items()}
             for group in self.checkpoint.header["param_shapes"]
         ]
         settings = self._optimizer["param_groups"]
@@ -78,14 +78,14 @@ class _Reader:
     def group_states(self) -> list[GroupState]:
         """Hyper-parameters and the number of steps."""
         found = []
-        for group, listed, blank in zip(
+        for group, listed, default in zip(
             self._optimizer["param_groups"],
             self.groups,
             default_group_states(self.groups),
             strict=True,
         ):
             known = {key: value for key, value in group.items() if key != "params"}
-            settings = {**blank.settings, **known}
+            settings = {**default.settings, **known}
             found.append(GroupState(settings, {"step": self._step(next(iter(listed)))}))
         return found
 
@@ -97,13 +97,13 @@ class _Reader:
             return part
         return torch.cat([part, torch.zeros(length - len(part))])
 
-    def check(self, look: VerifyScope) -> None:
+    def check(self, scope: VerifyScope) -> None:
         """Refuse content that differs from its checksums."""
         committed = manifest.is_committed(self.path)
         if found := list(
-            look.damages(self.path)
+            scope.damages(self.path)
             if committed
-            else universal_format.find_universal_corruption(self.path, look)
+            else universal_format.find_universal_corruption(self.path, scope)
         ):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Convert again.")
 
@@ -121,7 +121,7 @@ class _Reader:
     def _opened(self) -> dict[tuple[str, str], Tensor]:
         return {}
 
-    def _whole(self, name: str, local: Shape) -> Shape:
+    def _unsharded_shape(self, name: str, local: Shape) -> Shape:
         """Shape of the whole parameter; its file may leave out rows that pad the vocabulary."""
         header = self.checkpoint.header
         degrees = header.get("checkpoint_parallel_dimensions") or {}

@@ -84,9 +84,9 @@ class FileTemplateCache:
         self,
         path: Path,
         objects: Any,
-        room: PlaceholderTensors,
+        placeholders: PlaceholderTensors,
         fill: Fill,
-        crew: WriteContext,
+        context: WriteContext,
         *,
         by: LayOut,
     ) -> dict[str, Any]:
@@ -104,28 +104,28 @@ class FileTemplateCache:
             its manifest entry.
         """
         entries = objects if isinstance(objects, Mapping) else {"": objects}
-        key = (path.name, *((name, _described(v, room)) for name, v in entries.items()))
-        mould = self._kept.get(key)
-        if mould is None:
-            spans = by(path, objects, room)
+        key = (path.name, *((name, _described(v, placeholders)) for name, v in entries.items()))
+        template = self._kept.get(key)
+        if template is None:
+            spans = by(path, objects, placeholders)
             self._kept[key] = _FileTemplate.of(path, spans)
-            return write_spans(path, spans, fill, crew)
-        values = [v for v in entries.values() if id(v) in room.regions and v.numel()]
+            return write_spans(path, spans, fill, context)
+        values = [v for v in entries.values() if id(v) in placeholders.regions and v.numel()]
         spans = [
-            Span(begin, value.dtype, room.regions[id(value)])
-            for begin, value in zip(mould.begins, values, strict=True)
+            Span(begin, value.dtype, placeholders.regions[id(value)])
+            for begin, value in zip(template.begins, values, strict=True)
         ]
         with opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as file:
-            if mould.size <= _IMAGE_BYTES:
-                return write_image(file, mould.image(), spans, fill, crew)
-            mould.fill(file)
-            return fill_file(file, spans, fill, crew)
+            if template.size <= _IMAGE_BYTES:
+                return write_image(file, template.image(), spans, fill, context)
+            template.fill(file)
+            return fill_file(file, spans, fill, context)
 
 
-def _described(value: Any, room: PlaceholderTensors) -> Hashable:
+def _described(value: Any, placeholders: PlaceholderTensors) -> Hashable:
     """All of an entry that stands in the file beside its values."""
     if not isinstance(value, Tensor):
         return type(value), value
-    if id(value) in room.regions:
+    if id(value) in placeholders.regions:
         return tuple(value.shape), value.dtype
     return tuple(value.shape), value.dtype, tuple(value.flatten().tolist())

@@ -59,10 +59,10 @@ class WriteContext:
         rooms: buffers for several files; each makes its own without.
     """
 
-    told: ProgressFn = lambda count: None
+    progress: ProgressFn = lambda count: None
     flush: FlushFn = flush_to_disk
     join: Callable[[Callable[[], None]], AbstractContextManager[object]] = nullcontext
-    rooms: ThreadBuffers | None = None
+    buffers: ThreadBuffers | None = None
 
 
 DEFAULT_CONTEXT = WriteContext()
@@ -110,7 +110,7 @@ _Piece = Sequence[_ByteRange]  # what one thread writes at a time: neighbours, o
 
 
 def write_spans(
-    path: Path, spans: Sequence[Span], fill: Fill, crew: WriteContext = DEFAULT_CONTEXT
+    path: Path, spans: Sequence[Span], fill: Fill, context: WriteContext = DEFAULT_CONTEXT
 ) -> dict[str, Any]:
     """Write every span and leave all other bytes as they are; flushing is the caller's.
 
@@ -125,43 +125,50 @@ def write_spans(
         are several.
     """
     with opened(path, os.O_RDWR) as file:
-        return fill_file(file, spans, fill, crew)
+        return fill_file(file, spans, fill, context)
 
 
-def fill_file(file: int, spans: Sequence[Span], fill: Fill, crew: WriteContext) -> dict[str, Any]:
+def fill_file(
+    file: int, spans: Sequence[Span], fill: Fill, context: WriteContext
+) -> dict[str, Any]:
     """The same for the descriptor of a file, open for reading and writing."""
     parts = _parts(sorted(spans, key=lambda s: s.offset), os.fstat(file).st_size, fill)
-    relay, trail = (
+    pool, checksums = (
         OrderedPool(_pieces(parts)),
         ChecksumStream(file, (span.region.state for span in spans)),
     )
-    rooms = crew.rooms or ThreadBuffers()
+    buffers = context.buffers or ThreadBuffers()
 
     def run() -> None:
-        relay.run([_Writer(file, fill, crew.told, trail, room).write for room in rooms.kept])
+        pool.run(
+            [
+                _Writer(file, fill, context.progress, checksums, buffers).write
+                for buffers in buffers.kept
+            ]
+        )
 
     is_long = sum(span.end - span.offset for span in spans) > _WINDOW_BYTES
-    with crew.join(run) if is_long else nullcontext():
+    with context.join(run) if is_long else nullcontext():
         run()
-    return trail.entry
+    return checksums.entry
 
 
 def write_image(
-    file: int, image: bytearray, spans: Sequence[Span], fill: Fill, crew: WriteContext
+    file: int, image: bytearray, spans: Sequence[Span], fill: Fill, context: WriteContext
 ) -> dict[str, Any]:
     """The same for an empty file so small that ``image`` is all of it, but for the values."""
-    trail = ChecksumStream(file, (span.region.state for span in spans))
+    checksums = ChecksumStream(file, (span.region.state for span in spans))
     data, view, at = torch.frombuffer(image, dtype=torch.uint8), memoryview(image), 0
     for span in sorted(spans, key=lambda s: s.offset):
-        fill.expect(span.region)
+        fill.prefetch(span.region)
         fill(span.region, data[span.offset : span.end].view(span.dtype))
-        trail.hash(view[at : span.offset], at)
-        trail.hash(view[span.offset : span.end], span.offset, span.region.state)
+        checksums.hash(view[at : span.offset], at)
+        checksums.hash(view[span.offset : span.end], span.offset, span.region.state)
         at = span.end
-    trail.hash(view[at:], at)
+    checksums.hash(view[at:], at)
     put(file, view, 0)
-    crew.told(sum(span.end - span.offset for span in spans))
-    return trail.entry
+    context.progress(sum(span.end - span.offset for span in spans))
+    return checksums.entry
 
 
 @contextmanager
@@ -210,7 +217,7 @@ def _parts(spans: Sequence[Span], size: int, fill: Fill) -> Iterator[_ByteRange]
             at = span.end
             continue
         for window in span.region.pieces(_WINDOW_BYTES // width):
-            fill.expect(window)
+            fill.prefetch(window)
             for region in window.pieces(PIECE_BYTES // width):
                 end = at + region.length * width
                 yield _ByteRange(at, end, span, region)
@@ -223,11 +230,11 @@ def _rows(span: Span, fill: Fill) -> Iterator[_ByteRange]:
     """A matrix whose rows lie as columns: all of it, or some rows at a time."""
     rows = max(1, _BLOCK_BYTES // (span.width * span.dtype.itemsize))
     if rows * span.width >= span.region.length:
-        fill.expect(span.region)
+        fill.prefetch(span.region)
         yield _ByteRange(span.offset, span.end, span, span.region)
         return
     for number, region in enumerate(span.region.pieces(rows * span.width)):
-        fill.expect(region)
+        fill.prefetch(region)
         yield _ByteRange(span.offset, span.offset, span, region, number * rows)
     yield _ByteRange(span.offset, span.end)
 
@@ -239,26 +246,26 @@ class _Writer:
         self,
         file: int,
         fill: Fill,
-        told: ProgressFn,
-        trail: ChecksumStream,
-        rooms: dict[str, Tensor],
+        progress: ProgressFn,
+        checksums: ChecksumStream,
+        buffers: dict[str, Tensor],
     ) -> None:
-        self._file, self._fill, self._told, self._trail = file, fill, told, trail
-        self._rooms = rooms
+        self._file, self._fill, self._progress, self._checksums = file, fill, progress, checksums
+        self._buffers = buffers
 
     def write(self, piece: _Piece) -> Callable[[], None]:
         """Make a piece and write it; what is returned hashes it."""
         begin, end = piece[0].offset, piece[-1].end
         if piece[0].span is None:
-            return partial(self._trail.hash_file, begin, end)
+            return partial(self._checksums.hash_file, begin, end)
         if piece[0].first is not None:
             self._write_rows(piece[0])
             return lambda: None
-        data = self._room("piece", end - begin)
+        data = self._buffer("piece", end - begin)
         for part in piece:
             self._make(part, data[part.offset - begin : part.end - begin])
         put(self._file, _bytes_of(data), begin)
-        self._told(end - begin)
+        self._progress(end - begin)
         return partial(self._hash, piece, _bytes_of(data))
 
     def _hash(self, piece: _Piece, data: memoryview) -> None:
@@ -266,7 +273,7 @@ class _Writer:
         for part in piece:
             assert part.region is not None
             mine = data[part.offset - begin : part.end - begin]
-            self._trail.hash(mine, part.offset, part.region.state)
+            self._checksums.hash(mine, part.offset, part.region.state)
 
     def _make(self, part: _ByteRange, data: Tensor) -> None:
         span, region = part.span, part.region
@@ -276,7 +283,7 @@ class _Writer:
         if not span.width:
             self._fill(region, values)
             return
-        rows = self._room("rows", len(data)).view(span.dtype)
+        rows = self._buffer("rows", len(data)).view(span.dtype)
         self._fill(region, rows)
         values.view(span.width, -1).copy_(rows.view(-1, span.width).t())
 
@@ -286,19 +293,19 @@ class _Writer:
         assert span is not None
         assert region is not None
         size = span.dtype.itemsize
-        data = self._room("piece", region.length * size)
+        data = self._buffer("piece", region.length * size)
         self._make(part, data)
         run, stride = len(data) // span.width, span.region.length // span.width * size
         begin, view = span.offset + (part.first or 0) * size, _bytes_of(data)
         for number in range(span.width):
             put(self._file, view[number * run : (number + 1) * run], begin + number * stride)
-        self._told(len(data))
+        self._progress(len(data))
 
-    def _room(self, name: str, size: int) -> Tensor:
+    def _buffer(self, name: str, size: int) -> Tensor:
         """Room for so many bytes; it is used again for each piece."""
-        if name not in self._rooms or len(self._rooms[name]) < size:
-            self._rooms[name] = torch.empty(max(size, PIECE_BYTES), dtype=torch.uint8)
-        return self._rooms[name][:size]
+        if name not in self._buffers or len(self._buffers[name]) < size:
+            self._buffers[name] = torch.empty(max(size, PIECE_BYTES), dtype=torch.uint8)
+        return self._buffers[name][:size]
 
 
 def _bytes_of(values: Tensor) -> memoryview:

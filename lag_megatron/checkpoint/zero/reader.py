@@ -212,9 +212,9 @@ class ZeroCheckpoint:
             return MappedElements(self._buffer(tensor_rank, container, state))
         return MappedElements(self._frozen_buffer(tensor_rank, container))
 
-    def require_sound(self, look: VerifyScope = EVERYTHING) -> None:
+    def require_sound(self, scope: VerifyScope = EVERYTHING) -> None:
         """Refuse content that differs from its checksums."""
-        require_sound(self.path, look.share(files_of(self.topology)), states=look.states)
+        require_sound(self.path, scope.share(files_of(self.topology)), states=scope.states)
 
     def _buffer(self, tensor_rank: int, container: Container, state: State) -> Tensor:
         model = self.model_states(tensor_rank, container.data_rank)

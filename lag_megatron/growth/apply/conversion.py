@@ -62,7 +62,7 @@ class Conversion:
             name = f"step{step:08d}"
         return folder / (f"{name}_universal" if self.to == "universal" else name)
 
-    def order(self, target: Path) -> WriteJob:
+    def job(self, target: Path) -> WriteJob:
         """What has to be written as the directory ``target``.
 
         Raises:
@@ -70,37 +70,37 @@ class Conversion:
         """
         self.source.check_every_file()
         if self.to == "zero":
-            return zero_job(self.growth(self.topology), target)
-        state = self.whole
-        about = self._about
+            return zero_job(self.grown(self.topology), target)
+        state = self.unsharded
+        metadata = self._metadata
         if self.to == "universal":
-            return universal_job(state, target, self.topology, about=about)
+            return universal_job(state, target, self.topology, metadata=metadata)
         if self.to == "megatron":
             return megatron_job(
                 state,
                 target,
                 precision=self.topology.precision,
-                about=about,
+                metadata=metadata,
                 stacked=self.stacked,
             )
-        return self.export.order(target, about=about)
+        return self.export.job(target, metadata=metadata)
 
-    def growth(self, topology: Topology) -> GrownState:
+    def grown(self, topology: Topology) -> GrownState:
         """The plan under a topology."""
         if self.plan is None:
             return resharded(self.source, topology)
         return GrownState(self.source, self.plan, topology)
 
     @cached_property
-    def whole(self) -> UnshardedState:
+    def unsharded(self) -> UnshardedState:
         """What is written, as if nothing was cut."""
-        return unsharded_state(self._uncut)
+        return unsharded_state(self._unsharded_growth)
 
     @cached_property
     def export(self) -> Export:
         """The directory of transformers."""
         return Export(
-            self.whole,
+            self.unsharded,
             tokenizer=self.tokenizer,
             dtype=self.dtype,
             max_shard_size=self.max_shard_size,
@@ -109,18 +109,18 @@ class Conversion:
         )
 
     @cached_property
-    def _uncut(self) -> GrownState:
-        return self.growth(UNSHARDED)
+    def _unsharded_growth(self) -> GrownState:
+        return self.grown(UNSHARDED)
 
     @property
-    def _about(self) -> Mapping[str, Any]:
-        about = dict(self._uncut.about)
-        return about | ({"topology": None} if self.to in ("hf", "megatron") else {})
+    def _metadata(self) -> Mapping[str, Any]:
+        metadata = dict(self._unsharded_growth.metadata)
+        return metadata | ({"topology": None} if self.to in ("hf", "megatron") else {})
 
 
-def unsharded_state(growth: GrownState) -> UnshardedState:
+def unsharded_state(grown: GrownState) -> UnshardedState:
     """What a growth under the topology of one rank without ZeRO makes."""
-    source = growth.source
+    source = grown.source
     return UnshardedState(
-        source.path, growth.draft, growth.filler(tensor_rank=0), source.require_sound
+        source.path, grown.spec, grown.filler(tensor_rank=0), source.require_sound
     )

@@ -46,8 +46,8 @@ class Draw:
 
     target: StridedSlice
     shape: Shape
-    fresh: WeightInit
-    whole: Shape
+    init: WeightInit
+    full_shape: Shape
     box: Box
 
 
@@ -69,7 +69,7 @@ class Side:
 
 
 def plan_rank(
-    growth: GrowthMap,
+    growth_map: GrowthMap,
     source: Side,
     target: Side,
     state: State,
@@ -86,7 +86,7 @@ def plan_rank(
     moves: list[Move] = []
     draws: list[Draw] = []
     for name, segment in segments:
-        same = _same_part(growth, source, target, name, state)
+        same = _same_part(growth_map, source, target, name, state)
         if same is not None:
             moves += _flat_moves(source, same, segment, tensor_rank)
             continue
@@ -97,7 +97,7 @@ def plan_rank(
                 if held is None:
                     continue
                 seen = held.move(piece.local, piece.box.low)
-                for block in growth.blocks[name]:
+                for block in growth_map.blocks[name]:
                     box = seen.meet(block.box)
                     if box is None:
                         continue
@@ -113,13 +113,13 @@ def plan_rank(
 
 
 def _same_part(
-    growth: GrowthMap, source: Side, target: Side, name: str, state: State
+    growth_map: GrowthMap, source: Side, target: Side, name: str, state: State
 ) -> Copy | None:
     """The whole old parameter that this one is, if its ranks hold the same parts of both.
 
     Then nothing need be known of its shape: what depth growth does to all but fresh layers.
     """
-    block, *others = growth.blocks[name]
+    block, *others = growth_map.blocks[name]
     origin = block.sources[role_of(state)]
     if others or not isinstance(origin, Copy) or any(origin.low):
         return None

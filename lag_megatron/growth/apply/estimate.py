@@ -39,7 +39,7 @@ class GrowthEstimate:
 
 
 def estimate_growth(
-    growth: GrownState, *, workers: int, folder: Path | None = None
+    grown: GrownState, *, workers: int, folder: Path | None = None
 ) -> GrowthEstimate:
     """What this growth will take.
 
@@ -48,32 +48,32 @@ def estimate_growth(
         workers: threads that write.
         folder: where the target will be; a trial file without a name is written on its disk.
     """
-    shapes = {**growth.source.layout.shapes, **growth.source.frozen.shapes}
-    optimizer = growth.layout.optimizer
-    width = DTYPES[growth.source.topology.precision].itemsize
+    shapes = {**grown.source.layout.shapes, **grown.source.frozen.shapes}
+    optimizer = grown.layout.optimizer
+    width = DTYPES[grown.source.topology.precision].itemsize
     used = {
         (state, origin.parameter)
-        for name, blocks in growth.growth_map.blocks.items()
+        for name, blocks in grown.growth_map.blocks.items()
         for block in blocks
-        for state in states_of(optimizer, growth.layout.shapes.get(name))
+        for state in states_of(optimizer, grown.layout.shapes.get(name))
         if isinstance(origin := block.sources[role_of(state)], Copy)
-        and (state == "fp32" or name not in growth.frozen.shapes)
+        and (state == "fp32" or name not in grown.frozen.shapes)
     }
-    tensor_size = growth.source.topology.tensor_size
+    tensor_size = grown.source.topology.tensor_size
     read = sum(
         numel(state_shape(state, shapes[name]))
-        * (width if name in growth.source.frozen.shapes else _BYTES)
+        * (width if name in grown.source.frozen.shapes else _BYTES)
         * (1 if cut_dim(name) is None else tensor_size)
         for state, name in used
     )
     draws = any(
         isinstance(origin, Normal) or (isinstance(origin, Diagonals) and origin.rest)
-        for blocks in growth.growth_map.blocks.values()
+        for blocks in grown.growth_map.blocks.values()
         for block in blocks
         for origin in block.sources.values()
     )
     memory = workers * (BUFFER_BYTES + (_DRAWING_BYTES if draws else 0))
-    write = growth.bytes_to_write
+    write = grown.bytes_to_write
     rate = None if folder is None else _write_rate(folder)
     return GrowthEstimate(read, write, memory, write / rate if rate else None)
 

@@ -39,32 +39,32 @@ def grow_checkpoint(
         PlanError: when the plan does not fit the checkpoint or the target exists.
         CheckpointError: when the source is damaged or the disk too small.
     """
-    growth = GrownState(ZeroCheckpoint.open(source), plan, topology)
-    growth.source.check_every_file()
-    write(zero_job(growth, target), workers=workers, written=written)
-    return growth
+    grown = GrownState(ZeroCheckpoint.open(source), plan, topology)
+    grown.source.check_every_file()
+    write(zero_job(grown, target), workers=workers, written=written)
+    return grown
 
 
-def zero_job(growth: GrownState, target: Path) -> WriteJob:
+def zero_job(grown: GrownState, target: Path) -> WriteJob:
     """What has to be written as the tag directory ``target``, as DeepSpeed's shards."""
-    topology = growth.topology
-    growth.draft  # noqa: B018  # planned once here, not once in each thread
+    topology = grown.topology
+    grown.spec  # noqa: B018  # planned once here, not once in each thread
     return WriteJob(
         target=target,
         parts=[
-            Part(f"{tensor_rank}-{data_rank}", partial(_write, growth, tensor_rank, data_rank))
+            Part(f"{tensor_rank}-{data_rank}", partial(_write, grown, tensor_rank, data_rank))
             for tensor_rank, data_rank in itertools.product(
                 range(topology.tensor_size), range(topology.data_size)
             )
         ],
-        about=growth.about,
-        needed=growth.bytes_to_write,
+        metadata=grown.metadata,
+        needed=grown.bytes_to_write,
         what="the grown checkpoint",
-        check=growth.source.require_sound,
+        check=grown.source.require_sound,
     )
 
 
 def _write(
-    growth: GrownState, tensor_rank: int, data_rank: int, folder: Path, crew: WriteContext
+    grown: GrownState, tensor_rank: int, data_rank: int, folder: Path, context: WriteContext
 ) -> dict[str, object]:
-    return growth.write_rank(folder, tensor_rank=tensor_rank, data_rank=data_rank, crew=crew)
+    return grown.write_rank(folder, tensor_rank=tensor_rank, data_rank=data_rank, context=context)

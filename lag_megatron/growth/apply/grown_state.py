@@ -60,8 +60,10 @@ class GrownState:
     @cached_property
     def growth_map(self) -> GrowthMap:
         """What each grown parameter is made of."""
-        frozen = self._whole(self.source.frozen.shapes)
-        return growth_map_of(self.plan, self._whole_groups, frozen, query_groups=self._query_groups)
+        frozen = self._unsharded(self.source.frozen.shapes)
+        return growth_map_of(
+            self.plan, self._unsharded_groups, frozen, query_groups=self._query_groups
+        )
 
     @cached_property
     def layout(self) -> Layout:
@@ -91,7 +93,7 @@ class GrownState:
             self.source,
             self.topology,
             (self.layout, self.frozen),
-            shapes=self._whole_shapes,
+            shapes=self._unsharded_shapes,
             gated=self._gated,
             tensor_rank=tensor_rank,
         )
@@ -102,7 +104,7 @@ class GrownState:
         *,
         tensor_rank: int,
         data_rank: int,
-        crew: WriteContext = DEFAULT_CONTEXT,
+        context: WriteContext = DEFAULT_CONTEXT,
     ) -> dict[str, Any]:
         """Write one rank's files into ``folder`` and return their manifest entries by name.
 
@@ -110,15 +112,15 @@ class GrownState:
         """
         return write_rank(
             folder,
-            self.draft,
+            self.spec,
             self.filler(tensor_rank=tensor_rank),
             tensor_rank=tensor_rank,
             data_rank=data_rank,
-            crew=crew,
+            context=context,
         )
 
     @cached_property
-    def draft(self) -> CheckpointSpec:
+    def spec(self) -> CheckpointSpec:
         """What has to be written."""
         names = {name: name for name in self.source.header["module"]}
         if self.plan.operator != "identity":
@@ -136,7 +138,7 @@ class GrownState:
         )
 
     @cached_property
-    def about(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What the grown checkpoint's manifest says beside its files."""
         source = {
             "path": str(self.source.path.absolute()),
@@ -188,24 +190,24 @@ class GrownState:
         return grown
 
     @cached_property
-    def _whole_groups(self) -> list[ParamGroup]:
-        return [self._whole(group) for group in self.source.groups]
+    def _unsharded_groups(self) -> list[ParamGroup]:
+        return [self._unsharded(group) for group in self.source.groups]
 
     @cached_property
-    def _whole_shapes(self) -> dict[str, Shape]:
-        old = [*self._whole_groups, self._whole(self.source.frozen.shapes)]
+    def _unsharded_shapes(self) -> dict[str, Shape]:
+        old = [*self._unsharded_groups, self._unsharded(self.source.frozen.shapes)]
         return {name: shape for group in old for name, shape in group.items()}
 
     @cached_property
     def _gated(self) -> bool:
-        return is_gated(self._whole_shapes)
+        return is_gated(self._unsharded_shapes)
 
     @cached_property
     def _query_groups(self) -> int | None:
         """Of the model's attention, where the checkpoint tells: our trainer's do."""
         return (self.source.client_state.get("model") or {}).get("num_query_groups")
 
-    def _whole(self, shapes: ParamGroup) -> ParamGroup:
+    def _unsharded(self, shapes: ParamGroup) -> ParamGroup:
         size = self.source.topology.tensor_size
         return {name: unsharded_shape(name, s, tensor_size=size) for name, s in shapes.items()}
 

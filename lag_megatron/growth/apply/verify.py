@@ -31,7 +31,7 @@ def differences(conversion: Conversion, target: Path) -> Iterator[str]:
         target: the directory that it made.
     """
     yield from manifest.find_corrupted_files(target)
-    source, is_hf = conversion.whole, conversion.to == "hf"
+    source, is_hf = conversion.unsharded, conversion.to == "hf"
     rows = next((s[0] for n, s in source.shapes.items() if n in _VOCABULARY), None)
     found = unsharded_state(
         resharded(open_checkpoint(target, vocab_size=rows if is_hf else None), UNSHARDED)
@@ -41,7 +41,7 @@ def differences(conversion: Conversion, target: Path) -> Iterator[str]:
     for name in (name for name in source.shapes if name in found.shapes):
         shape = source.shapes[name]
         kept = conversion.export.vocab_size if is_hf and name in _VOCABULARY else shape[0]
-        states = states_of(source.draft.layout.optimizer, shape)
+        states = states_of(source.spec.layout.optimizer, shape)
         for state in states if source.is_trained(name) and not is_hf else STATES[:1]:
             like = state_shape(state, shape)
             end = kept * numel(shape[1:]) if like == shape else numel(like)

@@ -40,13 +40,13 @@ class LayerOrigin:
     is_new: bool
     init: Init = "duplicate"
     branch_scale: float = 1.0
-    plain_norms: tuple[Branch, ...] = ()
-    silent: bool = False
+    identity_norms: tuple[Branch, ...] = ()
+    zero_norms: bool = False
 
     @property
-    def puts_out_zeros(self) -> bool:
+    def is_identity_branch(self) -> bool:
         """Whether both branches of the layer put out zeros."""
-        return self.silent or self.branch_scale == 0
+        return self.zero_norms or self.branch_scale == 0
 
 
 LayerMap = tuple[LayerOrigin, ...]
@@ -113,7 +113,7 @@ def feasible_block_sizes(source_layers: int, target_layers: int) -> tuple[int, .
 
 def keeps_old_norms(layer_map: LayerMap) -> bool:
     """Whether no old norm changes, as function preserving growth of a pre-LN model needs."""
-    return not any(o.plain_norms or (o.silent and not o.is_new) for o in layer_map)
+    return not any(o.identity_norms or (o.zero_norms and not o.is_new) for o in layer_map)
 
 
 def moves_second_norm(layer_map: LayerMap) -> bool:
@@ -129,7 +129,7 @@ def moves_second_norm(layer_map: LayerMap) -> bool:
         plain = {"attention"} if origin.is_new else set()
         if follower is not None and follower.is_new:
             plain.add("mlp")
-        handed = set(origin.plain_norms) == plain and not origin.silent
+        handed = set(origin.identity_norms) == plain and not origin.zero_norms
         if not handed or (origin.source, origin.init) != (base, "duplicate"):
             return False
     return True
@@ -146,7 +146,7 @@ def format_layer_map(layer_map: LayerMap) -> str:
 
 
 def _format_layer(origin: LayerOrigin) -> str:
-    if origin.silent:
+    if origin.zero_norms:
         return "I" if origin.init == "identity" else f"{origin.source + 1}i"
     is_random = origin.is_new and origin.init == "random"
     name = "R" if is_random else str(origin.source + 1)

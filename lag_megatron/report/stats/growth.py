@@ -167,8 +167,8 @@ def _place(record: Json, rank_at_lag: int | None) -> tuple[float, ...]:
 
 def _origin(layer: Mapping[str, Any]) -> LayerOrigin:
     scale = layer.get("scale", 1.0)  # pools of earlier versions had no scaled layers
-    silent = layer.get("silent", False)
-    return LayerOrigin(layer["source"], layer["new"], layer["init"], scale, silent=silent)
+    zero_norms = layer.get("silent", False)
+    return LayerOrigin(layer["source"], layer["new"], layer["init"], scale, zero_norms=zero_norms)
 
 
 def _ranks(losses: Mapping[str, float | None]) -> dict[str, int]:
