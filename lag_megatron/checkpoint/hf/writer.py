@@ -26,8 +26,10 @@ from lag_megatron.checkpoint.state.spec import DTYPES
 from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import VerifyScope
-from lag_megatron.checkpoint.writer.file_writer import Span, WriteContext, write_spans
+from lag_megatron.checkpoint.writer.context import WriteContext
+from lag_megatron.checkpoint.writer.file_writer import write_spans
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
+from lag_megatron.checkpoint.writer.pieces import Span
 from lag_megatron.config import ModelConfig
 from lag_megatron.errors import CheckpointError
 
@@ -85,7 +87,7 @@ class Export:
                 "tokenizer": [manifest.file_checksum(file) for file in self._tokenizer_files],
             },
             needed=sum(map(numel, self.shapes.values())) * DTYPES[self.dtype].itemsize,
-            what="the exported model",
+            title="the exported model",
             check=partial(self.state.check, VerifyScope(states=("fp32",))),
             pointer=None,
         )

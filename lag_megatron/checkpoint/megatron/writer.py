@@ -24,7 +24,7 @@ from lag_megatron.checkpoint.state.spec import DTYPES, PlaceholderTensors
 from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING
-from lag_megatron.checkpoint.writer.file_writer import WriteContext
+from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.checkpoint.zero.writer import write_objects
 from lag_megatron.errors import CheckpointError
@@ -79,7 +79,7 @@ def megatron_job(
             "layers": "stacked" if stacked else "numbered",
         },
         needed=size * (4 * len(STATES) + DTYPES[precision].itemsize),
-        what="Megatron's checkpoint",
+        title="Megatron's checkpoint",
         check=partial(state.check, EVERYTHING),
         finish=stored.write_rest,
         pointer=TRACKER,

@@ -24,8 +24,8 @@ from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING
 from lag_megatron.checkpoint.universal.format import FOLDER, OPTIMIZER, POINTER
+from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.file_template import FileTemplateCache
-from lag_megatron.checkpoint.writer.file_writer import WriteContext
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.checkpoint.zero.file_names import model_file
 from lag_megatron.checkpoint.zero.writer import write_objects
@@ -70,7 +70,7 @@ def universal_job(
         ],
         metadata={**metadata, "written_as": "universal", "topology": asdict(topology)},
         needed=moments + weights,
-        what="the universal checkpoint",
+        title="the universal checkpoint",
         check=partial(state.check, EVERYTHING),
         pointer=POINTER,
     )

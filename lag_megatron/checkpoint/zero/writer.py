@@ -11,13 +11,10 @@ from lag_megatron.checkpoint.state.layout import Layout, Topology
 from lag_megatron.checkpoint.state.region import Fill
 from lag_megatron.checkpoint.state.spec import DTYPES, CheckpointSpec, PlaceholderTensors
 from lag_megatron.checkpoint.storage import torch_pickle
+from lag_megatron.checkpoint.writer.context import DEFAULT_CONTEXT, WriteContext
 from lag_megatron.checkpoint.writer.file_template import FileTemplateCache
-from lag_megatron.checkpoint.writer.file_writer import (
-    DEFAULT_CONTEXT,
-    Span,
-    WriteContext,
-    write_spans,
-)
+from lag_megatron.checkpoint.writer.file_writer import write_spans
+from lag_megatron.checkpoint.writer.pieces import Span
 from lag_megatron.checkpoint.zero.file_names import model_file, optimizer_file
 from lag_megatron.checkpoint.zero.model_states import model_objects
 from lag_megatron.checkpoint.zero.optim_states import optimizer_objects
@@ -98,7 +95,7 @@ def write_objects(
         if templates is None:
             entry = write_spans(path, _laid_out(path, objects, placeholders), fill, context)
         else:
-            entry = templates.write(path, objects, placeholders, fill, context, by=_laid_out)
+            entry = templates.write(path, objects, placeholders, fill, context, lay_out=_laid_out)
         context.flush(path)
     except OSError as error:
         path.unlink(missing_ok=True)

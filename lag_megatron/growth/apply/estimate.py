@@ -10,7 +10,8 @@ from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.optimizer_states import role_of, state_shape, states_of
 from lag_megatron.checkpoint.state.spec import DTYPES
 from lag_megatron.checkpoint.state.tensor_parallel import cut_dim
-from lag_megatron.checkpoint.writer.file_writer import BUFFER_BYTES, PIECE_BYTES
+from lag_megatron.checkpoint.writer.context import BUFFER_BYTES
+from lag_megatron.checkpoint.writer.pieces import PIECE_BYTES
 from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.growth_map import Copy
 from lag_megatron.growth.weight_init import Diagonals, Normal

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from lag_megatron.checkpoint.state.layout import Topology
-from lag_megatron.checkpoint.writer.file_writer import WriteContext
+from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.job import Part, WriteJob, write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.growth.apply.grown_state import GrownState
@@ -59,7 +59,7 @@ def zero_job(grown: GrownState, target: Path) -> WriteJob:
         ],
         metadata=grown.metadata,
         needed=grown.bytes_to_write,
-        what="the grown checkpoint",
+        title="the grown checkpoint",
         check=grown.source.require_sound,
     )
 

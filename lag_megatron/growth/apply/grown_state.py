@@ -27,7 +27,7 @@ from lag_megatron.checkpoint.state.tensor_parallel import (
     unsharded_shape,
 )
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.writer.file_writer import DEFAULT_CONTEXT, WriteContext
+from lag_megatron.checkpoint.writer.context import DEFAULT_CONTEXT, WriteContext
 from lag_megatron.checkpoint.zero.writer import bytes_of, write_rank
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.fill import Filler

@@ -26,7 +26,7 @@ from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.checkpoint.state.spec import PlaceholderTensors
 from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest, torch_pickle
-from lag_megatron.checkpoint.writer.file_writer import WriteContext
+from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.checkpoint.zero.writer import write_objects
 from lag_megatron.errors import PlanError
@@ -57,7 +57,7 @@ def hardlink_dcp(grown: GrownState, target: Path) -> WriteJob:
         ],
         metadata={**grown.metadata, "written_as": "linked"},
         needed=metadata.new_bytes,
-        what="what is not linked",
+        title="what is not linked",
         check=grown.source.require_sound,
         finish=metadata.write_rest,
         pointer=TRACKER if metadata.is_megatron else None,

@@ -18,8 +18,8 @@ from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.universal.format import FOLDER
 from lag_megatron.checkpoint.universal.writer import universal_job, write_states
+from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.file_template import FileTemplateCache
-from lag_megatron.checkpoint.writer.file_writer import WriteContext
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.apply.conversion import unsharded_state
@@ -51,7 +51,7 @@ def hardlink_universal(grown: GrownState, target: Path) -> WriteJob:
         else part
         for part in job.parts
     ]
-    return replace(job, parts=parts, needed=_new_bytes(grown), what="what is not linked")
+    return replace(job, parts=parts, needed=_new_bytes(grown), title="what is not linked")
 
 
 def _hardlink_parameter(
