@@ -248,7 +248,9 @@ def write_from_template(file, shape, templates):
         *((LONGER, call) for call in ("open", "ftruncate", "pwrite", "pread", "fsync")),
     ],
 )
-def test_a_disk_that_fails_leaves_nothing_of_a_file_from_a_template(shape, call, tmp_path, monkeypatch):
+def test_a_disk_that_fails_leaves_nothing_of_a_file_from_a_template(
+    shape, call, tmp_path, monkeypatch
+):
     templates, file = FileTemplateCache(), tmp_path / "fp32.pt"
     write_from_template(file, shape, templates)
     opened = len(os.listdir("/proc/self/fd"))
