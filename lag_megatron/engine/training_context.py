@@ -17,7 +17,7 @@ MetricRow = dict[str, float | int | str]
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TrainingContext:
     """What every part of a run needs: settings, text, paths and the flag to stop."""
 
     config: RunConfig
@@ -59,8 +59,8 @@ class Job:
             row["train/grad_norm"] = result.grad_norm
         return row, result.stop_asked
 
-    def with_paths(self, stage: int, length: Lengths | None) -> "Job":
-        """This job, with a stage's paths as a candidate has them; None is as they are."""
+    def with_paths(self, stage: int, length: Lengths | None) -> "TrainingContext":
+        """This context, with a stage's paths as a candidate has them; None is as they are."""
         return replace(self, config=with_path_length(self.config, stage, length))
 
     def evaluate(self, engine: Engine) -> list[float]:

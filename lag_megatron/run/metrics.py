@@ -64,7 +64,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 class Console:
     """Lines for the person who watches."""
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print one line at once."""
         print(text, flush=True)
 
@@ -85,4 +85,4 @@ class Console:
         parts.append(f"{row['train/tokens_per_second']:>9,.0f} tokens/s")
         if mfu is not None:
             parts.append(f"MFU {mfu:5.1%}")
-        self.say("  ".join(parts))
+        self.print("  ".join(parts))

@@ -41,7 +41,7 @@ class Wandb:
         self._runs = Runs(tracking.wandb.project, mode, folder, config, console)
         if mode == "offline":
             why = " (no API key)" if tracking.wandb.mode == "auto" else ""
-            console.say(
+            console.print(
                 f"W&B is offline{why}. To upload later: "
                 f"wandb sync {shlex.quote(str(folder))}/wandb/offline-*"
             )

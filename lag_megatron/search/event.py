@@ -10,7 +10,7 @@ from lag_megatron.growth.pool import Candidate
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class GrowthEvent:
     """A growth event: from which state, to which depth, judged how.
 
     Attributes:
@@ -48,7 +48,7 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class Assignment:
     """What a probe group does next.
 
     Attributes:
@@ -67,7 +67,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class ProbeResult:
     """What a probe group has done.
 
     Attributes:

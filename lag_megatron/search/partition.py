@@ -12,68 +12,72 @@ import torch.distributed as dist
 
 from lag_megatron.distributed.world import CONTROL_TIMEOUT, World, local_ranks
 from lag_megatron.engine.engine import Engine
-from lag_megatron.engine.training_context import Job
+from lag_megatron.engine.training_context import TrainingContext
 from lag_megatron.planning.cost import parameter_count, state_bytes_per_parameter
-from lag_megatron.search.event import Event
-from lag_megatron.search.worker import ProbeGroup
+from lag_megatron.search.event import GrowthEvent
+from lag_megatron.search.worker import ProbeWorker
 
 # What activations, logits and DeepSpeed's buffers leave of a device for the training state.
 _STATE_SHARE = 0.6
 _ACCUMULATION = "gradient_accumulation_steps"
 
 
-def count_groups(job: Job, world: World, event: Event) -> int:
+def count_groups(context: TrainingContext, world: World, event: GrowthEvent) -> int:
     """How many candidates are probed at a time; collective.
 
     ``auto`` is the largest number that divides the data-parallel replicas, leaves no group idle
     from the start, and whose ranks can hold the state: ZeRO spreads it over a group alone.  A
     given number is at most what leaves none idle.
     """
-    return world.from_coordinator(lambda: _count(job, world, event))
+    return world.from_coordinator(lambda: _count(context, world, event))
 
 
-def _count(job: Job, world: World, event: Event) -> int:
+def _count(context: TrainingContext, world: World, event: GrowthEvent) -> int:
     wanted, replicas, candidates = event.growth.probe_groups, world.data_size, len(event.pool)
     divisors = [count for count in range(1, replicas + 1) if replicas % count == 0]
     busy = [count for count in divisors if count <= candidates]
     if wanted != "auto":
         return min(int(wanted), busy[-1])
     parameters = parameter_count(
-        job.config.model,
+        context.config.model,
         num_layers=event.target_layers,
-        vocab_size=job.vocab_size,
+        vocab_size=context.vocab_size,
         tensor=world.tensor_size,
     )
     room = _STATE_SHARE * _memory_of_rank(world)
 
     def fits(count: int) -> bool:
         widths = state_bytes_per_parameter(
-            job.config.parallel, replicas=replicas // count, optimizer=job.config.optimizer.name
+            context.config.parallel,
+            replicas=replicas // count,
+            optimizer=context.config.optimizer.name,
         )
         width = sum(widths.values())
         if event.growth.compared_by == "ema":  # the average of the fp32 weights lies beside them
-            width += 4 / (replicas // count if job.config.parallel.zero_stage else 1)
+            width += 4 / (replicas // count if context.config.parallel.zero_stage else 1)
         return parameters * width <= room
 
     return max((count for count in busy if fits(count)), default=1)
 
 
 @contextlib.contextmanager
-def part_of(job: Job, world: World, event: Event, count: int) -> Iterator[ProbeGroup]:
+def probe_group(
+    context: TrainingContext, world: World, event: GrowthEvent, count: int
+) -> Iterator[ProbeWorker]:
     """This rank's probe group of ``count``, with an engine on its ranks; collective."""
-    part = split_world(world, count, timeout=job.config.parallel.timeout)
+    part = split_world(world, count, timeout=context.config.parallel.timeout)
     # What the user wrote of accumulation is true of all ranks together.
-    deepspeed = {k: v for k, v in job.config.deepspeed.items() if k != _ACCUMULATION}
-    parallel = replace(job.config.parallel, world_size=None)
-    config = replace(job.config, parallel=parallel, deepspeed=deepspeed)
+    deepspeed = {k: v for k, v in context.config.deepspeed.items() if k != _ACCUMULATION}
+    parallel = replace(context.config.parallel, world_size=None)
+    config = replace(context.config, parallel=parallel, deepspeed=deepspeed)
     engine = Engine(
         config,
         part,
         num_layers=event.target_layers,
-        vocab_size=job.vocab_size,
+        vocab_size=context.vocab_size,
         draw_weights=False,
     )
-    group = ProbeGroup(replace(job, feed=job.feed.on(part)), engine, event, count=count)
+    group = ProbeWorker(replace(context, feed=context.feed.on(part)), engine, event, count=count)
     yield group
     group.release()
     engine.destroy()

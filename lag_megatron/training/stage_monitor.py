@@ -7,7 +7,7 @@ from lag_megatron.config.stage_schedule import stage_ranges, start_positions
 from lag_megatron.distributed.world import World
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.step_result import mean
-from lag_megatron.engine.training_context import Job, MetricRow
+from lag_megatron.engine.training_context import MetricRow, TrainingContext
 from lag_megatron.errors import RunError
 from lag_megatron.planning.cost import steps_flops, tokens_per_step
 from lag_megatron.planning.staged_training.slope import has_flattened, slopes
@@ -18,10 +18,10 @@ SLOPE_WINDOW = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Meter:
+class StageMonitor:
     """Records the steps and validations of a run's stages."""
 
-    job: Job
+    context: TrainingContext
     world: World
     recorder: Recorder
 
@@ -44,10 +44,10 @@ class Meter:
 
     def note(self, row: MetricRow) -> None:
         """Record a training step, and print it now and then."""
-        self.recorder.measured(row)
-        step, config = int(row["step"]), self.job.config
+        self.recorder.log_metrics(row)
+        step, config = int(row["step"]), self.context.config
         if self.world.is_coordinator and (step % config.tracking.log_interval == 0 or step == 1):
-            console = self.recorder.books.console
+            console = self.recorder.logs.console
             console.step(row, total_steps=config.total_steps, mfu=self._mfu(row))
 
     def validate(self, engine: Engine, step: int, stage: int) -> None:
@@ -56,17 +56,17 @@ class Meter:
         Raises:
             RunError: on every rank, for a loss that is not finite.
         """
-        loss = mean(self.job.evaluate(engine))
+        loss = mean(self.context.evaluate(engine))
         if not math.isfinite(loss):
             raise _agreed(f"validation loss is {loss} at step {step}; the step was not saved.")
-        self.recorder.measured(self.job.validation_row(step, stage=stage, loss=loss))
-        self.recorder.say(
-            f"stage {stage}  step {step:>6}/{self.job.config.total_steps}  val loss {loss:.4f}"
+        self.recorder.log_metrics(self.context.validation_row(step, stage=stage, loss=loss))
+        self.recorder.print(
+            f"stage {stage}  step {step:>6}/{self.context.config.total_steps}  val loss {loss:.4f}"
         )
 
     def last_validation_loss(self) -> float:
         """From the metrics (coordinator only)."""
-        return self.recorder.books.metrics.last("val/loss")
+        return self.recorder.logs.metrics.last("val/loss")
 
     def flattened(self, stage: int) -> float | None:
         """The slope d log loss / d log compute, where it has reached the stage's ``until_slope``.
@@ -74,17 +74,17 @@ class Meter:
         The same on all ranks.  Compute is proportional to the position in the schedule: what a
         model of this size would have taken to come here.
         """
-        tau = self.job.config.stages[stage].until_slope
+        tau = self.context.config.stages[stage].until_slope
         if tau is None:
             return None
         return self.world.from_coordinator(lambda: self._flattened(stage, tau))
 
     def _flattened(self, stage: int, tau: float) -> float | None:
-        config = self.job.config
+        config = self.context.config
         before = start_positions(config)[stage] - stage_ranges(config.stages)[stage].start
         points = [
             (float(row["step"] + before), float(row["val/loss"]))
-            for row in self.recorder.books.metrics.rows()
+            for row in self.recorder.logs.metrics.rows()
             if row["stage"] == stage and "val/loss" in row
         ]
         if not has_flattened(points, tau=tau, window=SLOPE_WINDOW):
@@ -93,11 +93,11 @@ class Meter:
 
     def _mfu(self, row: MetricRow) -> float | None:
         """Model FLOPs utilisation of all GPUs; None on devices whose peak is not known."""
-        peak, config = self.world.peak_flops, self.job.config
+        peak, config = self.world.peak_flops, self.context.config
         if peak is None or config.parallel.precision != "bf16":
             return None
         step = int(row["step"]) - 1
-        flops = steps_flops(config, range(step, step + 1), vocab_size=self.job.vocab_size)
+        flops = steps_flops(config, range(step, step + 1), vocab_size=self.context.vocab_size)
         seconds = tokens_per_step(config) / float(row["train/tokens_per_second"])
         return flops / seconds / (peak * self.world.size)
 

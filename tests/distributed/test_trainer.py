@@ -14,11 +14,11 @@ from lag_megatron.errors import CheckpointError, DataError, LagError, RunError
 
 def train(config_path, run_dir, overrides=(), resume="auto", fault=None):
     """On each rank: a run, with DeepSpeed's real engine."""
-    from lag_megatron.training.train import Request, train
+    from lag_megatron.training.train import TrainRequest, train
 
     if fault is not None:
         fault()
-    train(Request(load_config(config_path, overrides=overrides), Path(run_dir), resume))
+    train(TrainRequest(load_config(config_path, overrides=overrides), Path(run_dir), resume))
 
 
 def losses_of(run_dir, key):

@@ -16,9 +16,9 @@ from lag_megatron.config import GrowthConfig
 from lag_megatron.growth.pool import build_pool
 from lag_megatron.run.directory import RunDirectory, step_of
 from lag_megatron.run.journal import Journal
-from lag_megatron.search.candidate_dir import CURVE, TRAINING, CandidateFolder
+from lag_megatron.search.candidate_dir import CURVE, TRAINING, CandidateDir
 from lag_megatron.search.coordinator import Coordinator
-from lag_megatron.search.event import Event, Progress
+from lag_megatron.search.event import GrowthEvent, ProbeResult
 
 BASE_STEP = 100
 
@@ -42,15 +42,15 @@ class Stand:
         pool = build_pool(settings, source_layers=4, target_layers=6, seed=1, init_std=0.02)
         self.run = RunDirectory(root)
         root.mkdir(exist_ok=True)
-        self.event = Event(
+        self.event = GrowthEvent(
             number=1, base=root / "stage00" / "step00000100", base_step=BASE_STEP,
             base_val_loss=6.0, source_layers=4, target_layers=6, stage_steps=stage_steps,
             growth=settings, pool=pool,
         )  # fmt: skip
         feed = SimpleNamespace(validation_tokens=64)
         config = replace(pico_config(), growth=settings)
-        self.job = SimpleNamespace(config=config, run=self.run, feed=feed, vocab_size=64)
-        self.job.validation_row = lambda step, stage, loss: {"step": step, "val/loss": loss}
+        self.context = SimpleNamespace(config=config, run=self.run, feed=feed, vocab_size=64)
+        self.context.validation_row = lambda step, stage, loss: {"step": step, "val/loss": loss}
         self.losses = losses
         self._steps = []  # appended to by many threads
 
@@ -61,14 +61,14 @@ class Stand:
 
     def coordinator(self):
         journal = Journal(self.run.journal)
-        made = Coordinator(self.job, journal, self.event, lambda *told: None)
+        made = Coordinator(self.context, journal, self.event, lambda *told: None)
         made.begin()
         return made
 
-    def advance(self, turn, may_win, *, point=lambda name: None, interval=8, held=None):
+    def advance(self, turn, needs_checkpoint, *, point=lambda name: None, interval=8, held=None):
         """What a group does with a turn; ``point`` may kill it at any named place."""
         candidate = self.event.pool[turn.candidate]
-        folder = CandidateFolder(self.run.probe(1, candidate.id), BASE_STEP)
+        folder = CandidateDir(self.run.probe(1, candidate.id), BASE_STEP)
         steps = held if held is not None else folder.resume(rung=turn.rung)
         known = {row["step"] for row in folder.curve()}
         failure = ""
@@ -88,9 +88,9 @@ class Stand:
                 row = {"step": at, "val_loss": loss, "val_loss_batches": [loss - 0.1, loss + 0.1]}
                 folder.add(CURVE, [row])
         rows = tuple(folder.curve())
-        progress = Progress(turn.candidate, turn.rung, steps, rows, failure=failure, seconds=1.0)
+        progress = ProbeResult(turn.candidate, turn.rung, steps, rows, failure=failure, seconds=1.0)
         point("trained")
-        if not failure and may_win(progress):
+        if not failure and needs_checkpoint(progress):
             self._save(folder, steps, point)
             progress = replace(progress, state=folder.state_at(steps).name)
         point("saved")
@@ -120,7 +120,7 @@ class Stand:
             if turn.candidate is None:
                 break
             progress = self.advance(
-                turn, coordinator.may_win, point=point, held=held.get(turn.candidate)
+                turn, coordinator.needs_checkpoint, point=point, held=held.get(turn.candidate)
             )
             held = {} if progress.failure else {turn.candidate: progress.steps}
             coordinator.record(group, progress)
