@@ -9,7 +9,7 @@ from lag_megatron.config import (
     ParallelConfig,
     RunConfig,
 )
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.planning.random_paths import layers_run, with_path_length
 
 

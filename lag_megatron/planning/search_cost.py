@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lag_megatron.config import RunConfig
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.planning.cost import stage_flops, steps_flops, validation_flops_per_token
 from lag_megatron.planning.random_paths import with_path_length
 from lag_megatron.selection import planned

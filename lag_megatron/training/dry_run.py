@@ -9,7 +9,7 @@ from lag_megatron.config import (
     dump_config,
     require_groups,
 )
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.growth.layer_map import draw
 from lag_megatron.growth.pool import Candidate, build_pool
 from lag_megatron.planning.cost import (

@@ -6,7 +6,7 @@ from typing import Any
 
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.distributed.world import World, topology_of
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.save import save_engine
