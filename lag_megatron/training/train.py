@@ -11,12 +11,13 @@ from lag_megatron.data import Feed, Prepared, open_prepared, prepare_data
 from lag_megatron.distributed.world import World, environment, start_world, stop_world
 from lag_megatron.engine.training_context import Job
 from lag_megatron.errors import ConfigError, RunError
-from lag_megatron.planning.cost import as_journalled, parameter_count
+from lag_megatron.planning.cost import parameter_count
 from lag_megatron.report import write_report
 from lag_megatron.run.directory import RunDirectory, acquire, claim, write_json
 from lag_megatron.run.journal import Journal
 from lag_megatron.run.metrics import Console, MetricsLog, read_rows
 from lag_megatron.run.recorder import Books, Recorder
+from lag_megatron.run.resolved_config import as_journalled
 from lag_megatron.run.rollback import rewind
 from lag_megatron.run.signals import StopFlag, Stopped
 from lag_megatron.run.wandb_logger import Wandb
