@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, replace
 
 from lag_megatron.config import RunConfig
-from lag_megatron.config.raptr import Lengths
+from lag_megatron.config.schema.raptr import Lengths
 from lag_megatron.data import Feed
 from lag_megatron.engine.engine import Engine
 from lag_megatron.planning.cost import tokens_per_step

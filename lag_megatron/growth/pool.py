@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lag_megatron.config import GrowthConfig, PoolConfig
-from lag_megatron.config.raptr import Lengths
+from lag_megatron.config.schema.raptr import Lengths
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.layer_map import feasible_block_sizes, feasible_indices
 from lag_megatron.growth.plan import GrowthPlan

@@ -9,7 +9,7 @@ from lag_megatron.config import (
     dump_config,
     require_groups,
 )
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.growth.layer_map import draw
 from lag_megatron.growth.pool import Candidate, build_pool
 from lag_megatron.planning.cost import (
@@ -17,11 +17,12 @@ from lag_megatron.planning.cost import (
     stage_flops,
     state_bytes_per_parameter,
     tokens_per_step,
+    training_flops,
     training_flops_per_token,
 )
 from lag_megatron.planning.lr_plot import rate_curve
 from lag_megatron.planning.random_paths import mean_layers_run, with_longest_paths
-from lag_megatron.planning.search_cost import SearchCost, search_cost, training_flops
+from lag_megatron.planning.search_cost import SearchCost, search_cost
 from lag_megatron.planning.vocab_size import estimate_vocab_size
 from lag_megatron.selection import planned
 

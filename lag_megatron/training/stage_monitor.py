@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from lag_megatron.config.stage_schedule import stage_ranges, start_positions
+from lag_megatron.config.schema.stage_schedule import stage_ranges, start_positions
 from lag_megatron.distributed.world import World
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.step_result import mean

@@ -6,16 +6,17 @@ from typing import Any
 
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.distributed.world import World, topology_of
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.save import save_engine
 from lag_megatron.engine.training_context import TrainingContext
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.pool import build_pool
-from lag_megatron.planning.cost import as_journalled, tokens_per_step
+from lag_megatron.planning.cost import tokens_per_step
 from lag_megatron.run.directory import step_of, tag_of
 from lag_megatron.run.recorder import Recorder
+from lag_megatron.run.resolved_config import as_journalled
 from lag_megatron.run.signals import Stopped
 from lag_megatron.search.decision import drop_losers
 from lag_megatron.search.event import GrowthEvent
