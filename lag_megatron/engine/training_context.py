@@ -11,9 +11,8 @@ from lag_megatron.planning.cost import tokens_per_step
 from lag_megatron.planning.lr_schedule import rate_at
 from lag_megatron.planning.random_paths import path_at, with_path_length
 from lag_megatron.run.directory import RunDirectory
+from lag_megatron.run.metrics import MetricRow
 from lag_megatron.run.signals import StopFlag
-
-MetricRow = dict[str, float | int | str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,12 @@
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lag_megatron.atomic_io import flush_to_disk, write_atomically
 
-Row = Mapping[str, float | int | str]
+MetricRow = dict[str, float | int | str]
 
 
 class MetricsLog:
@@ -17,10 +16,10 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def append(self, *rows: Row) -> None:
+    def append(self, *rows: MetricRow) -> None:
         """Add lines."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(dict(row), allow_nan=False) + "\n" for row in rows)
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
     def rows(self) -> list[dict[str, Any]]:
         """All lines."""
@@ -72,7 +71,7 @@ class Console:
         """Print one line to standard error."""
         print(text, file=sys.stderr, flush=True)
 
-    def step(self, row: Row, *, total_steps: int, mfu: float | None) -> None:
+    def step(self, row: MetricRow, *, total_steps: int, mfu: float | None) -> None:
         """The line of a training step."""
         parts = [
             f"stage {row['stage']}  step {row['step']:>6}/{total_steps}",

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lag_megatron.engine.training_context import MetricRow
 from lag_megatron.run.journal import Journal
-from lag_megatron.run.metrics import Console, MetricsLog
+from lag_megatron.run.metrics import Console, MetricRow, MetricsLog
 from lag_megatron.run.wandb_logger import Wandb
 
 

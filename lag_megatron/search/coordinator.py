@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.engine.training_context import MetricRow, TrainingContext
+from lag_megatron.engine.training_context import TrainingContext
 from lag_megatron.run.directory import write_json
 from lag_megatron.run.journal import Journal
+from lag_megatron.run.metrics import MetricRow
 from lag_megatron.search.candidates import CandidateState, CandidateTable
 from lag_megatron.search.decision import drop_losers, metrics_of, search_decision
 from lag_megatron.search.event import Assignment, GrowthEvent, ProbeResult

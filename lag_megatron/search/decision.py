@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.engine.training_context import MetricRow, TrainingContext
+from lag_megatron.engine.training_context import TrainingContext
 from lag_megatron.planning.cost import steps_flops, tokens_per_step, validation_flops_per_token
 from lag_megatron.planning.random_paths import with_path_length
 from lag_megatron.run.directory import RunDirectory
+from lag_megatron.run.metrics import MetricRow
 from lag_megatron.search.candidates import CandidateState, CandidateTable
 from lag_megatron.search.event import GrowthEvent
 from lag_megatron.selection import ProbeCost, ProbeRecord, Verdict, build_decision, replay

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.config import GrowthConfig
-from lag_megatron.engine.training_context import MetricRow
 from lag_megatron.growth.pool import Candidate
+from lag_megatron.run.metrics import MetricRow
 
 
 @dataclass(frozen=True, slots=True)

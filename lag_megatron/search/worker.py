@@ -22,11 +22,12 @@ from lag_megatron.engine.ema import WeightAverage, fits
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.save import save_engine
 from lag_megatron.engine.step_result import mean
-from lag_megatron.engine.training_context import MetricRow, TrainingContext
+from lag_megatron.engine.training_context import TrainingContext
 from lag_megatron.errors import RunError
 from lag_megatron.growth.apply.grown_state import Growth, resharding
 from lag_megatron.growth.pool import Candidate
 from lag_megatron.planning.cost import tokens_per_step
+from lag_megatron.run.metrics import MetricRow
 from lag_megatron.run.signals import Stopped
 from lag_megatron.search.candidate_dir import CURVE, TRAINING, CandidateDir
 from lag_megatron.search.event import Assignment, GrowthEvent, ProbeResult

@@ -11,7 +11,7 @@ from lag_megatron.config import (
 )
 from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.growth.layer_map import draw
-from lag_megatron.growth.pool import Candidate, build_pool
+from lag_megatron.growth.pool import Candidate, growth_pools
 from lag_megatron.planning.cost import (
     parameter_count,
     stage_flops,
@@ -57,25 +57,6 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
         ("learning rate", rate_curve(config)),
     ]
     return "\n\n".join("\n".join((f"== {title} ==", *lines)) for title, lines in sections) + "\n"
-
-
-def growth_pools(config: RunConfig) -> dict[int, tuple[Candidate, ...]]:
-    """The pool before each stage that grows, by the stage's number.
-
-    Raises:
-        PlanError: if a growth is impossible.
-    """
-    return {
-        stage: build_pool(
-            config.growth_before(stage),
-            source_layers=config.layers_of(stage - 1),
-            target_layers=config.layers_of(stage),
-            seed=config.seed,
-            init_std=config.model.init_std,
-        )
-        for stage in range(1, len(config.stages))
-        if config.has_event(stage)
-    }
 
 
 def _stages(config: RunConfig, *, vocab_size: int, origin: str) -> Iterator[str]:

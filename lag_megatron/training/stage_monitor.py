@@ -7,10 +7,11 @@ from lag_megatron.config.schema.stage_schedule import stage_ranges, start_positi
 from lag_megatron.distributed.world import World
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.step_result import mean
-from lag_megatron.engine.training_context import MetricRow, TrainingContext
+from lag_megatron.engine.training_context import TrainingContext
 from lag_megatron.errors import RunError
 from lag_megatron.planning.cost import steps_flops, tokens_per_step
 from lag_megatron.planning.staged_training.slope import has_flattened, slopes
+from lag_megatron.run.metrics import MetricRow
 from lag_megatron.run.recorder import Recorder
 
 # Validations over which the slope is measured: Shen et al. 2022 take the mean over 5 points.

@@ -11,17 +11,17 @@ from lag_megatron.data import Feed, Prepared, open_prepared, prepare_data
 from lag_megatron.distributed.world import World, environment, start_world, stop_world
 from lag_megatron.engine.training_context import TrainingContext
 from lag_megatron.errors import ConfigError, RunError
+from lag_megatron.growth.pool import growth_pools
 from lag_megatron.planning.cost import parameter_count
 from lag_megatron.report import write_report
 from lag_megatron.run.directory import RunDirectory, acquire, claim, write_json
 from lag_megatron.run.journal import Journal
 from lag_megatron.run.metrics import Console, MetricsLog, read_rows
 from lag_megatron.run.recorder import Recorder, RunLogs
-from lag_megatron.run.rollback import roll_back
 from lag_megatron.run.resolved_config import as_journalled
+from lag_megatron.run.rollback import roll_back
 from lag_megatron.run.signals import StopFlag, Stopped
 from lag_megatron.run.wandb_logger import Wandb
-from lag_megatron.training.dry_run import growth_pools
 from lag_megatron.training.trainer import Trainer
 
 

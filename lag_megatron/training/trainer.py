@@ -12,7 +12,7 @@ from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.save import save_engine
 from lag_megatron.engine.training_context import TrainingContext
 from lag_megatron.errors import CheckpointError
-from lag_megatron.growth.pool import build_pool
+from lag_megatron.growth.pool import growth_pool
 from lag_megatron.planning.cost import tokens_per_step
 from lag_megatron.run.directory import step_of, tag_of
 from lag_megatron.run.recorder import Recorder
@@ -255,13 +255,6 @@ class Trainer:
     def _event(self, stage: int, base: Path) -> GrowthEvent:
         growth = self.config.growth_before(stage)
         source, target = self.config.layers_of(stage - 1), self.config.layers_of(stage)
-        pool = build_pool(
-            growth,
-            source_layers=source,
-            target_layers=target,
-            seed=self.config.seed,
-            init_std=self.config.model.init_std,
-        )
         return GrowthEvent(
             number=stage,
             base=base,
@@ -271,7 +264,7 @@ class Trainer:
             target_layers=target,
             stage_steps=len(self._ranges[stage]),
             growth=growth,
-            pool=pool,
+            pool=growth_pool(self.config, stage),
         )
 
     def _tag(self, stage: int, step: int) -> Path:
