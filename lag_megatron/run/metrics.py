@@ -10,6 +10,11 @@ from lag_megatron.atomic_io import flush_to_disk, write_atomically
 MetricRow = dict[str, float | int | str]
 
 
+def validation_row(step: int, *, tokens: int, stage: int, loss: float) -> MetricRow:
+    """The line of an evaluation after ``step`` steps and ``tokens`` tokens of the run."""
+    return {"step": step, "tokens": tokens, "stage": stage, "val/loss": loss}
+
+
 class MetricsLog:
     """Lines of metrics, appended; later lines of a repeated step are never needed."""
 

@@ -15,13 +15,17 @@ from lag_megatron.selection import Evaluation, Verdict
 
 @dataclass(slots=True)
 class CandidateState:
-    """One candidate.
+    """How far one candidate has come.
 
     Attributes:
+        index: in the pool.
         reached: the last rung that it has finished; -1 before the first.
         steps: optimizer steps taken since growth.
+        attempts: how often a group has started to train it.
+        seconds: wall time of its probes.
         saved_state: the newest state that the journal knows.
-        group: the probe group that is at work on it.
+        group: the probe group that trains it now.
+        curve: evaluations by steps after growth.
     """
 
     index: int
@@ -48,7 +52,7 @@ class CandidateState:
 
     @property
     def has_saved_state(self) -> bool:
-        """Whether the state at the last finished rung can be gone on from."""
+        """Whether training can go on from the state at the last finished rung."""
         return self.saved_state is not None and manifest.is_committed(self.saved_state)
 
 
@@ -58,7 +62,7 @@ class CandidateTable:
     def __init__(self, run: RunDirectory, journal: Journal, event: GrowthEvent) -> None:
         self._journal, self._event = journal, event
         self.candidates = [
-            CandidateState(index, candidate.id, _folder(run, event, candidate.id))
+            CandidateState(index, candidate.id, _candidate_dir(run, event, candidate.id))
             for index, candidate in enumerate(event.pool)
         ]
         self.verdicts: list[Verdict] = []
@@ -68,27 +72,37 @@ class CandidateTable:
         for candidate in self.candidates:
             candidate.add_curve(candidate.dir.curve())
             if candidate.reached not in candidate.curve:
-                candidate.reached = -1  # its files are gone: it is begun again
+                candidate.reached = -1  # its files are gone: it starts again
 
     @property
     def alive(self) -> list[CandidateState]:
-        """Those that have neither lost nor been stopped."""
+        """Candidates that have neither failed nor been stopped."""
         return [
             candidate for candidate in self.candidates if candidate.status in ("alive", "finished")
         ]
 
+    @property
+    def decided(self) -> bool:
+        """Whether the last verdict names the winner."""
+        return bool(self.verdicts) and self.verdicts[-1].decided
+
+    @property
+    def winner(self) -> CandidateState:
+        """The first candidate that the last verdict lets go on."""
+        return self.by_id(self.verdicts[-1].goes_on[0])
+
     def by_id(self, id_: str) -> CandidateState:
-        """The candidate of that name."""
+        """The candidate with that id."""
         return next(candidate for candidate in self.candidates if candidate.id == id_)
 
-    def started(self, candidate: CandidateState, *, group: int, rung: int) -> None:
-        """A group begins to train a candidate."""
+    def start(self, candidate: CandidateState, *, group: int, rung: int) -> None:
+        """Note that a group begins to train a candidate."""
         candidate.group = group
         candidate.attempts += 1
         self._write("probe_started", candidate, rung=rung, group=group)
 
     def add_result(self, result: ProbeResult, *, group: int) -> CandidateState:
-        """A group has brought a candidate to a rung, or it has failed on the way."""
+        """Note that a group has trained a candidate to a rung, or that it failed on the way."""
         candidate = self.candidates[result.candidate]
         candidate.group = None
         candidate.steps = result.steps
@@ -99,7 +113,7 @@ class CandidateTable:
                 self._write("probe_eval", candidate, step=row["step"], val_loss=row["val_loss"])
         candidate.add_curve(result.evaluations)
         if result.failure:
-            self.failed(candidate, result.failure, seconds=result.seconds)
+            self.fail(candidate, result.failure, seconds=result.seconds)
             return candidate
         candidate.reached = result.rung
         candidate.saved_state = candidate.dir.path / result.state if result.state else None
@@ -115,13 +129,13 @@ class CandidateTable:
         )
         return candidate
 
-    def failed(self, candidate: CandidateState, reason: str, *, seconds: float = 0.0) -> None:
-        """A candidate has lost."""
+    def fail(self, candidate: CandidateState, reason: str, *, seconds: float = 0.0) -> None:
+        """Note that a candidate has lost."""
         candidate.status, candidate.reason = "failed", reason
         self._write("probe_failed", candidate, step=candidate.steps, reason=reason, seconds=seconds)
 
-    def finished(self, candidate: CandidateState) -> None:
-        """A candidate has come to the last rung."""
+    def finish(self, candidate: CandidateState) -> None:
+        """Note that a candidate has reached the last rung."""
         if candidate.status == "alive":
             candidate.status = "finished"
             self._write(
@@ -133,8 +147,8 @@ class CandidateTable:
                 state=candidate.saved_state.name if candidate.saved_state else None,
             )
 
-    def decided(self, verdict: Verdict) -> None:
-        """The rule has spoken at a rung."""
+    def add_verdict(self, verdict: Verdict) -> None:
+        """Note what the rule decided at a rung, and stop those that do not go on."""
         self._journal.append(
             "rung_decided",
             growth=self._event.number,
@@ -148,12 +162,12 @@ class CandidateTable:
         self.verdicts.append(verdict)
         self.stop_losers()
 
-    def retract(self) -> None:
-        """Forget the last verdict, whose winner has failed since; the next one replaces it."""
+    def remove_last_verdict(self) -> None:
+        """Remove a verdict whose winner has failed since; the next one replaces it."""
         self.verdicts.pop()
 
     def stop_losers(self) -> None:
-        """Note everyone that a verdict has stopped and that is not noted yet."""
+        """Mark the candidates that a verdict has stopped and that are not marked yet."""
         for verdict in self.verdicts:
             for id_, reason in verdict.stopped.items():
                 candidate = self.by_id(id_)
@@ -170,7 +184,7 @@ class CandidateTable:
             fields = ("rung", "stopped", "decided", "rank_correlation", "transition")
             verdict = Verdict(goes_on=tuple(line["goes_on"]), **{key: line[key] for key in fields})
             if self.verdicts and self.verdicts[-1].rung == verdict.rung:
-                self.retract()
+                self.remove_last_verdict()
             self.verdicts.append(verdict)
             return
         for candidate in self.candidates:
@@ -195,5 +209,5 @@ def _apply(candidate: CandidateState, line: dict[str, Any]) -> None:
         candidate.status = "finished"
 
 
-def _folder(run: RunDirectory, event: GrowthEvent, id_: str) -> CandidateDir:
+def _candidate_dir(run: RunDirectory, event: GrowthEvent, id_: str) -> CandidateDir:
     return CandidateDir(run.probe(event.number, id_), event.base_step)

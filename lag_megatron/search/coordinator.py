@@ -1,8 +1,18 @@
-"""The coordinator of a growth event: who trains what next, who goes on, who has won.
+"""The coordinator of a growth event: it hands out probes, drops candidates and decides.
 
-It lives on rank 0 and serves all probe groups; a lock makes their questions take turns.  Everything
-it knows it can read again from the journal and the candidates' files, so a kill costs at most what
-was being trained.
+One is on rank 0 and serves all probe groups, one call at a time.  Everything it knows it can read
+again from the journal and the candidates' files, so a kill costs at most what was being trained.
+
+Two groups, candidates A to D, rungs at steps 4 and 8, and a rule that keeps two at the first rung::
+
+    group 0: ask -> A to 4, record;  ask -> C to 4, record;  ask -> waits for group 1
+    group 1: ask -> B to 4, record;  ask -> D to 4, record;  ask -> all are at 4: B and D go on
+    group 1: ask -> D to 8, which is in its engine;  record;  ask -> waits for group 0
+    group 0: ask -> B to 8, from its saved state;    record;  ask -> all are at 8: B wins
+    group 0 and group 1 get an assignment without a candidate: nothing is left to do
+
+A and C lose their saved states when the first rung is decided.  Of B and D, the one with the higher
+loss at the last rung is not saved, or loses its state as soon as the other one is better.
 """
 
 import importlib
@@ -13,12 +23,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.engine.training_context import TrainingContext
-from lag_megatron.run.directory import write_json
+from lag_megatron.run.directory import RunDirectory, write_json
 from lag_megatron.run.journal import Journal
 from lag_megatron.run.metrics import MetricRow
 from lag_megatron.search.candidates import CandidateState, CandidateTable
-from lag_megatron.search.decision import drop_losers, metrics_of, search_decision
+from lag_megatron.search.cost_model import CostModel
+from lag_megatron.search.decision import drop_losers, search_decision, winner_metrics
 from lag_megatron.search.event import Assignment, GrowthEvent, ProbeResult
 from lag_megatron.selection import can_still_win, judge, rung_value
 
@@ -27,35 +37,41 @@ OnResult = Callable[[CandidateState, ProbeResult, int], object]
 
 
 class Coordinator:
-    """Replays, hands out and records the probes of one event.
+    """Hands out and records the probes of one event; its methods may be called by many threads.
 
     Args:
+        run: directory of the run.
+        journal: of the run; what it says of the event already is not done again.
+        event: what is searched.
+        costs: of the event's steps and evaluations, for the decision.
         on_result: called after each result with the candidate, the result and the group.
     """
 
     def __init__(
-        self, context: TrainingContext, journal: Journal, event: GrowthEvent, on_result: OnResult
+        self,
+        run: RunDirectory,
+        journal: Journal,
+        event: GrowthEvent,
+        *,
+        costs: CostModel,
+        on_result: OnResult,
     ) -> None:
-        self._context, self._journal, self._event, self._on_result = (
-            context,
-            journal,
-            event,
-            on_result,
-        )
-        self._table = CandidateTable(context.run, journal, event)
+        self._run, self._journal, self._event = run, journal, event
+        self._costs, self._on_result = costs, on_result
+        self._table = CandidateTable(run, journal, event)
         self._changed = threading.Condition()
         self._busy = 0.0
         self.on_stop: Callable[[str], object] = lambda reason: None
         self._stop = ""
         self._winner_needs_state = ""
         self._loaded: dict[int, int | None] = {}  # by group
-        # It takes a second to come, which no group need wait for at the first rung.
+        # The import takes a second, which the first rung's decision need not wait for.
         threading.Thread(target=importlib.import_module, args=("scipy.stats",)).start()
 
     def begin(self) -> None:
-        """Announce the event, once, and tidy up what a kill left half done."""
+        """Write the event to the journal, once, and finish what a kill interrupted."""
         event, growth = self._event, self._event.growth
-        folder = self._context.run.growth(event.number)
+        folder = self._run.growth(event.number)
         folder.mkdir(exist_ok=True)
         write_json(folder / "pool.json", [c.describe() for c in event.pool])
         if self._journal.find("growth_started", growth=event.number) is None:
@@ -64,7 +80,7 @@ class Coordinator:
                 growth=event.number,
                 stage=event.number,
                 step=event.base_step,
-                base=self._context.run.relative(event.base),
+                base=self._run.relative(event.base),
                 base_val_loss=event.base_val_loss,
                 source_layers=event.source_layers,
                 target_layers=event.target_layers,
@@ -76,7 +92,7 @@ class Coordinator:
         self._table.stop_losers()
         for candidate in self._table.alive:
             if reason := candidate.dir.failure():
-                self._table.failed(candidate, reason)
+                self._table.fail(candidate, reason)
         if not self._over:
             self._drop_states()
 
@@ -88,9 +104,9 @@ class Coordinator:
         Args:
             group: who asks.
             loaded_candidate: index of the candidate whose state the group has in memory.
-            stopped: looked at while waiting: why this process is to end, or nothing.
+            stopped: called while waiting; why the group's process is to end, or empty.
         """
-        with self._exclusive():
+        with self._locked():
             while True:
                 if self._stop and not self._over:  # an end that all groups see alike
                     return Assignment(stop=self._stop)
@@ -104,8 +120,8 @@ class Coordinator:
                     self._end(reason)
 
     def needs_checkpoint(self, result: ProbeResult) -> bool:
-        """Whether the state of a candidate that has just come to a rung can be needed."""
-        with self._exclusive():
+        """Whether the candidate of a result can still win, so that its state has to be saved."""
+        with self._locked():
             growth, rung, alive = self._event.growth, result.rung, self._table.alive
             mine = self._table.candidates[result.candidate]
             if growth.exhaustive or mine.id == self._winner_needs_state:
@@ -120,17 +136,17 @@ class Coordinator:
             return can_still_win(growth, rung, values, mine.id, pool=pool, alive=len(alive))
 
     def record(self, group: int, result: ProbeResult) -> None:
-        """Write down how far a candidate has come, and delete the states that it beat."""
-        with self._exclusive():
+        """Journal a result, and delete the saved states that cannot win any more."""
+        with self._locked():
             candidate = self._table.add_result(result, group=group)
             if not result.failure and result.rung == self._event.decides_at:
-                self._table.finished(candidate)
+                self._table.finish(candidate)
                 self._drop_states()
             self._on_result(candidate, result, group)
 
     def stop(self, reason: str) -> None:
-        """Every group saves what it has and ends."""
-        with self._exclusive():
+        """Let every group save what it has and end at its next step."""
+        with self._locked():
             self._end(reason)
 
     def decide(self) -> tuple[dict[str, Any], list[MetricRow]]:
@@ -140,24 +156,25 @@ class Coordinator:
             RunError: when every candidate failed.
         """
         decision = search_decision(
-            self._context, self._event, self._table, coordinator_seconds=self._busy
+            self._event, self._table, costs=self._costs, coordinator_seconds=self._busy
         )
-        write_json(self._context.run.growth(self._event.number) / "decision.json", decision)
+        write_json(self._run.growth(self._event.number) / "decision.json", decision)
         winner = self._table.by_id(decision["chosen"])
-        return decision, metrics_of(self._context, self._event, winner)
+        tokens_per_step = self._costs.tokens_per_step
+        return decision, winner_metrics(self._event, winner, tokens_per_step=tokens_per_step)
 
     def announce(self, decision: dict[str, Any]) -> Path:
         """Journal the decision, after which it stands; returns the winner's state."""
         winner = self._table.by_id(decision["chosen"])
         assert winner.saved_state is not None, f"{winner.id} has won, but its state was not kept"
-        state = self._context.run.relative(winner.saved_state)
+        state = self._run.relative(winner.saved_state)
         number = self._event.number
         if self._journal.find("decision", growth=number) is None:
             length = self._event.pool[winner.index].path_length
             paths = {} if length is None else {"path_length": length}
             self._journal.append("decision", growth=number, chosen=winner.id, state=state, **paths)
         if not self._event.growth.exhaustive:
-            drop_losers(self._context.run, number, winner=winner.saved_state)
+            drop_losers(self._run, number, winner=winner.saved_state)
         return winner.saved_state
 
     def _end(self, reason: str) -> None:
@@ -165,7 +182,7 @@ class Coordinator:
             self._stop = reason
             self.on_stop(reason)
 
-    # Handing out
+    # Assignments
 
     def _next_assignment(self, group: int, loaded_candidate: int | None) -> Assignment | None:
         """None while there is nothing to do but wait for other groups."""
@@ -175,7 +192,7 @@ class Coordinator:
             free = [c for c in waiting if c.group is None]
             if free:
                 candidate = self._choice(free, group, loaded_candidate)
-                self._table.started(candidate, group=group, rung=rung)
+                self._table.start(candidate, group=group, rung=rung)
                 return Assignment(
                     candidate.index, rung, max(candidate.reached, 0), candidate.attempts
                 )
@@ -187,7 +204,7 @@ class Coordinator:
     def _choice(
         self, free: list[CandidateState], group: int, loaded_candidate: int | None
     ) -> CandidateState:
-        """What the group has loaded; else what nobody does; else the first."""
+        """What this group has loaded; else what no group has loaded; else the first."""
         self._loaded[group] = loaded_candidate
         elsewhere = set(self._loaded.values()) - {loaded_candidate}
         mine = [candidate for candidate in free if candidate.index == loaded_candidate]
@@ -197,7 +214,7 @@ class Coordinator:
         return candidate
 
     def _finish_rung(self, rung: int) -> None:
-        """All that are left have come to the rung: who goes on?"""
+        """All candidates that are left have reached the rung: decide which of them go on."""
         alive = self._table.alive
         self._winner_needs_state = ""
         if self._event.growth.exhaustive:
@@ -205,34 +222,25 @@ class Coordinator:
                 if not candidate.has_saved_state:
                     candidate.reached = -1  # deleted since; it is trained again
             return
-        if self._decided and self._winner not in alive:
-            self._table.retract()
-        if not self._decided:
+        if self._table.decided and self._table.winner not in alive:
+            self._table.remove_last_verdict()
+        if not self._table.decided:
             curves = {c.id: c.evaluations for c in self._table.candidates}
             ids = [candidate.id for candidate in alive]
-            self._table.decided(judge(self._event.growth, rung, curves, alive=ids))
-        if self._decided:
-            winner = self._winner
+            self._table.add_verdict(judge(self._event.growth, rung, curves, alive=ids))
+        if self._table.decided:
+            winner = self._table.winner
             if not winner.has_saved_state:  # lost with a group that died, or deleted
                 winner.reached, self._winner_needs_state = -1, winner.id
                 return
             for candidate in alive:
-                self._table.finished(candidate)
+                self._table.finish(candidate)
         self._drop_states()
-
-    @property
-    def _winner(self) -> CandidateState:
-        return self._table.by_id(self._table.verdicts[-1].goes_on[0])
-
-    @property
-    def _decided(self) -> bool:
-        verdicts = self._table.verdicts
-        return bool(verdicts) and verdicts[-1].decided
 
     @property
     def _rung(self) -> int:
         """The rung that candidates are being brought to."""
-        if self._decided:
+        if self._table.decided:
             return self._table.verdicts[-1].rung
         return self._event.rungs[len(self._table.verdicts)]
 
@@ -245,10 +253,10 @@ class Coordinator:
         if self._event.growth.exhaustive:
             return all(c.reached >= self._rung and c.has_saved_state for c in alive)
         return (
-            self._decided
+            self._table.decided
             and all(c.reached >= self._rung for c in alive)
-            and self._winner in alive
-            and self._winner.has_saved_state
+            and self._table.winner in alive
+            and self._table.winner.has_saved_state
         )
 
     def _order(self, candidate: CandidateState) -> tuple[float, int]:
@@ -265,7 +273,11 @@ class Coordinator:
             return
         at_end = [c for c in self._table.alive if c.reached == event.decides_at]
         # A winner that was trained again stays it, whatever rounding did to its loss.
-        best = self._winner if self._decided else min(at_end, key=self._order, default=None)
+        best = (
+            self._table.winner
+            if self._table.decided
+            else min(at_end, key=self._order, default=None)
+        )
         for candidate in self._table.candidates:
             lost = candidate.status in ("stopped", "failed") or (
                 candidate in at_end and candidate is not best
@@ -274,8 +286,8 @@ class Coordinator:
                 candidate.dir.keep_only(None)
 
     @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """One question at a time; the time that answers take is part of the search's cost."""
+    def _locked(self) -> Iterator[None]:
+        """One call at a time; the time that calls take is part of the search's cost."""
         with self._changed:
             started = time.perf_counter()
             try:

@@ -1,25 +1,19 @@
-"""From what all probes gave to the decision, and to the metrics that the winner leaves the run."""
+"""The decision of an event from its candidates, and the winner's steps as metrics of the run."""
 
 from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.engine.training_context import TrainingContext
-from lag_megatron.planning.cost import steps_flops, tokens_per_step, validation_flops_per_token
-from lag_megatron.planning.random_paths import with_path_length
 from lag_megatron.run.directory import RunDirectory
-from lag_megatron.run.metrics import MetricRow
+from lag_megatron.run.metrics import MetricRow, validation_row
 from lag_megatron.search.candidates import CandidateState, CandidateTable
+from lag_megatron.search.cost_model import CostModel
 from lag_megatron.search.event import GrowthEvent
 from lag_megatron.selection import ProbeCost, ProbeRecord, Verdict, build_decision, replay
 
 
 def search_decision(
-    context: TrainingContext,
-    event: GrowthEvent,
-    table: CandidateTable,
-    *,
-    coordinator_seconds: float,
+    event: GrowthEvent, table: CandidateTable, *, costs: CostModel, coordinator_seconds: float
 ) -> dict[str, Any]:
     """The content of ``decision.json``.
 
@@ -33,7 +27,7 @@ def search_decision(
         settings=event.growth,
         verdicts=_verdicts(event, table),
         base_val_loss=event.base_val_loss,
-        cost=_cost(context, event, table, coordinator_seconds),
+        cost=_cost(event, table, costs, coordinator_seconds),
     )
 
 
@@ -44,8 +38,8 @@ def drop_losers(run: RunDirectory, growth: int, *, winner: Path) -> None:
             manifest.remove(state)
 
 
-def metrics_of(
-    context: TrainingContext, event: GrowthEvent, winner: CandidateState
+def winner_metrics(
+    event: GrowthEvent, winner: CandidateState, *, tokens_per_step: int
 ) -> list[MetricRow]:
     """What the winner's steps measured, as lines of the run's metrics."""
     last = event.base_step + winner.reached
@@ -53,7 +47,8 @@ def metrics_of(
     for point in winner.evaluations:
         if 0 < point.step <= winner.reached:
             step = event.base_step + point.step
-            rows.append(context.validation_row(step, stage=event.number, loss=point.loss))
+            tokens = step * tokens_per_step
+            rows.append(validation_row(step, tokens=tokens, stage=event.number, loss=point.loss))
     return sorted(rows, key=lambda row: (row["step"], "val/loss" in row))
 
 
@@ -76,28 +71,18 @@ def _verdicts(event: GrowthEvent, table: CandidateTable) -> tuple[Verdict, ...]:
 
 
 def _cost(
-    context: TrainingContext, event: GrowthEvent, table: CandidateTable, coordinator_seconds: float
+    event: GrowthEvent, table: CandidateTable, costs: CostModel, coordinator_seconds: float
 ) -> ProbeCost:
-    candidates = table.candidates
-    steps = sum(candidate.steps for candidate in candidates)
-    config = context.config
-    trained = sum(_training_flops(context, event, candidate) for candidate in candidates)
-    shape = {"num_layers": event.target_layers, "vocab_size": context.vocab_size}
-    evaluations = sum(len(candidate.curve) for candidate in candidates)
+    states = table.candidates
+    steps = sum(state.steps for state in states)
+    evaluations = sum(len(state.curve) for state in states)
     if event.growth.compared_by == "ema":  # right after growth the average is the weights
-        evaluations += sum(max(len(candidate.curve) - 1, 0) for candidate in candidates)
-    validated = evaluations * context.feed.validation_tokens
+        evaluations += sum(max(len(state.curve) - 1, 0) for state in states)
+    trained = sum(costs.training_flops(event.pool[state.index], state.steps) for state in states)
     return ProbeCost(
         probe_steps=steps,
-        tokens=steps * tokens_per_step(config),
-        flops=trained + validated * validation_flops_per_token(config, **shape),
-        seconds=sum(candidate.seconds for candidate in candidates),
+        tokens=steps * costs.tokens_per_step,
+        flops=trained + evaluations * costs.evaluation_flops,
+        seconds=sum(state.seconds for state in states),
         coordinator_seconds=coordinator_seconds,
     )
-
-
-def _training_flops(context: TrainingContext, event: GrowthEvent, candidate: CandidateState) -> int:
-    """Of a candidate's steps, whose paths may be its own."""
-    config = with_path_length(context.config, event.number, event.pool[candidate.index].path_length)
-    steps = range(event.base_step, event.base_step + candidate.steps)
-    return steps_flops(config, steps, vocab_size=context.vocab_size)

@@ -1,4 +1,4 @@
-"""What a stage measures about itself, and when that ends it."""
+"""Metrics of a stage: recorded, checked for divergence, and for a slope that ends the stage."""
 
 import math
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from lag_megatron.config.schema.stage_schedule import stage_ranges, start_positi
 from lag_megatron.distributed.world import World
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.step_result import mean
-from lag_megatron.engine.training_context import TrainingContext
 from lag_megatron.errors import RunError
 from lag_megatron.planning.cost import steps_flops, tokens_per_step
 from lag_megatron.planning.staged_training.slope import has_flattened, slopes
-from lag_megatron.run.metrics import MetricRow
+from lag_megatron.run.metrics import MetricRow, validation_row
 from lag_megatron.run.recorder import Recorder
+from lag_megatron.training.training_context import TrainingContext
 
 # Validations over which the slope is measured: Shen et al. 2022 take the mean over 5 points.
 SLOPE_WINDOW = 5
@@ -20,30 +20,30 @@ SLOPE_WINDOW = 5
 
 @dataclass(frozen=True, slots=True)
 class StageMonitor:
-    """Records the steps and validations of a run's stages."""
+    """Records the steps and validations of a run's stages, and checks them; every rank has one."""
 
     context: TrainingContext
     world: World
     recorder: Recorder
 
     def refuse_divergence(self, row: MetricRow) -> None:
-        """Before anything of this step is recorded or saved.
+        """Check a step before anything of it is recorded or saved.
 
-        DeepSpeed takes no step on a gradient that is not finite under ZeRO, and a poisonous one
-        without; either way the run would go on and say that all is well.
+        With a gradient that is not finite DeepSpeed skips the step under ZeRO and spoils the
+        weights without ZeRO; in both cases the run would go on without an error.
 
         Raises:
             RunError: on every rank, for a loss or gradient that is not finite.
         """
         for name in ("train/loss", "train/grad_norm"):
             if not math.isfinite(float(row.get(name, 0.0))):
-                raise _agreed(
+                raise _error_on_all_ranks(
                     f"{name} is {row[name]} at step {row['step']}; nothing of this step was saved. "
                     "Go on from an older checkpoint with --resume TAG, or start another --run-dir "
                     "with a lower optimizer.lr or a stronger optimizer.grad_clip."
                 )
 
-    def note(self, row: MetricRow) -> None:
+    def record_step(self, row: MetricRow) -> None:
         """Record a training step, and print it now and then."""
         self.recorder.log_metrics(row)
         step, config = int(row["step"]), self.context.config
@@ -59,18 +59,21 @@ class StageMonitor:
         """
         loss = mean(self.context.evaluate(engine))
         if not math.isfinite(loss):
-            raise _agreed(f"validation loss is {loss} at step {step}; the step was not saved.")
-        self.recorder.log_metrics(self.context.validation_row(step, stage=stage, loss=loss))
+            raise _error_on_all_ranks(
+                f"validation loss is {loss} at step {step}; the step was not saved."
+            )
+        tokens = step * tokens_per_step(self.context.config)
+        self.recorder.log_metrics(validation_row(step, tokens=tokens, stage=stage, loss=loss))
         self.recorder.print(
             f"stage {stage}  step {step:>6}/{self.context.config.total_steps}  val loss {loss:.4f}"
         )
 
     def last_validation_loss(self) -> float:
-        """From the metrics (coordinator only)."""
+        """In nats per token, from the metrics (coordinator only)."""
         return self.recorder.logs.metrics.last("val/loss")
 
-    def flattened(self, stage: int) -> float | None:
-        """The slope d log loss / d log compute, where it has reached the stage's ``until_slope``.
+    def slope_that_ends(self, stage: int) -> float | None:
+        """The slope d log loss / d log compute, if it has reached the stage's ``until_slope``.
 
         The same on all ranks.  Compute is proportional to the position in the schedule: what a
         model of this size would have taken to come here.
@@ -78,9 +81,9 @@ class StageMonitor:
         tau = self.context.config.stages[stage].until_slope
         if tau is None:
             return None
-        return self.world.from_coordinator(lambda: self._flattened(stage, tau))
+        return self.world.from_coordinator(lambda: self._measured_slope(stage, tau))
 
-    def _flattened(self, stage: int, tau: float) -> float | None:
+    def _measured_slope(self, stage: int, tau: float) -> float | None:
         config = self.context.config
         before = start_positions(config)[stage] - stage_ranges(config.stages)[stage].start
         points = [
@@ -103,7 +106,7 @@ class StageMonitor:
         return flops / seconds / (peak * self.world.size)
 
 
-def _agreed(message: str) -> RunError:
+def _error_on_all_ranks(message: str) -> RunError:
     """An error that every rank finds, because all see the same numbers."""
     error = RunError(message)
     error.on_all_ranks = True

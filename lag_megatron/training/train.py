@@ -9,7 +9,6 @@ from lag_megatron import __version__
 from lag_megatron.config import RunConfig, padded_vocab_size, require_groups
 from lag_megatron.data import Feed, Prepared, open_prepared, prepare_data
 from lag_megatron.distributed.world import World, environment, start_world, stop_world
-from lag_megatron.engine.training_context import TrainingContext
 from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.growth.pool import growth_pools
 from lag_megatron.planning.cost import parameter_count
@@ -23,6 +22,7 @@ from lag_megatron.run.rollback import roll_back
 from lag_megatron.run.signals import StopFlag, Stopped
 from lag_megatron.run.wandb_logger import Wandb
 from lag_megatron.training.trainer import Trainer
+from lag_megatron.training.training_context import TrainingContext
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The stage loop: train, grow, probe, decide, go on, and survive anything in between."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.distributed.world import World, topology_of
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.save import save_engine
-from lag_megatron.engine.training_context import TrainingContext
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.pool import growth_pool
 from lag_megatron.planning.cost import tokens_per_step
@@ -24,7 +24,14 @@ from lag_megatron.search.partition import count_groups, probe_group
 from lag_megatron.search.search import search
 from lag_megatron.search.worker import ProbeWorker
 from lag_megatron.training.init_from import growth_history, start_from
+from lag_megatron.training.probe_trainer import (
+    DeepSpeedProbeTrainer,
+    build_group_trainer,
+    search_context,
+)
+from lag_megatron.training.search_costs import state_bytes
 from lag_megatron.training.stage_monitor import StageMonitor
+from lag_megatron.training.training_context import TrainingContext
 from lag_megatron.training.wandb_event import show_event
 
 
@@ -47,7 +54,7 @@ class Trainer:
     def __init__(self, context: TrainingContext, world: World, recorder: Recorder) -> None:
         self.world, self.recorder = world, recorder
         self._engine: Engine | None = None
-        self._take(context)
+        self._set_context(context)
 
     def run(self) -> None:
         """Train all stages.
@@ -67,12 +74,12 @@ class Trainer:
             "run_finished", once={}, step=self.config.total_steps, val_loss=loss
         )
 
-    def _take(self, context: TrainingContext) -> None:
+    def _set_context(self, context: TrainingContext) -> None:
         self.context, self.config = context, context.config
         self._ranges = stage_ranges(self.config.stages)
         self._monitor = StageMonitor(context, self.world, self.recorder)
 
-    # Finding the place
+    # Where the run stands
 
     def _find_position(self) -> Position:
         """The newest committed state (coordinator only)."""
@@ -93,7 +100,7 @@ class Trainer:
         return Position(0, None)
 
     def _refuse_lost_checkpoint(self) -> None:
-        """A run that silently began anew because its newest state is gone would lie."""
+        """Refuse to start again from an older state because the newest one is gone."""
         newest = self.recorder.logs.journal.find("checkpoint")
         if newest is None:
             return
@@ -105,7 +112,7 @@ class Trainer:
             )
 
     def _resume_metrics(self, position: Position) -> None:
-        """Forget what comes after the position, and say where the run goes on (coordinator)."""
+        """Drop metrics after the position, and print where the run goes on (coordinator only)."""
         nothing_yet = position.checkpoint is None
         self.recorder.logs.metrics.drop_after(-1 if nothing_yet else position.step)
         if position.checkpoint is None:
@@ -128,7 +135,7 @@ class Trainer:
             return base
         event = self._event(stage, base)
         state = self._search(event)
-        self._take_findings()
+        self._reload_config()
         self.world.from_coordinator(
             lambda: show_event(self.recorder.logs.wandb, self.context.run, event)
         )
@@ -136,13 +143,25 @@ class Trainer:
 
     def _search(self, event: GrowthEvent) -> Path:
         """The winner's state; groups of a part of the ranks have engines of their own."""
-        count = count_groups(self.context, self.world, event)
+        context, world = self.context, self.world
+        shape = {"vocab_size": context.vocab_size, "tensor": world.tensor_size}
+        on_rank = partial(state_bytes, self.config, event, **shape)
+        count = count_groups(world, event, state_bytes=on_rank)
+        given = search_context(context, event)
         if count == 1:
-            group = ProbeWorker(self.context, self._engine_of(event.number, None), event, count=1)
-            return search(self.world, group, self.recorder)
+            engine = self._engine_of(event.number, None)
+            trainer = DeepSpeedProbeTrainer(context, engine, event.number)
+            return search(world, ProbeWorker(given, trainer, event, count=1), self.recorder)
         self._drop_engine()
-        with probe_group(self.context, self.world, event, count) as group:
-            return search(self.world, group, self.recorder)
+        with probe_group(
+            given,
+            world,
+            event,
+            count,
+            build_trainer=partial(build_group_trainer, context, event),
+            timeout=self.config.parallel.timeout,
+        ) as worker:
+            return search(world, worker, self.recorder)
 
     # Training a stage
 
@@ -175,24 +194,24 @@ class Trainer:
         self.recorder.log_event("stage_finished", once={"stage": stage}, step=end, **facts)
 
     def _train_step(self, engine: Engine, step: int, stage: int, history: list[Any]) -> bool:
-        """Take a step, and say whether it was the stage's last."""
+        """Take a step; whether it was the stage's last."""
         row, stop = self.context.step(engine, step, stage=stage)
         self._monitor.refuse_divergence(row)
-        self._monitor.note(row)
+        self._monitor.record_step(row)
         done = step + 1
         last = done == self._ranges[stage].stop
         if last or done % self.config.tracking.validation_interval == 0:
             self._monitor.validate(engine, done, stage)
-            last = last or self._ends_here(stage, done)
+            last = last or self._ends_stage(stage, done)
         if last or stop or done % self.config.checkpoint.interval == 0:
             self._save(engine, stage, done, history)
         if stop:
             raise Stopped(self.context.stop.why)
         return last
 
-    def _ends_here(self, stage: int, step: int) -> bool:
-        """Whether the measured slope ends the stage, which is then written down for good."""
-        slope = self._monitor.flattened(stage)
+    def _ends_stage(self, stage: int, step: int) -> bool:
+        """Whether the measured slope ends the stage here, which the journal then says."""
+        slope = self._monitor.slope_that_ends(stage)
         if slope is None:
             return False
         event = {"stage": stage, "step": step, "steps": step - self._ranges[stage].start}
@@ -200,15 +219,15 @@ class Trainer:
         self.recorder.print(
             f"stage {stage}  step {step:>6}: slope {slope:.4f}, the stage ends here"
         )
-        self._take_findings()
+        self._reload_config()
         return True
 
-    def _take_findings(self) -> None:
-        """Go on by what the journal says that the run found out."""
+    def _reload_config(self) -> None:
+        """Apply what the journal says about the stages: their lengths and the winners' paths."""
         config = self.world.from_coordinator(
             lambda: as_journalled(self.config, self.recorder.logs.journal.events)
         )
-        self._take(replace(self.context, config=config))
+        self._set_context(replace(self.context, config=config))
 
     def _engine_of(self, stage: int, checkpoint: Path | None) -> Engine:
         """An engine of this stage's depth that holds the state ``checkpoint``."""

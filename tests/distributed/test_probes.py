@@ -112,7 +112,7 @@ def at_step(step, times, action):
     """A fault: the ``times``-th time that this process takes step ``step`` of stage 1."""
 
     def fault():
-        from lag_megatron.engine.training_context import TrainingContext
+        from lag_megatron.training.training_context import TrainingContext
 
         honest, seen = TrainingContext.step, []
 

@@ -22,7 +22,7 @@ def killed_at(step_to_die):
     """Rank 0 dies, as by kill -9, before that step."""
 
     def fault():
-        from lag_megatron.engine.training_context import TrainingContext
+        from lag_megatron.training.training_context import TrainingContext
 
         honest = TrainingContext.step
 

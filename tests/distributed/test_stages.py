@@ -35,7 +35,7 @@ def killed_in_probes_of(growth):
     def fault():
         if os.environ["RANK"] != "0":
             return
-        from lag_megatron.engine.training_context import TrainingContext
+        from lag_megatron.training.training_context import TrainingContext
 
         honest, started = TrainingContext.step, {"probes": 0}
 

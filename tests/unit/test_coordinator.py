@@ -108,22 +108,22 @@ def test_many_groups_decide_as_one(rule, tmp_path):
     def work(group):
         moments, held = random.Random(group), (None, 0)
         while True:
-            turn = coordinator.ask(group, held[0], stopped=lambda: "")
-            if turn.candidate is None:
+            assignment = coordinator.ask(group, held[0], stopped=lambda: "")
+            if assignment.candidate is None:
                 return
             time.sleep(moments.uniform(0, 0.02))
-            assert turn.candidate not in at_work, "two groups train one candidate"
-            at_work.add(turn.candidate)
+            assert assignment.candidate not in at_work, "two groups train one candidate"
+            at_work.add(assignment.candidate)
             most.append(len(at_work))
             if held[0] is None:
                 all_at_work.wait(30)  # nobody goes on before each has something to do
                 most.append(len(at_work))
                 all_at_work.wait(30)
-            there = held[1] if held == (turn.candidate, turn.trained) else None
-            progress = stand.advance(turn, coordinator.needs_checkpoint, held=there)
-            at_work.remove(turn.candidate)
-            coordinator.record(group, progress)
-            held = (turn.candidate, progress.steps)
+            there = held[1] if held == (assignment.candidate, assignment.trained_steps) else None
+            result = stand.advance(assignment, coordinator.needs_checkpoint, held=there)
+            at_work.remove(assignment.candidate)
+            coordinator.record(group, result)
+            held = (assignment.candidate, result.steps)
 
     threads = [threading.Thread(target=work, args=(group,)) for group in range(3)]
     for thread in threads:
@@ -143,15 +143,15 @@ def test_a_stop_reaches_a_group_that_waits_for_the_others(tmp_path):
     coordinator = stand.coordinator()
     for group in range(len(stand.event.pool)):
         assert coordinator.ask(group, None, stopped=lambda: "").candidate == group
-    told = []
-    coordinator.on_stop = told.append
+    stops = []
+    coordinator.on_stop = stops.append
     waiting = threading.Thread(
-        target=lambda: told.append(coordinator.ask(99, None, stopped=lambda: "").stop)
+        target=lambda: stops.append(coordinator.ask(99, None, stopped=lambda: "").stop)
     )
     waiting.start()
     coordinator.stop("received SIGTERM")
     waiting.join(10)
-    assert told == ["received SIGTERM"] * 2
+    assert stops == ["received SIGTERM"] * 2
     assert coordinator.ask(0, None, stopped=lambda: "").stop == "received SIGTERM"
 
 

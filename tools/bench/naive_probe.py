@@ -15,9 +15,9 @@ from lag_megatron.data import Feed, open_prepared, prepare_data
 from lag_megatron.distributed.world import start_world, stop_world
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.step_result import mean
-from lag_megatron.engine.training_context import TrainingContext
 from lag_megatron.run.directory import RunDirectory, step_of
 from lag_megatron.run.signals import StopFlag
+from lag_megatron.training.training_context import TrainingContext
 
 
 def main() -> int:
