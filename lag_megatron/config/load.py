@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from lag_megatron.config.schema import RunConfig
+from lag_megatron.config.schema.run import RunConfig
+from lag_megatron.config.schema.stage_schedule import in_steps
 from lag_megatron.config.stage_policy import expand_stages
-from lag_megatron.config.stage_schedule import in_steps
 from lag_megatron.config.validation.messages import explain
 from lag_megatron.config.validation.run import problems_of
 from lag_megatron.config.validation.stages import length_problems

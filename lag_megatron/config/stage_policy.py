@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from lag_megatron.config.base import FORBID
-from lag_megatron.config.raptr import RaptrConfig, resolved
+from lag_megatron.config.schema.base import FORBID
+from lag_megatron.config.schema.raptr import RaptrConfig, resolved
+from lag_megatron.config.schema.shares import shares
 from lag_megatron.config.validation.messages import explain
-from lag_megatron.planning.shares import shares
 
 Tree = dict[str, Any]
 

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterator
 
 from lag_megatron.config import RunConfig
-from lag_megatron.config.stage_schedule import last_growth, stage_ranges, start_positions
+from lag_megatron.config.schema.stage_schedule import last_growth, stage_ranges, start_positions
 from lag_megatron.planning.lr_schedule import Rate, position_of, rate_at
 
 WIDTH = 72

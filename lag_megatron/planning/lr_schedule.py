@@ -4,7 +4,12 @@ import math
 from dataclasses import dataclass
 
 from lag_megatron.config import RunConfig
-from lag_megatron.config.stage_schedule import decay_end, decay_start, last_growth, start_positions
+from lag_megatron.config.schema.stage_schedule import (
+    decay_end,
+    decay_start,
+    last_growth,
+    start_positions,
+)
 
 
 @dataclass(frozen=True, slots=True)

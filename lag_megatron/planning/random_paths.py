@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lag_megatron.config import RunConfig
-from lag_megatron.config.raptr import Lengths, PathRule, path_rules, resolved
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.raptr import Lengths, PathRule, path_rules, resolved
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 
 _CHUNK_STEPS = 1 << 14
 # Constants of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number

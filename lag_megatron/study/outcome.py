@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lag_megatron.config import RunConfig
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.errors import RunError
 from lag_megatron.planning.cost import steps_flops, tokens_per_step
 from lag_megatron.report.stats.run import SPEED, TRAIN, VAL, last_event, series

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from lag_megatron.config import RunConfig
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.planning.random_paths import mean_layers_run
 from lag_megatron.study.launch import StudyFolder
 from lag_megatron.study.plan import PlannedRun, StudyPlan

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lag_megatron.config.schema import RunConfig
+from lag_megatron.config.schema.run import RunConfig
 
 Location = tuple[int | str, ...]
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from lag_megatron.config.raptr import Lengths, path_rules, resolved
-from lag_megatron.config.schema import GrowthConfig, RunConfig, StageConfig
+from lag_megatron.config.schema.raptr import Lengths, path_rules, resolved
+from lag_megatron.config.schema.run import GrowthConfig, RunConfig, StageConfig
 
 
 def path_problems(config: RunConfig) -> Iterator[str]:

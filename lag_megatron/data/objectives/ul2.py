@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from lag_megatron.config import Ul2Config
-from lag_megatron.config.span_corruption import (
+from lag_megatron.config.schema.span_corruption import (
     SpanLengths,
     is_extreme,
     sentinels_needed,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from lag_megatron.config.data import DataConfig, SourceConfig
+from lag_megatron.config.schema.data import DataConfig, SourceConfig
 from lag_megatron.data.prepare.readers import read_chunk
 from lag_megatron.data.prepare.sources import CHUNK_BYTES, Chunk, Source
 from lag_megatron.data.prepare.worker_pool import Workers

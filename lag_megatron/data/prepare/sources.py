@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lag_megatron.config.data import DataConfig, SourceConfig
+from lag_megatron.config.schema.data import DataConfig, SourceConfig
 from lag_megatron.data.prepare.arrow import table_parts
 from lag_megatron.errors import DataError
 

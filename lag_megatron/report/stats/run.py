@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.planning.cost import parameter_count, steps_flops, tokens_per_step
 from lag_megatron.planning.random_paths import mean_layers_run
 from lag_megatron.report.sections.lineage import lineage_data
