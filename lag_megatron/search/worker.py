@@ -16,7 +16,7 @@ from lag_megatron.engine.base_cache import KeptBase
 from lag_megatron.engine.ema import WeightAverage, fits
 from lag_megatron.engine.save import save_engine
 from lag_megatron.engine.step_result import mean
-from lag_megatron.growth.apply.grown_state import Growth, resharding
+from lag_megatron.growth.apply.grown_state import GrownState, resharded
 from lag_megatron.growth.pool import Candidate
 from lag_megatron.run.metrics import MetricRow
 from lag_megatron.run.signals import Stopped
@@ -43,7 +43,7 @@ class _LoadedCandidate:
     candidate: Candidate
     dir: CandidateDir
     steps: int
-    growth: Growth
+    growth: GrownState
     average: WeightAverage | None
 
 
@@ -156,18 +156,18 @@ class ProbeWorker:
             and ZeroCheckpoint.open(state).topology == self.engine.topology
         )
 
-    def _growth(self, candidate: Candidate, state: Path | None) -> Growth:
+    def _growth(self, candidate: Candidate, state: Path | None) -> GrownState:
         """What makes the engine's state: the base through the plan, or a saved state as it is."""
-        opened: list[Growth] = []
+        opened: list[GrownState] = []
 
         def open_source() -> None:
             if state is None:
                 source = ZeroCheckpoint.open(self.event.base)
-                opened.append(Growth(source, candidate.plan, self.engine.topology))
+                opened.append(GrownState(source, candidate.plan, self.engine.topology))
                 return
             names = sorted(manifest.check_sizes(state)["files"])
             require_sound(state, names[self.world.rank :: self.world.size])
-            opened.append(resharding(ZeroCheckpoint.open(state), self.engine.topology))
+            opened.append(resharded(ZeroCheckpoint.open(state), self.engine.topology))
 
         self.world.from_each(open_source)  # a rank that failed alone would leave the others waiting
         return opened[0]
