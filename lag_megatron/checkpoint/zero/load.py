@@ -124,9 +124,9 @@ def require_same_slices(
             if found.get(name) != expected.get(name):
                 raise CheckpointError(
                     f"{file}: it is not this rank's shard: for {name} it names "
-                    f"{_slice_text(found.get(name))}, but the order of parameters in the model file "
-                    f"gives {_slice_text(expected.get(name))}. Files are swapped or of different "
-                    "checkpoints. Restore the right one, or use another tag."
+                    f"{_slice_text(found.get(name))}, but the order of parameters in the model "
+                    f"file gives {_slice_text(expected.get(name))}. Files are swapped or of "
+                    "different checkpoints. Restore the right one, or use another tag."
                 )
 
 
