@@ -73,7 +73,7 @@ def part_of(job: Job, world: World, event: Event, count: int) -> Iterator[ProbeG
         vocab_size=job.vocab_size,
         draw_weights=False,
     )
-    group = ProbeGroup(replace(job, feed=job.feed.on(part)), engine, event, count=count)
+    group = ProbeGroup(replace(job, feed=job.feed.for_world(part)), engine, event, count=count)
     yield group
     group.release()
     engine.destroy()

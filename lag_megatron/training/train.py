@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lag_megatron import __version__
 from lag_megatron.config import RunConfig, padded_vocab_size, require_groups
-from lag_megatron.data import Feed, Prepared, open_prepared, prepare_data
+from lag_megatron.data import BatchLoader, Prepared, open_prepared, prepare_data
 from lag_megatron.distributed.world import World, environment, start_world, stop_world
 from lag_megatron.engine.training_context import Job
 from lag_megatron.errors import ConfigError, RunError
@@ -104,7 +104,7 @@ def _train(world: World, run: RunDirectory, request: Request, stop: StopFlag) ->
     vocab_size = world.from_coordinator(lambda: _vocab_size(config, data))
     begun = world.from_coordinator(lambda: as_journalled(config, Journal(run.journal).events))
     # On a CPU a thread would take its time from the training.
-    feed = Feed(data, config, world, ahead=world.device.type == "cuda")
+    feed = BatchLoader(data, config, world, prefetch=world.device.type == "cuda")
     job = Job(begun, run, feed, stop, vocab_size)
     world.from_coordinator(lambda: _note_facts(world, run, config, data, vocab_size))
     books = _books(world, run, config, data, console) if world.is_coordinator else None

@@ -28,9 +28,9 @@ from lag_megatron.data import (
     open_prepared,
     prepare_data,
 )
-from lag_megatron.data.blended_dataset import MIXTURE
+from lag_megatron.data.datasets.blended_dataset import MIXTURE
+from lag_megatron.data.datasets.prepared_dataset import TOKENIZER
 from lag_megatron.data.prepare import prepare
-from lag_megatron.data.prepared_dataset import TOKENIZER
 from lag_megatron.errors import ConfigError, DataError
 from lag_megatron.report import report_data, write_report
 
