@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lag_megatron import __version__
-from lag_megatron.config import RunConfig, padded_vocab_size, require_groups
+from lag_megatron.config import RunConfig, check_probe_groups, padded_vocab_size
 from lag_megatron.data import BatchLoader, Prepared, open_prepared, prepare_data
 from lag_megatron.distributed.world import World, environment, start_world, stop_world
 from lag_megatron.engine.training_context import Job
@@ -48,7 +48,7 @@ def train(request: Request) -> None:
         LagError: for a mistake of the user or of the machine, before anything is damaged.
     """
     config = request.config
-    require_groups(config, world_size=environment()[1])
+    check_probe_groups(config, world_size=environment()[1])
     growth_pools(config)  # an impossible growth is refused before anything starts
     stop = StopFlag()
     world = start_world(tensor=config.parallel.tensor, timeout=config.parallel.timeout)

@@ -18,7 +18,7 @@ from lag_megatron.config import (
     TokenizerConfig,
     Ul2Config,
 )
-from lag_megatron.config.validation.run import problems_of
+from lag_megatron.config.validation.run import find_problems
 from lag_megatron.data import BatchLoader, Prepared, prepare_data
 from lag_megatron.data.preview import describe_samples
 from lag_megatron.errors import DataError
@@ -233,7 +233,7 @@ def test_text_too_short_for_one_batch_of_sentences(folder: Path) -> None:
 )
 def test_settings_that_cannot_work(data: dict, model: dict, message: str) -> None:
     config = dataclasses.replace(pico_config(**model), data=DataConfig(**data))
-    found = "\n".join(problems_of(config))
+    found = "\n".join(find_problems(config))
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(found)
 
@@ -245,9 +245,9 @@ def test_only_a_prepared_folder_tells_its_tokenizer(objective: str) -> None:
     lines = SourceConfig(name="lines", weight=1, source="jsonl", paths=("x",))
     mixed = DataConfig(mixture=(lines, ready), objective=objective)
     for known in (data, mixed):
-        problems = problems_of(dataclasses.replace(pico_config(), data=known))
+        problems = find_problems(dataclasses.replace(pico_config(), data=known))
         assert not [problem for problem in problems if "data.tokenizer" in problem]
-    problems = problems_of(
+    problems = find_problems(
         dataclasses.replace(pico_config(), data=dataclasses.replace(mixed, mixture=(lines,)))
     )
     assert [problem for problem in problems if "data.tokenizer" in problem]
