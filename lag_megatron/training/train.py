@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lag_megatron import __version__
-from lag_megatron.config import RunConfig, padded_vocab_size, require_groups
-from lag_megatron.data import Feed, Prepared, open_prepared, prepare_data
+from lag_megatron.config import RunConfig, check_probe_groups, padded_vocab_size
+from lag_megatron.data import BatchLoader, Prepared, open_prepared, prepare_data
 from lag_megatron.distributed.world import World, environment, start_world, stop_world
 from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.growth.pool import growth_pools
@@ -48,7 +48,7 @@ def train(request: TrainRequest) -> None:
         LagError: for a mistake of the user or of the machine, before anything is damaged.
     """
     config = request.config
-    require_groups(config, world_size=environment()[1])
+    check_probe_groups(config, world_size=environment()[1])
     growth_pools(config)  # an impossible growth is refused before anything starts
     stop = StopFlag()
     world = start_world(tensor=config.parallel.tensor, timeout=config.parallel.timeout)
@@ -104,7 +104,7 @@ def _train(world: World, run: RunDirectory, request: TrainRequest, stop: StopFla
     vocab_size = world.from_coordinator(lambda: _vocab_size(config, data))
     begun = world.from_coordinator(lambda: as_journalled(config, Journal(run.journal).events))
     # On a CPU a thread would take its time from the training.
-    feed = Feed(data, config, world, ahead=world.device.type == "cuda")
+    feed = BatchLoader(data, config, world, prefetch=world.device.type == "cuda")
     context = TrainingContext(begun, run, feed, stop, vocab_size)
     world.from_coordinator(lambda: _note_facts(world, run, config, data, vocab_size))
     logs = _logs(world, run, config, data, console) if world.is_coordinator else None

@@ -9,7 +9,7 @@ from synthetic_run import SyntheticRun
 
 from lag_megatron.config import parse_config
 from lag_megatron.report import report_data, write_report
-from lag_megatron.report.sections.lineage import lineage_data
+from lag_megatron.report.stats.lineage import lineage_data
 from lag_megatron.run.resolved_config import as_journalled
 
 
