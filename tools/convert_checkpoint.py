@@ -86,7 +86,7 @@ def _conversion(options: argparse.Namespace, source: CheckpointSource) -> Conver
 def _tokenizer(file: Path | None) -> TokenizerFile | None:
     if file is None:
         return None
-    from lag_megatron.data.tokenizer import load_tokenizer  # brings Megatron: seconds
+    from lag_megatron.data.datasets.tokenizer import load_tokenizer  # brings Megatron: seconds
 
     return TokenizerFile(file, end_id=load_tokenizer(file).eod)
 

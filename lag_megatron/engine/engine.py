@@ -33,7 +33,7 @@ from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.checkpoint.zero.writer import bytes_of
 from lag_megatron.config import RunConfig
 from lag_megatron.config.deepspeed import deepspeed_config
-from lag_megatron.data.batch import on_device
+from lag_megatron.data.batch import to_device
 from lag_megatron.distributed.world import DeepSpeedGroups, World, topology_of
 from lag_megatron.engine.base_cache import KeptBase
 from lag_megatron.engine.fused_zero_step import use_one_pass
@@ -163,7 +163,7 @@ class Engine:
         freeze = self.config.raptr.update_skipped == "freeze"
         with partial_step(engine, lambda: self.live, slow=slow, path=path, freeze=freeze):
             for batch in batches:
-                sums = loss_sums(engine, on_device(batch, device))
+                sums = loss_sums(engine, to_device(batch, device))
                 engine.backward((sums * weights).sum(), scale_wrt_gas=False)
                 if batch is batches[-1] and not self.config.parallel.zero_stage:
                     norm = gradient_norm(engine.module)  # DeepSpeed reports none without ZeRO
@@ -185,7 +185,7 @@ class Engine:
         device = self.world.device
         sums, labels = [], []
         for parts in batches:
-            losses = [loss_sums(self._engine, on_device(batch, device)).double() for batch in parts]
+            losses = [loss_sums(self._engine, to_device(batch, device)).double() for batch in parts]
             sums.append(torch.stack(losses).sum(0))
             labels += labels_of(parts)
         counts = doubles(labels, device).view(len(sums), -1)

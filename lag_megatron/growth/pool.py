@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lag_megatron.config import GrowthConfig, PoolConfig
-from lag_megatron.config.raptr import Lengths
+from lag_megatron.config import GrowthConfig, PoolConfig, RunConfig
+from lag_megatron.config.schema.raptr import Lengths
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.operators.layer_map import feasible_block_sizes, feasible_indices
 from lag_megatron.growth.plan import GrowthPlan
@@ -44,6 +44,34 @@ class Candidate:
             **({} if self.path_length is None else {"path_length": self.path_length}),
             "digest": plan.digest,
         }
+
+
+def growth_pools(config: RunConfig) -> dict[int, tuple[Candidate, ...]]:
+    """The pool before each stage that grows, by the stage's number.
+
+    Raises:
+        PlanError: if a growth is impossible.
+    """
+    return {
+        stage: growth_pool(config, stage)
+        for stage in range(1, len(config.stages))
+        if config.has_event(stage)
+    }
+
+
+def growth_pool(config: RunConfig, stage: int) -> tuple[Candidate, ...]:
+    """The pool of the growth event before ``stage``.
+
+    Raises:
+        PlanError: if the growth is impossible.
+    """
+    return build_pool(
+        config.growth_before(stage),
+        source_layers=config.layers_of(stage - 1),
+        target_layers=config.layers_of(stage),
+        seed=config.seed,
+        init_std=config.model.init_std,
+    )
 
 
 def build_pool(
