@@ -19,7 +19,7 @@ from lag_megatron.checkpoint.state.box import Shape, collapse
 from lag_megatron.checkpoint.state.layout import Container, State
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.growth.apply.copy_plan import Draw, Move
-from lag_megatron.growth.apply.fill import Filler
+from lag_megatron.growth.apply.fill import GrowthFiller
 from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.weight_init import Constant, fill
 from lag_megatron.kernels.runs import Run
@@ -107,7 +107,9 @@ class KeptBase:
         return cls([there, host] if spare else [host], talks=talks)
 
     @torch.no_grad()
-    def runs(self, growth: GrownState, fill: Filler, targets: Sequence[Target]) -> list[Run] | None:
+    def runs(
+        self, growth: GrownState, fill: GrowthFiller, targets: Sequence[Target]
+    ) -> list[Run] | None:
         """What one launch has to write; values that are drawn are in their places afterwards.
 
         None when the state has to be taken from the shards: at the first growth from a base, when
@@ -134,7 +136,7 @@ class KeptBase:
         self._pages.clear()
         _tell(f"the base of this event is read from its shards for each candidate: {why}.")
 
-    def _read(self, fill: Filler, moves: Sequence[tuple[Region, Move]]) -> bool:
+    def _read(self, fill: GrowthFiller, moves: Sequence[tuple[Region, Move]]) -> bool:
         """Have every page that is needed; whether there was room."""
         missing: dict[tuple[_Buffer, int], Region] = {}
         for region, move in moves:
@@ -168,13 +170,13 @@ class KeptBase:
             _tell(f"{wanted / 2**20:.0f} MiB of this event's base are kept in {store.name}.")
         return store
 
-    def _length(self, fill: Filler, region: Region, buffer: _Buffer, number: int) -> int:
+    def _length(self, fill: GrowthFiller, region: Region, buffer: _Buffer, number: int) -> int:
         """Elements of a page: fewer where its buffer ends."""
         source, _ = fill.sides(trained=True, state=region.state)
         return min(self._page, source.layout.filled[buffer.container] - number * self._page)
 
     def _filled(
-        self, page: Tensor, fill: Filler, region: Region, buffer: _Buffer, number: int
+        self, page: Tensor, fill: GrowthFiller, region: Region, buffer: _Buffer, number: int
     ) -> Tensor:
         """A page with its values."""
         there = fill.elements(region, buffer.tensor_rank, buffer.container)
