@@ -67,7 +67,7 @@ class World:
         return self.rank == 0
 
     @property
-    def place(self) -> Rank:
+    def coords(self) -> Rank:
         """This process's tensor-parallel and data-parallel rank."""
         return {"tensor_rank": self.tensor_rank, "data_rank": self.data_rank}
 
@@ -97,7 +97,7 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def from_coordinator(self, make: Callable[[], T]) -> T:
+    def run_on_rank0(self, make: Callable[[], T]) -> T:
         """What the coordinator makes, on every rank; what it raises is raised on every rank.
 
         Raises:
@@ -107,7 +107,7 @@ class World:
         outcome = _attempt(make) if self.is_coordinator else None
         return self._value(self.broadcast(outcome), rank=0)
 
-    def from_each(self, make: Callable[[], T]) -> list[T]:
+    def run_on_all_ranks(self, make: Callable[[], T]) -> list[T]:
         """What each rank makes, by rank, on every rank.
 
         Raises:

@@ -121,7 +121,7 @@ class Engine:
     @property
     def live(self) -> LiveState:
         """The tensors that hold this rank's part of the state."""
-        return LiveState(self._engine, self.layout, self.topology, self.world.place)
+        return LiveState(self._engine, self.layout, self.topology, self.world.coords)
 
     def destroy(self) -> None:
         """Free the model and its optimizer, so that a larger one can take their place."""
@@ -211,7 +211,7 @@ class Engine:
                 other shapes; DeepSpeed itself would load all that without a word.
         """
         # Together: a rank that refused alone would leave the others waiting inside DeepSpeed.
-        kept = self.world.from_each(lambda: self._require_fit(checkpoint))
+        kept = self.world.run_on_all_ranks(lambda: self._require_fit(checkpoint))
         if not all(kept):
             growth = resharding(ZeroCheckpoint.open(checkpoint), self.topology)
             self.grow_from(growth)
@@ -235,8 +235,8 @@ class Engine:
             PlanError: if the growth ends at another topology.
         """
         live = self.live
-        self.world.from_each(lambda: live.require(growth))
-        written = self.world.from_each(lambda: live.overwrite(growth, base))
+        self.world.run_on_all_ranks(lambda: live.require(growth))
+        written = self.world.run_on_all_ranks(lambda: live.overwrite(growth, base))
         live.refresh(written=written[self.world.rank])
         self._remember(growth.client_state)
 
@@ -273,7 +273,7 @@ class Engine:
             found = source.parameter_groups(world.tensor_rank)
             require_same_parameters(checkpoint, found, self.parameter_groups())
             require_same_optimizer(checkpoint, source.layout, self.layout)
-            mine = files_of_rank(self.topology, **world.place)
+            mine = files_of_rank(self.topology, **world.coords)
         else:
             self.live.require(resharding(source, self.topology))
             mine = files_of(source.topology)[world.rank :: world.size]

@@ -60,18 +60,18 @@ def save_engine(
         manifest.require_space(path.parent, needed=engine.bytes_on_disk, what="a checkpoint")
         return True
 
-    if not world.from_coordinator(prepare):
+    if not world.run_on_rank0(prepare):
         return
     state = _client_state(config, step=step, tokens=tokens, history=history)
     if growth is None:
-        world.from_each(lambda: _written(engine, draft, state))
-        parts = world.from_each(lambda: _sealed(world, draft, engine.topology))
+        world.run_on_all_ranks(lambda: _written(engine, draft, state))
+        parts = world.run_on_all_ranks(lambda: _sealed(world, draft, engine.topology))
     else:
-        world.from_coordinator(lambda: draft.mkdir())
-        parts = world.from_each(lambda: _written_live(engine, draft, growth, state, average))
+        world.run_on_rank0(lambda: draft.mkdir())
+        parts = world.run_on_all_ranks(lambda: _written_live(engine, draft, growth, state, average))
     files = {name: entry for part in parts for name, entry in part.items()}
     about = {"step": step, "growth_history": list(history), "versions": VERSIONS}
-    world.from_coordinator(lambda: manifest.publish(path, files=files, about=about))
+    world.run_on_rank0(lambda: manifest.publish(path, files=files, about=about))
 
 
 def _written_live(
@@ -116,5 +116,5 @@ def _written(engine: Engine, draft: Path, state: Mapping[str, Any]) -> None:
 
 def _sealed(world: World, folder: Path, topology: Topology) -> dict[str, Any]:
     """Manifest entries of this rank's files; it hashes its own, which others may not see yet."""
-    mine = files_of_rank(topology, **world.place)
+    mine = files_of_rank(topology, **world.coords)
     return {name: manifest.seal(folder / name) for name in mine}

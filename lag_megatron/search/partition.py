@@ -29,7 +29,7 @@ def count_groups(job: Job, world: World, event: Event) -> int:
     from the start, and whose ranks can hold the state: ZeRO spreads it over a group alone.  A
     given number is at most what leaves none idle.
     """
-    return world.from_coordinator(lambda: _count(job, world, event))
+    return world.run_on_rank0(lambda: _count(job, world, event))
 
 
 def _count(job: Job, world: World, event: Event) -> int:

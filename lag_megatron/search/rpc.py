@@ -242,7 +242,7 @@ def desk_of(
             desks.append(_Far(line, flag))
 
     try:
-        world.from_each(connect)  # rank 0 listens until the last one has come
+        world.run_on_all_ranks(connect)  # rank 0 listens until the last one has come
         yield desks[0] if desks else None
     except Stopped:
         if counter and counter.failure:

@@ -33,20 +33,20 @@ def search(world: World, group: ProbeGroup, recorder: Recorder) -> Path:
         CheckpointError: when the base is damaged or the disk too small.
     """
     event = group.event
-    world.from_each(lambda: _require_sound_base(world, event.base))
+    world.run_on_all_ranks(lambda: _require_sound_base(world, event.base))
     made: list[Coordinator] = []
-    world.from_coordinator(lambda: made.append(_coordinator(group, recorder)))
+    world.run_on_rank0(lambda: made.append(_coordinator(group, recorder)))
     coordinator = made[0] if made else None
     with desk_of(world, group.world, coordinator, group.job.stop) as desk:
         _work(group, desk)
-    return world.from_coordinator(lambda: _conclude(recorder, made[0]))
+    return world.run_on_rank0(lambda: _conclude(recorder, made[0]))
 
 
 def _work(group: ProbeGroup, desk: Desk | None) -> None:
     """Take turns until there are none; ``desk`` is the leader's."""
     world = group.world
     while True:
-        turn = world.from_coordinator(lambda: _leader(desk).ask(group.holds))
+        turn = world.run_on_rank0(lambda: _leader(desk).ask(group.holds))
         if turn.stop:
             raise Stopped(turn.stop)
         if turn.candidate is None:
@@ -60,11 +60,11 @@ def _work(group: ProbeGroup, desk: Desk | None) -> None:
 
 
 def _record(world: World, desk: Desk | None, progress: Progress) -> None:
-    world.from_coordinator(lambda: _leader(desk).record(progress))
+    world.run_on_rank0(lambda: _leader(desk).record(progress))
 
 
 def _stop(world: World, desk: Desk | None, reason: str) -> None:
-    world.from_coordinator(lambda: _leader(desk).stop(reason))
+    world.run_on_rank0(lambda: _leader(desk).stop(reason))
 
 
 def _leader(desk: Desk | None) -> Desk:

@@ -97,16 +97,16 @@ class ProbeGroup:
                 candidate=turn.candidate,
                 rung=turn.rung,
                 steps=held.steps,
-                evaluations=tuple(self.world.from_coordinator(folder.curve)),
+                evaluations=tuple(self.world.run_on_rank0(folder.curve)),
                 trained=tuple(trained),
                 failure=failure,
             )
             state = None
             if failure:
                 self._held = None  # its state is of no use
-            elif self.world.from_coordinator(lambda: may_win(progress)):
+            elif self.world.run_on_rank0(lambda: may_win(progress)):
                 state = self._save(held, folder)
-        self.world.from_coordinator(folder.flush)
+        self.world.run_on_rank0(folder.flush)
         name = state.name if state else None
         return replace(progress, state=name, seconds=time.perf_counter() - started)
 
@@ -122,9 +122,7 @@ class ProbeGroup:
         if held is not None and (held.index, held.steps) == (turn.candidate, turn.trained):
             return held
         self._held = None
-        steps = self.world.from_coordinator(
-            lambda: folder.resume(rung=turn.rung, usable=self._usable)
-        )
+        steps = self.world.run_on_rank0(lambda: folder.resume(rung=turn.rung, usable=self._usable))
         growth = self._growth(candidate, folder.state_at(steps) if steps else None)
         self.engine.grow_from(growth, None if steps else self._base)
         average = WeightAverage(self.engine.live) if self._averages else None
@@ -155,7 +153,8 @@ class ProbeGroup:
             require_sound(state, names[self.world.rank :: self.world.size])
             opened.append(resharding(ZeroCheckpoint.open(state), self.engine.topology))
 
-        self.world.from_each(open_source)  # a rank that failed alone would leave the others waiting
+        # A rank that failed alone would leave the others waiting.
+        self.world.run_on_all_ranks(open_source)
         return opened[0]
 
     @property
@@ -169,7 +168,7 @@ class ProbeGroup:
     ) -> tuple[list[MetricRow], str]:
         """The metrics of the steps taken and the reason of a failure."""
         trained: list[MetricRow] = []
-        known = {row["step"] for row in self.world.from_coordinator(folder.curve)}
+        known = {row["step"] for row in self.world.run_on_rank0(folder.curve)}
         for point in (step for step in self.event.evaluations if step <= rung):
             while held.steps < point:
                 row, failure = self._step(held, folder)
@@ -227,7 +226,7 @@ class ProbeGroup:
         """Save the state and forget the candidate's earlier ones."""
         state, world = folder.state_at(held.steps), self.world
         step = self.event.base_step + held.steps
-        world.from_coordinator(folder.flush)
+        world.run_on_rank0(folder.flush)
         save_engine(
             self.engine,
             state,
@@ -237,7 +236,7 @@ class ProbeGroup:
             growth=held.growth,
             average=held.average,
         )
-        world.from_coordinator(lambda: folder.keep_only(state))
+        world.run_on_rank0(lambda: folder.keep_only(state))
         return state
 
     # Limits

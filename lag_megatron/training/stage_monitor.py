@@ -77,7 +77,7 @@ class Meter:
         tau = self.job.config.stages[stage].until_slope
         if tau is None:
             return None
-        return self.world.from_coordinator(lambda: self._flattened(stage, tau))
+        return self.world.run_on_rank0(lambda: self._flattened(stage, tau))
 
     def _flattened(self, stage: int, tau: float) -> float | None:
         config = self.job.config

@@ -53,7 +53,7 @@ def train(request: Request) -> None:
     world = start_world(tensor=config.parallel.tensor, timeout=config.parallel.timeout)
     run = RunDirectory(request.run_dir.resolve())
     with contextlib.ExitStack() as held:
-        finished = world.from_coordinator(lambda: _take(run, request, held))
+        finished = world.run_on_rank0(lambda: _take(run, request, held))
         if not finished:
             _require_shared(world, run)
             _train(world, run, request, stop)
@@ -90,7 +90,7 @@ def _require_shared(world: World, run: RunDirectory) -> None:
                 "directory on a file system that all hosts share."
             )
 
-    world.from_each(look)
+    world.run_on_all_ranks(look)
 
 
 def _train(world: World, run: RunDirectory, request: Request, stop: StopFlag) -> None:
@@ -98,14 +98,14 @@ def _train(world: World, run: RunDirectory, request: Request, stop: StopFlag) ->
     console = Console()
     if world.is_coordinator:
         console.say(_introduction(run, config, world))
-    data = world.from_coordinator(lambda: prepare_data(config.data, cache_dir=run.data_cache))
-    world.from_each(lambda: open_prepared(data.folder))
-    vocab_size = world.from_coordinator(lambda: _vocab_size(config, data))
-    begun = world.from_coordinator(lambda: as_journalled(config, Journal(run.journal).events))
+    data = world.run_on_rank0(lambda: prepare_data(config.data, cache_dir=run.data_cache))
+    world.run_on_all_ranks(lambda: open_prepared(data.folder))
+    vocab_size = world.run_on_rank0(lambda: _vocab_size(config, data))
+    begun = world.run_on_rank0(lambda: as_journalled(config, Journal(run.journal).events))
     # On a CPU a thread would take its time from the training.
     feed = Feed(data, config, world, ahead=world.device.type == "cuda")
     job = Job(begun, run, feed, stop, vocab_size)
-    world.from_coordinator(lambda: _note_facts(world, run, config, data, vocab_size))
+    world.run_on_rank0(lambda: _note_facts(world, run, config, data, vocab_size))
     books = _books(world, run, config, data, console) if world.is_coordinator else None
     recorder = Recorder(books)
     try:

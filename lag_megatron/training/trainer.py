@@ -55,13 +55,13 @@ class Trainer:
             Stopped: when asked to stop; everything needed to go on is saved.
             LagError: for a mistake of the user or the machine.
         """
-        position = self.world.from_coordinator(self._find_position)
-        self.world.from_coordinator(lambda: self._resume_metrics(position))
+        position = self.world.run_on_rank0(self._find_position)
+        self.world.run_on_rank0(lambda: self._resume_metrics(position))
         for stage in range(position.stage, len(self.config.stages)):
             if stage > position.stage:
                 position = Position(stage, self._next_start(stage))
             self._train_stage(position)
-        loss = self.world.from_coordinator(self._meter.last_validation_loss)
+        loss = self.world.run_on_rank0(self._meter.last_validation_loss)
         self.recorder.happened("run_finished", once={}, step=self.config.total_steps, val_loss=loss)
 
     def _take(self, job: Job) -> None:
@@ -124,9 +124,7 @@ class Trainer:
         event = self._event(stage, base)
         state = self._search(event)
         self._take_findings()
-        self.world.from_coordinator(
-            lambda: show_event(self.recorder.books.wandb, self.job.run, event)
-        )
+        self.world.run_on_rank0(lambda: show_event(self.recorder.books.wandb, self.job.run, event))
         return state
 
     def _search(self, event: Event) -> Path:
@@ -152,7 +150,7 @@ class Trainer:
         if position.checkpoint != self._tag(stage, end):
             engine = self._engine_of(stage, position.checkpoint)
             origin = position.checkpoint or self.config.checkpoint.initial
-            history = self.world.from_coordinator(
+            history = self.world.run_on_rank0(
                 lambda: [] if origin is None else growth_history(Path(origin))
             )
             if position.step == 0:
@@ -163,7 +161,7 @@ class Trainer:
             end = self._ranges[stage].stop
             # Where the lag is as long as the stage, its end is the winner's probe state.
             self._save(engine, stage, end, history)
-        loss = self.world.from_coordinator(self._meter.last_validation_loss)
+        loss = self.world.run_on_rank0(self._meter.last_validation_loss)
         facts: dict[str, Any] = {"val_loss": loss}
         if sources := self.job.feed.tokens_by_source(end):
             facts["tokens_by_source"] = sources
@@ -198,7 +196,7 @@ class Trainer:
 
     def _take_findings(self) -> None:
         """Go on by what the journal says that the run found out."""
-        config = self.world.from_coordinator(
+        config = self.world.run_on_rank0(
             lambda: as_journalled(self.config, self.recorder.books.journal.events)
         )
         self._take(replace(self.job, config=config))
@@ -234,7 +232,7 @@ class Trainer:
         self.recorder.about_to_save()
         tokens = step * tokens_per_step(self.config)
         save_engine(engine, path, step=step, tokens=tokens, history=history)
-        self.world.from_coordinator(lambda: self._saved(path, stage, step))
+        self.world.run_on_rank0(lambda: self._saved(path, stage, step))
 
     def _saved(self, path: Path, stage: int, step: int) -> None:
         manifest.point_latest(path)
@@ -259,7 +257,7 @@ class Trainer:
             number=stage,
             base=base,
             base_step=self._ranges[stage].start,
-            base_val_loss=self.world.from_coordinator(self._meter.last_validation_loss),
+            base_val_loss=self.world.run_on_rank0(self._meter.last_validation_loss),
             source_layers=source,
             target_layers=target,
             stage_steps=len(self._ranges[stage]),

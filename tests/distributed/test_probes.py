@@ -270,7 +270,7 @@ def whose_word(count):
     world = start_world(tensor=1)
     part = split_world(world, count, timeout=60)
     try:
-        part.from_coordinator(fail)
+        part.run_on_rank0(fail)
     except LagError as error:
         told = error.on_all_ranks
     stop_world()

@@ -84,7 +84,7 @@ def test_a_frozen_rank_ends_those_that_wait_for_its_messages(capfd):
 
 def _busy(seconds):
     world = _start(limit=1)
-    return world.from_coordinator(lambda: time.sleep(seconds) or "done")
+    return world.run_on_rank0(lambda: time.sleep(seconds) or "done")
 
 
 def test_ranks_wait_as_long_as_the_coordinator_works():
