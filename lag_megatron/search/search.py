@@ -14,7 +14,7 @@ from lag_megatron.run.signals import Stopped
 from lag_megatron.search.candidates import Entry
 from lag_megatron.search.coordinator import Coordinator
 from lag_megatron.search.event import Event, Progress
-from lag_megatron.search.rpc import Desk, desk_of
+from lag_megatron.search.rpc import CoordinatorClient, connect
 from lag_megatron.search.worker import ProbeGroup
 from lag_megatron.selection import least_disturbed
 
@@ -37,39 +37,39 @@ def search(world: World, group: ProbeGroup, recorder: Recorder) -> Path:
     made: list[Coordinator] = []
     world.run_on_rank0(lambda: made.append(_coordinator(group, recorder)))
     coordinator = made[0] if made else None
-    with desk_of(world, group.world, coordinator, group.job.stop) as desk:
-        _work(group, desk)
+    with connect(world, group.world, coordinator, group.job.stop) as client:
+        _work(group, client)
     return world.run_on_rank0(lambda: _conclude(recorder, made[0]))
 
 
-def _work(group: ProbeGroup, desk: Desk | None) -> None:
-    """Take turns until there are none; ``desk`` is the leader's."""
+def _work(group: ProbeGroup, client: CoordinatorClient | None) -> None:
+    """Take turns until there are none; ``client`` is the leader's."""
     world = group.world
     while True:
-        turn = world.run_on_rank0(lambda: _leader(desk).ask(group.holds))
+        turn = world.run_on_rank0(lambda: _leader(client).ask(group.holds))
         if turn.stop:
             raise Stopped(turn.stop)
         if turn.candidate is None:
             return
         try:
-            progress = group.advance(turn, lambda progress: _leader(desk).may_win(progress))
+            progress = group.advance(turn, lambda progress: _leader(client).may_win(progress))
         except Stopped as reason:
-            _stop(world, desk, str(reason))
+            _stop(world, client, str(reason))
             raise
-        _record(world, desk, progress)
+        _record(world, client, progress)
 
 
-def _record(world: World, desk: Desk | None, progress: Progress) -> None:
-    world.run_on_rank0(lambda: _leader(desk).record(progress))
+def _record(world: World, client: CoordinatorClient | None, progress: Progress) -> None:
+    world.run_on_rank0(lambda: _leader(client).record(progress))
 
 
-def _stop(world: World, desk: Desk | None, reason: str) -> None:
-    world.run_on_rank0(lambda: _leader(desk).stop(reason))
+def _stop(world: World, client: CoordinatorClient | None, reason: str) -> None:
+    world.run_on_rank0(lambda: _leader(client).stop(reason))
 
 
-def _leader(desk: Desk | None) -> Desk:
-    assert desk is not None, "only a group's leader talks to the coordinator"
-    return desk
+def _leader(client: CoordinatorClient | None) -> CoordinatorClient:
+    assert client is not None, "only a group's leader talks to the coordinator"
+    return client
 
 
 def _require_sound_base(world: World, base: Path) -> None:

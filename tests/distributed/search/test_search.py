@@ -226,26 +226,26 @@ def test_a_group_that_dies_stops_the_others_and_the_run_goes_on(dead, tiny, tmp_
 
 
 def interrupted_conclusion():
-    """Rank 0 ends before the decision; somebody knocks at the coordinator's port."""
+    """Rank 0 ends before the decision; strangers connect to its ports before each client does."""
     import socket
 
-    from lag_megatron.search import rpc
+    from lag_megatron.distributed import channel
     from lag_megatron.search.coordinator import Coordinator
 
     def announce(self, decision):
         raise LagError("end here")
 
     Coordinator.announce = announce
-    honest = rpc._connected
+    honest = channel.connect
 
-    def connected(port, secret, group):
+    def connect(port, secret, **options):
         address = os.environ["MASTER_ADDR"], port
         socket.create_connection(address).close()
-        with socket.create_connection(address) as stranger:
+        with socket.create_connection(address) as stranger, socket.create_connection(address):
             stranger.sendall(b"\0" * 100)
-            return honest(port, secret, group)
+            return honest(port, secret, **options)
 
-    rpc._connected = connected
+    channel.connect = connect
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ class Ranks:
 @pytest.fixture
 def ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeat, "_GRACE_SECONDS", 0.5)
-    monkeypatch.setattr(heartbeat, "_LEAVING_SECONDS", 2.0)
+    monkeypatch.setattr(heartbeat, "_EARLY_EXIT_SECONDS", 2.0)
     group = Ranks(tmp_path, LIMIT)
     yield group
     group.close()
