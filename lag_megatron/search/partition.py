@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from lag_megatron.distributed.world import CONTROL_TIMEOUT, World, local_ranks
+from lag_megatron.distributed.world import CONTROL_TIMEOUT, World, local_world_size
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.training_context import Job
 from lag_megatron.planning.cost import parameter_count, state_bytes_per_parameter
@@ -119,4 +119,4 @@ def _memory_of_rank(world: World) -> int:
     """Bytes of this rank's device, or its share of the host's memory."""
     if world.device.type == "cuda":
         return int(torch.cuda.get_device_properties(world.device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_ranks(world.size)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world_size(world.size)

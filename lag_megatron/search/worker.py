@@ -16,7 +16,7 @@ from lag_megatron.checkpoint.storage.integrity import require_sound
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig
 from lag_megatron.distributed.watchdog import watched
-from lag_megatron.distributed.world import World, local_ranks
+from lag_megatron.distributed.world import World, local_world_size
 from lag_megatron.engine.base_cache import KeptBase
 from lag_megatron.engine.ema import WeightAverage, fits
 from lag_megatron.engine.engine import Engine
@@ -59,7 +59,8 @@ class ProbeGroup:
         self.job, self.engine, self.event, self.count = job, engine, event, count
         self._held: _Held | None = None
         world, talks = engine.world, engine.world.is_coordinator
-        ranks, spare = local_ranks(world.size), not job.config.has_paths  # later ones may be longer
+        ranks = local_world_size(world.size)
+        spare = not job.config.has_paths  # later ones may be longer
         self._base = KeptBase.on(world.device, local_ranks=ranks, talks=talks, spare=spare)
         self._fits = False  # a step of this engine has not run out of memory
 
