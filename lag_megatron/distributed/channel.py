@@ -10,7 +10,7 @@ of them calls `connect`.  What goes over a connection:
 A client without the secret costs the server one thread for at most 30 s and 32 bytes that it reads.
 Messages are bytes; nothing is pickled.
 
-Why this is no library's: `torch.distributed.TCPStore` was examined.  It does not tell a client that
+Why no library is used: `torch.distributed.TCPStore` was examined.  It does not tell a client that
 another one has died, its calls have no time limit against a rank 0 that is frozen, it has no
 authentication, and it cannot push a message to a client.
 """
