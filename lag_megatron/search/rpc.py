@@ -24,7 +24,7 @@ from lag_megatron.distributed.world import World
 from lag_megatron.errors import RunError
 from lag_megatron.run.signals import StopFlag, Stopped
 from lag_megatron.search.coordinator import Coordinator
-from lag_megatron.search.event import Progress, Turn
+from lag_megatron.search.event import Assignment, ProbeResult
 
 _POLL_SECONDS = 0.5
 
@@ -32,14 +32,14 @@ _POLL_SECONDS = 0.5
 class CoordinatorClient(Protocol):
     """What a group's leader asks of the coordinator."""
 
-    def ask(self, holds: int | None) -> Turn:
-        """The next turn."""
+    def ask(self, loaded_candidate: int | None) -> Assignment:
+        """The next assignment."""
 
-    def may_win(self, progress: Progress) -> bool:
-        """Whether a state has to be saved."""
+    def needs_checkpoint(self, result: ProbeResult) -> bool:
+        """Whether the state of the candidate has to be saved."""
 
-    def record(self, progress: Progress) -> None:
-        """Write down how far a candidate has come."""
+    def record(self, result: ProbeResult) -> None:
+        """Write a result to the journal."""
 
     def stop(self, reason: str) -> None:
         """End all groups."""
@@ -51,17 +51,17 @@ class LocalClient:
     def __init__(self, coordinator: Coordinator, flag: StopFlag) -> None:
         self._coordinator, self._flag = coordinator, flag
 
-    def ask(self, holds: int | None) -> Turn:
-        """The next turn."""
-        return self._coordinator.ask(0, holds, stopped=lambda: _reason(self._flag))
+    def ask(self, loaded_candidate: int | None) -> Assignment:
+        """The next assignment."""
+        return self._coordinator.ask(0, loaded_candidate, stopped=lambda: _reason(self._flag))
 
-    def may_win(self, progress: Progress) -> bool:
-        """Whether a state has to be saved."""
-        return self._coordinator.may_win(progress)
+    def needs_checkpoint(self, result: ProbeResult) -> bool:
+        """Whether the state of the candidate has to be saved."""
+        return self._coordinator.needs_checkpoint(result)
 
-    def record(self, progress: Progress) -> None:
-        """Write down how far a candidate has come."""
-        self._coordinator.record(0, progress)
+    def record(self, result: ProbeResult) -> None:
+        """Write a result to the journal."""
+        self._coordinator.record(0, result)
 
     def stop(self, reason: str) -> None:
         """End all groups."""
@@ -83,17 +83,17 @@ class RemoteClient:
         self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         threading.Thread(target=self._receive, daemon=True, name="coordinator client").start()
 
-    def ask(self, holds: int | None) -> Turn:
-        """The next turn."""
-        return Turn(**self._call("ask", holds))
+    def ask(self, loaded_candidate: int | None) -> Assignment:
+        """The next assignment."""
+        return Assignment(**self._call("ask", loaded_candidate))
 
-    def may_win(self, progress: Progress) -> bool:
-        """Whether a state has to be saved."""
-        return bool(self._call("may_win", asdict(progress)))
+    def needs_checkpoint(self, result: ProbeResult) -> bool:
+        """Whether the state of the candidate has to be saved."""
+        return bool(self._call("needs_checkpoint", asdict(result)))
 
-    def record(self, progress: Progress) -> None:
-        """Write down how far a candidate has come."""
-        self._call("record", asdict(progress))
+    def record(self, result: ProbeResult) -> None:
+        """Write a result to the journal."""
+        self._call("record", asdict(result))
 
     def stop(self, reason: str) -> None:
         """End all groups."""
@@ -197,12 +197,12 @@ class CoordinatorServer:
         coordinator, argument = self._coordinator, message["argument"]
         match message["call"]:
             case "ask":
-                turn = coordinator.ask(group, argument, stopped=signalled)
-                return asdict(turn), turn.candidate is None
-            case "may_win":
-                return coordinator.may_win(_progress(argument)), False
+                assignment = coordinator.ask(group, argument, stopped=signalled)
+                return asdict(assignment), assignment.candidate is None
+            case "needs_checkpoint":
+                return coordinator.needs_checkpoint(_probe_result(argument)), False
             case "record":
-                coordinator.record(group, _progress(argument))
+                coordinator.record(group, _probe_result(argument))
                 return None, False
             case "stop":
                 coordinator.stop(argument)
@@ -256,10 +256,10 @@ def _send(connection: Channel, message: dict[str, Any]) -> None:
     connection.send(json.dumps(message).encode())
 
 
-def _progress(fields: dict[str, Any]) -> Progress:
-    """From JSON, which has no tuples."""
-    lines = {name: tuple(fields[name]) for name in ("evaluations", "trained")}
-    return Progress(**fields | lines)
+def _probe_result(fields: dict[str, Any]) -> ProbeResult:
+    """From JSON, which has lists where the dataclass has tuples."""
+    tuples: dict[str, Any] = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+    return ProbeResult(**fields | tuples)
 
 
 def _gone(group: int) -> str:

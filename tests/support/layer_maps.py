@@ -1,6 +1,10 @@
 """What the tests of layer maps and plans share: every map of LAG's space up to a depth."""
 
-from lag_megatron.growth.layer_map import feasible_block_sizes, feasible_indices, lag_layer_map
+from lag_megatron.growth.operators.layer_map import (
+    feasible_block_sizes,
+    feasible_indices,
+    lag_layer_map,
+)
 
 MAX_DEPTH = 8
 EVERY_LAG = [

@@ -14,7 +14,7 @@ from families import family_batches, family_config
 from full_state import read_full
 
 from lag_megatron.checkpoint.state.param_names import LAYER
-from lag_megatron.config.raptr import RaptrConfig
+from lag_megatron.config.schema.raptr import RaptrConfig
 from lag_megatron.planning.random_paths import path_at
 
 LAYERS, STEPS, LR = 5, 5, 1e-2

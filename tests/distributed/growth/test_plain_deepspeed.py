@@ -27,10 +27,11 @@ from plain_program import (
     train_and_save,
 )
 
+from lag_megatron.checkpoint.open import open_checkpoint
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError
-from lag_megatron.growth.apply.conversion import Conversion, open_source
+from lag_megatron.growth.apply.conversion import Conversion
 from lag_megatron.growth.plan import GrowthPlan
 
 KEEP4 = GrowthPlan(operator="identity", source_layers=4, target_layers=4)
@@ -212,11 +213,11 @@ def test_nothing_is_lost_through_universal(at, sources, tmp_path):
     ways = [("universal", "u"), ("zero", "z")]
     here = source
     for form, name in ways:
-        opened = open_source(here)
+        opened = open_checkpoint(here)
         topology = ZeroCheckpoint.open(source).topology
         conversion = Conversion(source=opened, to=form, topology=topology)
         here = conversion.place(tmp_path / name)
-        write(conversion.order(here))
+        write(conversion.job(here))
     before, after = at.read(source), at.read(here)
     assert after[1] == before[1]
     assert differences(after[0], before[0]) == []

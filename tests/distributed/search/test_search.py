@@ -112,9 +112,9 @@ def at_step(step, times, action):
     """A fault: the ``times``-th time that this process takes step ``step`` of stage 1."""
 
     def fault():
-        from lag_megatron.engine.training_context import Job
+        from lag_megatron.training.training_context import TrainingContext
 
-        honest, seen = Job.step, []
+        honest, seen = TrainingContext.step, []
 
         def take(self, engine, number, *, stage):
             if stage == 1 and number == step:
@@ -123,7 +123,7 @@ def at_step(step, times, action):
                     action(self)
             return honest(self, engine, number, stage=stage)
 
-        Job.step = take
+        TrainingContext.step = take
 
     return fault
 
@@ -136,9 +136,9 @@ def test_a_stop_in_a_probe_loses_no_step(groups, value, tiny, tmp_path):
     split.append("checkpoint.interval=100")
     run_ranks(train, 2, tiny, tmp_path / "undisturbed", split)
 
-    def stop(job):
+    def stop(context):
         if os.environ["RANK"] == "0":
-            job.stop.ask("as by SIGTERM")
+            context.stop.ask("as by SIGTERM")
 
     run_dir = tmp_path / "stopped"
     for step, times in ((12, 3 - groups), (16, 1)):
@@ -153,7 +153,7 @@ def test_a_stop_in_a_probe_loses_no_step(groups, value, tiny, tmp_path):
 
 
 def test_out_of_memory_costs_the_candidate_and_not_the_event(tiny, tmp_path):
-    def exhausted(job):
+    def exhausted(context):
         if os.environ["RANK"] == "1":
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 20 GiB")
 
@@ -168,7 +168,7 @@ def test_out_of_memory_costs_the_candidate_and_not_the_event(tiny, tmp_path):
 
 
 def test_a_hung_rank_ends_with_all_stacks_and_at_last_costs_the_candidate(tiny, tmp_path, capfd):
-    def hang(job):
+    def hang(context):
         if os.environ["RANK"] == "1":
             time.sleep(600)
 
@@ -211,7 +211,7 @@ def test_a_disk_that_fills_up_in_one_group_ends_the_run_and_damages_nothing(tiny
 def test_a_group_that_dies_stops_the_others_and_the_run_goes_on(dead, tiny, tmp_path):
     split, run_dir = [*CALM, *HALVING, "growth.probe_groups=2"], tmp_path / "run"
 
-    def die(job):
+    def die(context):
         if os.environ["RANK"] == dead:
             os._exit(9)
 
@@ -288,8 +288,8 @@ def test_averages_of_another_topology_are_begun_again(tiny, tmp_path):
     run_ranks(train, 2, tiny, tmp_path / "undisturbed", split)
     run_dir = tmp_path / "run"
 
-    def stop(job):
-        job.stop.ask("as by SIGTERM")
+    def stop(context):
+        context.stop.ask("as by SIGTERM")
 
     run_ranks(train, 2, tiny, run_dir, split, "auto", at_step(16, 1, stop))
     run_ranks(train, 2, tiny, run_dir, [*split, "parallel.zero_stage=3"])

@@ -22,16 +22,16 @@ def killed_at(step_to_die):
     """Rank 0 dies, as by kill -9, before that step."""
 
     def fault():
-        from lag_megatron.engine.training_context import Job
+        from lag_megatron.training.training_context import TrainingContext
 
-        honest = Job.step
+        honest = TrainingContext.step
 
         def step(self, engine, step, *, stage):
             if step == step_to_die and os.environ["RANK"] == "0":
                 os.kill(os.getpid(), signal.SIGKILL)
             return honest(self, engine, step, stage=stage)
 
-        Job.step = step
+        TrainingContext.step = step
 
     return fault
 

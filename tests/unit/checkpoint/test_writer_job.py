@@ -8,14 +8,14 @@ import pytest
 
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer import job
-from lag_megatron.checkpoint.writer.job import Order, Part
+from lag_megatron.checkpoint.writer.job import Part, WriteJob
 
 
-def order(target, works):
-    return Order(
+def job_of(target, works):
+    return WriteJob(
         target=target,
         parts=[Part(name, work) for name, work in works.items()],
-        about={},
+        metadata={},
         needed=0,
         what="the test",
         check=lambda: None,
@@ -68,26 +68,26 @@ def test_neither_parts_nor_their_flushes_are_waited_for_one_by_one(tmp_path, mon
         flush(path)
         flushed.append(path.name)
 
-    def write(folder, crew):
+    def write(folder, context):
         (folder / "inner").mkdir()
         (folder / "inner" / "file").write_text("content")
-        crew.flush(folder / "inner" / "file")
+        context.flush(folder / "inner" / "file")
         return {"inner/file": {"size": 7}}
 
     monkeypatch.setattr(Future, "result", watched)
     monkeypatch.setattr(job, "flush_to_disk", slow)
-    assert job.write(order(tmp_path / "step3", {"only": write}))
+    assert job.write(job_of(tmp_path / "step3", {"only": write}))
     assert flushed == ["file", "inner"]
 
 
 def test_a_key_before_all_parts_have_begun_ends_those_that_have(tmp_path, monkeypatch):
     begun, ended = threading.Event(), []
 
-    def write(folder, crew):
+    def write(folder, context):
         begun.set()
         try:
             for _ in range(600):
-                crew.told(1)
+                context.progress(1)
                 time.sleep(0.05)
         except job._Abandoned:
             ended.append(True)
@@ -105,7 +105,7 @@ def test_a_key_before_all_parts_have_begun_ends_those_that_have(tmp_path, monkey
     monkeypatch.setattr(job, "ThreadPoolExecutor", Interrupted)
     target = tmp_path / "step3"
     with pytest.raises(KeyboardInterrupt):
-        job.write(order(target, {"first": write, "second": write}), workers=2)
+        job.write(job_of(target, {"first": write, "second": write}), workers=2)
     assert ended == [True]
     assert not target.exists()
     assert manifest.temporary(target).is_dir()  # the same call goes on from it

@@ -8,10 +8,10 @@ import pytest
 from converting import convert, copy_llama, refused, save_families
 
 from lag_megatron.checkpoint import open
+from lag_megatron.checkpoint.open import open_checkpoint
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.storage.integrity import Look
+from lag_megatron.checkpoint.storage.integrity import VerifyScope
 from lag_megatron.errors import CheckpointError
-from lag_megatron.growth.apply.conversion import open_source
 
 families = pytest.fixture(save_families, scope="module")
 folder = pytest.fixture(copy_llama)
@@ -33,9 +33,9 @@ def test_verify_finds_one_bit(form, families, tmp_path, capsys):
     target.write_bytes(data)
     capsys.readouterr()
     assert convert(source, tmp_path / "out", "--to", form, "--verify") == 1
-    told = capsys.readouterr().out
-    assert f"{target.name}: content differs from its checksum" in told
-    assert "elements differ" in told
+    messages = capsys.readouterr().out
+    assert f"{target.name}: content differs from its checksum" in messages
+    assert "elements differ" in messages
 
 
 def holds_values(path):
@@ -128,17 +128,17 @@ def test_a_manifest_that_does_not_cover_what_is_read(known, resharded, tmp_path,
 def test_ranks_share_the_looking(form, checkpoint, tmp_path):
     """Of three ranks one finds a damage; together they look at every file."""
     assert convert(checkpoint, tmp_path / "out", "--to", form, "--world-size", 2) == 0
-    tag = open.resolve(tmp_path / "out")
+    tag = open.resolve_checkpoint(tmp_path / "out")
     for name in sorted(manifest.read_manifest(tag)["files"]):
         if (tag / name).suffix not in (".pt", ".distcp", ".safetensors"):
             continue
-        source, told = open_source(tag), []
+        source, messages = open_checkpoint(tag), []
         flip(tag / name, (tag / name).stat().st_size // 2)
         for rank in range(3):
             try:
-                source.require_sound(Look(rank, 3))
+                source.require_sound(VerifyScope(rank, 3))
             except CheckpointError as error:
-                told.append(str(error))
+                messages.append(str(error))
         flip(tag / name, (tag / name).stat().st_size // 2)
-        assert len(told) == 1, name
-        assert name in told[0]
+        assert len(messages) == 1, name
+        assert name in messages[0]

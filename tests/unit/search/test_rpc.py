@@ -13,17 +13,17 @@ from probing import Stand
 
 from lag_megatron.distributed import channel
 from lag_megatron.errors import RunError
-from lag_megatron.search.event import Progress, Turn
+from lag_megatron.search.event import Assignment, ProbeResult
 from lag_megatron.search.rpc import CoordinatorServer, LocalClient, RemoteClient
 
 PATIENCE_S = 20
 ROW = {"step": 4, "val_loss": 0.1 + 0.2, "val_loss_batches": [1 / 3, 2e-300]}
-PROGRESS = Progress(
+RESULT = ProbeResult(
     candidate=2,
     rung=4,
     steps=4,
     evaluations=(ROW, {**ROW, "step": 5}),
-    trained=({"step": 4, "stage": 1, "train/loss": math.pi, "note": "\u00e9"},),
+    train_rows=({"step": 4, "stage": 1, "train/loss": math.pi, "note": "\u00e9"},),
     state="step00000104",
     failure="",
     seconds=1e-9,
@@ -42,27 +42,27 @@ class Flag:
 
 
 class FakeCoordinator:
-    """Hands out the given turns and keeps what it was asked."""
+    """Hands out the given assignments and keeps what it was asked."""
 
-    def __init__(self, turns=()):
-        self.turns, self.asked, self.recorded, self.stopped = list(turns), [], [], []
+    def __init__(self, assignments=()):
+        self.assignments, self.asked, self.recorded, self.stopped = list(assignments), [], [], []
         self.on_stop = None
 
-    def ask(self, group, holds, *, stopped):
-        self.asked.append((group, holds))
-        while not self.turns:
+    def ask(self, group, loaded, *, stopped):
+        self.asked.append((group, loaded))
+        while not self.assignments:
             if reason := stopped():
                 self.stop(reason)
-                return Turn(stop=reason)
+                return Assignment(stop=reason)
             time.sleep(0.01)
-        return self.turns.pop(0)
+        return self.assignments.pop(0)
 
-    def may_win(self, progress):
-        self.recorded.append(progress)
-        return progress.candidate % 2 == 0
+    def needs_checkpoint(self, result):
+        self.recorded.append(result)
+        return result.candidate % 2 == 0
 
-    def record(self, group, progress):
-        self.recorded.append((group, progress))
+    def record(self, group, result):
+        self.recorded.append((group, result))
 
     def stop(self, reason):
         if not self.stopped:
@@ -107,17 +107,17 @@ def wait_until(condition):
 
 
 def test_questions_and_answers_arrive_as_they_were_sent(serve):
-    turn = Turn(candidate=3, rung=8, trained=4, attempt=2)
-    coordinator = FakeCoordinator([turn, Turn()])
+    assignment = Assignment(candidate=3, rung=8, trained_steps=4, attempt=2)
+    coordinator = FakeCoordinator([assignment, Assignment()])
     server, connect = serve(coordinator)
     client, flag, _ = connect(5)
-    assert client.ask(None) == turn
-    assert client.may_win(PROGRESS) is True
-    assert client.may_win(replace(PROGRESS, candidate=1)) is False
-    client.record(PROGRESS)
-    assert client.ask(3) == Turn()
+    assert client.ask(None) == assignment
+    assert client.needs_checkpoint(RESULT) is True
+    assert client.needs_checkpoint(replace(RESULT, candidate=1)) is False
+    client.record(RESULT)
+    assert client.ask(3) == Assignment()
     assert coordinator.asked == [(5, None), (5, 3)]
-    assert coordinator.recorded == [PROGRESS, replace(PROGRESS, candidate=1), (5, PROGRESS)]
+    assert coordinator.recorded == [RESULT, replace(RESULT, candidate=1), (5, RESULT)]
     time.sleep(0.2)  # the server closes the connection now, which is no loss of the coordinator
     assert not flag.asked
     assert not coordinator.stopped
@@ -128,7 +128,7 @@ def test_questions_and_answers_arrive_as_they_were_sent(serve):
 def test_losses_that_are_not_finite_arrive(loss, serve):
     coordinator = FakeCoordinator()
     client, *_ = serve(coordinator)[1](1)
-    client.record(replace(PROGRESS, evaluations=({"step": 1, "val_loss": loss},)))
+    client.record(replace(RESULT, evaluations=({"step": 1, "val_loss": loss},)))
     (arrived,) = coordinator.recorded[0][1].evaluations
     assert arrived["val_loss"] == loss or math.isnan(arrived["val_loss"]) == math.isnan(loss)
 
@@ -138,8 +138,8 @@ def test_messages_are_json(serve, monkeypatch):
     monkeypatch.setattr(
         channel.Channel, "send", lambda self, data: (sent.append(data), honest(self, data))
     )
-    client, *_ = serve(FakeCoordinator([Turn()]))[1](1)
-    client.record(PROGRESS)
+    client, *_ = serve(FakeCoordinator([Assignment()]))[1](1)
+    client.record(RESULT)
     client.ask(None)
     assert [sorted(json.loads(data)) for data in sent] == [
         ["argument", "call"],
@@ -170,7 +170,7 @@ def test_a_leader_that_is_signalled_while_it_waits_stops_the_search(serve):
     coordinator = FakeCoordinator()
     client, flag, _ = serve(coordinator)[1](1)
     threading.Timer(0.2, flag.ask, ("received SIGTERM",)).start()
-    assert client.ask(None) == Turn(stop="received SIGTERM")
+    assert client.ask(None) == Assignment(stop="received SIGTERM")
     assert coordinator.stopped == ["received SIGTERM"]
 
 
@@ -214,7 +214,7 @@ def test_a_coordinator_that_dies_is_noticed_at_once(serve):
 def test_an_error_of_the_coordinator_ends_all_groups_and_is_kept(error, serve, monkeypatch):
     coordinator = FakeCoordinator()
 
-    def record(group, progress):
+    def record(group, result):
         raise error
 
     monkeypatch.setattr(coordinator, "record", record)
@@ -222,14 +222,15 @@ def test_an_error_of_the_coordinator_ends_all_groups_and_is_kept(error, serve, m
     client, _, _ = connect(1)
     _, other, _ = connect(2)
     with pytest.raises(RunError, match="the coordinator on rank 0 is gone"):
-        client.record(PROGRESS)
+        client.record(RESULT)
     wait_until(lambda: other.asked)
     assert other.why == f"the coordinator failed: {error}"
     assert server.failure is error
 
 
-def test_groups_on_other_ranks_decide_as_one_group_does(serve, tmp_path):
+def test_groups_on_other_ranks_decide_as_one_group_does(serve, tmp_path, monkeypatch):
     """Real coordinators: one asked by a local group, one by three remote groups."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
     expected, *_ = Stand(tmp_path / "local").work()
     stand = Stand(tmp_path / "remote")
     coordinator = stand.coordinator()
@@ -237,11 +238,11 @@ def test_groups_on_other_ranks_decide_as_one_group_does(serve, tmp_path):
 
     def work(group):
         client, *_ = connect(group)
-        holds = None
-        while (turn := client.ask(holds)).candidate is not None:
-            progress = stand.advance(turn, client.may_win)
-            holds = turn.candidate
-            client.record(progress)
+        loaded = None
+        while (assignment := client.ask(loaded)).candidate is not None:
+            result = stand.advance(assignment, client.needs_checkpoint)
+            loaded = assignment.candidate
+            client.record(result)
 
     threads = [threading.Thread(target=work, args=(group,)) for group in range(1, 4)]
     for thread in threads:

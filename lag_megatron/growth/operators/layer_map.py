@@ -40,13 +40,13 @@ class LayerOrigin:
     is_new: bool
     init: Init = "duplicate"
     branch_scale: float = 1.0
-    plain_norms: tuple[Branch, ...] = ()
-    silent: bool = False
+    identity_norms: tuple[Branch, ...] = ()
+    zero_norms: bool = False
 
     @property
-    def puts_out_zeros(self) -> bool:
+    def is_identity_branch(self) -> bool:
         """Whether both branches of the layer put out zeros."""
-        return self.silent or self.branch_scale == 0
+        return self.zero_norms or self.branch_scale == 0
 
 
 LayerMap = tuple[LayerOrigin, ...]
@@ -111,12 +111,12 @@ def feasible_block_sizes(source_layers: int, target_layers: int) -> tuple[int, .
     return tuple(size for size in range(1, new_layers + 1) if new_layers % size == 0)
 
 
-def norms_stay(layer_map: LayerMap) -> bool:
+def keeps_old_norms(layer_map: LayerMap) -> bool:
     """Whether no old norm changes, as function preserving growth of a pre-LN model needs."""
-    return not any(o.plain_norms or (o.silent and not o.is_new) for o in layer_map)
+    return not any(o.identity_norms or (o.zero_norms and not o.is_new) for o in layer_map)
 
 
-def hands_norms_over(layer_map: LayerMap) -> bool:
+def moves_second_norm(layer_map: LayerMap) -> bool:
     """Whether each old layer's second norm goes to the last of the new layers after it.
 
     All norms that come to stand before it are plain.  This and branches that put out zeros keep the
@@ -129,24 +129,24 @@ def hands_norms_over(layer_map: LayerMap) -> bool:
         plain = {"attention"} if origin.is_new else set()
         if follower is not None and follower.is_new:
             plain.add("mlp")
-        handed = set(origin.plain_norms) == plain and not origin.silent
+        handed = set(origin.identity_norms) == plain and not origin.zero_norms
         if not handed or (origin.source, origin.init) != (base, "duplicate"):
             return False
     return True
 
 
-def draw(layer_map: LayerMap) -> str:
+def format_layer_map(layer_map: LayerMap) -> str:
     """One line, layers 1-based: ``1 2 1* 2* 3`` (``*`` duplicate, ``R`` random).
 
     ``2z`` and ``Rz`` are new layers whose branches put out zeros, ``2*0.5`` is a duplicate whose
     branches are halved.  ``I`` is a layer that staged training silenced, with identity matrices,
     ``2i`` one with the matrices of layer 2.
     """
-    return " ".join(map(_draw_layer, layer_map))
+    return " ".join(map(_format_layer, layer_map))
 
 
-def _draw_layer(origin: LayerOrigin) -> str:
-    if origin.silent:
+def _format_layer(origin: LayerOrigin) -> str:
+    if origin.zero_norms:
         return "I" if origin.init == "identity" else f"{origin.source + 1}i"
     is_random = origin.is_new and origin.init == "random"
     name = "R" if is_random else str(origin.source + 1)
