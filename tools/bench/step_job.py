@@ -181,7 +181,7 @@ def weights_for_transformers(job: Job) -> dict[str, Tensor]:
     size = model.hidden_size // model.num_attention_heads
     heads = tensor_map.Heads(model.num_query_groups, size)
     rows = tensor_map.expand(
-        architecture_of(model).rows,
+        architecture_of(model).mappings,
         num_layers=model.num_layers,
         bias=model.bias,
         tied_embeddings=model.tied_embeddings,

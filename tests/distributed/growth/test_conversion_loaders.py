@@ -120,7 +120,7 @@ def test_deepspeed_loads_universal(case, tmp_path):
     config, topology = target_of(other_world, **other)
     conversion = Conversion(source=ZeroCheckpoint.open(path), to="universal", topology=topology)
     folder = tmp_path / "universal"
-    write(conversion.job(conversion.place(folder)))
+    write(conversion.job(conversion.target_dir(folder)))
     loaded = run_ranks(load_universal, other_world, config, folder, tmp_path)
     found, counts = full(tmp_path / "back", config, other_world)
     assert counts == steps
@@ -178,7 +178,7 @@ def test_megatron_loads_torch_dist(shape, numbered, tensor, tmp_path):
     path, config, (expected, _) = trained(tmp_path / "old", 2, **shape)
     conversion = Conversion(source=ZeroCheckpoint.open(path), to="megatron", stacked=not numbered)
     folder = tmp_path / "megatron"
-    write(conversion.job(conversion.place(folder)))
+    write(conversion.job(conversion.target_dir(folder)))
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == "3"
     config = replace(config, parallel=replace(config.parallel, tensor=tensor))
     ranks = run_ranks(load_dist, tensor, config, folder / "iter_0000003", numbered)
@@ -226,11 +226,11 @@ def test_growth_on_the_way_from_megatron_to_deepspeed(tmp_path):
     """A TP 2 checkpoint through torch_dist into ZeRO-1 of two ranks, three layers for two."""
     path, _, (expected, _) = trained(tmp_path / "old", 2, tensor=2)
     there = Conversion(source=ZeroCheckpoint.open(path), to="megatron")
-    write(there.job(there.place(tmp_path / "megatron")))
+    write(there.job(there.target_dir(tmp_path / "megatron")))
     config, topology = target_of(2, num_layers=3)
     source = open_checkpoint(tmp_path / "megatron")
     back = Conversion(source=source, to="zero", plan=GROW, topology=topology)
-    write(back.job(back.place(tmp_path / "grown")))
+    write(back.job(back.target_dir(tmp_path / "grown")))
     run_ranks(load_imported, 2, config, tmp_path / "grown")
     found, _ = full(tmp_path / "back", config, 2)
     for (state, name), value in found.items():
@@ -248,7 +248,7 @@ def test_stock_loaders_take_growth_by_links(tmp_path):
     config, topology = target_of(2, num_layers=3)
     for form in ("universal", "megatron"):
         there = Conversion(source=ZeroCheckpoint.open(path), to=form, topology=topology)
-        write(there.job(there.place(tmp_path / form)))
+        write(there.job(there.target_dir(tmp_path / form)))
     source = open_checkpoint(tmp_path / "universal")
     write(
         hardlink_universal(
