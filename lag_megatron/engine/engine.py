@@ -35,11 +35,11 @@ from lag_megatron.config import RunConfig
 from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.data.batch import on_device
 from lag_megatron.distributed.world import DeepSpeedGroups, World, topology_of
-from lag_megatron.engine.base_cache import KeptBase
-from lag_megatron.engine.fused_zero_step import use_one_pass
+from lag_megatron.engine.base_cache import BaseCache
+from lag_megatron.engine.fused_zero_step import use_fused_step
 from lag_megatron.engine.partial_step import partial_step
-from lag_megatron.engine.reductions import doubles, gradient_norm, over_data, read
-from lag_megatron.engine.state import LiveState
+from lag_megatron.engine.reductions import doubles, gradient_norm, over_data, to_host
+from lag_megatron.engine.state import EngineState
 from lag_megatron.engine.step_result import StepResult
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.apply.grown_state import Growth, resharding
@@ -90,7 +90,7 @@ class Engine:
             initialize_weights(model, config, world, num_layers=num_layers, gathered=self._gathered)
         # The learning rate is 0 until the first step sets it: DeepSpeed's 16-bit ZeRO-0 optimizer
         # takes a step while it is built.
-        self._engine, *_ = deepspeed.initialize(
+        self.deepspeed_engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=make_optimizer(model, config.optimizer),
             config=settings,
@@ -99,7 +99,7 @@ class Engine:
         )
         stage = config.parallel.zero_stage
         if stage and config.optimizer.name == "adamw" and config.optimizer.one_pass:
-            use_one_pass(self._engine.optimizer, stage=stage)
+            use_fused_step(self.deepspeed_engine.optimizer, stage=stage)
         self._forget_steps()
         self._new_layers: frozenset[int] = frozenset()
 
@@ -119,14 +119,20 @@ class Engine:
         return bytes_of(self.topology, self.layout)
 
     @property
-    def live(self) -> LiveState:
+    def state(self) -> EngineState:
         """The tensors that hold this rank's part of the state."""
-        return LiveState(self._engine, self.layout, self.topology, self.world.place)
+        return EngineState(self.deepspeed_engine, self.layout, self.topology, self.world.place)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model that DeepSpeed runs."""
+        module: torch.nn.Module = self.deepspeed_engine.module
+        return module
 
     def destroy(self) -> None:
         """Free the model and its optimizer, so that a larger one can take their place."""
-        self._engine.destroy()
-        del self._engine
+        self.deepspeed_engine.destroy()
+        del self.deepspeed_engine
         gc.collect()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -148,7 +154,7 @@ class Engine:
         not change it.  Layers that the last growth added take ``new_layers`` times the rate ``lr``.
         With a ``path`` its layers alone are trained.  ``stop_asked`` is looked at last.
         """
-        world, engine, device = self.world, self._engine, self.world.device
+        world, engine, device = self.world, self.deepspeed_engine, self.world.device
         engine.train()
         seed_step(self.config.seed, step, world)
         for group in engine.optimizer.param_groups:
@@ -159,9 +165,9 @@ class Engine:
         weights = (world.data_size / counts.clamp(min=1.0)).float()
         totals = torch.zeros_like(counts)
         norm = None
-        slow = (self._new_layers, new_layers)
+        scaled = (self._new_layers, new_layers)
         freeze = self.config.raptr.update_skipped == "freeze"
-        with partial_step(engine, lambda: self.live, slow=slow, path=path, freeze=freeze):
+        with partial_step(engine, lambda: self.state, scaled=scaled, path=path, freeze=freeze):
             for batch in batches:
                 sums = loss_sums(engine, on_device(batch, device))
                 engine.backward((sums * weights).sum(), scale_wrt_gas=False)
@@ -174,18 +180,21 @@ class Engine:
         stops = doubles([float(stop_asked())], device)
         summed = over_data(torch.cat([totals, stops]), world)
         known = [] if norm is None else [torch.as_tensor(norm, dtype=torch.float64, device=device)]
-        (*losses, asked), labels, *norms = read(summed, counts, *known)
+        (*losses, asked), labels, *norms = to_host(summed, counts, *known)
         grad_norm = norms[0][0] if norms else None
         return StepResult(mean_loss(losses, labels), grad_norm, self._agree(asked))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[Batch]]) -> list[float]:
         """Loss in nats of each validation batch, given as this rank's parts: see train_step."""
-        self._engine.eval()
+        self.deepspeed_engine.eval()
         device = self.world.device
         sums, labels = [], []
         for parts in batches:
-            losses = [loss_sums(self._engine, on_device(batch, device)).double() for batch in parts]
+            losses = [
+                loss_sums(self.deepspeed_engine, on_device(batch, device)).double()
+                for batch in parts
+            ]
             sums.append(torch.stack(losses).sum(0))
             labels += labels_of(parts)
         counts = doubles(labels, device).view(len(sums), -1)
@@ -196,7 +205,7 @@ class Engine:
         """Write this state as DeepSpeed does, below ``folder / tag``; commit is the caller's."""
         names = [list(group) for group in self.parameter_groups()]
         lag = {**client_state, "num_layers": self.num_layers, "parameter_groups": names}
-        self._engine.save_checkpoint(
+        self.deepspeed_engine.save_checkpoint(
             str(folder), tag=tag, client_state={"lag": lag}, save_latest=False
         )
 
@@ -216,7 +225,7 @@ class Engine:
             growth = resharding(ZeroCheckpoint.open(checkpoint), self.topology)
             self.grow_from(growth)
             return growth.client_state
-        path, client_state = self._engine.load_checkpoint(
+        path, client_state = self.deepspeed_engine.load_checkpoint(
             str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False
         )
         if path is None:
@@ -224,7 +233,7 @@ class Engine:
         self._remember(client_state["lag"])
         return dict(client_state["lag"])
 
-    def grow_from(self, growth: Growth, base: KeptBase | None = None) -> None:
+    def grow_from(self, growth: Growth, base: BaseCache | None = None) -> None:
         """Become, in place, what a growth makes of its source, which may lie on any topology.
 
         The same as writing the grown checkpoint and loading it, bit for bit; nothing is written.
@@ -234,15 +243,15 @@ class Engine:
             CheckpointError: if the source is damaged, or grows into another model than this.
             PlanError: if the growth ends at another topology.
         """
-        live = self.live
-        self.world.from_each(lambda: live.require(growth))
-        written = self.world.from_each(lambda: live.overwrite(growth, base))
-        live.refresh(written=written[self.world.rank])
+        state = self.state
+        self.world.from_each(lambda: state.require_compatible(growth))
+        written = self.world.from_each(lambda: state.overwrite(growth, base))
+        state.sync_weights(written=written[self.world.rank])
         self._remember(growth.client_state)
 
     def parameter_groups(self) -> list[dict[str, tuple[int, ...]]]:
         """Names and this rank's shapes of the optimizer's parameters, by group, in flat order."""
-        names = {id(p): name for name, p in self._engine.module.named_parameters()}
+        names = {id(p): name for name, p in self.deepspeed_engine.module.named_parameters()}
         return [
             {names[id(p)]: tuple(getattr(p, "ds_shape", p.shape)) for p in group}
             for group in self._trained
@@ -250,7 +259,7 @@ class Engine:
 
     def _forget_steps(self) -> None:
         """Undo the step counts of DeepSpeed's own construction, which would bias the moments."""
-        optimizer = self._engine.optimizer
+        optimizer = self.deepspeed_engine.optimizer
         for state in getattr(optimizer, "optimizer", optimizer).state.values():
             if "step" in state:
                 state["step"] = torch.zeros_like(state["step"])
@@ -262,7 +271,7 @@ class Engine:
 
     @property
     def _trained(self) -> list[list[torch.nn.Parameter]]:
-        decayed, others = decay_split(self._engine.module)
+        decayed, others = decay_split(self.deepspeed_engine.module)
         return [group for group in (decayed, others) if group]
 
     def _require_fit(self, checkpoint: Path) -> bool:
@@ -275,7 +284,7 @@ class Engine:
             require_same_optimizer(checkpoint, source.layout, self.layout)
             mine = files_of_rank(self.topology, **world.place)
         else:
-            self.live.require(resharding(source, self.topology))
+            self.state.require_compatible(resharding(source, self.topology))
             mine = files_of(source.topology)[world.rank :: world.size]
         if manifest.is_committed(checkpoint):
             require_sound(checkpoint, mine)

@@ -17,7 +17,7 @@ from lag_megatron.kernels.adamw import adamw_step, squared_norms
 from lag_megatron.kernels.partition import Partition, Rates
 
 
-def use_one_pass(zero: Any, *, stage: int) -> None:
+def use_fused_step(zero: Any, *, stage: int) -> None:
     """Replace the step of DeepSpeed's ZeRO optimizer around torch's AdamW.
 
     Gradients whose norm is not finite change nothing, and that norm is reported.

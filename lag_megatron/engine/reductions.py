@@ -32,7 +32,7 @@ def gradient_norm(model: torch.nn.Module) -> Tensor:
     return (whole + cut).sqrt()
 
 
-def read(*tensors: Tensor) -> list[list[float]]:
+def to_host(*tensors: Tensor) -> list[list[float]]:
     """The numbers of each tensor, brought to the host by one transfer."""
     flat = torch.cat([tensor.double().view(-1) for tensor in tensors])
     return [part.tolist() for part in flat.cpu().split([t.numel() for t in tensors])]

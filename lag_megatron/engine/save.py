@@ -82,7 +82,7 @@ def _written_live(
     average: WeightAverage | None,
 ) -> dict[str, Any]:
     """Manifest entries of this rank's files."""
-    entries = engine.live.write(draft, growth, client_state=state)
+    entries = engine.state.write(draft, growth, client_state=state)
     if average is not None:
         entries |= average.save(draft, rank=engine.world.rank, size=engine.world.size)
     return entries

@@ -28,7 +28,7 @@ from lag_megatron.checkpoint.state.loss_scale import LossScale
 from lag_megatron.checkpoint.state.optimizer_states import shape_of, states_of
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.checkpoint.zero.writer import write_rank
-from lag_megatron.engine.base_cache import KeptBase, Target
+from lag_megatron.engine.base_cache import BaseCache, Target
 from lag_megatron.engine.sync_weights import follow_masters, own_weights
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.grown_state import Growth
@@ -40,7 +40,7 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _SETTINGS = ("lr", "betas", "eps", "weight_decay", "beta2_decay", "d")
 
 
-class LiveState:
+class EngineState:
     """One rank's part of the state.
 
     Args:
@@ -55,7 +55,7 @@ class LiveState:
         self._place = place
         self._layouts = layout.states
 
-    def require(self, growth: Growth, *, weights_only: bool = False) -> None:
+    def require_compatible(self, growth: Growth, *, weights_only: bool = False) -> None:
         """Refuse a growth that ends at another model or topology, before anything is touched.
 
         With ``weights_only`` it may be of another optimizer.
@@ -80,7 +80,7 @@ class LiveState:
                 "DeepSpeed cuts them in a way that is not understood here."
             )
 
-    def overwrite(self, growth: Growth, base: KeptBase | None = None) -> bool:
+    def overwrite(self, growth: Growth, base: BaseCache | None = None) -> bool:
         """Take over masters, moments, counters and hyper-parameters; no collective call.
 
         What fails here has spoilt the state: load one before going on.
@@ -99,7 +99,7 @@ class LiveState:
         groups = source.group_states
         for number, master in self._numbered_masters():
             self._moments(master)["step"].fill_(groups[number].counters["step"])
-        for group, taken in zip(self.inner.param_groups, groups, strict=True):
+        for group, taken in zip(self.torch_optimizer.param_groups, groups, strict=True):
             group.update({k: taken.settings[k] for k in _SETTINGS if k in taken.settings})
         written = self._write_values(growth, base)
         scale = source.loss_scale(self._topology.precision)
@@ -111,7 +111,7 @@ class LiveState:
             setattr(self._engine, counter, source.header[counter])
         return written
 
-    def _write_values(self, growth: Growth, base: KeptBase | None) -> bool:
+    def _write_values(self, growth: Growth, base: BaseCache | None) -> bool:
         """Masters and moments: by one launch from what is kept, else from the shards."""
         fill = growth.filler(tensor_rank=self._place["tensor_rank"])
         if base is not None:
@@ -123,14 +123,14 @@ class LiveState:
             fill(region, tensor)
         return False
 
-    def take_weights(self, growth: Growth) -> None:
+    def overwrite_weights(self, growth: Growth) -> None:
         """Take over masters alone; no collective call."""
         fill = growth.filler(tensor_rank=self._place["tensor_rank"])
         for container, held in self._layout.held(self._data_rank).items():
             region = Region("fp32", held, self._layout.lengths[container])
             fill(region, self._buffer(self.masters[container.key], "fp32"))
 
-    def refresh(self, *, written: bool = False) -> None:
+    def sync_weights(self, *, written: bool = False) -> None:
         """Bring the forward weights up to the masters, together with all replicas.
 
         With ``written`` this rank's own part of them is, and has only to reach the others.
@@ -182,7 +182,7 @@ class LiveState:
                 {key: value for key, value in group.items() if key != "params"},
                 {"step": self._moments(first[number])["step"].detach().cpu().clone()},
             )
-            for number, group in enumerate(self.inner.param_groups)
+            for number, group in enumerate(self.torch_optimizer.param_groups)
         ]
 
     def _loss_scale(self) -> LossScale:
@@ -240,12 +240,13 @@ class LiveState:
 
     def _moments(self, master: Tensor) -> dict[str, Tensor]:
         """A buffer's optimizer state; torch makes it at the first step, which may not have been."""
-        state: dict[str, Tensor] = self.inner.state[master]
+        state: dict[str, Tensor] = self.torch_optimizer.state[master]
         moments = states_of(self._layout.optimizer, tuple(master.shape))[1:]
         if moments[0] not in state:
             # Fused kernels read the count where the parameters are.
             fused = any(
-                group.get("fused") or group.get("capturable") for group in self.inner.param_groups
+                group.get("fused") or group.get("capturable")
+                for group in self.torch_optimizer.param_groups
             )
             place = master.device if fused else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.float32, device=place)
@@ -254,7 +255,7 @@ class LiveState:
                 state[moment] = torch.zeros(shape, dtype=master.dtype, device=master.device)
         return state
 
-    def parts(
+    def slices(
         self, wanted: Callable[[str], bool], *, moments: bool = False
     ) -> dict[int, list[Tensor]]:
         """This rank's masters of some parameters, and their moments where these are asked for.
@@ -277,7 +278,7 @@ class LiveState:
         return found
 
     @property
-    def inner(self) -> Any:
+    def torch_optimizer(self) -> Any:
         """The torch optimizer."""
         optimizer = self._engine.optimizer
         return getattr(optimizer, "optimizer", optimizer)

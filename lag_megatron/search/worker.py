@@ -17,7 +17,7 @@ from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig
 from lag_megatron.distributed.watchdog import watched
 from lag_megatron.distributed.world import World, local_ranks
-from lag_megatron.engine.base_cache import KeptBase
+from lag_megatron.engine.base_cache import BaseCache
 from lag_megatron.engine.ema import WeightAverage, fits
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.save import save_engine
@@ -58,9 +58,13 @@ class ProbeGroup:
     def __init__(self, job: Job, engine: Engine, event: Event, *, count: int) -> None:
         self.job, self.engine, self.event, self.count = job, engine, event, count
         self._held: _Held | None = None
-        world, talks = engine.world, engine.world.is_coordinator
-        ranks, spare = local_ranks(world.size), not job.config.has_paths  # later ones may be longer
-        self._base = KeptBase.on(world.device, local_ranks=ranks, talks=talks, spare=spare)
+        world, verbose = engine.world, engine.world.is_coordinator
+        self._base = BaseCache.for_device(
+            world.device,
+            local_ranks=local_ranks(world.size),
+            verbose=verbose,
+            on_device=not job.config.has_paths,  # later paths may be longer
+        )
         self._fits = False  # a step of this engine has not run out of memory
 
     def release(self) -> None:
@@ -127,7 +131,7 @@ class ProbeGroup:
         )
         growth = self._growth(candidate, folder.state_at(steps) if steps else None)
         self.engine.grow_from(growth, None if steps else self._base)
-        average = WeightAverage(self.engine.live) if self._averages else None
+        average = WeightAverage(self.engine.state) if self._averages else None
         if average and steps:
             average.load(folder.state_at(steps), rank=self.world.rank, size=self.world.size)
         assert turn.candidate is not None

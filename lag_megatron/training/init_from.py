@@ -40,10 +40,10 @@ def start_from(engine: Engine, path: Path, *, vocab_size: int) -> str:
     look = Look(world.rank, world.size, states=("fp32",))
     world.from_each(lambda: source.require_sound(look))
     growth = resharding(source, engine.topology)
-    live = engine.live
-    engine.world.from_each(lambda: live.require(growth, weights_only=True))
-    engine.world.from_each(lambda: live.take_weights(growth))
-    live.refresh()
+    state = engine.state
+    engine.world.from_each(lambda: state.require_compatible(growth, weights_only=True))
+    engine.world.from_each(lambda: state.overwrite_weights(growth))
+    state.sync_weights()
     if "model" not in source.client_state:
         return "it does not say what model it is, so names and shapes alone were compared"
     return "the optimizer and the text begin anew"

@@ -52,7 +52,6 @@ FLOORS = (
         "kept",
         "forward_weights",
         "live",
-        "layer_rates",
         "subnetwork",
         "averaging",
         "zero_step",

@@ -170,9 +170,9 @@ def write_weights(shape: str, file: Path, device: str) -> None:
 def take_weights(engine: Engine, file: Path) -> None:
     """Have this project's engine, under ZeRO-1, start from them."""
     weights = torch.load(file, mmap=True)
-    for name, parameter in engine._engine.module.named_parameters():
+    for name, parameter in engine.module.named_parameters():
         parameter.copy_(weights[name])
-    engine._engine.optimizer.refresh_fp32_params()
+    engine.deepspeed_engine.optimizer.refresh_fp32_params()
 
 
 def weights_for_transformers(job: Job) -> dict[str, Tensor]:
