@@ -1,24 +1,11 @@
-"""The DeepSpeed engine around one model shape: the only file that imports deepspeed."""
+"""The DeepSpeed engine around one model shape: steps, evaluation, checkpoints, growth in place."""
 
-import contextlib
 import gc
-import logging
-import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# DeepSpeed builds its CPU communication op with ninja; without the environment's bin folder on the
-# PATH (the launcher called by its full path) that fails.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said, DeepSpeed need not warn that it guessed
-
-import deepspeed
 from torch import Tensor
 
 from lag_megatron.checkpoint.state.compatibility import (
@@ -32,10 +19,11 @@ from lag_megatron.checkpoint.zero.file_names import files_of, files_of_rank
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.checkpoint.zero.writer import bytes_of
 from lag_megatron.config import RunConfig
-from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.data.batch import on_device
-from lag_megatron.distributed.world import DeepSpeedGroups, World, topology_of
+from lag_megatron.distributed.world import World, topology_of
 from lag_megatron.engine.base_cache import BaseCache
+from lag_megatron.engine.build import build_deepspeed_engine
+from lag_megatron.engine.deepspeed_adapter import PartitionedAdapter, adapt, full_shape
 from lag_megatron.engine.fused_zero_step import use_fused_step
 from lag_megatron.engine.partial_step import partial_step
 from lag_megatron.engine.reductions import doubles, gradient_norm, over_data, to_host
@@ -44,13 +32,10 @@ from lag_megatron.engine.step_result import StepResult
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.apply.grown_state import Growth, resharding
 from lag_megatron.growth.plan import GrowthPlan
-from lag_megatron.model import build_model, labels_of, loss_sums, mean_loss
-from lag_megatron.model.cuda_graphs import graph_layers
-from lag_megatron.model.initialize import initialize_weights, mark_cut_parameters
-from lag_megatron.model.parameter_groups import decay_split, make_optimizer
-from lag_megatron.model.random_state import seed_everywhere, seed_step
+from lag_megatron.model import labels_of, loss_sums, mean_loss
+from lag_megatron.model.parameter_groups import decay_split
+from lag_megatron.model.random_state import seed_step
 from lag_megatron.planning.random_paths import LayerPath
-from lag_megatron.run.compile_cache import clear_marks
 
 Batch = dict[str, Tensor]
 Flag = Callable[[], bool]
@@ -72,35 +57,23 @@ class Engine:
         vocab_size: int,
         draw_weights: bool = True,
     ) -> None:
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.config, self.world, self.num_layers = config, world, num_layers
-        settings = deepspeed_config(config, world_size=world.size)
-        groups = DeepSpeedGroups(world)
-        clear_marks()
-        deepspeed.init_distributed()
-        seed_everywhere(config.seed)
-        with _sharded_construction(config, settings, groups):
-            model = build_model(
-                config.model, config.parallel, num_layers=num_layers, vocab_size=vocab_size
-            )
-        mark_cut_parameters(model)
-        if config.parallel.cuda_graphs:
-            graph_layers(model)
-        if draw_weights:
-            initialize_weights(model, config, world, num_layers=num_layers, gathered=self._gathered)
-        # The learning rate is 0 until the first step sets it: DeepSpeed's 16-bit ZeRO-0 optimizer
-        # takes a step while it is built.
-        self.deepspeed_engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=make_optimizer(model, config.optimizer),
-            config=settings,
-            mpu=groups,
-            dist_init_required=False,
+        self.deepspeed_engine = build_deepspeed_engine(
+            config,
+            world,
+            num_layers=num_layers,
+            vocab_size=vocab_size,
+            draw_weights=draw_weights,
         )
-        stage = config.parallel.zero_stage
-        if stage and config.optimizer.name == "adamw" and config.optimizer.one_pass:
-            use_fused_step(self.deepspeed_engine.optimizer, stage=stage)
-        self._forget_steps()
+        self._adapter = adapt(
+            self.deepspeed_engine,
+            zero_stage=config.parallel.zero_stage,
+            precision=config.parallel.precision,
+        )
+        one_pass = config.optimizer.name == "adamw" and config.optimizer.one_pass
+        if one_pass and isinstance(self._adapter, PartitionedAdapter):
+            use_fused_step(self._adapter)
+        self._reset_step_counts()
         self._new_layers: frozenset[int] = frozenset()
 
     @property
@@ -121,7 +94,7 @@ class Engine:
     @property
     def state(self) -> EngineState:
         """The tensors that hold this rank's part of the state."""
-        return EngineState(self.deepspeed_engine, self.layout, self.topology, self.world.place)
+        return EngineState(self._adapter, self.layout, self.topology, self.world.place)
 
     @property
     def module(self) -> torch.nn.Module:
@@ -132,7 +105,7 @@ class Engine:
     def destroy(self) -> None:
         """Free the model and its optimizer, so that a larger one can take their place."""
         self.deepspeed_engine.destroy()
-        del self.deepspeed_engine
+        del self.deepspeed_engine, self._adapter
         gc.collect()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -167,7 +140,9 @@ class Engine:
         norm = None
         scaled = (self._new_layers, new_layers)
         freeze = self.config.raptr.update_skipped == "freeze"
-        with partial_step(engine, lambda: self.state, scaled=scaled, path=path, freeze=freeze):
+        with partial_step(
+            self._adapter, lambda: self.state, scaled=scaled, path=path, freeze=freeze
+        ):
             for batch in batches:
                 sums = loss_sums(engine, on_device(batch, device))
                 engine.backward((sums * weights).sum(), scale_wrt_gas=False)
@@ -251,16 +226,12 @@ class Engine:
 
     def parameter_groups(self) -> list[dict[str, tuple[int, ...]]]:
         """Names and this rank's shapes of the optimizer's parameters, by group, in flat order."""
-        names = {id(p): name for name, p in self.deepspeed_engine.module.named_parameters()}
-        return [
-            {names[id(p)]: tuple(getattr(p, "ds_shape", p.shape)) for p in group}
-            for group in self._trained
-        ]
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        return [{names[id(p)]: full_shape(p) for p in group} for group in self._trained]
 
-    def _forget_steps(self) -> None:
-        """Undo the step counts of DeepSpeed's own construction, which would bias the moments."""
-        optimizer = self.deepspeed_engine.optimizer
-        for state in getattr(optimizer, "optimizer", optimizer).state.values():
+    def _reset_step_counts(self) -> None:
+        """Undo the steps of DeepSpeed's own construction, whose count would bias the moments."""
+        for state in self._adapter.torch_optimizer.state.values():
             if "step" in state:
                 state["step"] = torch.zeros_like(state["step"])
 
@@ -271,7 +242,7 @@ class Engine:
 
     @property
     def _trained(self) -> list[list[torch.nn.Parameter]]:
-        decayed, others = decay_split(self.deepspeed_engine.module)
+        decayed, others = decay_split(self.module, shape_of=full_shape)
         return [group for group in (decayed, others) if group]
 
     def _require_fit(self, checkpoint: Path) -> bool:
@@ -290,23 +261,6 @@ class Engine:
             require_sound(checkpoint, mine)
         return same
 
-    def _gathered(self, parameter: torch.nn.Parameter) -> Any:
-        """Make a parameter whole while it is written; replicas then take replica 0's."""
-        if self.config.parallel.zero_stage != 3:
-            return contextlib.nullcontext()
-        return deepspeed.zero.GatheredParameters(parameter, modifier_rank=0)
-
     def _agree(self, stops: float) -> bool:
         # Tensor-parallel ranks may have been signalled at different steps.
         return self.world.any_rank(stops > 0) if self.world.tensor_size > 1 else stops > 0
-
-
-def _sharded_construction(config: RunConfig, settings: dict[str, Any], groups: Any) -> Any:
-    """Under ZeRO-3 each parameter is cut as soon as it exists, so no rank holds the model."""
-    if config.parallel.zero_stage != 3:
-        return contextlib.nullcontext()
-    return deepspeed.zero.Init(
-        data_parallel_group=groups.get_data_parallel_group(),
-        config_dict_or_path=settings,
-        mpu=groups,
-    )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lag_megatron.checkpoint.state.param_names import LAYER
+from lag_megatron.engine.deepspeed_adapter import DeepSpeedAdapter
 from lag_megatron.engine.state import EngineState
 from lag_megatron.errors import RunError
 from lag_megatron.model.layer_dropping import layers_on
@@ -30,17 +31,17 @@ from lag_megatron.planning.random_paths import LayerPath
 
 @contextlib.contextmanager
 def partial_step(
-    engine: Any,
+    adapter: DeepSpeedAdapter,
     state: Callable[[], EngineState],
     *,
     scaled: tuple[Collection[int], float],
     path: LayerPath | None,
     freeze: bool,
 ) -> Iterator[None]:
-    """While this is open, ``engine`` takes a step that not all layers take wholly.
+    """While this is open, the engine takes a step that not all layers take wholly.
 
     Args:
-        engine: DeepSpeed's.
+        adapter: of the engine.
         state: gives its state on this rank; called only if it is needed.
         scaled: layers with a learning rate of their own, and what theirs is multiplied by, from 0
             to 1.
@@ -55,7 +56,7 @@ def partial_step(
         if scaled[1] < 1:
             contexts.enter_context(scaled_layer_lr(state(), *scaled))
         if path is not None:
-            contexts.enter_context(_on_path(engine, path))
+            contexts.enter_context(_on_path(adapter, path))
             if freeze:
                 contexts.enter_context(frozen_layers(state(), path.skipped))
         yield
@@ -140,18 +141,8 @@ def _around_steps(
 
 
 @contextlib.contextmanager
-def _on_path(engine: Any, path: LayerPath) -> Iterator[None]:
+def _on_path(adapter: DeepSpeedAdapter, path: LayerPath) -> Iterator[None]:
     """While this is open, the layers of ``path`` run alone; the others get gradients of 0."""
-    if engine.zero_optimization_partition_weights():
-        _forget_last_step(engine.optimizer)
-    with layers_on(engine.module, path):
+    adapter.prepare_partial_step()
+    with layers_on(adapter.module, path):
         yield
-
-
-def _forget_last_step(zero: Any) -> None:
-    """At stage 3, drop its gradients, which layers left out would show again, and its order."""
-    zero.grad_partitions_flat_buffer.zero_()
-    coordinator = zero.parameter_offload.get_param_coordinator()
-    # The next forward pass completes an order that is being recorded, and then fetches by it.
-    if not coordinator.is_invalid_trace():
-        coordinator._invalidate_trace()

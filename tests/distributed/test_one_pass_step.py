@@ -36,7 +36,7 @@ def masters_after(config, *, spoil=False):
 
 
 def state_of(engine):
-    optimizer = engine.deepspeed_engine.optimizer.optimizer
+    optimizer = engine.state.torch_optimizer
     masters = [master.detach().clone() for master in engine.state.masters]
     moments = [
         value.clone() for state in optimizer.state.values() for _, value in sorted(state.items())

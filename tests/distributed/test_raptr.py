@@ -256,7 +256,7 @@ def states_around_a_step(config):
     engine = engine_of(config, world)
 
     def states():
-        held = engine.deepspeed_engine.optimizer.state
+        held = engine.state.torch_optimizer.state
         return {
             name: [parameter.detach().clone()]
             + [value.clone() for key, value in sorted(held[parameter].items()) if key != "step"]
