@@ -19,7 +19,7 @@ from lag_megatron.checkpoint.zero.file_names import files_of, files_of_rank
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.checkpoint.zero.writer import bytes_of
 from lag_megatron.config import RunConfig
-from lag_megatron.data.batch import on_device
+from lag_megatron.data.batch import to_device
 from lag_megatron.distributed.world import World, topology_of
 from lag_megatron.engine.base_cache import BaseCache
 from lag_megatron.engine.build import build_deepspeed_engine
@@ -30,7 +30,7 @@ from lag_megatron.engine.reductions import doubles, gradient_norm, over_data, to
 from lag_megatron.engine.state import EngineState
 from lag_megatron.engine.step_result import StepResult
 from lag_megatron.errors import CheckpointError
-from lag_megatron.growth.apply.grown_state import Growth, resharding
+from lag_megatron.growth.apply.grown_state import GrownState, resharded
 from lag_megatron.growth.plan import GrowthPlan
 from lag_megatron.model import labels_of, loss_sums, mean_loss
 from lag_megatron.model.parameter_groups import decay_split
@@ -144,7 +144,7 @@ class Engine:
             self._adapter, lambda: self.state, scaled=scaled, path=path, freeze=freeze
         ):
             for batch in batches:
-                sums = loss_sums(engine, on_device(batch, device))
+                sums = loss_sums(engine, to_device(batch, device))
                 engine.backward((sums * weights).sum(), scale_wrt_gas=False)
                 if batch is batches[-1] and not self.config.parallel.zero_stage:
                     norm = gradient_norm(engine.module)  # DeepSpeed reports none without ZeRO
@@ -167,7 +167,7 @@ class Engine:
         sums, labels = [], []
         for parts in batches:
             losses = [
-                loss_sums(self.deepspeed_engine, on_device(batch, device)).double()
+                loss_sums(self.deepspeed_engine, to_device(batch, device)).double()
                 for batch in parts
             ]
             sums.append(torch.stack(losses).sum(0))
@@ -197,7 +197,7 @@ class Engine:
         # Together: a rank that refused alone would leave the others waiting inside DeepSpeed.
         kept = self.world.from_each(lambda: self._require_fit(checkpoint))
         if not all(kept):
-            growth = resharding(ZeroCheckpoint.open(checkpoint), self.topology)
+            growth = resharded(ZeroCheckpoint.open(checkpoint), self.topology)
             self.grow_from(growth)
             return growth.client_state
         path, client_state = self.deepspeed_engine.load_checkpoint(
@@ -208,7 +208,7 @@ class Engine:
         self._remember(client_state["lag"])
         return dict(client_state["lag"])
 
-    def grow_from(self, growth: Growth, base: BaseCache | None = None) -> None:
+    def grow_from(self, growth: GrownState, base: BaseCache | None = None) -> None:
         """Become, in place, what a growth makes of its source, which may lie on any topology.
 
         The same as writing the grown checkpoint and loading it, bit for bit; nothing is written.
@@ -255,7 +255,7 @@ class Engine:
             require_same_optimizer(checkpoint, source.layout, self.layout)
             mine = files_of_rank(self.topology, **world.place)
         else:
-            self.state.require_compatible(resharding(source, self.topology))
+            self.state.require_compatible(resharded(source, self.topology))
             mine = files_of(source.topology)[world.rank :: world.size]
         if manifest.is_committed(checkpoint):
             require_sound(checkpoint, mine)

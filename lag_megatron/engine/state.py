@@ -24,13 +24,13 @@ from lag_megatron.checkpoint.state.layout import (
     State,
     Topology,
 )
-from lag_megatron.checkpoint.state.optimizer_states import shape_of, states_of
+from lag_megatron.checkpoint.state.optimizer_states import state_shape, states_of
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.checkpoint.zero.writer import write_rank
 from lag_megatron.engine.base_cache import BaseCache, Target
 from lag_megatron.engine.deepspeed_adapter import DeepSpeedAdapter
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.apply.grown_state import Growth
+from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.kernels.grow import write_runs
 
 # The hyper-parameters that DeepSpeed's loader takes from a checkpoint.
@@ -54,7 +54,7 @@ class EngineState:
         self._place = place
         self._layouts = layout.states
 
-    def require_compatible(self, growth: Growth, *, weights_only: bool = False) -> None:
+    def require_compatible(self, growth: GrownState, *, weights_only: bool = False) -> None:
         """Refuse a growth that ends at another model or topology, before anything is touched.
 
         With ``weights_only`` it may be of another optimizer.
@@ -79,7 +79,7 @@ class EngineState:
                 "DeepSpeed cuts them in a way that is not understood here."
             )
 
-    def overwrite(self, growth: Growth, base: BaseCache | None = None) -> bool:
+    def overwrite(self, growth: GrownState, base: BaseCache | None = None) -> bool:
         """Overwrite masters, moments, counters and hyper-parameters; no collective call.
 
         After an error the state is neither the old nor the new one: load one before going on.
@@ -105,7 +105,7 @@ class EngineState:
         self._adapter.set_counters(source.header)
         return written
 
-    def _write_values(self, growth: Growth, base: BaseCache | None) -> bool:
+    def _write_values(self, growth: GrownState, base: BaseCache | None) -> bool:
         """Masters and moments: by one kernel launch from the cache, else from the shards."""
         fill = growth.filler(tensor_rank=self._place["tensor_rank"])
         if base is not None:
@@ -117,7 +117,7 @@ class EngineState:
             fill(region, tensor)
         return False
 
-    def overwrite_weights(self, growth: Growth) -> None:
+    def overwrite_weights(self, growth: GrownState) -> None:
         """Overwrite masters alone; no collective call."""
         fill = growth.filler(tensor_rank=self._place["tensor_rank"])
         for container, held in self._layout.held(self._data_rank).items():
@@ -132,22 +132,22 @@ class EngineState:
         self._adapter.sync_weights(written=written)
 
     def write(
-        self, folder: Path, growth: Growth, *, client_state: Mapping[str, Any]
+        self, folder: Path, growth: GrownState, *, client_state: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Write this rank's files of a state that began as ``growth``; no collective call.
 
         Returns:
             their manifest entries; commit is the caller's.
         """
-        draft = replace(
-            growth.draft,
+        spec = replace(
+            growth.spec,
             entries={**self._adapter.counters, "lag": {**growth.client_state, **client_state}},
             groups=self._group_states(),
             loss_scale=self._adapter.loss_scale,
         )
-        return write_rank(folder, draft, self, **self._place)
+        return write_rank(folder, spec, self, **self._place)
 
-    def expect(self, region: Region) -> None:
+    def prefetch(self, region: Region) -> None:
         """Nothing has to be read: the state is in memory."""
 
     def __call__(self, region: Region, buffer: Tensor) -> None:
@@ -222,7 +222,7 @@ class EngineState:
             place = master.device if fused else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.float32, device=place)
             for moment in moments:
-                shape = shape_of(moment, tuple(master.shape))
+                shape = state_shape(moment, tuple(master.shape))
                 state[moment] = torch.zeros(shape, dtype=master.dtype, device=master.device)
         return state
 

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "lag_megatron"
 ADAPTER = PACKAGE / "engine" / "deepspeed_adapter"
 # DeepSpeed documents this one: ``deepspeed.initialize`` returns it.
 DOCUMENTED = {"optimizer"}
+BY_NAME = ("getattr", "setattr", "hasattr", "delattr")
 # What DeepSpeed's objects are called in the adapter.
 OBJECTS = ("zero", "coordinator", "self._engine", "self._optimizer")
 CASES = [
@@ -112,9 +113,8 @@ def attributes_in(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute):
             yield node.attr
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            if node.func.id in ("getattr", "setattr", "hasattr", "delattr"):
-                yield from (a.value for a in node.args if isinstance(a, ast.Constant))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME:
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant))
 
 
 def of_deepspeeds_objects(path):
