@@ -18,7 +18,7 @@ from lag_megatron.checkpoint.storage.integrity import require_sound
 from lag_megatron.checkpoint.zero.file_names import files_of, files_of_rank
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.checkpoint.zero.writer import bytes_of
-from lag_megatron.config import RunConfig
+from lag_megatron.config import ModelConfig, RunConfig
 from lag_megatron.data.batch import to_device
 from lag_megatron.distributed.world import World, topology_of
 from lag_megatron.engine.base_cache import BaseCache
@@ -26,7 +26,12 @@ from lag_megatron.engine.build import build_deepspeed_engine
 from lag_megatron.engine.deepspeed_adapter import PartitionedAdapter, adapt, full_shape
 from lag_megatron.engine.fused_zero_step import use_fused_step
 from lag_megatron.engine.partial_step import partial_step
-from lag_megatron.engine.reductions import doubles, gradient_norm, over_data, to_host
+from lag_megatron.engine.reductions import (
+    float64_tensor,
+    gradient_norm,
+    sum_over_data_parallel,
+    to_host,
+)
 from lag_megatron.engine.state import EngineState
 from lag_megatron.engine.step_result import StepResult
 from lag_megatron.errors import CheckpointError
@@ -75,6 +80,11 @@ class Engine:
             use_fused_step(self._adapter)
         self._reset_step_counts()
         self._new_layers: frozenset[int] = frozenset()
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The configuration of the model, whose depth is that of the first stage."""
+        return self.config.model
 
     @property
     def topology(self) -> Topology:
@@ -133,7 +143,7 @@ class Engine:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         # Nothing is read from the device before the step is on its way: the host runs ahead.
-        counts = over_data(doubles(labels_of(batches), device), world)
+        counts = sum_over_data_parallel(float64_tensor(labels_of(batches), device), world)
         # DeepSpeed averages gradients over the replicas; this makes them a sum again.
         weights = (world.data_size / counts.clamp(min=1.0)).float()
         totals = torch.zeros_like(counts)
@@ -152,12 +162,12 @@ class Engine:
                 totals += sums.detach()
                 del sums  # parameters' nodes outlive it otherwise, and with them their streams
         norm = engine.get_global_grad_norm() if norm is None else norm
-        stops = doubles([float(stop_asked())], device)
-        summed = over_data(torch.cat([totals, stops]), world)
+        stops = float64_tensor([float(stop_asked())], device)
+        summed = sum_over_data_parallel(torch.cat([totals, stops]), world)
         known = [] if norm is None else [torch.as_tensor(norm, dtype=torch.float64, device=device)]
-        (*losses, asked), labels, *norms = to_host(summed, counts, *known)
+        (*losses, stops_asked), labels, *norms = to_host(summed, counts, *known)
         grad_norm = norms[0][0] if norms else None
-        return StepResult(mean_loss(losses, labels), grad_norm, self._agree(asked))
+        return StepResult(mean_loss(losses, labels), grad_norm, self._any_tensor_rank(stops_asked))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[Batch]]) -> list[float]:
@@ -172,8 +182,8 @@ class Engine:
             ]
             sums.append(torch.stack(losses).sum(0))
             labels += labels_of(parts)
-        counts = doubles(labels, device).view(len(sums), -1)
-        both = over_data(torch.stack([torch.stack(sums), counts]), self.world).tolist()
+        counts = float64_tensor(labels, device).view(len(sums), -1)
+        both = sum_over_data_parallel(torch.stack([torch.stack(sums), counts]), self.world).tolist()
         return [mean_loss(*pair) for pair in zip(*both, strict=True)]
 
     def save(self, folder: Path, tag: str, *, client_state: Mapping[str, Any]) -> None:
@@ -185,18 +195,18 @@ class Engine:
         )
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Take over the state of ``checkpoint`` (a tag folder) and return its client state.
+        """Load the state of ``checkpoint`` (a tag folder) and return its client state.
 
-        One of another number of ranks, ZeRO stage or tensor-parallel size is spread anew in place;
-        DeepSpeed's own loader takes none.
+        One of another number of ranks, ZeRO stage or tensor-parallel size is resharded in place,
+        which DeepSpeed's own loader cannot do.
 
         Raises:
             CheckpointError: if it is damaged, or holds other parameters, in another order or of
                 other shapes; DeepSpeed itself would load all that without a word.
         """
         # Together: a rank that refused alone would leave the others waiting inside DeepSpeed.
-        kept = self.world.from_each(lambda: self._require_fit(checkpoint))
-        if not all(kept):
+        same_topology = self.world.from_each(lambda: self._require_loadable(checkpoint))
+        if not all(same_topology):
             growth = resharded(ZeroCheckpoint.open(checkpoint), self.topology)
             self.grow_from(growth)
             return growth.client_state
@@ -205,14 +215,14 @@ class Engine:
         )
         if path is None:
             raise CheckpointError(f"{checkpoint}: DeepSpeed found no checkpoint there.")
-        self._remember(client_state["lag"])
+        self._set_new_layers(client_state["lag"])
         return dict(client_state["lag"])
 
     def grow_from(self, growth: GrownState, base: BaseCache | None = None) -> None:
-        """Become, in place, what a growth makes of its source, which may lie on any topology.
+        """Overwrite the state with what a growth makes of its source, which may have any topology.
 
         The same as writing the grown checkpoint and loading it, bit for bit; nothing is written.
-        ``base`` keeps the source for the next growth from it.
+        ``base`` caches the source for the next growth from it.
 
         Raises:
             CheckpointError: if the source is damaged, or grows into another model than this.
@@ -222,7 +232,7 @@ class Engine:
         self.world.from_each(lambda: state.require_compatible(growth))
         written = self.world.from_each(lambda: state.overwrite(growth, base))
         state.sync_weights(written=written[self.world.rank])
-        self._remember(growth.client_state)
+        self._set_new_layers(growth.client_state)
 
     def parameter_groups(self) -> list[dict[str, tuple[int, ...]]]:
         """Names and this rank's shapes of the optimizer's parameters, by group, in flat order."""
@@ -235,8 +245,8 @@ class Engine:
             if "step" in state:
                 state["step"] = torch.zeros_like(state["step"])
 
-    def _remember(self, client_state: Mapping[str, Any]) -> None:
-        """Which layers the last growth of the state that was taken over has added."""
+    def _set_new_layers(self, client_state: Mapping[str, Any]) -> None:
+        """Set which layers are new: those that the last growth of a loaded state has added."""
         history = client_state.get("growth_history") or ()
         self._new_layers = GrowthPlan(**history[-1]).new_layers if history else frozenset()
 
@@ -245,8 +255,8 @@ class Engine:
         decayed, others = decay_split(self.module, shape_of=full_shape)
         return [group for group in (decayed, others) if group]
 
-    def _require_fit(self, checkpoint: Path) -> bool:
-        """Refuse what cannot be taken over; whether it is spread as this engine is."""
+    def _require_loadable(self, checkpoint: Path) -> bool:
+        """Refuse a checkpoint of another model; returns whether it has this engine's topology."""
         source, world = ZeroCheckpoint.open(checkpoint), self.world
         same = source.topology == self.topology
         if same:
@@ -261,6 +271,6 @@ class Engine:
             require_sound(checkpoint, mine)
         return same
 
-    def _agree(self, stops: float) -> bool:
+    def _any_tensor_rank(self, stops: float) -> bool:
         # Tensor-parallel ranks may have been signalled at different steps.
         return self.world.any_rank(stops > 0) if self.world.tensor_size > 1 else stops > 0

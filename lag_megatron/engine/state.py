@@ -98,8 +98,9 @@ class EngineState:
         groups = source.group_states
         for number, master in self._numbered_masters():
             self._moments(master)["step"].fill_(groups[number].counters["step"])
-        for group, taken in zip(self.torch_optimizer.param_groups, groups, strict=True):
-            group.update({k: taken.settings[k] for k in _SETTINGS if k in taken.settings})
+        for group, source_group in zip(self.torch_optimizer.param_groups, groups, strict=True):
+            settings = source_group.settings
+            group.update({key: settings[key] for key in _SETTINGS if key in settings})
         written = self._write_values(growth, base)
         self._adapter.loss_scale = source.loss_scale(self._topology.precision)
         self._adapter.set_counters(source.header)
@@ -155,12 +156,12 @@ class EngineState:
         if sum(segment.length for _, segment in region.segments) < region.length:
             buffer.zero_()
         for name, segment in region.segments:
-            there, start = self._find(name, region, segment.container, segment.start)
-            part = there[start : start + segment.length]
+            source, start = self._find(name, region, segment.container, segment.start)
+            part = source[start : start + segment.length]
             buffer[segment.offset : segment.offset + segment.length].copy_(part)
 
     def _group_states(self) -> list[GroupState]:
-        """What the optimizer keeps for each parameter group."""
+        """Each parameter group's hyper-parameters and step count."""
         first: dict[int, Tensor] = {}
         for number, master in self._numbered_masters():
             first.setdefault(number, master)
@@ -175,7 +176,7 @@ class EngineState:
     def _find(
         self, name: str, region: Region, container: Container, start: int
     ) -> tuple[Tensor, int]:
-        """The buffer with element ``start`` of a parameter, and where it stands there."""
+        """The buffer with element ``start`` of a parameter, and that element's offset."""
         if region.forward:
             return self._parameters[name].detach().view(-1), start
         (segment,) = self._layouts[region.state].overlapping(name, start, 1)
@@ -229,9 +230,15 @@ class EngineState:
     def slices(
         self, wanted: Callable[[str], bool], *, moments: bool = False
     ) -> dict[int, list[Tensor]]:
-        """This rank's masters of some parameters, and their moments where these are asked for.
+        """This rank's masters of some parameters, and their moments if ``moments``.
 
-        They are runs of the buffers that belong to the masters with these identities.
+        Args:
+            wanted: whether a parameter of this name is one of them.
+            moments: whether to add their moments.
+
+        Returns:
+            views of the buffers, by the identity (``id``) of the buffer of masters that they are
+            of or whose moments they are.
         """
         masters = self.masters
         found: dict[int, list[Tensor]] = {id(master): [] for master in masters}

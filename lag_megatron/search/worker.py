@@ -13,7 +13,7 @@ from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig
 from lag_megatron.distributed.world import World, local_ranks
 from lag_megatron.engine.base_cache import BaseCache
-from lag_megatron.engine.ema import WeightAverage, fits
+from lag_megatron.engine.ema import WeightAverage, has_weight_average
 from lag_megatron.engine.save import save_engine
 from lag_megatron.engine.step_result import mean
 from lag_megatron.growth.apply.grown_state import GrownState, resharded
@@ -152,7 +152,7 @@ class ProbeWorker:
     def _usable(self, state: Path) -> bool:
         """Whether the weight average that is saved with a state is sharded as this engine is."""
         return not self._averages or (
-            fits(state, size=self.world.size)
+            has_weight_average(state, size=self.world.size)
             and ZeroCheckpoint.open(state).topology == self.engine.topology
         )
 
