@@ -71,6 +71,7 @@ FLOORS = (
         "dry_run",
         "study",
     ),
+    ("cli",),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MAX_FILE_LINES = 300

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 
-import convert_checkpoint
 import pytest
 import torch
 from conftest import sparing
@@ -15,6 +14,7 @@ from lag_megatron.checkpoint import open
 from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.checkpoint.state.source import WHOLE
 from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.cli import convert_checkpoint
 from lag_megatron.growth.apply.conversion import open_source, whole_state
 from lag_megatron.growth.apply.grown_state import Growth, resharding
 from lag_megatron.growth.plan import GrowthPlan

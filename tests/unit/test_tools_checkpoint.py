@@ -1,6 +1,6 @@
 """The two programs for checkpoints: what they print, write and refuse, and their exit codes."""
 
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -21,10 +21,7 @@ LAG = ("--operator", "lag", "--set", "index=0", "--set", "block_size=1", "--set"
 
 
 def program(name):
-    path = ROOT / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module(f"lag_megatron.cli.{name}")
     return lambda *arguments: module.main([str(a) for a in arguments])
 
 

@@ -16,9 +16,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from lag_megatron.cli import prepare_data as tool
 from lag_megatron.config import load_config
 from lag_megatron.data import prepare_data
-from tools import prepare_data as tool
 
 CHUNK_MB = "0.0625"
 

@@ -1,31 +1,27 @@
-"""What the tools that grow checkpoints ask on the command line."""
+"""Options that the commands which grow checkpoints share, and what they ask for."""
 
 import argparse
 import os
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm import tqdm
 
 from lag_megatron.checkpoint.state.layout import Topology
-from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.state.source import Source
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.grown_state import retarget
+from lag_megatron.growth.apply.plan_checkpoint import plan_checkpoint
 from lag_megatron.growth.operators import OPERATORS
 from lag_megatron.growth.plan import MOMENT_POLICIES, GrowthPlan
 
 DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
-TOPOLOGY = ("world_size", "tensor_parallel", "zero_stage", "precision")
+_TOPOLOGY = ("world_size", "tensor_parallel", "zero_stage", "precision")
 _PLAN = ("operator", "layers", "moments", "seed", "init_std")
 
 
 def add_growth_options(parser: argparse.ArgumentParser) -> None:
-    """The growth, the topology, and how many workers."""
+    """Add the options of the growth, of the topology, and the number of workers."""
     add = parser.add_argument
     add("--operator", metavar="NAME", help=f"one of {', '.join(OPERATORS)}")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="an operator's option")
@@ -42,8 +38,28 @@ def add_growth_options(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="show what would be done and leave nothing behind")
 
 
-def topology_of(options: argparse.Namespace, source: Topology) -> Topology:
-    """The source's topology with what is given replaced.
+def check_workers(options: argparse.Namespace) -> None:
+    """Refuse less than one worker.
+
+    Raises:
+        PlanError: if ``--workers`` is below 1.
+    """
+    if options.workers < 1:
+        raise PlanError(f"--workers {options.workers}: expected at least 1.")
+
+
+def changes_topology(options: argparse.Namespace) -> bool:
+    """Whether an option names another topology than the source's."""
+    return any(getattr(options, key) is not None for key in _TOPOLOGY)
+
+
+def topology_of(
+    options: argparse.Namespace, source: Topology, *, zero_stage: int | None = None
+) -> Topology:
+    """The source's topology with the given options replaced.
+
+    Args:
+        zero_stage: where ``--zero-stage`` is not given; by default the source's.
 
     Raises:
         PlanError: if the ranks do not divide.
@@ -52,18 +68,17 @@ def topology_of(options: argparse.Namespace, source: Topology) -> Topology:
         source,
         world_size=options.world_size,
         tensor_size=options.tensor_parallel,
-        zero_stage=options.zero_stage,
+        zero_stage=zero_stage if options.zero_stage is None else options.zero_stage,
         precision=options.precision,
     )
 
 
 def plan_of(options: argparse.Namespace, source: Source, *, may_stay: bool) -> GrowthPlan:
-    """The growth that is asked for.
+    """The growth that the options ask for.
 
     Args:
-        options: of the command line.
-        source: what is to grow.
-        may_stay: whether no growth at all may be asked for.
+        source: the checkpoint to grow.
+        may_stay: whether the model may stay as it is, where no option of a growth is given.
 
     Raises:
         PlanError: if it is incomplete or contradicts itself.
@@ -73,38 +88,21 @@ def plan_of(options: argparse.Namespace, source: Source, *, may_stay: bool) -> G
         if given or options.set:
             raise PlanError("--plan says everything: leave out the options of the growth.")
         return GrowthPlan.read(options.plan)
-    layers = len(layers_in([*source.layout.shapes, *source.frozen.shapes]))
     if not given and may_stay:
         given = {"operator": "identity"}
-    if given.get("operator") == "identity":
-        given.setdefault("layers", layers)
-    for needed in ("operator", "layers"):
-        if needed not in given:
-            raise PlanError(
-                f"--{needed} is missing: give --operator and --layers, or --plan, or a topology."
-            )
-    target_layers = given.pop("layers")
-    model = source.client_state.get("model") or {}
-    defaults = {"init_std": model["init_std"]} if "init_std" in model else {}
-    return GrowthPlan(
-        source_layers=layers,
+    operator, target_layers = given.pop("operator", None), given.pop("layers", None)
+    if operator is None or (target_layers is None and operator != "identity"):
+        missing = "operator" if operator is None else "layers"
+        raise PlanError(
+            f"--{missing} is missing: give --operator and --layers, or --plan, or a topology."
+        )
+    return plan_checkpoint(
+        source,
+        operator=operator,
         target_layers=target_layers,
         options=dict(_setting(text) for text in options.set),
-        **(defaults | given),
+        **given,
     )
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on a terminal; yields what several threads may tell."""
-    lock = threading.Lock()
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
-
-        def told(count: int) -> None:
-            with lock:
-                bar.update(count)
-
-        yield told
 
 
 def _setting(text: str) -> tuple[str, Any]:
