@@ -1,6 +1,6 @@
 """A jump of the loss where paths lengthen is told from the noise at constant length."""
 
-import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +9,7 @@ from conftest import ROOT, pico_config
 from lag_megatron.config import RunConfig, StageConfig
 from lag_megatron.errors import RunError
 from lag_megatron.report.stats.run_files import RunFiles
-
-sys.path.insert(0, str(ROOT / "tools" / "bench"))
-
-from dataclasses import replace
-
-from raptr_switches import switches
+from tools.bench.training.raptr_switches import switches
 
 
 def files_of(config: RunConfig, losses: list[float]) -> RunFiles:

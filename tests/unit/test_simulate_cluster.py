@@ -1,6 +1,5 @@
 """The arithmetic of simulated clusters: closed forms, bounds, what depends on what."""
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -9,11 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lag_megatron.config import ParallelConfig
-
-sys.path.insert(0, str(ROOT / "tools" / "bench"))
-
-import cluster_model as model
-import simulate_cluster as program
+from tools.bench.search import cluster_model as model
+from tools.bench.search import simulate_cluster as program
 
 FREE = model.Link(latency=0.0, bytes_per_second=float("inf"))
 # A millisecond a token, and nothing else costs anything.

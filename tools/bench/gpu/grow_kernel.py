@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writing a candidate's masters, moments and bf16 weights in one pass, against a plain copy.
 
-python tools/bench/grow_kernel.py [--rounds 9] [--parameters N] [--device cpu|cuda] [--json FILE]
+python tools/bench/gpu/grow_kernel.py [--rounds 9] [--parameters N] [--device cpu|cuda]
+                                      [--json FILE]
 
 A state of 12 layers becomes one of 16 whose new layers are copies of others, or have drawn weights,
 no mean of the gradient, and the other's square of it.  The plain copy moves as many bytes by one
@@ -10,16 +11,19 @@ share is taken, and ``ms`` is everything, the table of runs included.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 import torch
-from figures import write_figures
-from timing import copy_rate, device_prefix, medians
 from torch import Tensor
 
 from lag_megatron.kernels.grow import launch_of, write_runs
 from lag_megatron.kernels.runs import Run
+from tools.bench.common.figures import write_figures
+from tools.bench.common.timing import copy_rate, device_prefix, medians
 
 OLD, NEW, INDEX, BLOCK = 12, 16, 4, 4
 STATES = ("fp32", "exp_avg", "exp_avg_sq")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a search costs: probe steps of the rule, wall time, probe groups, the coordinator.
 
-python tools/bench/probes.py [--json FILE] [--only rules search groups] [--naive N]
+python tools/bench/search/probes.py [--json FILE] [--only rules search groups] [--naive N]
                              [--searches FOLDER] [--scratch FOLDER] [--smoke]
 
 `rules` replays recorded searches; `search` runs one against a loop that launches each candidate;
@@ -10,16 +10,19 @@ with, in one run: about ten minutes on two cores and 3 GB of disk.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
-from figures import write_figures
-from group_throughput import group_figures
-from naive_search import SMOKE, Sizes, search_figures
-from recorded_rules import rules_figures
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
+from tools.bench.common.figures import write_figures
+from tools.bench.search.group_throughput import group_figures
+from tools.bench.search.naive_search import SMOKE, Sizes, search_figures
+from tools.bench.search.recorded_rules import rules_figures
 
 PARTS = ("rules", "search", "groups")
-SEARCHES = Path(__file__).with_name("searches")
+SEARCHES = Path(__file__).resolve().parents[1] / "searches"
 BOUNDS = {
     "probe_step_ratio": "<= 0.42",
     "searches_no_worse": ">= 0.9",

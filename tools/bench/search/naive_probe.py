@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One candidate as a loop without a coordinator probes it: load, train to the lag, evaluate.
 
-deepspeed --num_gpus 2 tools/bench/naive_probe.py --config FILE --checkpoint TAG --folder DIR
+deepspeed --num_gpus 2 tools/bench/search/naive_probe.py --config FILE --checkpoint TAG --folder DIR
 
 Writes the validation loss to DIR/loss.json; naive_search.py starts it once a candidate.
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """First Adam update after growing, in learning rates, by operator and moment policy.
 
-python tools/bench/first_update.py [--steps 3000] [--json FILE]
+python tools/bench/growth/first_update.py [--steps 3000] [--json FILE]
 
 A small GPT is trained under the engine, on one CPU process; each grown checkpoint takes one step.
 The trap is v = 0 under the inherited step count t: an element's first update is then
@@ -16,14 +16,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 import torch
-from figures import write_figures
 
 from lag_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, StageConfig
 from lag_megatron.distributed.world import World, start_world, stop_world
 from lag_megatron.engine.engine import Engine
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.plan import MOMENT_POLICIES, GrowthPlan
+from tools.bench.common.figures import write_figures
 
 LR, BETAS = 1e-3, (0.9, 0.999)
 SOURCE, VOCABULARY, LENGTH, BATCH = 4, 128, 32, 8

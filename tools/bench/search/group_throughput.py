@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from launched import make_base, run_search
+from tools.bench.search.launched import make_base, run_search
 
 RANKS = 4
 ROUNDS = 3

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Curves of this machine's ranks, for cluster_measure.py, which starts it under the launcher.
 
-deepspeed --num_gpus 4 tools/bench/cluster_curves.py --config FILE --base TAG --out FILE
+deepspeed --num_gpus 4 tools/bench/search/cluster_curves.py --config FILE --base TAG --out FILE
 """
 
 import argparse

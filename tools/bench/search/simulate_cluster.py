@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """What one search costs on 8 to 1024 GPUs, for each number of probe groups.
 
-python tools/bench/simulate_cluster.py [--config FILE] [--curves FILE] [--gpus N ...] [--json FILE]
-python tools/bench/simulate_cluster.py --measure [--keep-curves FILE] [--json FILE]
+python tools/bench/search/simulate_cluster.py [--config FILE] [--curves FILE] [--gpus N ...]
+                                              [--json FILE]
+python tools/bench/search/simulate_cluster.py --measure [--keep-curves FILE] [--json FILE]
 
 Without --curves the numbers are computed for an H200, not measured.  --measure takes the curves of
 1, 2 and 4 ranks on this machine and compares what they predict with searches run here.
@@ -15,7 +16,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cluster_model import (
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
+from lag_megatron.config import GrowthConfig, RunConfig, load_config
+from lag_megatron.errors import ConfigError, LagError
+from lag_megatron.planning.cost import parameter_count, training_flops_per_token
+from lag_megatron.planning.vocab_size import estimate_vocab_size
+from tools.bench.common.figures import write_figures
+from tools.bench.search.cluster_job import job_of
+from tools.bench.search.cluster_measure import measure
+from tools.bench.search.cluster_model import (
     GB,
     Cost,
     Job,
@@ -26,16 +36,8 @@ from cluster_model import (
     search_cost,
     write_machine,
 )
-from figures import write_figures
 
-from lag_megatron.config import GrowthConfig, RunConfig, load_config
-from lag_megatron.errors import ConfigError, LagError
-from lag_megatron.planning.cost import parameter_count, training_flops_per_token
-from lag_megatron.planning.vocab_size import estimate_vocab_size
-from lag_megatron.selection import planned
-from lag_megatron.training.dry_run import growth_pools
-
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 # Assumptions for one H200 with eight to a host; nothing of this was measured here.
 H200_FLOPS = 490e12  # 62 % of the 790 TFLOP/s that an 8192-cubed bf16 product reaches
@@ -108,28 +110,6 @@ def _other_rule(growth: GrowthConfig) -> GrowthConfig:
     return replace(growth, rule="lag" if growth.rule == "halving" else "halving", rungs=())
 
 
-def job_of(config: RunConfig, number: int, growth: GrowthConfig) -> Job:
-    """What the growth event asks of a machine; tensor parallelism is not modelled."""
-    pool = growth_pools(config)[number]
-    vocab_size, _ = estimate_vocab_size(config)
-    rungs, before = [], -1
-    for rung, count in planned(growth, candidates=len(pool)):
-        evaluations = sum(before < step <= rung for step in growth.evaluation_steps())
-        rungs.append((rung, count, evaluations))
-        before = rung
-    return Job(
-        rows=config.parallel.global_batch,
-        length=config.model.seq_length,
-        micro_rows=config.parallel.micro_batch,
-        parameters=parameter_count(
-            config.model, num_layers=config.layers_of(number), vocab_size=vocab_size
-        ),
-        evaluation_tokens=config.data.validation_tokens,
-        rungs=tuple(rungs),
-        parallel=config.parallel,
-    )
-
-
 def h200(config: RunConfig, number: int) -> Machine:
     """The assumed GPU with this model on it."""
     vocab_size, _ = estimate_vocab_size(config)
@@ -198,8 +178,6 @@ def _row(cost: Cost, one: Cost) -> str:
 
 
 def _measured(options: argparse.Namespace) -> dict[str, float]:
-    from cluster_measure import measure
-
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         machine, checks = measure(Path(folder))
     if options.keep_curves:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kernels against what the device can do: shares of its copy bandwidth and of its matmul rate.
 
-python tools/bench/gpu_kernels.py [--rounds 20] [--json FILE]
+python tools/bench/gpu/gpu_kernels.py [--rounds 20] [--json FILE]
 
 Needs a GPU.  Both ceilings are measured in the same call: a copy of fp32, and a product of 8192^3
 in bf16.
@@ -9,15 +9,15 @@ in bf16.
 
 import argparse
 import functools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import grow_kernel
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 import torch
 import torch.nn.functional as F
-from figures import write_figures
-from timing import copy_rate, device_prefix, matmul_rate, medians
 from torch import Tensor
 
 from lag_megatron.distributed.world import start_world, stop_world
@@ -25,6 +25,9 @@ from lag_megatron.kernels.adamw import adamw_step, on_device
 from lag_megatron.kernels.build import nvcc_path
 from lag_megatron.kernels.partition import Partition, Rates
 from lag_megatron.model.linear_cross_entropy import linear_cross_entropy
+from tools.bench.common.figures import write_figures
+from tools.bench.common.timing import copy_rate, device_prefix, matmul_rate, medians
+from tools.bench.gpu import grow_kernel
 
 
 @dataclass(frozen=True, slots=True)

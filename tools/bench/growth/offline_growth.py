@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import synthetic
 import torch
 
 from lag_megatron.checkpoint.state.layout import STATES
@@ -24,6 +23,7 @@ from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.apply.grown_state import Growth
 from lag_megatron.growth.growth_map import grown_names
 from lag_megatron.growth.plan import GrowthPlan
+from tools.bench.common import synthetic
 
 ROUNDS = 5
 _SAMPLE_S = 0.002

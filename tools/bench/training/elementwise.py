@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What lies between products: in one pass, by torch's operations, and as torch compiles these.
 
-python tools/bench/elementwise.py [--device cpu|cuda] [--rounds 9] [--json FILE]
+python tools/bench/training/elementwise.py [--device cpu|cuda] [--rounds 9] [--json FILE]
 
 Medians of rounds in turns, forward and backward, on a CPU process time of one thread.  Of an
 activation with its bias a figure is how much faster one pass is than the fastest of the others;
@@ -11,17 +11,20 @@ is how much faster the compiled form is.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 import torch
 import torch.nn.functional as F
-from figures import write_figures
-from timing import medians
 from torch import Tensor
 
 from lag_megatron.kernels.activation import KINDS, activate, activate_by_torch
+from tools.bench.common.figures import write_figures
+from tools.bench.common.timing import medians
 
 # Tokens and width of the MLP, and of the residual stream; on a GPU those of the steps measured.
 SHAPES = {

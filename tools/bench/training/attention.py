@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Core attention by plain products against torch's scaled dot product, forward and backward.
 
-python tools/bench/attention.py [--rounds 7] [--json FILE]
+python tools/bench/training/attention.py [--rounds 7] [--json FILE]
 
 One thread, process time, medians of rounds in turns, 4096 positions a batch in heads of 64.  A
 ratio above 1 is how much faster products are; `products_win` in `lag_megatron/model/attention.py`
@@ -10,16 +10,19 @@ says where they are taken.
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 import torch
 import torch.nn.functional as F
-from figures import write_figures
 from torch import Tensor
 
 from lag_megatron.model.attention import attend_by_products
+from tools.bench.common.figures import write_figures
 
 POSITIONS, HEADS, SIZE = 4096, 4, 64
 LENGTHS = (64, 128, 256, 512, 1024)

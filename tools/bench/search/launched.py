@@ -18,7 +18,7 @@ from lag_megatron.run.compile_cache import keep_caches
 from lag_megatron.run.directory import RunDirectory, tag_of
 from lag_megatron.run.metrics import read_rows
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 Tree = dict[str, Any]
 
 

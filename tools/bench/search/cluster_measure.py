@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cluster_model import Link, Machine, group_counts, search_cost
-from group_throughput import LENGTH, ROWS, tree_of
-from launched import Base, launch, make_base, run_search
-from simulate_cluster import job_of
 
 from lag_megatron.config import load_config
+from tools.bench.search.cluster_job import job_of
+from tools.bench.search.cluster_model import Link, Machine, group_counts, search_cost
+from tools.bench.search.group_throughput import LENGTH, ROWS, tree_of
+from tools.bench.search.launched import Base, launch, make_base, run_search
 
 RANKS = (1, 2, 4)
 LAG = 6

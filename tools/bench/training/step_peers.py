@@ -6,8 +6,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from minimal_gpt import MinimalGpt
-from step_job import (
+from torch import Tensor
+
+from lag_megatron.checkpoint.hf.architecture import architecture_of
+from lag_megatron.distributed.world import start_world, stop_world
+from lag_megatron.engine.engine import Engine
+from tools.bench.training.minimal_gpt import MinimalGpt
+from tools.bench.training.step_job import (
     BETAS,
     CLIP,
     DECAY,
@@ -17,11 +22,6 @@ from step_job import (
     take_weights,
     weights_for_transformers,
 )
-from torch import Tensor
-
-from lag_megatron.checkpoint.hf.architecture import architecture_of
-from lag_megatron.distributed.world import start_world, stop_world
-from lag_megatron.engine.engine import Engine
 
 Batch = dict[str, Tensor]
 Step = Callable[[Batch, int], float]

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launched import Base, Searched, launch, make_base, run_search
-
 from lag_megatron.config import load_config
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.pool import Candidate, build_pool
 from lag_megatron.planning.cost import parameter_count
+from tools.bench.search.launched import Base, Searched, launch, make_base, run_search
 
 RANKS = 2
 # Groups add up gradients in another order than two ranks do.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A candidate switched in a live engine against a training step, and against reloading.
 
-python tools/bench/live_switch.py [--hidden 256] [--scratch FOLDER] [--json FILE]
+python tools/bench/growth/live_switch.py [--hidden 256] [--scratch FOLDER] [--json FILE]
 
 On a GPU candidates are written from what the device keeps of their base.
 """
@@ -10,15 +10,16 @@ import argparse
 import math
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import synthetic
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 import torch
-from figures import write_figures
 
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.distributed.world import World, start_world, stop_world
@@ -27,6 +28,8 @@ from lag_megatron.engine.engine import Engine
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.apply.grown_state import Growth
 from lag_megatron.growth.plan import GrowthPlan
+from tools.bench.common import synthetic
+from tools.bench.common.figures import write_figures
 
 T = TypeVar("T")
 LAYERS, HIDDEN, VOCABULARY = 16, 256, 8192

@@ -16,12 +16,12 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
 from lag_megatron.report import write_search  # noqa: E402
 
-FOLDER = Path(__file__).parent / "searches"
+FOLDER = ROOT / "tools" / "bench" / "searches"
 LLAMA = (
     "model.positions=rope", "model.norm=rmsnorm", "model.bias=false", "model.activation=swiglu",
     "model.tied_embeddings=false", "model.num_query_groups=1", "model.ffn_hidden_size=96",

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Whether the training loss jumps where a run's paths lengthen.
 
-python tools/bench/raptr_switches.py RUN_DIR… [--control RUN_DIR…] [--window 25] [--json FILE]
+python tools/bench/training/raptr_switches.py RUN_DIR… [--control RUN_DIR…] [--window 25]
+                                              [--json FILE]
 
 At each switch the mean loss of the steps after it, less that of the steps before it, is compared
 with the same difference at every place inside the two stages, where the length stays: its distance
@@ -13,16 +14,18 @@ what is left does not depend on how hard a batch is.
 import argparse
 import itertools
 import statistics
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from figures import write_figures
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
 
 from lag_megatron.errors import RunError
 from lag_megatron.planning.random_paths import mean_layers_run, path_parts
 from lag_megatron.report.stats.run import TRAIN, series
 from lag_megatron.report.stats.run_files import RunFiles, read_run
+from tools.bench.common.figures import write_figures
 
 
 @dataclass(frozen=True, slots=True)

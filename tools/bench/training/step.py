@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One training step beside other trainers: the same model, the same batches, in turns.
 
-python tools/bench/step.py [--shape small] [--dtypes bf16 fp32] [--peers NAME ...]
+python tools/bench/training/step.py [--shape small] [--dtypes bf16 fp32] [--peers NAME ...]
                            [--rounds 7] [--device cpu] [--profile] [--json FILE]
 
 Each trainer is a process of one rank that waits while the others run.  On a CPU the time is the
@@ -18,17 +18,20 @@ import math
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 import torch
-from figures import write_figures
-from step_job import SHAPES, Job, write_weights
-from step_peers import PEERS, matmul_rate, serve
 
 from lag_megatron.distributed.world import peak_flops
+from tools.bench.common.figures import write_figures
+from tools.bench.training.step_job import SHAPES, Job, write_weights
+from tools.bench.training.step_peers import PEERS, matmul_rate, serve
 
 STEPS = 3  # of a round
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3}

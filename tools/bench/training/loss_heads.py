@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time and memory of the output layer with its loss, against Megatron-Core's, forward and backward.
 
-python tools/bench/loss_heads.py [--rounds 5] [--json FILE]
+python tools/bench/training/loss_heads.py [--rounds 5] [--json FILE]
 
 Two comparisons on one rank: the output layer with its loss in chunks against logits of the whole
 batch and Megatron-Core's cross-entropy; and BERT's head at the predicted 15 % of the positions,
@@ -14,12 +14,14 @@ import argparse
 import gc
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 import torch
-from figures import write_figures
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from lag_megatron.config import ModelConfig, ParallelConfig
 from lag_megatron.distributed.world import start_world, stop_world
 from lag_megatron.model import build_model
 from lag_megatron.model.linear_cross_entropy import linear_cross_entropy
+from tools.bench.common.figures import write_figures
 
 TOKENS, WIDTH, VOCABULARY = 4096, 256, 32768
 BERT_SHAPE = {"hidden_size": 256, "ffn_hidden_size": 1024, "num_attention_heads": 4,

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The time of a training step against the length of its path.
 
-python tools/bench/raptr.py [--rounds 7] [--precision fp32|bf16] [--json FILE]
+python tools/bench/training/raptr.py [--rounds 7] [--precision fp32|bf16] [--json FILE]
 
 24 layers of width 256, vocabulary 4096, one rank, ZeRO-1; a GPU where there is one, else one thread
 of the CPU, whose process time is taken.  Each round takes a step of every length, on another path
@@ -12,18 +12,21 @@ the layers over that of all; beside it stands what the FLOPs say.
 import argparse
 import dataclasses
 import statistics
+import sys
 import time
 from pathlib import Path
 
-import synthetic
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 import torch
-from figures import write_figures
 
 from lag_megatron.config import RunConfig
 from lag_megatron.distributed.world import start_world, stop_world
 from lag_megatron.engine.engine import Engine
 from lag_megatron.planning.cost import steps_flops
 from lag_megatron.planning.random_paths import path_at, with_path_length
+from tools.bench.common import synthetic
+from tools.bench.common.figures import write_figures
 
 LAYERS, HIDDEN, VOCABULARY = 24, 256, 4096
 LENGTHS = (24, 18, 12, 6)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The optimizer's step under ZeRO-1, against one pass of torch's fused AdamW and a cast.
 
-python tools/bench/optimizer.py [--rounds 9] [--json FILE]
+python tools/bench/training/optimizer.py [--rounds 9] [--json FILE]
 
 One rank and one thread; process time, medians of rounds in which all sides run in turns.  Ours and
 DeepSpeed's step take the norm of the gradients, clip them, join and cast them, update masters and
@@ -12,17 +12,20 @@ already, and clips nothing.
 import argparse
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 import torch
-from figures import write_figures
-from step_job import LR, SHAPES, Job
 
 from lag_megatron.distributed.world import World, start_world, stop_world
 from lag_megatron.engine.engine import Engine
 from lag_megatron.model import loss_sums
+from tools.bench.common.figures import write_figures
+from tools.bench.training.step_job import LR, SHAPES, Job
 
 SHAPE = "small"
 

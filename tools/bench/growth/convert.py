@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Conversions beside a plain copy of what they wrote, and beside DeepSpeed's converter.
 
-python tools/bench/convert.py [--json FILE] [--scratch FOLDER] [--workers N]
+python tools/bench/growth/convert.py [--json FILE] [--scratch FOLDER] [--workers N]
 
 States of 0.5 and 1 GiB on four ranks of ZeRO-1; everything in turns, medians of five rounds after
 one to warm up, checksums and fsync included.  Needs 6 GiB of disk and one to five minutes.
@@ -14,16 +14,16 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import synthetic
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 import torch
-from figures import write_figures
-from offline_growth import copy_files, in_child
 
 from lag_megatron.checkpoint.state.source import WHOLE
 from lag_megatron.checkpoint.storage.manifest import STATES_APART
@@ -34,6 +34,9 @@ from lag_megatron.growth.apply.conversion import Conversion, Format, open_source
 from lag_megatron.growth.apply.grown_state import Growth, retarget
 from lag_megatron.growth.apply.hardlink_dcp import linked_megatron
 from lag_megatron.growth.apply.hardlink_universal import linked_universal
+from tools.bench.common import synthetic
+from tools.bench.common.figures import write_figures
+from tools.bench.growth.offline_growth import copy_files, in_child
 
 SIZES = {"0.5": 12, "1": 24}  # layers of 512 hidden units
 RANKS, ROUNDS = 4, 5

@@ -19,13 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 import torch
-from figures import record
-from timing import device_prefix
 
 from lag_megatron.run.compile_cache import keep_caches
+from tools.bench.common.figures import record
+from tools.bench.common.timing import device_prefix
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 BENCH = ROOT / "tools" / "bench"
 KEPT, SHOWN = 100_000, 6_000  # characters of a part's output, its last ones: in the file, and here
 GRACE = 5.0  # seconds in which a part whose time is over may say where it was
@@ -50,14 +52,14 @@ class Part:
 
 def _step(shape: str, rounds: int) -> tuple[str, ...]:
     options = ("--dtypes", "bf16", "--device", "cuda", "--rounds", str(rounds))
-    return (str(BENCH / "step.py"), "--shape", shape, *options, "--peers", "stock")
+    return (str(BENCH / "training" / "step.py"), "--shape", shape, *options, "--peers", "stock")
 
 
 def gpu_tests() -> tuple[str, ...]:
-    """Files with a test marked ``gpu``, kernels' first; others may ask for what is not here."""
-    files = (ROOT / "tests").rglob("test_*.py")
-    found = [file for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
-    return tuple(str(file) for file in sorted(found, key=lambda f: (f.parent.name != "unit", f)))
+    """Files with a test marked ``gpu``; unit tests first, since others may need what is missing."""
+    tests = ROOT / "tests"
+    found = [f for f in tests.rglob("test_*.py") if "mark.gpu" in f.read_text(encoding="utf-8")]
+    return tuple(str(f) for f in sorted(found, key=lambda f: (tests / "unit" not in f.parents, f)))
 
 
 PARTS = (
@@ -67,10 +69,14 @@ PARTS = (
         ("-m", "pytest", "-m", "gpu", "-q", "--tb=short", *gpu_tests()),
         has_figures=False,
     ),
-    Part("kernels", 70, (str(BENCH / "gpu_kernels.py"),)),
+    Part("kernels", 70, (str(BENCH / "gpu" / "gpu_kernels.py"),)),
     Part("step of BERT-base, 16 layers", 90, _step("bert16", 10)),
     Part("step of a 1B decoder", 140, _step("decoder1b", 5)),
-    Part("switch of candidates", 100, (str(BENCH / "live_switch.py"), "--hidden", "768")),
+    Part(
+        "switch of candidates",
+        100,
+        (str(BENCH / "growth" / "live_switch.py"), "--hidden", "768"),
+    ),
 )
 
 

@@ -1,26 +1,34 @@
 #!/usr/bin/env python3
 """Growth on shards: its rate, memory and reading, and what a switch in a live engine costs.
 
-python tools/bench/growth.py [--json FILE] [--scratch FOLDER] [--workers N]
+python tools/bench/growth/growth.py [--json FILE] [--scratch FOLDER] [--workers N]
 
 Everything stands beside what it is compared with, in one run; medians of five rounds after one to
 warm up, checksums included.  Needs 8 GiB of disk and about five minutes.
 """
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import synthetic
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 import torch
-from figures import write_figures
-from live_switch import switch_figures
-from offline_growth import against_gathering, copy_ratio, read_ratio, worker_memory
 
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.distributed.world import World, start_world, stop_world
 from lag_megatron.growth.apply.grown_state import retarget
+from tools.bench.common import synthetic
+from tools.bench.common.figures import write_figures
+from tools.bench.growth.live_switch import switch_figures
+from tools.bench.growth.offline_growth import (
+    against_gathering,
+    copy_ratio,
+    read_ratio,
+    worker_memory,
+)
 
 # Layers of 512 hidden units for each size of state, in GiB.
 SIZES = {"0.5": 12, "1": 24, "2": 48}

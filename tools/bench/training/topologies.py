@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Loss curves of one configuration under every ZeRO stage and tensor-parallel size, side by side.
 
-python tools/bench/topologies.py [--config configs/demo.yaml] [--steps 20] [--json FILE]
+python tools/bench/training/topologies.py [--config configs/demo.yaml] [--steps 20] [--json FILE]
 """
 
 import argparse
@@ -13,9 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from figures import write_figures
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools.bench.common.figures import write_figures
+
+ROOT = Path(__file__).resolve().parents[3]
 TOPOLOGIES = ((0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2), (3, 2))
 SHOWN = 10
 
