@@ -17,8 +17,8 @@ def job_of(family, dtype, weights):
 
     like = step_job.SHAPES[family]
     tiny = {"vocabulary": 64, "batch": 2, "peers": (), "lr": 1e-2}
-    step_job.SHAPES["tiny"] = step_job.Shape({**like.model, **MODEL}, **tiny)
-    return step_job.Job("tiny", dtype, weights, "cpu", profile=False)
+    step_job.SHAPES["tiny"] = step_job.StepShape({**like.model, **MODEL}, **tiny)
+    return step_job.StepJob("tiny", dtype, weights, "cpu", profile=False)
 
 
 def weights_and_losses(family, dtype, weights):
@@ -56,12 +56,12 @@ def test_trainers_start_from_the_same_weights(family, dtype, tmp_path):
 
 
 def test_a_trainer_that_fails_is_told(capsys):
-    from tools.bench.training.step import _first
+    from tools.bench.training.step import _first_losses
 
     ours, theirs = multiprocessing.Pipe()
     theirs.send("stock")
     theirs.close()
-    assert _first("stock", ours) is None
+    assert _first_losses("stock", ours) is None
     assert "stock: ended before" in capsys.readouterr().out
 
 
@@ -70,7 +70,7 @@ def test_figures_say_whether_losses_agree(fault, tmp_path, monkeypatch):
     from tools.bench.training import step
 
     times = {"ours": 1.0} if fault == "stock failed" else {"ours": 1.0, "stock": 2.0}
-    monkeypatch.setattr(step, "_apart", lambda *given: None)
+    monkeypatch.setattr(step, "_in_new_process", lambda *given: None)
     monkeypatch.setattr(step, "_measure", lambda *given: (times, fault != "losses differ"))
     file = tmp_path / "figures.json"
     command = ["step.py", "--dtypes", "fp32", "--peers", "stock", "--json", str(file)]

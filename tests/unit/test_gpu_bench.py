@@ -45,7 +45,7 @@ WRITES = (
 )
 
 
-def test_a_part_that_fails_is_told_and_the_rest_runs():
+def test_a_part_that_fails_is_reported_and_the_rest_runs():
     from tools.bench.gpu.run_all import exit_code, run_parts, table
 
     parts = [
@@ -55,7 +55,7 @@ def test_a_part_that_fails_is_told_and_the_rest_runs():
         part("tests", "print('3 passed')", has_figures=False),
     ]
     first, *_, found = run_parts(parts, prefix="h200")
-    assert list(first["parts"]) == ["good"]  # what is known is told after each part
+    assert list(first["parts"]) == ["good"]  # results are written after each part
     assert first["figures"] == found["figures"]
     assert found["figures"] == {"h200_bert16_mfu": 0.5, "h200_copy_gb_s": 4}
     outcomes = {name: each["outcome"] for name, each in found["parts"].items()}
@@ -177,10 +177,10 @@ def test_figures_are_named_by_the_device():
 
 def test_mfu_counts_what_the_model_computes():
     """BERT-base of 16 layers, its head at 15 % of the positions: 0.777 GFLOP a token."""
-    from tools.bench.training.step_job import SHAPES, Job
+    from tools.bench.training.step_job import SHAPES, StepJob
 
     tokens = SHAPES["bert16"].batch * 512
-    job = Job("bert16", "bf16", Path(), "cpu", profile=False)
+    job = StepJob("bert16", "bf16", Path(), "cpu", profile=False)
     assert job.flops / tokens == pytest.approx(0.777e9, rel=0.01)
 
 
@@ -189,7 +189,7 @@ def tiny_roofline():
     from tools.bench.gpu import gpu_kernels
 
     start_world(tensor=1)
-    gpu_kernels.megatrons_loss = lambda logits, labels: torch.nn.functional.cross_entropy(
+    gpu_kernels.megatron_loss = lambda logits, labels: torch.nn.functional.cross_entropy(
         logits[:, 0].float(), labels[:, 0], reduction="none"
     )  # Megatron's own is compiled, for seconds
     sizes = gpu_kernels.Sizes(

@@ -42,7 +42,7 @@ REAL = replace(
 
 
 def job_of(*rungs, rows=64, parameters=1e6):
-    return model.Job(
+    return model.SearchJob(
         rows=rows,
         length=10,
         micro_rows=rows,
@@ -84,7 +84,7 @@ def test_one_candidate_is_probed_by_one_group(machine):
 
 def test_halving_with_a_group_for_each_candidate_takes_the_slowest_of_each_rung():
     durations = [[3.0, 7.0, 5.0, 1.0], [2.0, 4.0], [6.0]]
-    assert model.wall_of(durations, 4) == 7 + 4 + 6
+    assert model.wall_seconds(durations, 4) == 7 + 4 + 6
     found = wall(IDEAL, job_of((5, 8), (10, 3), (20, 1)), ranks=8, groups=8)
     assert found == pytest.approx(20 * 0.640)
 

@@ -1,4 +1,4 @@
-"""The file a bench leaves: on which machine, when, and its figures by name."""
+"""The result file of a bench: the machine, the date and figures by name."""
 
 import datetime
 import json
@@ -15,14 +15,14 @@ def write_figures(path: Path, figures: Mapping[str, float]) -> None:
 
 
 def record(figures: Mapping[str, float]) -> dict[str, Any]:
-    """What the file says."""
+    """The content of a result file."""
     machine = f"{_processor()}, {os.cpu_count()} cores"
     date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     return {"machine": machine, "date": date, "figures": dict(figures)}
 
 
 def _processor() -> str:
-    """Its name as the system gives it, and whether it multiplies matrices."""
+    """The processor's model name, followed by "with AMX" where it has matrix instructions."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     about = dict(line.split(":", 1) for line in lines if ":" in line)
     found = {key.strip(): value.strip() for key, value in about.items()}

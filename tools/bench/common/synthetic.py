@@ -1,4 +1,4 @@
-"""States of any size for benches: two layers that DeepSpeed trained and saved, stacked."""
+"""Training states of any size: two layers that DeepSpeed trained and saved, then stacked."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ ROWS, LENGTH = 8, 128
 
 
 def config_of(num_layers: int, *, hidden: int, vocabulary: int, zero_stage: int = 1) -> RunConfig:
-    """A GPT on 1024 tokens a step."""
+    """A GPT that takes 1024 tokens a step."""
     return RunConfig(
         model=ModelConfig(
             num_layers=num_layers,
@@ -37,7 +37,7 @@ def config_of(num_layers: int, *, hidden: int, vocabulary: int, zero_stage: int 
 
 
 def engine_of(config: RunConfig, world: World) -> Engine:
-    """An engine of this configuration with weights of its own."""
+    """An engine with newly initialised weights."""
     size = int(config.model.vocab_size)
     return Engine(config, world, num_layers=config.model.num_layers, vocab_size=size)
 
@@ -74,14 +74,14 @@ def seed_checkpoint(
 
 
 def stack(seed: Path, folder: Path, *, layers: int, topology: Topology) -> Path:
-    """The seed's layers repeated, spread anew."""
+    """A checkpoint of ``layers`` layers that repeat the seed's, sharded for ``topology``."""
     plan = GrowthPlan(operator="interpolate", source_layers=SEED_LAYERS, target_layers=layers)
     grow_checkpoint(seed, folder / TAG, plan, topology=topology, workers=2)
     return folder / TAG
 
 
-def a_third_more(layers: int) -> GrowthPlan:
-    """Duplicates in the middle: 12 to 16 layers."""
+def duplicate_middle_third(layers: int) -> GrowthPlan:
+    """The plan that duplicates the middle third of the layers: 12 become 16."""
     options = {"index": layers // 3, "block_size": layers // 3, "init": "duplicate"}
     return GrowthPlan(
         operator="lag", options=options, source_layers=layers, target_layers=layers * 4 // 3

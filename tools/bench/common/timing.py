@@ -1,4 +1,4 @@
-"""Medians of work that a device does, in turns, and what the device can do at most."""
+"""Median times of work on a device, and the device's own copy and matmul rates."""
 
 import statistics
 import time
@@ -19,11 +19,15 @@ def medians(
     before: Work = lambda: None,
     ahead: bool = True,
 ) -> dict[str, float]:
-    """Seconds of each work; they run in turns, ``before`` ahead of each, which is not timed.
+    """Median seconds of each work.
 
-    On a CPU they are the process's own: others may be at work besides.  With ``ahead`` a GPU is
-    kept busy until the work is on its way, as in training, where the host runs ahead; without, what
-    the host does in between counts too.
+    The works run in turns; ``before`` runs ahead of each and is not timed.  The first ``WARM_UPS``
+    rounds do not count.  On a CPU the time is the process's own, so that other processes do not
+    count.
+
+    Args:
+        ahead: keep a GPU busy until the work is queued, as in training, where the host runs ahead.
+            Without it the time of the host between kernels counts too.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(WARM_UPS + rounds):
@@ -52,21 +56,21 @@ def _seconds(work: Work, device: torch.device, *, ahead: bool) -> float:
 
 
 def copy_rate(device: torch.device, *, elements: int, rounds: int) -> float:
-    """Bytes a second that a copy of fp32 reads and writes."""
+    """Bytes per second that a copy of fp32 reads and writes."""
     source, target = (torch.empty(elements, device=device).normal_() for _ in range(2))
     taken = medians({"copy": lambda: target.copy_(source)}, device, rounds=rounds)
     return 8 * elements / taken["copy"]
 
 
 def matmul_rate(device: torch.device, *, size: int, rounds: int) -> float:
-    """bf16 FLOP a second of a square product."""
+    """FLOP per second of a square product in bf16."""
     one, other = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     taken = medians({"product": lambda: one @ other}, device, rounds=rounds)
     return 2 * size**3 / taken["product"]
 
 
 def device_prefix(name: str) -> str:
-    """What figures of a GPU begin with: ``h200`` for any that is one, else its own name."""
+    """Prefix of a GPU's figures: ``h200`` for every H200, else the device's name in lower case."""
     if "H200" in name:
         return "h200"
     words = "".join(c if c.isalnum() else " " for c in name.lower()).split()

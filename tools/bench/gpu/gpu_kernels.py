@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def roofline(device: torch.device, sizes: Sizes, *, rounds: int) -> Iterator[dict[str, float]]:
-    """All figures by name, as they are found; what other compilers are needed for comes last."""
+    """Figures by name as they are measured; those that need other compilers come last."""
     bandwidth = copy_rate(device, elements=sizes.parameters, rounds=rounds)
     products = matmul_rate(device, size=sizes.product, rounds=rounds)
     yield {"copy_gb_s": bandwidth / 1e9, "matmul_tflop_s": products / 1e12}
@@ -124,7 +124,7 @@ def _loss(device: torch.device, sizes: Sizes, products: float, *, rounds: int) -
         return loss.detach()
 
     def megatron() -> Tensor:
-        loss = megatrons_loss(F.linear(hidden, weight)[:, None], labels[:, None]).sum()
+        loss = megatron_loss(F.linear(hidden, weight)[:, None], labels[:, None]).sum()
         loss.backward()
         return loss.detach()
 
@@ -144,8 +144,8 @@ def _loss(device: torch.device, sizes: Sizes, products: float, *, rounds: int) -
     }
 
 
-def megatrons_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Megatron-Core's fused vocab-parallel cross-entropy, of a vocabulary that is not cut."""
+def megatron_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Megatron-Core's fused vocab-parallel cross-entropy, of a vocabulary on one rank."""
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
     from megatron.core.parallel_state import get_tensor_model_parallel_group
 

@@ -4,10 +4,10 @@
 python tools/bench/gpu/grow_kernel.py [--rounds 9] [--parameters N] [--device cpu|cuda]
                                       [--json FILE]
 
-A state of 12 layers becomes one of 16 whose new layers are copies of others, or have drawn weights,
-no mean of the gradient, and the other's square of it.  The plain copy moves as many bytes by one
-call.  On a CPU the pass is the reference in torch; on a GPU the kernel is Triton's, of which the
-share is taken, and ``ms`` is everything, the table of runs included.
+A state of 12 layers becomes one of 16.  Its new layers are copies of others, or have drawn weights,
+an exp_avg of zero and the exp_avg_sq of others.  The plain copy moves the same number of bytes in
+one call.  On a CPU the pass is the reference in torch.  On a GPU the share is that of the Triton
+kernel alone, and ``ms`` includes the table of runs.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def shares(device: torch.device, parameters: int, *, rounds: int) -> dict[str, float]:
-    """Rates of the pass over that of a plain copy: of copied layers, of drawn ones, the lower."""
+    """Rate of the pass over that of a plain copy: of copied layers, of drawn layers, the lower."""
     layer = parameters // OLD // 64 * 64  # matrices are even, and so every layer of them aligned
     old = {state: torch.randn(OLD * layer, device=device) for state in STATES}
     new = {state: torch.empty(NEW * layer, device=device) for state in STATES}
@@ -84,7 +84,7 @@ def shares(device: torch.device, parameters: int, *, rounds: int) -> dict[str, f
 def runs_of(
     old: dict[str, Tensor], new: dict[str, Tensor], weights: Tensor, layer: int, *, drawn: bool
 ) -> list[Run]:
-    """What a candidate is made of, layer by layer."""
+    """The runs that write a candidate, layer by layer."""
     origins = [*range(INDEX + BLOCK), *range(INDEX, OLD)]
     runs = []
     for place, origin in enumerate(origins):

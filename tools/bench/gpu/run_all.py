@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Everything that is measured on a GPU; gpu.sh calls it.
 
-Parts run one after the other, each in a process of its own with its own limit of time.  One that
-fails is said to have, and the others still run.  Exit code 0: all passed; 1: not all; 2: no GPU.
+Parts run one after the other, each in its own process and with its own time limit.  A part that
+fails is reported, and the others still run.  Exit code 0: all passed; 1: not all; 2: no GPU.
 """
 
 import argparse
@@ -35,12 +35,12 @@ GRACE = 5.0  # seconds in which a part whose time is over may say where it was
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One process.
+    """One process of the bench.
 
     Attributes:
-        name: as it is called in the file.
-        seconds: after which it is ended.
-        command: after the interpreter's path.
+        name: its name in the result file.
+        seconds: its time limit.
+        command: arguments of the Python interpreter.
         has_figures: whether it takes ``--json FILE``.
     """
 
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_parts(parts: Sequence[Part], *, prefix: str) -> Iterator[dict[str, Any]]:
-    """The file's content after each part: figures so far, and how each part went."""
+    """The content of the result file after each part: figures so far, outcomes of the parts."""
     figures: dict[str, float] = {}
     outcomes: dict[str, dict[str, Any]] = {}
     for part in parts:
@@ -110,7 +110,7 @@ def run_parts(parts: Sequence[Part], *, prefix: str) -> Iterator[dict[str, Any]]
             outcomes[part.name] = outcome = _run(
                 [sys.executable, *command], part.seconds, Path(folder) / "output"
             )
-            figures |= renamed(left := _figures_in(file), prefix)
+            figures |= renamed(left := _read_figures(file), prefix)
             if part.has_figures and not left and outcome["outcome"] == "passed":
                 outcome["outcome"] = "left no figures"
         print(
@@ -120,8 +120,8 @@ def run_parts(parts: Sequence[Part], *, prefix: str) -> Iterator[dict[str, Any]]
         yield {**record(figures), "parts": dict(outcomes)}
 
 
-def _figures_in(file: Path) -> dict[str, float]:
-    """What a part left; nothing where it was ended before or while it wrote."""
+def _read_figures(file: Path) -> dict[str, float]:
+    """The figures that a part wrote; none if it ended before or while it wrote."""
     try:
         found: dict[str, float] = json.loads(file.read_text())["figures"]
     except (FileNotFoundError, json.JSONDecodeError):
@@ -143,7 +143,7 @@ def exit_code(found: dict[str, Any]) -> int:
 
 
 def table(found: dict[str, Any]) -> str:
-    """How the parts went, and the figures."""
+    """The outcome of each part, and the figures."""
     rows = [
         f"{name:<44} {part['outcome']:>12} {part['seconds']:8.0f} s"
         for name, part in found["parts"].items()
@@ -153,9 +153,9 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _run(command: Sequence[str], seconds: float, log: Path) -> dict[str, Any]:
-    """Run a command with all that it starts, and end all of it when its time is over.
+    """Run a command; after ``seconds`` end it and all processes that it started.
 
-    It is interrupted first: Python then says where it was, and pytest what has failed so far.
+    SIGINT comes first, so that Python prints where it was, and pytest what has failed so far.
     """
     started = time.perf_counter()
     with log.open("wb") as file:  # no pipe, which what it starts could hold open
@@ -176,7 +176,7 @@ def _run(command: Sequence[str], seconds: float, log: Path) -> dict[str, Any]:
 
 
 def _signal(process: "subprocess.Popen[bytes]", number: int) -> None:
-    """Tell a process and what it started, and wait a little for it to end."""
+    """Send a signal to a process and all that it started, and wait up to ``GRACE`` seconds."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
     with contextlib.suppress(subprocess.TimeoutExpired):

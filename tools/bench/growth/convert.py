@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Conversions beside a plain copy of what they wrote, and beside DeepSpeed's converter.
+"""Conversions against a plain copy of what they wrote, and against DeepSpeed's converter.
 
 python tools/bench/growth/convert.py [--json FILE] [--scratch FOLDER] [--workers N]
 
@@ -36,7 +36,7 @@ from lag_megatron.growth.apply.hardlink_dcp import linked_megatron
 from lag_megatron.growth.apply.hardlink_universal import linked_universal
 from tools.bench.common import synthetic
 from tools.bench.common.figures import write_figures
-from tools.bench.growth.offline_growth import copy_files, in_child
+from tools.bench.growth.offline_growth import copy_files, run_in_child
 
 SIZES = {"0.5": 12, "1": 24}  # layers of 512 hidden units
 RANKS, ROUNDS = 4, 5
@@ -76,11 +76,11 @@ def _all(world: World, scratch: Path, workers: int) -> dict[str, float]:
     figures: dict[str, float] = {}
     for size, layers in SIZES.items():
         source = synthetic.stack(seed, scratch / size, layers=layers, topology=topology)
-        _as_a_run_leaves_it(source)
+        _drop_state_checksums(source)
         for form in ("universal", "hf"):
             found = _against_copy(source, form, scratch, workers)
             figures |= {f"{key}_{form}_{size}gib": value for key, value in found.items()}
-            peak, _ = in_child(lambda s=source, f=form: _convert(s, f, scratch / "out", 1))
+            peak, _ = run_in_child(lambda s=source, f=form: _convert(s, f, scratch / "out", 1))
             figures[f"convert_anon_mb_{form}_{size}gib"] = peak / 1e6
             shutil.rmtree(scratch / "out")
     source = scratch / "0.5" / synthetic.TAG
@@ -95,8 +95,8 @@ def _all(world: World, scratch: Path, workers: int) -> dict[str, float]:
     return figures
 
 
-def _as_a_run_leaves_it(source: Path) -> None:
-    """A run's own manifests have no checksums of states, which an export could save work by."""
+def _drop_state_checksums(source: Path) -> None:
+    """Remove the checksums of states, which a run's own manifests do not have either."""
     path = source / "manifest.json"
     manifest = json.loads(path.read_text())
     for entry in manifest["files"].values():
@@ -131,7 +131,8 @@ def _against_copy(source: Path, form: Format, scratch: Path, workers: int) -> di
 def _against_deepspeed(source: Path, scratch: Path, workers: int) -> dict[str, float]:
     """Seconds of DeepSpeed's converter over ours, both with the same number of workers.
 
-    It stops at Megatron-Core's empty entries, so it is given a copy of the model file without.
+    DeepSpeed's converter fails on Megatron-Core's empty entries, so it reads a copy of the model
+    file without them.
     """
     from deepspeed.checkpoint import ds_to_universal
 
@@ -176,7 +177,7 @@ def _link_share(source: Path, form: Format, scratch: Path) -> float:
     _convert(source, form, scratch / "linked", 1)
     opened = open_source(scratch / "linked")
     layers = opened.client_state["num_layers"]
-    growth = Growth(opened, synthetic.a_third_more(layers), WHOLE)
+    growth = Growth(opened, synthetic.duplicate_middle_third(layers), WHOLE)
     target = scratch / "grown" / opened.path.name
     write(LINKED[form](growth, target))
     files = [path for path in target.rglob("*") if path.is_file()]

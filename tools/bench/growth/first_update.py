@@ -146,7 +146,7 @@ def _weights(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def _batch(step: int) -> dict[str, torch.Tensor]:
-    """Text in which a token mostly follows from the one before it."""
+    """Random text in which a token mostly depends on the one before it."""
     generator = torch.Generator().manual_seed(step)
     columns = [torch.randint(VOCABULARY, (BATCH,), generator=generator)]
     for _ in range(LENGTH):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Growth on shards: its rate, memory and reading, and what a switch in a live engine costs.
+"""Growth on shards: rate, memory, bytes read, and the cost of a switch in a live engine.
 
 python tools/bench/growth/growth.py [--json FILE] [--scratch FOLDER] [--workers N]
 
-Everything stands beside what it is compared with, in one run; medians of five rounds after one to
-warm up, checksums included.  Needs 8 GiB of disk and about five minutes.
+Both sides of each comparison run in turns in one call; medians of five rounds after one to warm up,
+checksums included.  Needs 8 GiB of disk and about five minutes.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def _offline(world: World, scratch: Path, workers: int) -> dict[str, float]:
     for size, layers in SIZES.items():
         folder = scratch / size
         source = synthetic.stack(seed, folder, layers=layers, topology=topology)
-        plan = synthetic.a_third_more(layers)
+        plan = synthetic.duplicate_middle_third(layers)
         found = copy_ratio(source, plan, folder, workers=workers)
         found["worker_anon_mb"] = worker_memory(source, plan, folder)
         found["read_ratio"] = read_ratio(source, plan, folder)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""A candidate switched in a live engine against a training step, and against reloading.
+"""Switching to a candidate in a live engine, against a training step and against reloading.
 
 python tools/bench/growth/live_switch.py [--hidden 256] [--scratch FOLDER] [--json FILE]
 
-On a GPU candidates are written from what the device keeps of their base.
+On a GPU candidates are written from the copy of their base in device memory.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def switch_figures(world: World, scratch: Path, *, hidden: int = HIDDEN) -> dict[str, float]:
-    """16 layers, 1024 tokens a step; medians of rounds in which each way has its turn."""
+    """Figures of 16 layers and 1024 tokens a step: medians of rounds, each way in turn."""
     seed = synthetic.seed_checkpoint(world, scratch / "seed", hidden=hidden, vocabulary=VOCABULARY)
     topology = ZeroCheckpoint.open(seed).topology
     base = synthetic.stack(seed, scratch / "base", layers=12, topology=topology)
@@ -93,7 +93,7 @@ def switch_figures(world: World, scratch: Path, *, hidden: int = HIDDEN) -> dict
 
 
 def _reload(engine: Engine, grown: Path, saved: Path) -> Engine:
-    """What a search without live switches does: save, build anew, load."""
+    """A switch without a live engine: save, build anew, load."""
     engine.save(saved, synthetic.TAG, client_state={})
     engine.destroy()
     fresh = synthetic.engine_of(engine.config, engine.world)

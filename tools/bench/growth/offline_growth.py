@@ -51,7 +51,7 @@ def copy_ratio(source: Path, plan: GrowthPlan, scratch: Path, *, workers: int) -
 
 
 def copy_files(files: list[Path], folder: Path, *, root: Path) -> None:
-    """Copy files under ``root`` by the kernel alone, each brought to the disk."""
+    """Copy files under ``root`` by sendfile, with fsync after each."""
     for path in files:
         place = folder / path.relative_to(root)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -63,15 +63,15 @@ def copy_files(files: list[Path], folder: Path, *, root: Path) -> None:
 
 
 def worker_memory(source: Path, plan: GrowthPlan, scratch: Path) -> float:
-    """Peak anonymous memory of one worker over its start, in MB."""
+    """Peak anonymous memory of one worker above its memory at the start, in MB."""
     target = scratch / "grown" / synthetic.TAG
-    peak, _ = in_child(lambda: grow_checkpoint(source, target, plan, workers=1) and None)
+    peak, _ = run_in_child(lambda: grow_checkpoint(source, target, plan, workers=1) and None)
     shutil.rmtree(target.parent)
     return peak / 1e6
 
 
 def read_ratio(source: Path, plan: GrowthPlan, scratch: Path) -> float:
-    """Bytes that a target rank reads from a cold disk over those that it needs; the worst rank."""
+    """Bytes that a target rank reads with a cold page cache over those it needs; the worst rank."""
     ratios = []
     for data_rank in range(ZeroCheckpoint.open(source).topology.data_size):
         needed = _needed(source, plan, data_rank)
@@ -88,7 +88,7 @@ def read_ratio(source: Path, plan: GrowthPlan, scratch: Path) -> float:
             growth.write_rank(folder, tensor_rank=0, data_rank=data_rank)
             return _read_bytes() - before
 
-        _, read = in_child(write)
+        _, read = run_in_child(write)
         shutil.rmtree(folder)
         ratios.append(read / needed)
     return max(ratios)
@@ -131,17 +131,17 @@ def _union(intervals: list[tuple[int, int]]) -> int:
 def against_gathering(
     source: Path, plan: GrowthPlan, scratch: Path, *, workers: int
 ) -> dict[str, float]:
-    """The usual way against ours: gather everything, grow it, cut it again."""
+    """Time and memory against gathering the whole model, growing it and sharding it again."""
     target = scratch / "grown" / synthetic.TAG
     seconds: dict[str, list[float]] = {"usual": [], "ours": []}
     memory: dict[str, list[float]] = {"usual": [], "ours": []}
     ways: dict[str, Callable[[], object]] = {
-        "usual": lambda: _gather_grow_cut(source, plan, target),
+        "usual": lambda: _gather_grow_shard(source, plan, target),
         "ours": lambda: grow_checkpoint(source, target, plan, workers=workers) and None,
     }
     for _ in range(ROUNDS):
         for name, way in ways.items():
-            peak, spent = in_child(lambda way=way: _seconds_of(way))  # type: ignore[misc]
+            peak, spent = run_in_child(lambda way=way: _seconds_of(way))  # type: ignore[misc]
             seconds[name].append(spent)
             memory[name].append(peak)
             shutil.rmtree(target.parent)
@@ -152,7 +152,7 @@ def against_gathering(
     }
 
 
-def _gather_grow_cut(source: Path, plan: GrowthPlan, target: Path) -> None:
+def _gather_grow_shard(source: Path, plan: GrowthPlan, target: Path) -> None:
     """Masters by DeepSpeed's zero_to_fp32, moments likewise; whole dictionaries; torch.save."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -213,8 +213,8 @@ def _cut(
 # Measuring
 
 
-def in_child(work: Callable[[], Any]) -> tuple[int, Any]:
-    """Peak anonymous memory over its start of a process that does ``work``, and its result."""
+def run_in_child(work: Callable[[], Any]) -> tuple[int, Any]:
+    """Peak anonymous memory of a child process above its start, and the result of ``work``."""
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:

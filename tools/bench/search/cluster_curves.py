@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Curves of this machine's ranks, for cluster_measure.py, which starts it under the launcher.
+"""Curves of this machine's ranks; cluster_measure.py starts this program under the launcher.
 
 deepspeed --num_gpus 4 tools/bench/search/cluster_curves.py --config FILE --base TAG --out FILE
 """
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _all_reduces(world: World, config: RunConfig) -> Iterator[tuple[int, int, float]]:
-    """Ranks, bytes and seconds; the other ranks wait meanwhile."""
+    """Number of ranks, bytes and seconds of each all-reduce; the other ranks wait meanwhile."""
     for count in (world.size // 2, 1):
         part = split_world(world, count, timeout=config.parallel.timeout)
         for size in SIZES:
@@ -70,7 +70,7 @@ def _all_reduces(world: World, config: RunConfig) -> Iterator[tuple[int, int, fl
 
 
 def _passes(world: World, alone: World, config: RunConfig) -> dict[str, object]:
-    """A rank's step by rows of a micro-batch, its optimizer, and both while others work too."""
+    """Seconds of a rank's step by rows of a micro-batch, of its optimizer, and under contention."""
     parallel = config.parallel
     one = replace(config, parallel=replace(parallel, global_batch=parallel.micro_batch))
     accumulated = parallel.global_batch // parallel.micro_batch
@@ -142,7 +142,7 @@ def _batch(config: RunConfig, rows: int) -> dict[str, torch.Tensor]:
 
 
 def _timed(world: World, work: bool, task: Callable[..., object], *arguments: object) -> float:
-    """Median seconds over rounds that all working ranks begin together, the slowest rank's."""
+    """Median seconds of the slowest rank, over rounds that all working ranks begin together."""
     seconds: list[float] = []
     for number in range(ROUNDS + 1):
         world.barrier()

@@ -5,10 +5,10 @@ from lag_megatron.planning.cost import parameter_count
 from lag_megatron.planning.vocab_size import estimate_vocab_size
 from lag_megatron.selection import planned
 from lag_megatron.training.dry_run import growth_pools
-from tools.bench.search.cluster_model import Job
+from tools.bench.search.cluster_model import SearchJob
 
 
-def job_of(config: RunConfig, number: int, growth: GrowthConfig) -> Job:
+def job_of(config: RunConfig, number: int, growth: GrowthConfig) -> SearchJob:
     """Growth event ``number`` under the settings ``growth``; tensor parallelism is not modelled."""
     pool = growth_pools(config)[number]
     vocab_size, _ = estimate_vocab_size(config)
@@ -17,7 +17,7 @@ def job_of(config: RunConfig, number: int, growth: GrowthConfig) -> Job:
         evaluations = sum(before < step <= rung for step in growth.evaluation_steps())
         rungs.append((rung, count, evaluations))
         before = rung
-    return Job(
+    return SearchJob(
         rows=config.parallel.global_batch,
         length=config.model.seq_length,
         micro_rows=config.parallel.micro_batch,

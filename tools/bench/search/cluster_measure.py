@@ -1,4 +1,4 @@
-"""Curves of this machine, and what they predict beside searches on 1, 2 and 4 ranks."""
+"""Curves of this machine, and searches on 1, 2 and 4 ranks as predicted and as measured."""
 
 import json
 import os
@@ -20,10 +20,10 @@ LAG = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Check:
-    """A search as measured and as predicted; seconds of a step, and from first probe to decision.
+class Prediction:
+    """A search as predicted and as measured, in seconds of one step and of the whole probing.
 
-    The start is left out on both sides.
+    The probing lasts from the first probe to the decision; the start is left out on both sides.
     """
 
     ranks: int
@@ -58,8 +58,8 @@ class Check:
         )
 
 
-def measure(scratch: Path) -> tuple[Machine, list[Check]]:
-    """The machine's curves, and every number of groups of every number of ranks."""
+def measure(scratch: Path) -> tuple[Machine, list[Prediction]]:
+    """The machine's curves, and a prediction for each number of ranks and of groups."""
     base = make_base(scratch / "cluster", tree_of(lag=LAG), ranks=max(RANKS))
     machine = _curves(base)
     config = load_config(base.config("job", {}))
@@ -72,7 +72,7 @@ def measure(scratch: Path) -> tuple[Machine, list[Check]]:
             steps = searched.steps_of_groups(tokens=ROWS * LENGTH)
             cost = search_cost(machine, job, ranks=ranks, groups=groups)
             checks.append(
-                Check(
+                Prediction(
                     ranks=ranks,
                     groups=groups,
                     step=statistics.median(s for found in steps.values() for s in found),

@@ -3,8 +3,8 @@
 A step of a group of n ranks is its micro-batches, its share of the optimizer and one all-reduce of
 the gradients (ZeRO's reduce-scatter and all-gather move as much); nothing is hidden behind anything
 else.  Candidates of a rung go to the groups as these come free, and a rung begins when the one
-before has ended, as in the product.  Not modelled: a group that goes on with the candidate that it
-holds saves a switch, and the groups of a kind of device differ in nothing.
+before has ended, as in a real search.  Not modelled: a group that goes on with its candidate saves
+a switch.  All devices are equally fast.
 """
 
 import heapq
@@ -24,7 +24,7 @@ GB = 1e9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
-    """A wire: seconds before the first byte, and bytes a second each rank sends over it."""
+    """A network link: seconds before the first byte, and bytes a second that each rank sends."""
 
     latency: float
     bytes_per_second: float
@@ -91,8 +91,8 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What is searched.
+class SearchJob:
+    """What a search asks of a cluster.
 
     Attributes:
         rows: sequences of the global batch.
@@ -150,7 +150,7 @@ class Cost:
         return max(0.0, 1 - work / (self.wall - self.start))
 
 
-def step_seconds(machine: Machine, job: Job, ranks: int, *, busy: int) -> tuple[float, float]:
+def step_seconds(machine: Machine, job: SearchJob, ranks: int, *, busy: int) -> tuple[float, float]:
     """One optimizer step of a group, all of it and its communication, while ``busy`` ranks work."""
     rows = job.rows // ranks
     whole, rest = divmod(rows, job.micro_rows)
@@ -164,35 +164,37 @@ def step_seconds(machine: Machine, job: Job, ranks: int, *, busy: int) -> tuple[
 
 
 def makespan(durations: Sequence[float], groups: int) -> float:
-    """When the last of ``groups`` is done, each taking the next task as it comes free."""
+    """Seconds until all groups are done, where each takes the next task as soon as it is free."""
     free = [0.0] * groups
     for duration in durations:
         heapq.heapreplace(free, free[0] + duration)
     return max(free)
 
 
-def wall_of(rungs: Sequence[Sequence[float]], groups: int) -> float:
-    """Seconds of rungs that wait for each other."""
+def wall_seconds(rungs: Sequence[Sequence[float]], groups: int) -> float:
+    """Seconds of all rungs, each of which waits for the end of the one before."""
     return sum(makespan(durations, groups) for durations in rungs)
 
 
-def search_cost(machine: Machine, job: Job, *, ranks: int, groups: int) -> Cost:
+def search_cost(machine: Machine, job: SearchJob, *, ranks: int, groups: int) -> Cost:
     """A search of all ranks in so many groups."""
     each = ranks // groups
     step, communication = step_seconds(machine, job, each, busy=ranks)
     other, rungs, before = 0.0, [], 0
     for rung, candidates, evaluations in job.rungs:
         last = rung == job.rungs[-1][0]
-        saves = _records(candidates) / candidates if last else 1.0
-        beside = _beside(machine, job, each, ranks, evaluations=evaluations, saves=saves)
-        rungs.append([beside + (rung - before) * step] * candidates)
-        other += beside * candidates
+        saves = _expected_saves(candidates) / candidates if last else 1.0
+        overhead = _overhead_seconds(
+            machine, job, each, ranks, evaluations=evaluations, saves=saves
+        )
+        rungs.append([overhead + (rung - before) * step] * candidates)
+        other += overhead * candidates
         before = rung
     return Cost(
         groups=groups,
         ranks=each,
         step=step,
-        wall=machine.start_seconds + wall_of(rungs, groups),
+        wall=machine.start_seconds + wall_seconds(rungs, groups),
         start=machine.start_seconds,
         training=job.train_steps * step,
         communication=job.train_steps * communication,
@@ -201,15 +203,15 @@ def search_cost(machine: Machine, job: Job, *, ranks: int, groups: int) -> Cost:
     )
 
 
-def _records(candidates: int) -> float:
-    """How many are the best so far as they end, if in any order: only those are saved at last."""
+def _expected_saves(candidates: int) -> float:
+    """Mean number of candidates that are the best so far when they end: only those are saved."""
     return sum(1 / place for place in range(1, candidates + 1))
 
 
-def _beside(
-    machine: Machine, job: Job, each: int, ranks: int, *, evaluations: int, saves: float
+def _overhead_seconds(
+    machine: Machine, job: SearchJob, each: int, ranks: int, *, evaluations: int, saves: float
 ) -> float:
-    """Seconds of a turn that are no training: switch, evaluations, saving."""
+    """Seconds besides training that a candidate takes on the way to a rung."""
     groups = ranks // each
     slower = machine.slower(ranks)
     taking = job.saved_bytes / each / machine.state_rate * slower
@@ -221,13 +223,13 @@ def _beside(
     return taking + saves * saving + evaluations * forward + machine.turn_seconds
 
 
-def fits(machine: Machine, job: Job, ranks: int) -> bool:
+def fits(machine: Machine, job: SearchJob, ranks: int) -> bool:
     """Whether the ranks of one group hold the state: ZeRO spreads it over them alone."""
     widths = state_bytes_per_parameter(job.parallel, replicas=ranks)
     return job.parameters * sum(widths.values()) <= STATE_SHARE * machine.memory
 
 
-def group_counts(job: Job, ranks: int) -> Iterator[int]:
+def group_counts(job: SearchJob, ranks: int) -> Iterator[int]:
     """Numbers of groups that cut ranks and batch evenly and leave none without a candidate."""
     candidates = job.rungs[0][1]
     for groups in range(1, min(ranks, candidates) + 1):
@@ -236,7 +238,7 @@ def group_counts(job: Job, ranks: int) -> Iterator[int]:
 
 
 def read_machine(path: Path) -> Machine:
-    """What :func:`write_machine` wrote."""
+    """Read what :func:`write_machine` wrote."""
     tree: dict[str, Any] = json.loads(path.read_text())
     tree |= {name: Link(**tree[name]) for name in ("inside", "between")}
     tree |= {name: tuple(map(tuple, tree[name])) for name in ("compute", "contention")}
@@ -244,7 +246,7 @@ def read_machine(path: Path) -> Machine:
 
 
 def write_machine(machine: Machine, path: Path) -> None:
-    """Keep curves, as JSON."""
+    """Write the curves as JSON."""
     path.write_text(json.dumps(asdict(machine), indent=1))
 
 

@@ -50,8 +50,8 @@ def group_figures(scratch: Path, *, smoke: bool = False) -> dict[str, float]:
 def tree_of(*, lag: int) -> dict[str, Any]:
     """A GPT of 0.1 million parameters and 4 candidates; all train to the lag.
 
-    It is as small as that because groups pay where a rank's part of the batch takes little longer
-    than the messages about it: on a GPU that is a batch spread over many, here it is this.
+    It is this small because groups pay off where a rank's part of the batch takes little longer
+    than its communication.  On GPUs that is so where a batch is spread over many of them.
     """
     pool = {"operator": "lag", "index": [0, 2], "block_size": [2]}
     return {

@@ -1,4 +1,4 @@
-"""Whole runs under the launcher that start at a growth event, from a base made beforehand."""
+"""Runs under the launcher that begin at a growth event, from a base trained beforehand."""
 
 import json
 import os
@@ -88,12 +88,12 @@ class Searched:
 
     @property
     def coordinator_share(self) -> float:
-        """Of the probes' seconds, how many the coordinator was at work."""
+        """The coordinator's working time over the time of the probes."""
         cost = self.decision["cost"]
         return float(cost["coordinator_seconds"] / cost["seconds"])
 
     def times(self, event: str) -> list[float]:
-        """When the journal noted events of this kind."""
+        """When the journal recorded events of this kind."""
         return [e["time"] for e in read_rows(self.run.journal) if e["event"] == event]
 
     @property
@@ -117,7 +117,7 @@ class Searched:
         return found
 
     def remove(self) -> None:
-        """Free the disk."""
+        """Delete the run directory."""
         shutil.rmtree(self.run.root)
 
 

@@ -43,9 +43,9 @@ SMOKE = Sizes(hidden=32, source=3, target=4, lag=5, indices=(0, 1, 2), blocks=(1
 
 
 def search_figures(scratch: Path, sizes: Sizes, *, naive: int) -> dict[str, float]:
-    """Search beside naive loop, of which ``naive`` candidates are measured.
+    """Figures of a search and of the naive loop, of which ``naive`` candidates are measured.
 
-    The base is made beforehand and counts on neither side.
+    The base is trained beforehand and counts on neither side.
     """
     base = make_base(scratch / "search", _tree(sizes), ranks=RANKS)
     pool = _pool(base)
@@ -54,7 +54,7 @@ def search_figures(scratch: Path, sizes: Sizes, *, naive: int) -> dict[str, floa
     chosen = next(i for i, c in enumerate(pool) if c.id == decision["chosen"])
     losses: dict[str, float] = {}
     seconds: list[float] = []
-    for index in _spread(len(pool), naive, first=chosen):
+    for index in _spread_indices(len(pool), naive, first=chosen):
         spent, losses[pool[index].id] = _naive_probe(base, pool[index])
         seconds.append(spent)
         print(f"naive: {pool[index].id} took {spent:.1f} s", flush=True)
@@ -101,7 +101,7 @@ def _pool(base: Base) -> tuple[Candidate, ...]:
     )
 
 
-def _spread(count: int, wanted: int, *, first: int) -> list[int]:
+def _spread_indices(count: int, wanted: int, *, first: int) -> list[int]:
     """Indices over the whole pool, the winner's first."""
     even = [round(i * (count - 1) / max(wanted - 1, 1)) for i in range(wanted)]
     return list(dict.fromkeys([first, *even]))[: max(wanted, 1)]

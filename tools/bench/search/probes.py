@@ -2,11 +2,11 @@
 """What a search costs: probe steps of the rule, wall time, probe groups, the coordinator.
 
 python tools/bench/search/probes.py [--json FILE] [--only rules search groups] [--naive N]
-                             [--searches FOLDER] [--scratch FOLDER] [--smoke]
+                                    [--searches FOLDER] [--scratch FOLDER] [--smoke]
 
 `rules` replays recorded searches; `search` runs one against a loop that launches each candidate;
-`groups` probes on 4 ranks as one group and as four.  Everything stands beside what it is compared
-with, in one run: about ten minutes on two cores and 3 GB of disk.
+`groups` probes on 4 ranks as one group and as four.  Both sides of each comparison run in one call:
+about ten minutes on two cores, and 3 GB of disk.
 """
 
 import argparse

@@ -55,7 +55,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a rule did with one search; regrets in nats and as a share of the final spread."""
+    """The result of a rule on one search; regrets in nats and as a share of the final spread."""
 
     steps: int
     evaluations: int

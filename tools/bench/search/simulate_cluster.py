@@ -28,9 +28,9 @@ from tools.bench.search.cluster_measure import measure
 from tools.bench.search.cluster_model import (
     GB,
     Cost,
-    Job,
     Link,
     Machine,
+    SearchJob,
     group_counts,
     read_machine,
     search_cost,
@@ -135,7 +135,7 @@ def h200(config: RunConfig, number: int) -> Machine:
 
 def _print_costs(
     machine: Machine,
-    job: Job,
+    job: SearchJob,
     options: argparse.Namespace,
     rule: str,
     figures: dict[str, float],

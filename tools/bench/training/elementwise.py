@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What lies between products: in one pass, by torch's operations, and as torch compiles these.
+"""Elementwise operations in one pass, by torch's operations, and compiled by torch.
 
 python tools/bench/training/elementwise.py [--device cpu|cuda] [--rounds 9] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""A GPT-2 on one page, as fast as plain torch gets it: what step.py measures the stack against."""
+"""A minimal GPT-2 in plain torch, as fast as torch alone makes it: one of step.py's peers."""
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ class _Layer(nn.Module):
 
 
 class _Linear(nn.Module):
-    """Weights as (in, out), which is how GPT-2 keeps them."""
+    """A linear layer with weights as (in, out), as GPT-2 stores them."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ from lag_megatron.distributed.world import World, start_world, stop_world
 from lag_megatron.engine.engine import Engine
 from lag_megatron.model import loss_sums
 from tools.bench.common.figures import write_figures
-from tools.bench.training.step_job import LR, SHAPES, Job
+from tools.bench.training.step_job import LR, SHAPES, StepJob
 
 SHAPE = "small"
 
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def _engine(world: World, dtype: str, *, one_pass: bool) -> Engine:
-    config = Job(SHAPE, dtype, Path(), "cpu", profile=False).config
+    config = StepJob(SHAPE, dtype, Path(), "cpu", profile=False).config
     optimizer = dataclasses.replace(config.optimizer, one_pass=one_pass)
     config = dataclasses.replace(config, optimizer=optimizer)
     layers = config.model.num_layers

@@ -6,7 +6,7 @@ python tools/bench/training/raptr.py [--rounds 7] [--precision fp32|bf16] [--jso
 24 layers of width 256, vocabulary 4096, one rank, ZeRO-1; a GPU where there is one, else one thread
 of the CPU, whose process time is taken.  Each round takes a step of every length, on another path
 each time; medians over the rounds, the first left out.  ``raptr_step_ratio`` is the time of half
-the layers over that of all; beside it stands what the FLOPs say.
+the layers over that of all; the ratio of their FLOPs is printed beside it.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 """One training step beside other trainers: the same model, the same batches, in turns.
 
 python tools/bench/training/step.py [--shape small] [--dtypes bf16 fp32] [--peers NAME ...]
-                           [--rounds 7] [--device cpu] [--profile] [--json FILE]
+                                    [--rounds 7] [--device cpu] [--profile] [--json FILE]
 
 Each trainer is a process of one rank that waits while the others run.  On a CPU the time is the
 process's own, on one thread; on CUDA the clock's, from an idle device to an idle device.  Their
@@ -30,7 +30,7 @@ import torch
 
 from lag_megatron.distributed.world import peak_flops
 from tools.bench.common.figures import write_figures
-from tools.bench.training.step_job import SHAPES, Job, write_weights
+from tools.bench.training.step_job import SHAPES, StepJob, write_weights
 from tools.bench.training.step_peers import PEERS, matmul_rate, serve
 
 STEPS = 3  # of a round
@@ -43,7 +43,7 @@ def main() -> int:
     as_asked = True
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.pt"
-        _apart(write_weights, options.shape, weights, options.device)
+        _in_new_process(write_weights, options.shape, weights, options.device)
         for dtype in options.dtypes:
             names = ("ours", *(options.peers or SHAPES[options.shape].peers))
             times, are_same = _measure(options, dtype, weights, names)
@@ -63,12 +63,12 @@ def _measure(
     pipes, processes = {}, []
     for name in names:
         ours, theirs = context.Pipe()
-        job = Job(options.shape, dtype, weights, options.device, profile=options.profile)
+        job = StepJob(options.shape, dtype, weights, options.device, profile=options.profile)
         processes.append(context.Process(target=serve, args=(name, job, theirs), daemon=True))
         processes[-1].start()
         theirs.close()
         pipes[name] = ours
-    losses = {name: found for name in names if (found := _first(name, pipes[name]))}
+    losses = {name: found for name in names if (found := _first_losses(name, pipes[name]))}
     pipes = {name: pipes[name] for name in losses}
     if "ours" not in pipes:
         raise SystemExit("this project's own trainer failed: there is nothing to compare.")
@@ -86,8 +86,8 @@ def _measure(
     return {name: statistics.median(values) for name, values in rounds.items()}, are_same
 
 
-def _first(name: str, pipe: Connection) -> list[float] | None:
-    """A trainer's first losses; None where it failed, as for want of memory, and has said why."""
+def _first_losses(name: str, pipe: Connection) -> list[float] | None:
+    """A trainer's first losses; None if it failed, e.g. out of memory, after it has printed why."""
     try:
         pipe.recv()  # it stands
         return _run(pipe, STEPS)[1]
@@ -126,7 +126,7 @@ def _report(times: dict[str, float], dtype: str, options: argparse.Namespace) ->
         figures[f"{prefix}{device}_{dtype}_vs_best"] = min(others.values()) / times["ours"]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         rate = pool.apply(matmul_rate, (device, dtype))
-    flops = Job(shape, dtype, Path(), device, profile=False).flops
+    flops = StepJob(shape, dtype, Path(), device, profile=False).flops
     figures[f"{prefix}{device}_{dtype}_matmul_tflops"] = rate / 1e12
     for name, value in times.items():
         figures[f"{prefix}{device}_{dtype}_{name}_mfu"] = flops / value / rate
@@ -140,8 +140,8 @@ def _report(times: dict[str, float], dtype: str, options: argparse.Namespace) ->
     return figures
 
 
-def _apart(function: object, *arguments: object) -> None:
-    """Call in a process of its own, so that the trainers start from nothing."""
+def _in_new_process(function: object, *arguments: object) -> None:
+    """Call a function in a process of its own, so that trainers start from the same state."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     process.start()
     process.join()

@@ -21,10 +21,10 @@ LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """A model, how many sequences a step has, and who can train it besides this project.
+class StepShape:
+    """A model, the number of sequences of a step, and which other trainers can train it.
 
-    A learning rate at which it would not train makes large differences of small ones.
+    The model has to train at ``lr``: where it does not, small differences of losses grow.
     """
 
     model: Mapping[str, Any]
@@ -42,14 +42,14 @@ _BERT = {"family": "bert", "activation": "gelu_exact", "token_types": 2}
 _SMALL = {"num_layers": 12, "hidden_size": 256, "ffn_hidden_size": 1024, "num_attention_heads": 4,
           "num_query_groups": 4, "seq_length": 128}  # fmt: skip
 SHAPES = {
-    "small": Shape(
+    "small": StepShape(
         _GPT2 | _SMALL,
         vocabulary=8192,
         batch=8,
         peers=("stock", "stock_sdpa", "hugging_face", "minimal"),
     ),
-    "small_bert": Shape(_BERT | _SMALL, vocabulary=8192, batch=8, peers=("stock",)),
-    "bert16": Shape(
+    "small_bert": StepShape(_BERT | _SMALL, vocabulary=8192, batch=8, peers=("stock",)),
+    "bert16": StepShape(
         _BERT | {"num_layers": 16, "hidden_size": 768, "ffn_hidden_size": 3072,
                  "num_attention_heads": 12, "num_query_groups": 12, "seq_length": 512},
         vocabulary=30592,
@@ -57,7 +57,7 @@ SHAPES = {
         peers=("stock",),
         lr=1e-4,
     ),
-    "decoder1b": Shape(
+    "decoder1b": StepShape(
         _LLAMA | {"num_layers": 12, "hidden_size": 2048, "ffn_hidden_size": 5120,
                   "num_attention_heads": 16, "num_query_groups": 16, "seq_length": 1280},
         vocabulary=256_000,
@@ -69,7 +69,7 @@ SHAPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class StepJob:
     """What all trainers are given."""
 
     shape: str
@@ -90,7 +90,7 @@ class Job:
 
     @property
     def flops(self) -> float:
-        """Operations of a step that the model asks for."""
+        """Floating-point operations that the model takes for one step."""
         config, shape = self.config, SHAPES[self.shape]
         per_token = training_flops_per_token(
             config, num_layers=config.model.num_layers, vocab_size=shape.vocabulary
@@ -148,7 +148,7 @@ def _config(shape: str, dtype: str) -> RunConfig:
 
 @torch.no_grad()
 def write_weights(shape: str, file: Path, device: str) -> None:
-    """Draw the weights that all start from, by Megatron-Core's names and distributions."""
+    """Draw the initial weights of all trainers, by Megatron-Core's names and distributions."""
     config, vocabulary = _config(shape, "fp32"), SHAPES[shape].vocabulary
     start_world(tensor=1)
     layers, std = config.model.num_layers, config.model.init_std
@@ -168,15 +168,15 @@ def write_weights(shape: str, file: Path, device: str) -> None:
 
 @torch.no_grad()
 def take_weights(engine: Engine, file: Path) -> None:
-    """Have this project's engine, under ZeRO-1, start from them."""
+    """Load these weights into this project's engine, under ZeRO-1."""
     weights = torch.load(file, mmap=True)
     for name, parameter in engine._engine.module.named_parameters():
         parameter.copy_(weights[name])
     engine._engine.optimizer.refresh_fp32_params()
 
 
-def weights_for_transformers(job: Job) -> dict[str, Tensor]:
-    """The weights by the names of transformers."""
+def weights_for_transformers(job: StepJob) -> dict[str, Tensor]:
+    """The weights under the names of transformers."""
     model, weights = job.config.model, torch.load(job.weights, mmap=True)
     size = model.hidden_size // model.num_attention_heads
     heads = tensor_map.Heads(model.num_query_groups, size)

@@ -18,7 +18,7 @@ from tools.bench.training.step_job import (
     DECAY,
     EPS,
     SHAPES,
-    Job,
+    StepJob,
     take_weights,
     weights_for_transformers,
 )
@@ -28,7 +28,7 @@ Step = Callable[[Batch, int], float]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def serve(name: str, job: Job, pipe: Connection) -> None:
+def serve(name: str, job: StepJob, pipe: Connection) -> None:
     """Run as many steps as the pipe asks for and answer with seconds and losses; 0 ends it."""
     step, done = PEERS[name](job), 0
     pipe.send(name)
@@ -66,7 +66,7 @@ def matmul_rate(device: str, dtype: str) -> float:
     return 2.0 * size**3 / min(seconds)
 
 
-def _profile(name: str, job: Job, step: Step, done: int) -> None:
+def _profile(name: str, job: StepJob, step: Step, done: int) -> None:
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if job.device == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
@@ -77,7 +77,7 @@ def _profile(name: str, job: Job, step: Step, done: int) -> None:
     print(f"{name}\n{profile.key_averages().table(sort_by=order, row_limit=18)}", flush=True)
 
 
-def ours(job: Job) -> Step:
+def ours(job: StepJob) -> Step:
     """This project's engine."""
     config, world = job.config, start_world(tensor=1)
     layers, vocabulary = config.model.num_layers, SHAPES[job.shape].vocabulary
@@ -90,7 +90,7 @@ def ours(job: Job) -> Step:
     return step
 
 
-def stock(job: Job, *, attention: type | None = None) -> Step:
+def stock(job: StepJob, *, attention: type | None = None) -> Step:
     """Megatron-Core's model by its own local layers, under DeepSpeed ZeRO-1 with torch's AdamW."""
     import deepspeed
 
@@ -139,7 +139,7 @@ def stock(job: Job, *, attention: type | None = None) -> Step:
 Stock = tuple[torch.nn.Module, Callable[[Any, Batch], Tensor]]
 
 
-def _stock_gpt(job: Job, attention: type | None) -> Stock:
+def _stock_gpt(job: StepJob, attention: type | None) -> Stock:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
@@ -168,7 +168,7 @@ def _stock_gpt(job: Job, attention: type | None) -> Stock:
     return model, loss_of
 
 
-def _stock_bert(job: Job, attention: type | None) -> Stock:
+def _stock_bert(job: StepJob, attention: type | None) -> Stock:
     """Its head computes all positions, and the loss of those that are not predicted counts 0."""
     from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
     from megatron.core.models.bert.bert_model import BertModel
@@ -198,14 +198,14 @@ def _stock_bert(job: Job, attention: type | None) -> Stock:
     return model, loss_of
 
 
-def _stock_config(job: Job) -> Any:
+def _stock_config(job: StepJob) -> Any:
     from lag_megatron.model.transformer import transformer_config
 
     config = job.config
     return transformer_config(config.model, config.parallel, num_layers=config.model.num_layers)
 
 
-def stock_sdpa(job: Job) -> Step:
+def stock_sdpa(job: StepJob) -> Step:
     """The same with torch's scaled dot product as its attention."""
     from lag_megatron.model.attention import SDPACoreAttention
 
@@ -215,7 +215,7 @@ def stock_sdpa(job: Job) -> Step:
     return stock(job, attention=Sdpa)
 
 
-def hugging_face(job: Job) -> Step:
+def hugging_face(job: StepJob) -> Step:
     """The model of transformers with torch's fused AdamW; bf16 by autocast, as its Trainer does."""
     import transformers
 
@@ -246,7 +246,7 @@ def hugging_face(job: Job) -> Step:
     return step
 
 
-def minimal(job: Job) -> Step:
+def minimal(job: StepJob) -> Step:
     """A compiled GPT of one page: bf16 weights, fp32 masters, torch's fused AdamW."""
     model = MinimalGpt(job.config.model, SHAPES[job.shape].vocabulary)
     model.load_state_dict(weights_for_transformers(job), strict=False)
@@ -276,7 +276,7 @@ def minimal(job: Job) -> Step:
     return step
 
 
-PEERS: Mapping[str, Callable[[Job], Step]] = {
+PEERS: Mapping[str, Callable[[StepJob], Step]] = {
     "ours": ours,
     "stock": stock,
     "stock_sdpa": stock_sdpa,
