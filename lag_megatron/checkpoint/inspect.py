@@ -27,7 +27,7 @@ def inspect_checkpoint(path: Path, *, verify: bool = False) -> dict[str, Any]:
         problems = [str(error)]
     if verify:
         try:
-            problems += open.damages(path)
+            problems += open.find_corruption(path)
         except CheckpointError as error:
             problems.append(str(error))
         if not manifest.is_committed(path):

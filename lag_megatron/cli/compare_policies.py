@@ -14,11 +14,11 @@ from lag_megatron.errors import LagError, RunError
 from lag_megatron.study import (
     StudyFolder,
     StudyPlan,
+    launch_runs,
     load_study,
     plan_study,
     plan_text,
-    prepare,
-    run_all,
+    prepare_study,
     write_study,
 )
 
@@ -70,8 +70,8 @@ def _compare(options: argparse.Namespace, *, script: Path) -> int:
 
 
 def _run(plan: StudyPlan, folder: StudyFolder, *, script: Path, workers: int) -> int:
-    left = prepare(plan, folder, workers=workers)
-    ended = run_all(
+    left = prepare_study(plan, folder, workers=workers)
+    ended = launch_runs(
         left,
         folder,
         script=script,

@@ -8,13 +8,14 @@ import argparse
 from pathlib import Path
 
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
-from lag_megatron.checkpoint.state.source import Source, WholeParameters
+from lag_megatron.checkpoint.open import open_checkpoint
+from lag_megatron.checkpoint.state.source import CheckpointSource, UnshardedCheckpoint
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.cli.errors import print_error
 from lag_megatron.cli.growth_options import add_growth_options, check_workers, plan_of, topology_of
 from lag_megatron.cli.progress import progress_bar
 from lag_megatron.errors import LagError, PlanError
-from lag_megatron.growth.apply.conversion import Conversion, open_source
+from lag_megatron.growth.apply.conversion import Conversion
 from lag_megatron.growth.apply.verify import differences
 
 _FORMATS = {
@@ -31,22 +32,22 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         check_workers(options)
-        source = open_source(
+        source = open_checkpoint(
             options.source, vocab_size=options.vocab_size, weights_only=options.weights_only
         )
         if options.non_homogeneous_layers and options.to != "megatron":
             raise PlanError(f"--non-homogeneous-layers: for --to megatron, not {options.to}.")
         conversion = _conversion(options, source)
         target = conversion.place(options.target)
-        order = conversion.order(target)
+        job = conversion.job(target)
         print(f"{source.path} -> {target}")
-        for note in source.notes if isinstance(source, WholeParameters) else ():
+        for note in source.notes if isinstance(source, UnshardedCheckpoint) else ():
             print(note)
-        print(f"to write: {order.needed / 2**20:.1f} MiB")
+        print(f"to write: {job.needed / 2**20:.1f} MiB")
         if options.dry_run:
             return 0
-        with progress_bar(order.needed) as written:
-            is_new = write(order, workers=options.workers, written=written)
+        with progress_bar(job.needed) as written:
+            is_new = write(job, workers=options.workers, written=written)
         done = "written" if is_new else "there already"
         print(f"{done}: {_FORMATS[options.to].format(options.target)}")
         return _verify(conversion, target) if options.verify else 0
@@ -63,8 +64,8 @@ def _verify(conversion: Conversion, target: Path) -> int:
     return 1 if found else 0
 
 
-def _conversion(options: argparse.Namespace, source: Source) -> Conversion:
-    zero_stage = 1 if isinstance(source, WholeParameters) else None  # there is no stage to keep
+def _conversion(options: argparse.Namespace, source: CheckpointSource) -> Conversion:
+    zero_stage = 1 if isinstance(source, UnshardedCheckpoint) else None  # there is no stage to keep
     return Conversion(
         source=source,
         plan=plan_of(options, source, may_stay=True),
@@ -81,7 +82,7 @@ def _conversion(options: argparse.Namespace, source: Source) -> Conversion:
 def _tokenizer(file: Path | None) -> TokenizerFile | None:
     if file is None:
         return None
-    from lag_megatron.data.tokenizer import load_tokenizer  # brings Megatron: seconds
+    from lag_megatron.data.datasets.tokenizer import load_tokenizer  # brings Megatron: seconds
 
     return TokenizerFile(file, end_id=load_tokenizer(file).eod)
 

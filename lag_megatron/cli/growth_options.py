@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from lag_megatron.checkpoint.state.layout import Topology
-from lag_megatron.checkpoint.state.source import Source
+from lag_megatron.checkpoint.state.source import CheckpointSource
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.grown_state import retarget
 from lag_megatron.growth.apply.plan_checkpoint import plan_checkpoint
@@ -73,7 +73,7 @@ def topology_of(
     )
 
 
-def plan_of(options: argparse.Namespace, source: Source, *, may_stay: bool) -> GrowthPlan:
+def plan_of(options: argparse.Namespace, source: CheckpointSource, *, may_stay: bool) -> GrowthPlan:
     """The growth that the options ask for.
 
     Args:

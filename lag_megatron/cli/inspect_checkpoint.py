@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="read all files, compare checksums")
     options = parser.parse_args(argv)
     try:
-        path = open.resolve(options.path)
+        path = open.resolve_checkpoint(options.path)
         open.detect(path)
     except LagError as error:
         return print_error(error)

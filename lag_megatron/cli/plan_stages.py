@@ -20,7 +20,7 @@ from lag_megatron.planning.staged_training.plan import (
     BEST,
     GROWTH_SLOPES,
     OPTIMAL_SLOPE,
-    Shape,
+    ModelShape,
     Threshold,
     plan_stages,
 )
@@ -91,7 +91,7 @@ def _law(settings: list[str]) -> ScalingLaw:
     return ScalingLaw(**values)
 
 
-def _shapes(layers: list[int], hidden: list[int]) -> list[Shape]:
+def _shapes(layers: list[int], hidden: list[int]) -> list[ModelShape]:
     count = max(len(layers), len(hidden))
     if not layers or not hidden or {len(layers), len(hidden)} - {1, count}:
         raise ConfigError(
@@ -99,7 +99,7 @@ def _shapes(layers: list[int], hidden: list[int]) -> list[Shape]:
             f"value or one for each stage, e.g. --layers 4 8 16 --hidden 1024."
         )
     pairs = zip(layers * (count // len(layers)), hidden * (count // len(hidden)), strict=True)
-    return [Shape(*pair) for pair in pairs]
+    return [ModelShape(*pair) for pair in pairs]
 
 
 def _tokens_per_step(options: argparse.Namespace) -> int | None:

@@ -66,9 +66,9 @@ def _dry_run(config: RunConfig, options: argparse.Namespace) -> int:
 def _train(config: RunConfig, options: argparse.Namespace) -> int:
     run_dir = options.run_dir or Path("runs") / Path(options.config).stem
     deepspeed_config(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    from lag_megatron.training.train import Request, train  # imports torch: seconds
+    from lag_megatron.training.train import TrainRequest, train  # imports torch: seconds
 
-    train(Request(config, Path(run_dir), options.resume))
+    train(TrainRequest(config, Path(run_dir), options.resume))
     return 0
 
 

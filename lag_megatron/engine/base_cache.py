@@ -20,7 +20,7 @@ from lag_megatron.checkpoint.state.layout import Container, State
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.growth.apply.copy_plan import Draw, Move
 from lag_megatron.growth.apply.fill import Filler
-from lag_megatron.growth.apply.grown_state import Growth
+from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.weight_init import Constant, fill
 from lag_megatron.kernels.runs import Run
 
@@ -107,7 +107,7 @@ class KeptBase:
         return cls([there, host] if spare else [host], talks=talks)
 
     @torch.no_grad()
-    def runs(self, growth: Growth, fill: Filler, targets: Sequence[Target]) -> list[Run] | None:
+    def runs(self, growth: GrownState, fill: Filler, targets: Sequence[Target]) -> list[Run] | None:
         """What one launch has to write; values that are drawn are in their places afterwards.
 
         None when the state has to be taken from the shards: at the first growth from a base, when
@@ -188,9 +188,9 @@ class KeptBase:
         for step in plan:
             if isinstance(step, Move):
                 yield from self._copies(target, step)
-            elif isinstance(step.fresh, Constant):
+            elif isinstance(step.init, Constant):
                 for start, _, count in _spans(step.shape, step.target.strides, step.target.strides):
-                    yield _run(target, step.target.offset + start, None, count, step.fresh.value)
+                    yield _run(target, step.target.offset + start, None, count, step.init.value)
             else:
                 yield from _drawn(target, step)
 
@@ -218,7 +218,7 @@ def _drawn(target: Target, step: Draw) -> Iterator[Run]:
     values = target.values
     start = values.storage_offset() + step.target.offset
     view = values.as_strided(step.shape, step.target.strides, start)
-    fill(view, step.fresh, shape=step.whole, box=step.box)
+    fill(view, step.init, shape=step.full_shape, box=step.box)
     if target.weights is None:
         return
     for start, _, count in _spans(step.shape, step.target.strides, step.target.strides):

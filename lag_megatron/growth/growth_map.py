@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lag_megatron.checkpoint.state.box import Box, Shape, whole
+from lag_megatron.checkpoint.state.box import Box, Shape, full_box
 from lag_megatron.checkpoint.state.optimizer_states import STATES, Role
 from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.identity_init import Silence, silence_of
-from lag_megatron.growth.layer_map import LayerMap, LayerOrigin
+from lag_megatron.growth.identity_init import IdentityInit, identity_init_of
+from lag_megatron.growth.operators.layer_map import LayerMap, LayerOrigin
 from lag_megatron.growth.plan import GrowthPlan, MomentPolicy
 from lag_megatron.growth.validate import (
     BRANCH_OUTPUTS,
@@ -24,7 +24,7 @@ from lag_megatron.growth.validate import (
     check_number,
     layers_of,
 )
-from lag_megatron.growth.weight_init import Constant, Fresh, Normal, megatron_init
+from lag_megatron.growth.weight_init import Constant, Normal, WeightInit, megatron_init
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +36,15 @@ class Copy:
     scale: float = 1.0
 
 
-Source = Copy | Fresh
+ValueSource = Copy | WeightInit
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class ParamBlock:
     """A box of a grown parameter and where its values come from."""
 
     box: Box
-    sources: Mapping[Role, Source]
+    sources: Mapping[Role, ValueSource]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class GrowthMap:
     """
 
     groups: Sequence[Mapping[str, Shape]]
-    blocks: Mapping[str, tuple[Block, ...]]
+    blocks: Mapping[str, tuple[ParamBlock, ...]]
     frozen: Mapping[str, Shape] = field(default_factory=dict)
 
 
@@ -118,14 +118,14 @@ def depth_map(
             parameters that the plan changes.
     """
     layer = check_layers(plan, _all_shapes(groups, frozen or {}))
-    silence = silence_of(plan, layer, query_groups)
-    blocks: dict[str, tuple[Block, ...]] = {}
+    identity_init = identity_init_of(plan, layer, query_groups)
+    blocks: dict[str, tuple[ParamBlock, ...]] = {}
 
     def grow(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         grown: dict[str, Shape] = {}
         for name, old, origin in grown_names(list(shapes), plan.layer_map):
             grown[name] = shapes[old]
-            blocks[name] = (_block(plan, name, shapes[old], old, origin, silence),)
+            blocks[name] = (_block(plan, name, shapes[old], old, origin, identity_init),)
         return grown
 
     grown_groups = [grow(group) for group in groups]
@@ -176,7 +176,7 @@ def moment_policy(plan: GrowthPlan, origin: LayerOrigin) -> MomentPolicy:
     """
     if plan.moments != "auto":
         return plan.moments
-    if origin.silent:
+    if origin.zero_norms:
         return "zero"
     return "copy" if origin.init == "duplicate" and origin.branch_scale > 0 else "borrow"
 
@@ -187,25 +187,25 @@ def _block(
     shape: Shape,
     old: str,
     origin: LayerOrigin | None,
-    silence: Silence | None,
-) -> Block:
+    identity_init: IdentityInit | None,
+) -> ParamBlock:
     kept = _copy_all(old, shape)
     if origin is None:
         return kept
     norm = next((branch for branch, part in POST_NORMS.items() if part in name), None)
-    if norm in origin.plain_norms:
-        plain: Source = Constant(1.0 if name.endswith(".weight") else 0.0)
-        return Block(kept.box, dict.fromkeys(STATES, Constant(0.0)) | {"fp32": plain})
-    weights = _weights(plan, name, shape, old, origin, silence)
-    sources: dict[Role, Source] = {**kept.sources, "fp32": weights}
-    is_handed_over = norm is not None and bool(origin.plain_norms)
+    if norm in origin.identity_norms:
+        plain: ValueSource = Constant(1.0 if name.endswith(".weight") else 0.0)
+        return ParamBlock(kept.box, dict.fromkeys(STATES, Constant(0.0)) | {"fp32": plain})
+    weights = _weights(plan, name, shape, old, origin, identity_init)
+    sources: dict[Role, ValueSource] = {**kept.sources, "fp32": weights}
+    is_handed_over = norm is not None and bool(origin.identity_norms)
     if origin.is_new and not is_handed_over:
         policy = moment_policy(plan, origin)
         if policy in ("zero", "borrow"):
             sources["exp_avg"] = Constant(0.0)
         if policy == "zero":
             sources["exp_avg_sq"] = Constant(0.0)
-    return Block(kept.box, sources)
+    return ParamBlock(kept.box, sources)
 
 
 def _weights(
@@ -214,8 +214,8 @@ def _weights(
     shape: Shape,
     old: str,
     origin: LayerOrigin,
-    silence: Silence | None,
-) -> Source:
+    identity_init: IdentityInit | None,
+) -> ValueSource:
     source: Copy | Normal | Constant = Copy(old, (0,) * len(shape))
     drawn = megatron_init(
         name,
@@ -223,15 +223,15 @@ def _weights(
         init_std=plan.init_std,
         key=f"growth/{plan.seed}/{plan.source_layers}-{plan.target_layers}",
     )
-    if silence and origin.silent:
-        return silence.weights(name, drawn) or source
+    if identity_init and origin.zero_norms:
+        return identity_init.weights(name, drawn) or source
     if origin.is_new and origin.init == "random":
         source = drawn
     is_branch_output = any(part in name for part in BRANCH_OUTPUTS)
     return _scaled(source, origin.branch_scale) if is_branch_output else source
 
 
-def _scaled(source: Copy | Normal | Constant, scale: float) -> Source:
+def _scaled(source: Copy | Normal | Constant, scale: float) -> ValueSource:
     if scale == 1.0:
         return source
     if scale == 0.0:  # exact: a product would turn some zeros into -0.0
@@ -243,8 +243,8 @@ def _scaled(source: Copy | Normal | Constant, scale: float) -> Source:
     return Constant(source.value * scale)
 
 
-def _copy_all(name: str, shape: Shape) -> Block:
-    return Block(whole(shape), dict.fromkeys(STATES, Copy(name, (0,) * len(shape))))
+def _copy_all(name: str, shape: Shape) -> ParamBlock:
+    return ParamBlock(full_box(shape), dict.fromkeys(STATES, Copy(name, (0,) * len(shape))))
 
 
 def _all_shapes(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.layer_map import Branch
+from lag_megatron.growth.operators.layer_map import Branch
 from lag_megatron.growth.plan import GrowthPlan
 
 # What follows the layer's number in the names of the projections back into the residual stream, and
@@ -64,7 +64,7 @@ def _check_names(plan: GrowthPlan, layer: Mapping[str, Shape]) -> None:
     needed: dict[str, str] = {}
     if any(origin.branch_scale != 1 for origin in plan.layer_map):
         needed |= dict.fromkeys(BRANCH_OUTPUTS, "it scales layers that are named as Megatron does")
-    if any(origin.plain_norms for origin in plan.layer_map):
+    if any(origin.identity_norms for origin in plan.layer_map):
         needed |= dict.fromkeys(POST_NORMS.values(), "it is for post-LN models")
     for part, reason in needed.items():
         if not any(part in tail for tail in layer):

@@ -46,7 +46,7 @@ class Diagonals:
     rest: Normal | None = None
 
 
-Fresh = Normal | Constant | Diagonals
+WeightInit = Normal | Constant | Diagonals
 
 
 def megatron_init(name: str, *, num_layers: int, init_std: float, key: str) -> Normal | Constant:
@@ -64,21 +64,21 @@ def megatron_init(name: str, *, num_layers: int, init_std: float, key: str) -> N
     return Normal(float(std), f"{key}/{name}")
 
 
-def fill(target: Tensor, fresh: Fresh, *, shape: Shape, box: Box) -> None:
+def fill(target: Tensor, init: WeightInit, *, shape: Shape, box: Box) -> None:
     """Write the values of ``box`` of a parameter of ``shape`` into ``target``, which has its shape.
 
     Memory stays at a few megabytes whatever the size.
     """
-    if isinstance(fresh, Constant):
-        target.fill_(fresh.value)
+    if isinstance(init, Constant):
+        target.fill_(init.value)
         return
-    if isinstance(fresh, Diagonals):
-        _fill_diagonals(target, fresh, shape, box)
+    if isinstance(init, Diagonals):
+        _fill_diagonals(target, init, shape, box)
         return
     for part, start, length in _runs(shape, box):
         for begin in range(0, length, _CHUNK):
             count = min(_CHUNK, length - begin)
-            values = torch.from_numpy(normal(fresh, start + begin, count))
+            values = torch.from_numpy(normal(init, start + begin, count))
             for piece in interval_boxes(part.shape, begin, count):
                 size = int(np.prod(piece.shape))
                 low = tuple(a + b for a, b in zip(part.low, piece.low, strict=True))
@@ -87,10 +87,10 @@ def fill(target: Tensor, fresh: Fresh, *, shape: Shape, box: Box) -> None:
                 values = values[size:]
 
 
-def _fill_diagonals(target: Tensor, fresh: Diagonals, shape: Shape, box: Box) -> None:
-    fill(target, fresh.rest or Constant(0.0), shape=shape, box=box)
+def _fill_diagonals(target: Tensor, init: Diagonals, shape: Shape, box: Box) -> None:
+    fill(target, init.rest or Constant(0.0), shape=shape, box=box)
     (top, left), (rows, columns) = box.low, box.shape
-    for row, column, length in fresh.runs:
+    for row, column, length in init.runs:
         first, last = max(row - top, 0), min(row + length - top, rows)
         if first >= last:
             continue
@@ -101,17 +101,17 @@ def _fill_diagonals(target: Tensor, fresh: Diagonals, shape: Shape, box: Box) ->
             target[first:last, first + shift : last + shift].diagonal().fill_(1.0)
 
 
-def normal(fresh: Normal, start: int, count: int) -> np.ndarray:
+def normal(init: Normal, start: int, count: int) -> np.ndarray:
     """Elements ``start .. start + count`` of a parameter's values, fp32.
 
     Box and Muller's transform of the two halves of one 64-bit word per element.
     """
-    key = np.frombuffer(hashlib.blake2b(fresh.key.encode(), digest_size=16).digest(), np.uint64)
+    key = np.frombuffer(hashlib.blake2b(init.key.encode(), digest_size=16).digest(), np.uint64)
     counter, skip = divmod(start, _WORDS_PER_COUNT)
     words = np.random.Philox(counter=counter, key=key).random_raw(skip + count)[skip:]
     radius = ((words >> np.uint64(32)) + np.uint64(1)).astype(np.float64) * 2.0**-32
     angle = (words & np.uint64(0xFFFFFFFF)).astype(np.float64) * (2.0 * np.pi * 2.0**-32)
-    return (np.sqrt(-2.0 * np.log(radius)) * np.cos(angle) * fresh.std).astype(np.float32)
+    return (np.sqrt(-2.0 * np.log(radius)) * np.cos(angle) * init.std).astype(np.float32)
 
 
 def _runs(shape: Shape, box: Box) -> Iterator[tuple[Box, int, int]]:

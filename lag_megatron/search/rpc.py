@@ -19,7 +19,7 @@ from lag_megatron.distributed.world import World
 from lag_megatron.errors import RunError
 from lag_megatron.run.signals import StopFlag, Stopped
 from lag_megatron.search.coordinator import Coordinator
-from lag_megatron.search.event import Progress, Turn
+from lag_megatron.search.event import Assignment, ProbeResult
 
 _POLL_SECONDS = 0.5
 _HELLO_SECONDS = 30.0
@@ -28,13 +28,13 @@ _HELLO_SECONDS = 30.0
 class Desk(Protocol):
     """What a group's leader asks of the coordinator."""
 
-    def ask(self, holds: int | None) -> Turn:
+    def ask(self, holds: int | None) -> Assignment:
         """The next turn."""
 
-    def may_win(self, progress: Progress) -> bool:
+    def needs_checkpoint(self, progress: ProbeResult) -> bool:
         """Whether a state has to be saved."""
 
-    def record(self, progress: Progress) -> None:
+    def record(self, progress: ProbeResult) -> None:
         """Write down how far a candidate has come."""
 
     def stop(self, reason: str) -> None:
@@ -47,13 +47,13 @@ class _Near:
     def __init__(self, coordinator: Coordinator, flag: StopFlag) -> None:
         self._coordinator, self._flag = coordinator, flag
 
-    def ask(self, holds: int | None) -> Turn:
+    def ask(self, holds: int | None) -> Assignment:
         return self._coordinator.ask(0, holds, stopped=lambda: _reason(self._flag))
 
-    def may_win(self, progress: Progress) -> bool:
-        return self._coordinator.may_win(progress)
+    def needs_checkpoint(self, progress: ProbeResult) -> bool:
+        return self._coordinator.needs_checkpoint(progress)
 
-    def record(self, progress: Progress) -> None:
+    def record(self, progress: ProbeResult) -> None:
         self._coordinator.record(0, progress)
 
     def stop(self, reason: str) -> None:
@@ -69,14 +69,14 @@ class _Far:
         self._answers: queue.Queue[tuple[Any] | None] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True, name="desk").start()
 
-    def ask(self, holds: int | None) -> Turn:
-        turn: Turn = self._call("ask", holds)
+    def ask(self, holds: int | None) -> Assignment:
+        turn: Assignment = self._call("ask", holds)
         return turn
 
-    def may_win(self, progress: Progress) -> bool:
-        return bool(self._call("may_win", progress))
+    def needs_checkpoint(self, progress: ProbeResult) -> bool:
+        return bool(self._call("needs_checkpoint", progress))
 
-    def record(self, progress: Progress) -> None:
+    def record(self, progress: ProbeResult) -> None:
         self._call("record", progress)
 
     def stop(self, reason: str) -> None:
@@ -110,7 +110,7 @@ class _Far:
                     self._flag.ask(value)
                 else:
                     # After the last turn the other side closes.
-                    self._over |= isinstance(value, Turn) and value.candidate is None
+                    self._over |= isinstance(value, Assignment) and value.candidate is None
                     self._answers.put((value,))
         except (EOFError, OSError):
             self._answers.put(None)
@@ -211,7 +211,11 @@ class _Counter:
             return coordinator.ask(group, argument, stopped=signalled)
         if name == "record":
             return coordinator.record(group, argument)
-        return coordinator.may_win(argument) if name == "may_win" else coordinator.stop(argument)
+        return (
+            coordinator.needs_checkpoint(argument)
+            if name == "needs_checkpoint"
+            else coordinator.stop(argument)
+        )
 
 
 @contextlib.contextmanager

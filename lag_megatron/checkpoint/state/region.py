@@ -51,7 +51,7 @@ class Region:
 class Fill(Protocol):
     """Makes the values of regions."""
 
-    def expect(self, region: Region) -> None:
+    def prefetch(self, region: Region) -> None:
         """Told which region comes next, so that reading can begin."""
 
     def __call__(self, region: Region, buffer: Tensor) -> None:

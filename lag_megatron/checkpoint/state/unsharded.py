@@ -13,14 +13,14 @@ from torch import Tensor
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.layout import Container, Segment, State
 from lag_megatron.checkpoint.state.region import Fill, Region
-from lag_megatron.checkpoint.state.source import Check
-from lag_megatron.checkpoint.state.spec import Draft
+from lag_megatron.checkpoint.state.source import CheckFn
+from lag_megatron.checkpoint.state.spec import CheckpointSpec
 
 _HERE = Container(0, 0)  # a region's segments are found by their offsets
 
 
 @dataclass(frozen=True)
-class WholeState:
+class UnshardedState:
     """What is to be written, under the topology of one rank without ZeRO.
 
     Attributes:
@@ -31,18 +31,18 @@ class WholeState:
     """
 
     path: Path
-    draft: Draft
+    spec: CheckpointSpec
     fill: Fill
-    check: Check
+    check: CheckFn
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
         """Of every parameter, trained ones first."""
-        return {**self.draft.layout.shapes, **self.draft.frozen.shapes}
+        return {**self.spec.layout.shapes, **self.spec.frozen.shapes}
 
     def is_trained(self, name: str) -> bool:
         """Whether the optimizer has a parameter."""
-        return name in self.draft.layout.shapes
+        return name in self.spec.layout.shapes
 
     def region(self, name: str, state: State = "fp32", *runs: tuple[int, int]) -> Region:
         """Runs of a parameter's elements, (start, length) each, one behind the other.

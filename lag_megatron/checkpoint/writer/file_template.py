@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from lag_megatron.checkpoint.state.region import Fill
-from lag_megatron.checkpoint.state.spec import Room
+from lag_megatron.checkpoint.state.spec import PlaceholderTensors
 from lag_megatron.checkpoint.writer.file_writer import (
-    Crew,
     Span,
+    WriteContext,
     fill_file,
     opened,
     put,
@@ -26,11 +26,11 @@ from lag_megatron.checkpoint.writer.file_writer import (
 
 _IMAGE_BYTES = 1 << 16  # of a file that is put together in memory
 
-LayOut = Callable[[Path, Any, Room], list[Span]]
+LayOut = Callable[[Path, Any, PlaceholderTensors], list[Span]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Mould:
+class _FileTemplate:
     """A file without its values.
 
     Attributes:
@@ -44,7 +44,7 @@ class _Mould:
     begins: Sequence[int]
 
     @staticmethod
-    def of(path: Path, spans: Sequence[Span]) -> "_Mould":
+    def of(path: Path, spans: Sequence[Span]) -> "_FileTemplate":
         """Of a file that was laid out; its values need not be there yet."""
         rest, at, size = [], 0, path.stat().st_size
         with path.open("rb") as file:
@@ -52,7 +52,7 @@ class _Mould:
                 file.seek(at)
                 rest.append((at, file.read(low - at)))
                 at = high
-        return _Mould(size, rest, [span.offset for span in spans])
+        return _FileTemplate(size, rest, [span.offset for span in spans])
 
     def image(self) -> bytearray:
         """All of a file, with zeros for its values."""
@@ -71,17 +71,24 @@ class _Mould:
             put(file, memoryview(data), offset)
 
 
-class Moulds:
+class FileTemplateCache:
     """Those of a checkpoint's files, made as they are needed; threads may share them.
 
     They are for files that hold one tensor, or a flat dictionary of tensors and plain values.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, _Mould] = {}
+        self._kept: dict[Hashable, _FileTemplate] = {}
 
     def write(
-        self, path: Path, objects: Any, room: Room, fill: Fill, crew: Crew, *, by: LayOut
+        self,
+        path: Path,
+        objects: Any,
+        placeholders: PlaceholderTensors,
+        fill: Fill,
+        context: WriteContext,
+        *,
+        by: LayOut,
     ) -> dict[str, Any]:
         """Write a file, as ``stream.write_spans`` does one that is laid out.
 
@@ -97,28 +104,28 @@ class Moulds:
             its manifest entry.
         """
         entries = objects if isinstance(objects, Mapping) else {"": objects}
-        key = (path.name, *((name, _described(v, room)) for name, v in entries.items()))
-        mould = self._kept.get(key)
-        if mould is None:
-            spans = by(path, objects, room)
-            self._kept[key] = _Mould.of(path, spans)
-            return write_spans(path, spans, fill, crew)
-        values = [v for v in entries.values() if id(v) in room.regions and v.numel()]
+        key = (path.name, *((name, _described(v, placeholders)) for name, v in entries.items()))
+        template = self._kept.get(key)
+        if template is None:
+            spans = by(path, objects, placeholders)
+            self._kept[key] = _FileTemplate.of(path, spans)
+            return write_spans(path, spans, fill, context)
+        values = [v for v in entries.values() if id(v) in placeholders.regions and v.numel()]
         spans = [
-            Span(begin, value.dtype, room.regions[id(value)])
-            for begin, value in zip(mould.begins, values, strict=True)
+            Span(begin, value.dtype, placeholders.regions[id(value)])
+            for begin, value in zip(template.begins, values, strict=True)
         ]
         with opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as file:
-            if mould.size <= _IMAGE_BYTES:
-                return write_image(file, mould.image(), spans, fill, crew)
-            mould.fill(file)
-            return fill_file(file, spans, fill, crew)
+            if template.size <= _IMAGE_BYTES:
+                return write_image(file, template.image(), spans, fill, context)
+            template.fill(file)
+            return fill_file(file, spans, fill, context)
 
 
-def _described(value: Any, room: Room) -> Hashable:
+def _described(value: Any, placeholders: PlaceholderTensors) -> Hashable:
     """All of an entry that stands in the file beside its values."""
     if not isinstance(value, Tensor):
         return type(value), value
-    if id(value) in room.regions:
+    if id(value) in placeholders.regions:
         return tuple(value.shape), value.dtype
     return tuple(value.shape), value.dtype, tuple(value.flatten().tolist())

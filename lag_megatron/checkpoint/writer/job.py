@@ -19,8 +19,8 @@ import torch
 
 from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.writer.file_writer import Crew, Rooms, Told
-from lag_megatron.checkpoint.writer.progress_log import Record
+from lag_megatron.checkpoint.writer.file_writer import ProgressFn, ThreadBuffers, WriteContext
+from lag_megatron.checkpoint.writer.progress_log import WriteProgress
 from lag_megatron.errors import CheckpointError, PlanError
 
 _FLUSHES = 8  # at a time: a file system brings small files to the disk together
@@ -37,11 +37,11 @@ class Part:
     """
 
     name: str
-    write: Callable[[Path, Crew], Mapping[str, Any]]
+    write: Callable[[Path, WriteContext], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class WriteJob:
     """What is to be written, and how it is committed.
 
     Attributes:
@@ -59,15 +59,15 @@ class Order:
 
     target: Path
     parts: Sequence[Part]
-    about: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     needed: int
     what: str
     check: Callable[[], None]
     finish: Callable[[Path, Mapping[str, Any]], Mapping[str, Any]] = lambda folder, files: {}
     pointer: str | None = manifest.LATEST
-    says: str | None = None
+    pointer_text: str | None = None
 
-    def was_published(self) -> bool:
+    def was_committed(self) -> bool:
         """Whether the target is this order's result, made by an earlier run.
 
         Raises:
@@ -75,17 +75,17 @@ class Order:
         """
         if not manifest.is_committed(self.target):
             return False
-        about = json.loads(json.dumps(_comparable(self.about)))  # as it stands in a manifest
+        metadata = json.loads(json.dumps(_comparable(self.metadata)))  # as it stands in a manifest
         found = manifest.check_sizes(self.target)
-        return all(found.get(key) == value for key, value in about.items())
+        return all(found.get(key) == value for key, value in metadata.items())
 
     def point(self) -> None:
         """Make the pointer name the target."""
         if self.pointer is not None:
-            manifest.point_latest(self.target, self.pointer, self.says)
+            manifest.point_latest(self.target, self.pointer, self.pointer_text)
 
 
-def write(order: Order, *, workers: int = 1, written: Told = lambda count: None) -> bool:
+def write(job: WriteJob, *, workers: int = 1, written: ProgressFn = lambda count: None) -> bool:
     """Write and commit, unless an earlier call has; whether it had to.
 
     Args:
@@ -98,54 +98,56 @@ def write(order: Order, *, workers: int = 1, written: Told = lambda count: None)
         CheckpointError: when the disk is too small or fails, or the check finds damage; the draft
             is removed then.  After a kill or an interruption it stays, for the same call.
     """
-    if order.target.exists():
-        if not order.was_published():
-            raise PlanError(f"{order.target}: exists already. Name another target or remove it.")
-        order.point()  # killed between the two, or asked for twice
+    if job.target.exists():
+        if not job.was_committed():
+            raise PlanError(f"{job.target}: exists already. Name another target or remove it.")
+        job.point()  # killed between the two, or asked for twice
         return False
-    _write_parts(order, workers, written)
+    _write_parts(job, workers, written)
     return True
 
 
-def _write_parts(order: Order, workers: int, written: Told) -> None:
-    draft = manifest.temporary(order.target)
+def _write_parts(job: WriteJob, workers: int, written: ProgressFn) -> None:
+    staging = manifest.temporary(job.target)
     try:
-        names = {part.name for part in order.parts}
-        record = Record.open(draft, _comparable(order.about), names)
-        for entry in record.entries().values():
+        names = {part.name for part in job.parts}
+        progress = WriteProgress.open(staging, _comparable(job.metadata), names)
+        for entry in progress.entries().values():
             written(entry["size"])
-        missing = order.needed - sum(entry["size"] for entry in record.entries().values())
-        manifest.require_space(draft, needed=max(0, missing), what=order.what)
-        _write_missing(order, record, workers, written)
-        files = record.entries()
-        files |= order.finish(draft, files)
+        missing = job.needed - sum(entry["size"] for entry in progress.entries().values())
+        manifest.require_space(staging, needed=max(0, missing), what=job.what)
+        _write_missing(job, progress, workers, written)
+        files = progress.entries()
+        files |= job.finish(staging, files)
         with _pool(_FLUSHES) as disk:  # the names of files; those of the draft are published
-            folders = filter(Path.is_dir, draft.rglob("*"))
+            folders = filter(Path.is_dir, staging.rglob("*"))
             _require([disk.submit(flush_to_disk, folder) for folder in folders])
-        record.close()
-        manifest.publish(order.target, files=files, about=order.about, pointer=None)
+        progress.close()
+        manifest.commit(job.target, files=files, metadata=job.metadata, pointer=None)
     except OSError as error:
-        manifest.remove(draft)
+        manifest.remove_checkpoint(staging)
         raise CheckpointError(
-            f"{error.filename or order.target}: cannot write there: {error.strerror or error}. "
+            f"{error.filename or job.target}: cannot write there: {error.strerror or error}. "
             "Name another target."
         ) from None
     except Exception:
-        manifest.remove(draft)
+        manifest.remove_checkpoint(staging)
         raise
     try:
-        order.point()
+        job.point()
     except OSError as error:
         raise CheckpointError(
-            f"{order.target}: is written, but {order.pointer} beside it is not: "
+            f"{job.target}: is written, but {job.pointer} beside it is not: "
             f"{error.strerror or error}. Make room and run the same command again."
         ) from None
 
 
-def _write_missing(order: Order, record: Record, workers: int, written: Told) -> None:
+def _write_missing(
+    job: WriteJob, progress: WriteProgress, workers: int, written: ProgressFn
+) -> None:
     failed = threading.Event()
 
-    def told(count: int) -> None:
+    def on_progress(count: int) -> None:
         if failed.is_set():
             raise _Abandoned
         written(count)
@@ -159,24 +161,24 @@ def _write_missing(order: Order, record: Record, workers: int, written: Told) ->
         # Beside the writing: the source is compared with its checksums, and the files of finished
         # parts go to the disk, and then into the record, while the next are made.
         noted: list[Future[None]] = []
-        recording, rooms = threading.Lock(), Rooms()
+        lock, buffers = threading.Lock(), ThreadBuffers()
 
         def write(part: Part) -> None:
             paths: list[Path] = []
             join = partial(_joined, pool, workers - 1)
-            crew = Crew(told, paths.append, join, rooms)
-            files = part.write(record.folder, crew)
-            noted.append(disk.submit(note, part.name, files, paths))
+            context = WriteContext(on_progress, paths.append, join, buffers)
+            files = part.write(progress.folder, context)
+            noted.append(disk.submit(mark_done, part.name, files, paths))
 
-        def note(name: str, files: Mapping[str, Any], paths: Sequence[Path]) -> None:
+        def mark_done(name: str, files: Mapping[str, Any], paths: Sequence[Path]) -> None:
             for path in paths:
                 flush_to_disk(path)
-            with recording:
-                record.note(name, files)
+            with lock:
+                progress.mark_done(name, files)
 
-        missing = [part for part in order.parts if part.name not in record.done]
+        missing = [part for part in job.parts if part.name not in progress.done]
         try:
-            _require([checker.submit(order.check), *(pool.submit(write, part) for part in missing)])
+            _require([checker.submit(job.check), *(pool.submit(write, part) for part in missing)])
         except BaseException:
             failed.set()  # the others end at their next piece
             raise
@@ -215,9 +217,9 @@ class _Abandoned(Exception):
     """Ends a worker after another one has failed."""
 
 
-def _comparable(about: Mapping[str, Any]) -> Any:
+def _comparable(metadata: Mapping[str, Any]) -> Any:
     """What tells one checkpoint from another."""
-    return {key: value for key, value in about.items() if key != "versions"}
+    return {key: value for key, value in metadata.items() if key != "versions"}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ _NAME = ".parts.jsonl"
 
 
 @dataclass(frozen=True)
-class Record:
+class WriteProgress:
     """Parts that are on the disk.
 
     Attributes:
@@ -28,7 +28,7 @@ class Record:
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @staticmethod
-    def open(draft: Path, about: Mapping[str, Any], names: Collection[str]) -> "Record":
+    def open(staging: Path, metadata: Mapping[str, Any], names: Collection[str]) -> "WriteProgress":
         """The record of an earlier call for the same, or a new one in an empty draft.
 
         Args:
@@ -36,21 +36,21 @@ class Record:
             about: tells one checkpoint from another.
             names: of its parts.
         """
-        first = json.dumps({"about": about}, sort_keys=True)
-        lines = _lines(draft / _NAME)
-        record = Record(draft)
+        first = json.dumps({"about": metadata}, sort_keys=True)
+        lines = _lines(staging / _NAME)
+        progress = WriteProgress(staging)
         if next(lines, None) == first:
             for line in lines:
                 part = _parsed(line)
-                if part and part["part"] in names and _is_there(draft, part["files"]):
-                    record.done[part["part"]] = part["files"]
+                if part and part["part"] in names and _is_there(staging, part["files"]):
+                    progress.done[part["part"]] = part["files"]
         else:
-            manifest.remove(draft)
-            draft.mkdir(parents=True)
-        record._clear()
-        text = [first, *(_line(name, files) for name, files in record.done.items())]
-        (draft / _NAME).write_text("".join(f"{line}\n" for line in text), encoding="utf-8")
-        return record
+            manifest.remove_checkpoint(staging)
+            staging.mkdir(parents=True)
+        progress._clear()
+        text = [first, *(_line(name, files) for name, files in progress.done.items())]
+        (staging / _NAME).write_text("".join(f"{line}\n" for line in text), encoding="utf-8")
+        return progress
 
     def _clear(self) -> None:
         """Remove what is half written, or of a part that is no more."""
@@ -59,7 +59,7 @@ class Record:
             if path.is_file() and path not in kept:
                 path.unlink()
 
-    def note(self, name: str, files: Mapping[str, Any]) -> None:
+    def mark_done(self, name: str, files: Mapping[str, Any]) -> None:
         """Write down that a part's files are on disk."""
         with (self.folder / _NAME).open("a", encoding="utf-8") as file:
             file.write(f"{_line(name, files)}\n")

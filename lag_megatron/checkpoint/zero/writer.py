@@ -9,10 +9,15 @@ from torch import Tensor
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import Layout, Topology
 from lag_megatron.checkpoint.state.region import Fill
-from lag_megatron.checkpoint.state.spec import DTYPES, Draft, Room
+from lag_megatron.checkpoint.state.spec import DTYPES, CheckpointSpec, PlaceholderTensors
 from lag_megatron.checkpoint.storage import torch_pickle
-from lag_megatron.checkpoint.writer.file_template import Moulds
-from lag_megatron.checkpoint.writer.file_writer import ALONE, Crew, Span, write_spans
+from lag_megatron.checkpoint.writer.file_template import FileTemplateCache
+from lag_megatron.checkpoint.writer.file_writer import (
+    DEFAULT_CONTEXT,
+    Span,
+    WriteContext,
+    write_spans,
+)
 from lag_megatron.checkpoint.zero.file_names import model_file, optimizer_file
 from lag_megatron.checkpoint.zero.model_states import model_objects
 from lag_megatron.checkpoint.zero.optim_states import optimizer_objects
@@ -23,12 +28,12 @@ _BYTES = 4
 
 def write_rank(
     folder: Path,
-    draft: Draft,
+    spec: CheckpointSpec,
     fill: Fill,
     *,
     tensor_rank: int,
     data_rank: int,
-    crew: Crew = ALONE,
+    context: WriteContext = DEFAULT_CONTEXT,
 ) -> dict[str, Any]:
     """Write one rank's files and return their manifest entries by name.
 
@@ -42,18 +47,18 @@ def write_rank(
         CheckpointError: when a file cannot be written; nothing of it stays then.
     """
     ranks = {"tensor_rank": tensor_rank, "data_rank": data_rank}
-    topology = draft.topology
+    topology = spec.topology
     entries: dict[str, Any] = {}
     if topology.zero_stage == 3 or data_rank == 0:
-        room = Room()
-        objects = model_objects(draft, **ranks, room=room)
+        placeholders = PlaceholderTensors()
+        objects = model_objects(spec, **ranks, placeholders=placeholders)
         name = model_file(topology, **ranks)
-        entries[name] = write_objects(folder / name, objects, room, fill, crew)
+        entries[name] = write_objects(folder / name, objects, placeholders, fill, context)
     optimizer = optimizer_file(topology, **ranks)
     if optimizer is not None:
-        room = Room()
-        objects = optimizer_objects(draft, data_rank=data_rank, room=room)
-        entries[optimizer] = write_objects(folder / optimizer, objects, room, fill, crew)
+        placeholders = PlaceholderTensors()
+        objects = optimizer_objects(spec, data_rank=data_rank, placeholders=placeholders)
+        entries[optimizer] = write_objects(folder / optimizer, objects, placeholders, fill, context)
     return entries
 
 
@@ -71,10 +76,10 @@ def bytes_of(topology: Topology, layout: Layout, frozen: Layout | None = None) -
 def write_objects(
     path: Path,
     objects: Any,
-    room: Room,
+    placeholders: PlaceholderTensors,
     fill: Fill,
-    crew: Crew,
-    moulds: Moulds | None = None,
+    context: WriteContext,
+    templates: FileTemplateCache | None = None,
 ) -> dict[str, Any]:
     """Write a file of ``torch.save`` whose large tensors are filled in, and return its entry.
 
@@ -90,11 +95,11 @@ def write_objects(
         CheckpointError: when it cannot be written; nothing of it stays then.
     """
     try:
-        if moulds is None:
-            entry = write_spans(path, _laid_out(path, objects, room), fill, crew)
+        if templates is None:
+            entry = write_spans(path, _laid_out(path, objects, placeholders), fill, context)
         else:
-            entry = moulds.write(path, objects, room, fill, crew, by=_laid_out)
-        crew.flush(path)
+            entry = templates.write(path, objects, placeholders, fill, context, by=_laid_out)
+        context.flush(path)
     except OSError as error:
         path.unlink(missing_ok=True)
         raise CheckpointError(
@@ -104,14 +109,14 @@ def write_objects(
     return entry
 
 
-def _laid_out(path: Path, objects: Any, room: Room) -> list[Span]:
+def _laid_out(path: Path, objects: Any, placeholders: PlaceholderTensors) -> list[Span]:
     """Create the file with all but its large values, which are still to be written."""
     mapped = torch_pickle.create(path, objects)
     pairs = list(_tensors(objects, mapped))
     offsets = torch_pickle.byte_offsets(path, [there for _, there in pairs])
     spans: dict[int, Span] = {}
     for (here, there), offset in zip(pairs, offsets, strict=True):
-        region = room.regions.get(id(here))
+        region = placeholders.regions.get(id(here))
         if region is None:
             there.copy_(here)
         elif region.length:

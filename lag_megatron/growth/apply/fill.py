@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.checkpoint.state.layout import Container, Layout, State, Topology
-from lag_megatron.checkpoint.state.optimizer_states import shape_of
+from lag_megatron.checkpoint.state.optimizer_states import state_shape
 from lag_megatron.checkpoint.state.region import Region
-from lag_megatron.checkpoint.state.source import Elements, Source
-from lag_megatron.growth.apply.copy_plan import Draw, Move, Place, Side, plan_rank
+from lag_megatron.checkpoint.state.source import CheckpointSource, Elements
+from lag_megatron.growth.apply.copy_plan import Draw, Move, Side, StridedSlice, plan_rank
 from lag_megatron.growth.growth_map import GrowthMap
 from lag_megatron.growth.weight_init import fill
 
@@ -34,8 +34,8 @@ class Filler:
 
     def __init__(
         self,
-        growth: GrowthMap,
-        source: Source,
+        growth_map: GrowthMap,
+        source: CheckpointSource,
         topology: Topology,
         layouts: tuple[Layout, Layout],
         *,
@@ -43,8 +43,10 @@ class Filler:
         gated: bool,
         tensor_rank: int,
     ) -> None:
-        self._growth, self._source, self._tensor_rank = growth, source, tensor_rank
-        grown = {n: s for group in (*growth.groups, growth.frozen) for n, s in group.items()}
+        self._growth_map, self._source, self._tensor_rank = growth_map, source, tensor_rank
+        grown = {
+            n: s for group in (*growth_map.groups, growth_map.frozen) for n, s in group.items()
+        }
         old = (source.layout, source.frozen)
         self._sides = {
             (trained, state): (
@@ -62,14 +64,14 @@ class Filler:
         """Source and target of a state, as plans see them, of trained or of frozen parameters."""
         return self._sides[trained, state]
 
-    def expect(self, region: Region) -> None:
+    def prefetch(self, region: Region) -> None:
         """Begin to read from disk what the region needs."""
         for step in self.plan(region):
             if isinstance(step, Move):
                 there = self.elements(region, step.tensor_rank, step.source.container)
                 strides = step.source.strides
                 last = sum((n - 1) * s for n, s in zip(step.shape, strides, strict=True))
-                there.expect(step.source.offset, last + 1)
+                there.prefetch(step.source.offset, last + 1)
 
     def __call__(self, region: Region, buffer: Tensor) -> None:
         """Write the region's values; ``buffer`` is flat and of its length, in any precision."""
@@ -82,7 +84,7 @@ class Filler:
                 origin = there.strided(step.shape, step.source.strides, step.source.offset)
                 _copy(view, origin, step.scale)
             else:
-                fill(view, step.fresh, shape=step.whole, box=step.box)
+                fill(view, step.init, shape=step.full_shape, box=step.box)
 
     def plan(self, region: Region) -> list[Move | Draw]:
         """What has to be done for a region; a thread's last one is remembered."""
@@ -95,7 +97,7 @@ class Filler:
 
     def _made(self, region: Region) -> list[Move | Draw]:
         return plan_rank(
-            self._growth,
+            self._growth_map,
             *self.sides(trained=region.trained, state=region.state),
             region.state,
             segments=region.segments,
@@ -113,10 +115,10 @@ class Filler:
 
 
 def _of_state(shapes: Mapping[str, Shape], state: State) -> dict[str, Shape]:
-    return {name: shape_of(state, shape) for name, shape in shapes.items()}
+    return {name: state_shape(state, shape) for name, shape in shapes.items()}
 
 
-def _view(buffer: Tensor, place: Place, shape: Shape) -> Tensor:
+def _view(buffer: Tensor, place: StridedSlice, shape: Shape) -> Tensor:
     return buffer.as_strided(shape, place.strides, buffer.storage_offset() + place.offset)
 
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lag_megatron.checkpoint.state.param_names import layers_in
-from lag_megatron.checkpoint.state.source import Source
+from lag_megatron.checkpoint.state.source import CheckpointSource
 from lag_megatron.growth.plan import GrowthPlan
 
 
 def plan_checkpoint(
-    source: Source,
+    source: CheckpointSource,
     *,
     operator: str,
     target_layers: int | None = None,

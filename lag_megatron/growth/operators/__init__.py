@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable, Mapping
 
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.layer_map import LayerMap
 from lag_megatron.growth.operators.depth import (
     g_stack,
     identity,
@@ -21,6 +20,7 @@ from lag_megatron.growth.operators.depth import (
     slices,
 )
 from lag_megatron.growth.operators.inserted import llama_pro, post_ln_identity, staged
+from lag_megatron.growth.operators.layer_map import LayerMap
 
 OPERATORS: Mapping[str, Callable[..., LayerMap]] = {
     "identity": identity,

@@ -8,7 +8,7 @@ layer whose output projections are zero (Gesmundo and Maile 2023, arXiv 2308.061
 from typing import Any
 
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.layer_map import (
+from lag_megatron.growth.operators.layer_map import (
     LayerMap,
     lag_layer_map,
     map_of_sources,

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.layer_map import (
+from lag_megatron.growth.operators.depth import require_even_blocks
+from lag_megatron.growth.operators.layer_map import (
     Branch,
     Init,
     LayerMap,
@@ -14,7 +15,6 @@ from lag_megatron.growth.layer_map import (
     map_of_sources,
     require_more_layers,
 )
-from lag_megatron.growth.operators.depth import require_even_blocks
 from lag_megatron.growth.operators.options import layer_list, whole_number
 
 
@@ -89,7 +89,7 @@ def staged(
         raise PlanError(f"operator 'staged': query_groups must be 1 or more (got {query_groups}).")
     old = [LayerOrigin(layer, is_new=False) for layer in range(source_layers)]
     init: Init = "identity" if matrices == "identity" else "duplicate"
-    new = [replace(origin, is_new=True, init=init, silent=True) for origin in old]
+    new = [replace(origin, is_new=True, init=init, zero_norms=True) for origin in old]
     if placement == "append":
         return (*old, *new)
     return tuple(origin for pair in zip(old, new, strict=True) for origin in pair)
@@ -104,10 +104,10 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def _chain(layer: int, new_layers: int) -> Iterator[LayerOrigin]:
     """An old layer and the new ones after it, the last of which takes its second norm."""
-    yield LayerOrigin(layer, is_new=False, plain_norms=("mlp",) if new_layers else ())
+    yield LayerOrigin(layer, is_new=False, identity_norms=("mlp",) if new_layers else ())
     for number in range(1, new_layers + 1):
         plain: tuple[Branch, ...] = ("attention", "mlp") if number < new_layers else ("attention",)
-        yield LayerOrigin(layer, is_new=True, branch_scale=0.0, plain_norms=plain)
+        yield LayerOrigin(layer, is_new=True, branch_scale=0.0, identity_norms=plain)
 
 
 def _evenly_spread(operator: str, source_layers: int, target_layers: int) -> list[int]:

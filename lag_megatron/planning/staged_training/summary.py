@@ -5,19 +5,25 @@ from dataclasses import asdict
 from typing import Any
 
 from lag_megatron.planning.staged_training.plan import (
-    Growth,
+    GrowthKind,
+    ModelShape,
     PlannedStage,
-    Shape,
     StagePlan,
     stages_yaml,
 )
-from lag_megatron.planning.staged_training.published import BASE, FACTORS, LARGE, checks, halved
+from lag_megatron.planning.staged_training.published import (
+    BASE,
+    FACTORS,
+    LARGE,
+    compare_published,
+    halved,
+)
 from lag_megatron.planning.staged_training.scaling_law import ScalingLaw, learning_rate
 
 NO_WIDTH = "Width is planned by the law only: this project has no operator that widens yet."
 NOT_DOUBLED = "No configuration: the operator 'staged' only doubles the number of layers."
 
-Planner = Callable[[Sequence[Shape]], StagePlan]
+Planner = Callable[[Sequence[ModelShape]], StagePlan]
 
 
 def plan_data(
@@ -62,7 +68,7 @@ def published_data(law: ScalingLaw, planner: Planner, *, log_base: float) -> dic
     growths = [
         _growth_data(planner, growth, target) for target in (BASE, LARGE) for growth in FACTORS
     ]
-    found = [asdict(check) for check in checks(law, log_base=log_base)]
+    found = [asdict(check) for check in compare_published(law, log_base=log_base)]
     return {"law": asdict(law), "growths": growths, "checks": found, "note": NO_WIDTH}
 
 
@@ -87,7 +93,7 @@ def _stage_data(
     }
 
 
-def _growth_data(planner: Planner, growth: Growth, target: Shape) -> dict[str, Any]:
+def _growth_data(planner: Planner, growth: GrowthKind, target: ModelShape) -> dict[str, Any]:
     plan = planner([halved(target, growth), target])
     small, large = plan.stages
     return {
