@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Megatron and torch warn at import about optional packages and their own deprecations.
 warnings.filterwarnings("ignore", module=r"(megatron|torch|deepspeed)(\.|$)")
 
-from lag_megatron.run.compile_cache import keep_caches  # noqa: E402
+from lag_megatron.run.compile_cache import set_cache_dirs  # noqa: E402
 
-keep_caches(ROOT)
+set_cache_dirs(ROOT)
 
 from lag_megatron.config import load_config  # noqa: E402
 from lag_megatron.config.deepspeed import deepspeed_config, read_deepspeed_json  # noqa: E402

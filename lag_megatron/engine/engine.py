@@ -50,7 +50,7 @@ from lag_megatron.model.initialize import initialize_weights, mark_cut_parameter
 from lag_megatron.model.parameter_groups import decay_split, make_optimizer
 from lag_megatron.model.random_state import seed_everywhere, seed_step
 from lag_megatron.planning.random_paths import LayerPath
-from lag_megatron.run.compile_cache import clear_marks
+from lag_megatron.run.compile_cache import remove_stale_locks
 
 Batch = dict[str, Tensor]
 Flag = Callable[[], bool]
@@ -76,7 +76,7 @@ class Engine:
         self.config, self.world, self.num_layers = config, world, num_layers
         settings = deepspeed_config(config, world_size=world.size)
         groups = DeepSpeedGroups(world)
-        clear_marks()
+        remove_stale_locks()
         deepspeed.init_distributed()
         seed_everywhere(config.seed)
         with _sharded_construction(config, settings, groups):

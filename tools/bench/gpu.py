@@ -23,7 +23,7 @@ import torch
 from figures import record
 from timing import device_prefix
 
-from lag_megatron.run.compile_cache import keep_caches
+from lag_megatron.run.compile_cache import set_cache_dirs
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "tools" / "bench"
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu.sh: no GPU is here, so there is nothing to measure.", file=sys.stderr)
         return 2
-    keep_caches(ROOT)
+    set_cache_dirs(ROOT)
     device = torch.cuda.get_device_name()
     parts = [part for part in PARTS if not options.only or part.name in options.only]
     options.json.parent.mkdir(parents=True, exist_ok=True)
