@@ -19,7 +19,7 @@ from lag_megatron.config.schema.run import (
     StageConfig,
     TrackingConfig,
 )
-from lag_megatron.config.validation.run import require_groups
+from lag_megatron.config.validation.run import check_probe_groups
 
 __all__ = [
     "CheckpointConfig",
@@ -37,10 +37,10 @@ __all__ = [
     "TokenizerConfig",
     "TrackingConfig",
     "Ul2Config",
+    "check_probe_groups",
     "data_parallel_size",
     "dump_config",
     "load_config",
     "padded_vocab_size",
     "parse_config",
-    "require_groups",
 ]

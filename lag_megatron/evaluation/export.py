@@ -43,11 +43,13 @@ def resolve(path: Path) -> Path:
         CheckpointError: if there is none, or it is of a kind that cannot be exported.
     """
     if _is_run(path):
-        tags = [tag for stage in sorted(path.glob("stage*")) for tag in manifest.committed(stage)]
+        tags = [
+            tag for stage in sorted(path.glob("stage*")) for tag in manifest.committed_tags(stage)
+        ]
         if not tags:
             raise CheckpointError(f"{path}: a run that has no checkpoint yet.")
         return tags[-1]
-    path = open.resolve(path)
+    path = open.resolve_checkpoint(path)
     if hf_format.looks_like_transformers(path):
         return path
     if (kind := open.detect(path)) != open.ZERO:
@@ -89,7 +91,7 @@ def as_transformers(path: Path, options: ExportOptions) -> Iterator[Path]:
             tokenizer=tokenizer_of(path, options.tokenizer),
             dtype=options.dtype,
         )
-        write(conversion.order(folder))
+        write(conversion.job(folder))
         yield folder
 
 
@@ -99,7 +101,7 @@ def tokenizer_of(path: Path, given: Path | None) -> TokenizerFile:
     Raises:
         DataError: if neither can be found or read.
     """
-    from lag_megatron.data.tokenizer import load_tokenizer  # brings Megatron: seconds
+    from lag_megatron.data.datasets.tokenizer import load_tokenizer  # brings Megatron: seconds
 
     file = given or _tokenizer_of_run(path)
     return TokenizerFile(file, end_id=load_tokenizer(file).eod)

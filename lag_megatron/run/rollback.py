@@ -31,7 +31,7 @@ def roll_back(run: RunDirectory, tag: str) -> None:
 
 
 def _committed(run: RunDirectory, tag: str) -> Path:
-    there = [p for stage in sorted(run.root.glob("stage*")) for p in manifest.committed(stage)]
+    there = [p for stage in sorted(run.root.glob("stage*")) for p in manifest.committed_tags(stage)]
     for path in there:
         if path.name == tag:
             manifest.check_sizes(path)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lag_megatron.growth.layer_map import draw
+from lag_megatron.growth.operators.layer_map import format_layer_map
 from lag_megatron.run.metrics import validation_row
 from lag_megatron.run.recorder import Recorder
 from lag_megatron.search.candidates import CandidateState
@@ -42,7 +42,7 @@ class ProbeLog:
         )
         self._recorder.print(
             f"probe {candidate.index + 1:>2}/{len(event.pool)}  {candidate.id:<22} "
-            f"[{draw(layer_map)}]  {outcome}  ({result.seconds:.1f} s, group {group})"
+            f"[{format_layer_map(layer_map)}]  {outcome}  ({result.seconds:.1f} s, group {group})"
         )
         summary = {"status": candidate.status, "rung": result.rung, "reason": candidate.reason}
         rows = self._new_rows(result)

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from lag_megatron.config import (
     ParallelConfig,
     RunConfig,
+    check_probe_groups,
     data_parallel_size,
     dump_config,
-    require_groups,
 )
 from lag_megatron.config.schema.stage_schedule import stage_ranges
-from lag_megatron.growth.layer_map import draw
+from lag_megatron.growth.operators.layer_map import format_layer_map
 from lag_megatron.growth.pool import Candidate, growth_pools
 from lag_megatron.planning.cost import (
     parameter_count,
@@ -20,7 +20,7 @@ from lag_megatron.planning.cost import (
     training_flops,
     training_flops_per_token,
 )
-from lag_megatron.planning.lr_plot import rate_curve
+from lag_megatron.planning.lr_plot import plot_lr
 from lag_megatron.planning.random_paths import mean_layers_run, with_longest_paths
 from lag_megatron.planning.search_cost import SearchCost, search_cost
 from lag_megatron.planning.vocab_size import estimate_vocab_size
@@ -36,7 +36,7 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
         ConfigError: if the ranks or the batch do not divide.
         PlanError: if a growth of the configuration is impossible.
     """
-    require_groups(config, world_size=world_size)
+    check_probe_groups(config, world_size=world_size)
     replicas = data_parallel_size(config.parallel, world_size=world_size)
     vocab_size, origin = estimate_vocab_size(config)
     pools = growth_pools(config)
@@ -54,7 +54,7 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
             for stage, pool in pools.items()
         ),
         *([("whole schedule", schedule)] if schedule else []),
-        ("learning rate", rate_curve(config)),
+        ("learning rate", plot_lr(config)),
     ]
     return "\n\n".join("\n".join((f"== {title} ==", *lines)) for title, lines in sections) + "\n"
 
@@ -153,7 +153,7 @@ def _growth(
     yield "layers from bottom to top, numbered from 1; * duplicate of, R random, z zero output"
     width = max(len(candidate.id) for candidate in pool)
     for candidate in pool:
-        yield f"  {candidate.id:<{width}}  {draw(candidate.plan.layer_map)}"
+        yield f"  {candidate.id:<{width}}  {format_layer_map(candidate.plan.layer_map)}"
     yield from _lag_cost(config, stage, candidates=len(pool), vocab_size=vocab_size)
 
 

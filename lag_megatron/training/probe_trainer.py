@@ -70,5 +70,5 @@ def build_group_trainer(
         vocab_size=context.vocab_size,
         draw_weights=False,
     )
-    feed = context.feed.on(group)
+    feed = context.feed.for_world(group)
     return DeepSpeedProbeTrainer(replace(context, feed=feed), engine, event.number)

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lag_megatron import __version__
-from lag_megatron.config import RunConfig, padded_vocab_size, require_groups
-from lag_megatron.data import Feed, Prepared, open_prepared, prepare_data
+from lag_megatron.config import RunConfig, check_probe_groups, padded_vocab_size
+from lag_megatron.data import BatchLoader, Prepared, open_prepared, prepare_data
 from lag_megatron.distributed.world import World, environment, start_world, stop_world
 from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.growth.pool import growth_pools
@@ -48,13 +48,13 @@ def train(request: TrainRequest) -> None:
         LagError: for a mistake of the user or of the machine, before anything is damaged.
     """
     config = request.config
-    require_groups(config, world_size=environment()[1])
+    check_probe_groups(config, world_size=environment()[1])
     growth_pools(config)  # an impossible growth is refused before anything starts
     stop = StopFlag()
     world = start_world(tensor=config.parallel.tensor, timeout=config.parallel.timeout)
     run = RunDirectory(request.run_dir.resolve())
     with contextlib.ExitStack() as held:
-        finished = world.from_coordinator(lambda: _lock_run(run, request, held))
+        finished = world.run_on_rank0(lambda: _lock_run(run, request, held))
         if not finished:
             _require_shared(world, run)
             _train(world, run, request, stop)
@@ -91,7 +91,7 @@ def _require_shared(world: World, run: RunDirectory) -> None:
                 "directory on a file system that all hosts share."
             )
 
-    world.from_each(check)
+    world.run_on_all_ranks(check)
 
 
 def _train(world: World, run: RunDirectory, request: TrainRequest, stop: StopFlag) -> None:
@@ -99,14 +99,14 @@ def _train(world: World, run: RunDirectory, request: TrainRequest, stop: StopFla
     console = Console()
     if world.is_coordinator:
         console.print(_introduction(run, config, world))
-    data = world.from_coordinator(lambda: prepare_data(config.data, cache_dir=run.data_cache))
-    world.from_each(lambda: open_prepared(data.folder))
-    vocab_size = world.from_coordinator(lambda: _vocab_size(config, data))
-    resolved = world.from_coordinator(lambda: as_journalled(config, Journal(run.journal).events))
+    data = world.run_on_rank0(lambda: prepare_data(config.data, cache_dir=run.data_cache))
+    world.run_on_all_ranks(lambda: open_prepared(data.folder))
+    vocab_size = world.run_on_rank0(lambda: _vocab_size(config, data))
+    resolved = world.run_on_rank0(lambda: as_journalled(config, Journal(run.journal).events))
     # On a CPU a prefetching thread would slow the training down.
-    feed = Feed(data, config, world, ahead=world.device.type == "cuda")
+    feed = BatchLoader(data, config, world, prefetch=world.device.type == "cuda")
     context = TrainingContext(resolved, run, feed, stop, vocab_size)
-    world.from_coordinator(lambda: _write_facts(world, run, config, data, vocab_size))
+    world.run_on_rank0(lambda: _write_facts(world, run, config, data, vocab_size))
     logs = _logs(world, run, config, data, console) if world.is_coordinator else None
     recorder = Recorder(logs)
     try:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from lag_megatron.config import RunConfig
 from lag_megatron.config.schema.raptr import Lengths
-from lag_megatron.data import Feed
+from lag_megatron.data import BatchLoader
 from lag_megatron.engine.engine import Engine
 from lag_megatron.planning.cost import tokens_per_step
 from lag_megatron.planning.lr_schedule import rate_at
@@ -29,7 +29,7 @@ class TrainingContext:
 
     config: RunConfig
     run: RunDirectory
-    feed: Feed
+    feed: BatchLoader
     stop: StopFlag
     vocab_size: int
 

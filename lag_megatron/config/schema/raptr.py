@@ -61,6 +61,6 @@ def path_rules(
         start += part
 
 
-def resolved(fixed: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+def fixed_layers(fixed: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
     """Numbers, from 0 and rising, of the layers that run in every step."""
     return tuple(sorted({layer % num_layers for layer in fixed}))

@@ -22,7 +22,7 @@ _WORDS = {
 }
 
 
-def explain(
+def describe_errors(
     error: ValidationError, tree: Mapping[str, Any], *, schema: Any = RunConfig
 ) -> list[str]:
     """What pydantic found wrong with ``tree``: path, value, what is allowed, nearest known key.

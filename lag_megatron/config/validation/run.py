@@ -13,7 +13,7 @@ from lag_megatron.config.validation.stages import position_problems
 from lag_megatron.errors import ConfigError
 
 
-def problems_of(config: RunConfig) -> list[str]:
+def find_problems(config: RunConfig) -> list[str]:
     """Every contradiction inside ``config``, one line each, with its dotted path."""
     return [
         *_positive(config),
@@ -28,7 +28,7 @@ def problems_of(config: RunConfig) -> list[str]:
     ]
 
 
-def require_groups(config: RunConfig, *, world_size: int) -> None:
+def check_probe_groups(config: RunConfig, *, world_size: int) -> None:
     """Refuse probe groups that cannot share a world evenly, before anything is trained.
 
     Raises:

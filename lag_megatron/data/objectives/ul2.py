@@ -18,7 +18,7 @@ from lag_megatron.config.schema.span_corruption import (
     sentinels_needed,
     span_lengths,
 )
-from lag_megatron.data.tokenizer import Tokenizer
+from lag_megatron.data.datasets.tokenizer import Tokenizer
 from lag_megatron.errors import DataError
 
 
