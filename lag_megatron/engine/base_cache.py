@@ -80,7 +80,7 @@ class BaseCache:
     Args:
         tiers: where it may be cached, the fastest first.
         page: elements that are read together.
-        verbose: whether to log where the base is cached.  That it is not is always logged.
+        verbose: whether to log where the base is cached; if it is not, that is always logged.
     """
 
     def __init__(
