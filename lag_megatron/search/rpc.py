@@ -2,11 +2,11 @@
 
 Each group's leader has a connection of its own to rank 0, which answers it in a thread of its own,
 so a group waits for the coordinator but never for another group.  The death of a group, or of rank
-0, is noticed at once.  Messages are JSON objects with one key that says what they are:
+0, is noticed at once.  Messages are JSON objects:
 
     leader to rank 0    {"call": name, "argument": ...}   a question
-                        {"signal": reason}                this process was asked to stop meanwhile
-    rank 0 to leader    {"answer": ..., "last": bool}     to the leader's question
+                        {"signal": reason}                a signal came while it waits
+    rank 0 to leader    {"answer": ..., "last": bool}     to the question; after the last one both close
                         {"stop": reason}                  at any time: all groups end
 """
 
