@@ -6,7 +6,7 @@ so a group waits for the coordinator but never for another group.  The death of 
 
     leader to rank 0    {"call": name, "argument": ...}   a question
                         {"signal": reason}                a signal came while it waits
-    rank 0 to leader    {"answer": ..., "last": bool}     to the question; after the last one both close
+    rank 0 to leader    {"answer": ..., "last": bool}     to the question; both close after the last
                         {"stop": reason}                  at any time: all groups end
 """
 
