@@ -12,8 +12,8 @@ from lag_megatron.checkpoint.storage.integrity import require_sound
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig
 from lag_megatron.distributed.world import World, local_world_size
-from lag_megatron.engine.base_cache import KeptBase
-from lag_megatron.engine.ema import WeightAverage, fits
+from lag_megatron.engine.base_cache import BaseCache
+from lag_megatron.engine.ema import WeightAverage, has_weight_average
 from lag_megatron.engine.save import save_engine
 from lag_megatron.engine.step_result import mean
 from lag_megatron.growth.apply.grown_state import GrownState, resharded
@@ -63,11 +63,11 @@ class ProbeWorker:
         self.context, self.event, self.count = context, event, count
         self._trainer, self.engine = trainer, trainer.engine
         self._loaded: _LoadedCandidate | None = None
-        self._base = KeptBase.on(
+        self._base = BaseCache.for_device(
             self.world.device,
             local_ranks=local_world_size(self.world.size),
-            talks=self.world.is_coordinator,
-            spare=context.equal_memory,
+            verbose=self.world.is_coordinator,
+            on_device=context.equal_memory,
         )
         self._step_fits = False  # a step of this engine has not run out of memory
 
@@ -143,7 +143,7 @@ class ProbeWorker:
         )
         growth = self._growth(candidate, candidate_dir.state_at(steps) if steps else None)
         self.engine.grow_from(growth, None if steps else self._base)
-        average = WeightAverage(self.engine.live) if self._averages else None
+        average = WeightAverage(self.engine.state) if self._averages else None
         if average and steps:
             average.load(candidate_dir.state_at(steps), rank=self.world.rank, size=self.world.size)
         self._loaded = _LoadedCandidate(index, candidate, candidate_dir, steps, growth, average)
@@ -152,7 +152,7 @@ class ProbeWorker:
     def _usable(self, state: Path) -> bool:
         """Whether the weight average that is saved with a state is sharded as this engine is."""
         return not self._averages or (
-            fits(state, size=self.world.size)
+            has_weight_average(state, size=self.world.size)
             and ZeroCheckpoint.open(state).topology == self.engine.topology
         )
 

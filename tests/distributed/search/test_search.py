@@ -63,27 +63,27 @@ def test_groups_see_the_same_batches_and_decide_alike(
     assert {e["group"] for e in events_of(tmp_path / "run", "probe_started")} == set(range(count))
 
 
-def train_from_a_kept_base(*arguments):
-    """As ``train`` where the device keeps the base of an event; how many launches there were."""
+def train_from_a_cached_base(*arguments):
+    """As ``train`` with the event's base cached; how many launches there were."""
     import torch
 
     from lag_megatron.engine import state
-    from lag_megatron.engine.base_cache import KeptBase, Store
+    from lag_megatron.engine.base_cache import BaseCache, MemoryTier
 
-    def kept(device, **unused):
-        return KeptBase([Store("memory", lambda: 1e9, torch.empty)], page=500)
+    def cache(device, **unused):
+        return BaseCache([MemoryTier("memory", lambda: 1e9, torch.empty)], page=500)
 
     write_runs, launches = state.write_runs, []
-    KeptBase.on = kept
+    BaseCache.for_device = cache
     state.write_runs = lambda runs: (launches.append(len(runs)), write_runs(runs))
     train(*arguments)
     return len(launches)
 
 
-def test_a_base_that_is_kept_changes_no_curve(one_group, tiny, tmp_path):
+def test_a_cached_base_changes_no_curve(one_group, tiny, tmp_path):
     """The first candidate comes from the shards, those that go on from their own states."""
     split = [*CALM, *HALVING]
-    (launches,) = run_ranks(train_from_a_kept_base, 1, tiny, tmp_path / "run", split)
+    (launches,) = run_ranks(train_from_a_cached_base, 1, tiny, tmp_path / "run", split)
     assert launches == len(curves_of(one_group)) - 1 > 0
     assert curves_of(tmp_path / "run") == curves_of(one_group)
     assert losses_of(tmp_path / "run", "train/loss") == losses_of(one_group, "train/loss")
@@ -186,14 +186,14 @@ def test_a_hung_rank_ends_with_all_stacks_and_at_last_costs_the_candidate(tiny, 
 
 
 def full_disk():
-    from lag_megatron.engine.state import LiveState
+    from lag_megatron.engine.state import EngineState
     from lag_megatron.errors import CheckpointError
 
     def write(self, folder, growth, *, client_state):
         raise CheckpointError(f"{folder}: cannot write: No space left on device")
 
     if os.environ["RANK"] == "1":
-        LiveState.write = write
+        EngineState.write = write
 
 
 def test_a_disk_that_fills_up_in_one_group_ends_the_run_and_damages_nothing(tiny, tmp_path):
