@@ -22,7 +22,7 @@ from lag_megatron.growth.apply.copy_plan import Draw, Move
 from lag_megatron.growth.apply.fill import Filler
 from lag_megatron.growth.apply.grown_state import Growth
 from lag_megatron.growth.weight_init import Constant, fill
-from lag_megatron.kernels.runs import Run
+from lag_megatron.kernels.common.runs import WriteRun
 
 # Elements that are read and kept together.
 PAGE = 1 << 20
@@ -107,7 +107,9 @@ class KeptBase:
         return cls([there, host] if spare else [host], talks=talks)
 
     @torch.no_grad()
-    def runs(self, growth: Growth, fill: Filler, targets: Sequence[Target]) -> list[Run] | None:
+    def runs(
+        self, growth: Growth, fill: Filler, targets: Sequence[Target]
+    ) -> list[WriteRun] | None:
         """What one launch has to write; values that are drawn are in their places afterwards.
 
         None when the state has to be taken from the shards: at the first growth from a base, when
@@ -182,7 +184,7 @@ class KeptBase:
         assert values.dtype is torch.float32, f"{buffer.state} is kept as {values.dtype}"
         return page.copy_(values)
 
-    def _write(self, target: Target, plan: Sequence[Move | Draw]) -> Iterator[Run]:
+    def _write(self, target: Target, plan: Sequence[Move | Draw]) -> Iterator[WriteRun]:
         """The runs of one buffer; padding becomes 0."""
         yield from _gaps(target)
         for step in plan:
@@ -194,7 +196,7 @@ class KeptBase:
             else:
                 yield from _drawn(target, step)
 
-    def _copies(self, target: Target, move: Move) -> Iterator[Run]:
+    def _copies(self, target: Target, move: Move) -> Iterator[WriteRun]:
         buffer = _Buffer(move.tensor_rank, move.source.container, target.region.state)
         for there, here, count in _spans(move.shape, move.target.strides, move.source.strides):
             start, end = move.source.offset + here, move.source.offset + here + count
@@ -207,13 +209,13 @@ class KeptBase:
                 start, place = start + length, place + length
 
 
-def _run(target: Target, start: int, source: Tensor | None, count: int, scale: float) -> Run:
+def _run(target: Target, start: int, source: Tensor | None, count: int, scale: float) -> WriteRun:
     here = slice(start, start + count)
     weights = None if target.weights is None else target.weights[here]
-    return Run(target.values[here], source, scale, weights)
+    return WriteRun(target.values[here], source, scale, weights)
 
 
-def _drawn(target: Target, step: Draw) -> Iterator[Run]:
+def _drawn(target: Target, step: Draw) -> Iterator[WriteRun]:
     """Draw the values into their places; what is left to write is the weights."""
     values = target.values
     start = values.storage_offset() + step.target.offset
@@ -224,10 +226,10 @@ def _drawn(target: Target, step: Draw) -> Iterator[Run]:
     for start, _, count in _spans(step.shape, step.target.strides, step.target.strides):
         here = slice(step.target.offset + start, step.target.offset + start + count)
         drawn = values[here]
-        yield Run(drawn, drawn, 1.0, target.weights[here])
+        yield WriteRun(drawn, drawn, 1.0, target.weights[here])
 
 
-def _gaps(target: Target) -> Iterator[Run]:
+def _gaps(target: Target) -> Iterator[WriteRun]:
     """Zeros between and after the segments of a buffer."""
     end = 0
     for begin, length in (

@@ -45,9 +45,9 @@ from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.apply.grown_state import Growth, resharding
 from lag_megatron.growth.plan import GrowthPlan
 from lag_megatron.model import build_model, labels_of, loss_sums, mean_loss
-from lag_megatron.model.cuda_graphs import graph_layers
+from lag_megatron.model.cuda_graphs import capture_layers
 from lag_megatron.model.initialize import initialize_weights, mark_cut_parameters
-from lag_megatron.model.parameter_groups import decay_split, make_optimizer
+from lag_megatron.model.parameter_groups import make_optimizer, split_by_decay
 from lag_megatron.model.random_state import seed_everywhere, seed_step
 from lag_megatron.planning.random_paths import LayerPath
 from lag_megatron.run.compile_cache import clear_marks
@@ -85,7 +85,7 @@ class Engine:
             )
         mark_cut_parameters(model)
         if config.parallel.cuda_graphs:
-            graph_layers(model)
+            capture_layers(model)
         if draw_weights:
             initialize_weights(model, config, world, num_layers=num_layers, gathered=self._gathered)
         # The learning rate is 0 until the first step sets it: DeepSpeed's 16-bit ZeRO-0 optimizer
@@ -262,7 +262,7 @@ class Engine:
 
     @property
     def _trained(self) -> list[list[torch.nn.Parameter]]:
-        decayed, others = decay_split(self._engine.module)
+        decayed, others = split_by_decay(self._engine.module)
         return [group for group in (decayed, others) if group]
 
     def _require_fit(self, checkpoint: Path) -> bool:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lag_megatron.kernels.adamw import adamw_step, squared_norms
-from lag_megatron.kernels.partition import Partition, Rates
+from lag_megatron.kernels.common.partition import Partition, Rates
 
 
 def use_one_pass(zero: Any, *, stage: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lag_megatron.engine.state import LiveState
 from lag_megatron.layer_rates import frozen, slowed
-from lag_megatron.model.layer_dropping import layers_on
+from lag_megatron.model.layer_dropping import only_layers
 from lag_megatron.planning.random_paths import LayerPath
 
 
@@ -52,7 +52,7 @@ def _on_path(engine: Any, path: LayerPath) -> Iterator[None]:
     """While this is open, the layers of ``path`` run alone; the others get gradients of 0."""
     if engine.zero_optimization_partition_weights():
         _forget_last_step(engine.optimizer)
-    with layers_on(engine.module, path):
+    with only_layers(engine.module, path):
         yield
 
 

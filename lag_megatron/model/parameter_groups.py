@@ -9,7 +9,7 @@ from lag_megatron.config import OptimizerConfig
 from lag_megatron.model.adafactor import Adafactor
 
 
-def decay_split(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
+def split_by_decay(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
     """Matrices, which decay, and vectors (biases and norms), which do not."""
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
@@ -22,7 +22,7 @@ def make_optimizer(model: torch.nn.Module, options: OptimizerConfig) -> torch.op
 
     AdamW is torch's fused one, a single pass over the partition on a CPU too; Adafactor has none.
     """
-    decayed, others = decay_split(model)
+    decayed, others = split_by_decay(model)
     groups = [
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": others, "weight_decay": 0.0},

@@ -253,13 +253,13 @@ def test_a_grown_state_is_the_one_its_bench_names():
 def test_layers_of_the_grow_bench_are_aligned_as_a_models_are(monkeypatch):
     import grow_kernel
 
-    from lag_megatron.kernels.runs import table_of
+    from lag_megatron.kernels.common.runs import run_table
 
     seen = []
     monkeypatch.setattr(grow_kernel, "write_runs", seen.append)
     grow_kernel.shares(torch.device("cpu"), 12 * 1001, rounds=1)
     for runs in seen:
-        rows, _ = table_of(runs)
+        rows, _ = run_table(runs)
         assert (rows[:, 4] % 2 == 1).all()
 
 

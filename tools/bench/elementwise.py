@@ -5,9 +5,9 @@ python tools/bench/elementwise.py [--device cpu|cuda] [--rounds 9] [--json FILE]
 
 Medians of rounds in turns, forward and backward, on a CPU process time of one thread.  Of an
 activation with its bias a figure is how much faster one pass is than the fastest of the others;
-`one_pass_wins` in `lag_megatron/kernels/activation.py` says where it is taken.  Where there is no
-pass of ours, which is bias, dropout, residual and the norm after them, and all on a GPU, a figure
-is how much faster the compiled form is.
+`one_pass_wins` in `lag_megatron/kernels/cpu/activation_cpu.py` says where it is taken.  Where there
+is no pass of ours, which is bias, dropout, residual and the norm after them, and all on a GPU, a
+figure is how much faster the compiled form is.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from figures import write_figures
 from timing import medians
 from torch import Tensor
 
-from lag_megatron.kernels.activation import KINDS, activate, activate_by_torch
+from lag_megatron.kernels.cpu.activation_cpu import KINDS, activate, activate_by_torch
 
 # Tokens and width of the MLP, and of the residual stream; on a GPU those of the steps measured.
 SHAPES = {
