@@ -61,8 +61,8 @@ class SearchCost:
 def search_cost(config: RunConfig, stage: int, *, candidates: int, vocab_size: int) -> SearchCost:
     """The planned cost of the growth event before ``stage``, with a pool of ``candidates``.
 
-    Where the rule may spare or add steps (``halving`` with its guard, lag ``auto``), this is its
-    plan (:func:`~lag_megatron.selection.planned_rungs`), and what it took stands in ``decision.json``.
+    Where the rule may save or add steps (``halving`` with its guard, lag ``auto``), this follows
+    :func:`~lag_megatron.selection.planned_rungs`; the real cost is in ``decision.json``.
     """
     growth = config.growth_before(stage)
     shape = {"num_layers": config.layers_of(stage), "vocab_size": vocab_size}

@@ -10,8 +10,8 @@ from lag_megatron.config import (
     dump_config,
 )
 from lag_megatron.config.schema.stage_schedule import stage_ranges
-from lag_megatron.growth.layer_map import draw
-from lag_megatron.growth.pool import Candidate, build_pool
+from lag_megatron.growth.operators.layer_map import format_layer_map
+from lag_megatron.growth.pool import Candidate, growth_pools
 from lag_megatron.planning.cost import (
     parameter_count,
     stage_flops,
@@ -57,25 +57,6 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
         ("learning rate", plot_lr(config)),
     ]
     return "\n\n".join("\n".join((f"== {title} ==", *lines)) for title, lines in sections) + "\n"
-
-
-def growth_pools(config: RunConfig) -> dict[int, tuple[Candidate, ...]]:
-    """The pool before each stage that grows, by the stage's number.
-
-    Raises:
-        PlanError: if a growth is impossible.
-    """
-    return {
-        stage: build_pool(
-            config.growth_before(stage),
-            source_layers=config.layers_of(stage - 1),
-            target_layers=config.layers_of(stage),
-            seed=config.seed,
-            init_std=config.model.init_std,
-        )
-        for stage in range(1, len(config.stages))
-        if config.has_event(stage)
-    }
 
 
 def _stages(config: RunConfig, *, vocab_size: int, origin: str) -> Iterator[str]:
@@ -172,7 +153,7 @@ def _growth(
     yield "layers from bottom to top, numbered from 1; * duplicate of, R random, z zero output"
     width = max(len(candidate.id) for candidate in pool)
     for candidate in pool:
-        yield f"  {candidate.id:<{width}}  {draw(candidate.plan.layer_map)}"
+        yield f"  {candidate.id:<{width}}  {format_layer_map(candidate.plan.layer_map)}"
     yield from _lag_cost(config, stage, candidates=len(pool), vocab_size=vocab_size)
 
 

@@ -30,10 +30,10 @@ from figures import write_figures
 
 from lag_megatron.config import GrowthConfig, RunConfig, load_config
 from lag_megatron.errors import ConfigError, LagError
+from lag_megatron.growth.pool import growth_pools
 from lag_megatron.planning.cost import parameter_count, training_flops_per_token
 from lag_megatron.planning.vocab_size import estimate_vocab_size
-from lag_megatron.selection import planned_rungs
-from lag_megatron.training.dry_run import growth_pools
+from lag_megatron.selection import planned
 
 ROOT = Path(__file__).resolve().parents[2]
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -113,7 +113,7 @@ def job_of(config: RunConfig, number: int, growth: GrowthConfig) -> Job:
     pool = growth_pools(config)[number]
     vocab_size, _ = estimate_vocab_size(config)
     rungs, before = [], -1
-    for rung, count in planned_rungs(growth, candidates=len(pool)):
+    for rung, count in planned(growth, candidates=len(pool)):
         evaluations = sum(before < step <= rung for step in growth.evaluation_steps())
         rungs.append((rung, count, evaluations))
         before = rung

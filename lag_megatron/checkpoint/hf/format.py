@@ -1,8 +1,8 @@
-"""Checkpoints of Hugging Face transformers: ``config.json`` and weights, without an optimizer.
+"""The files of a transformers directory: ``config.json`` and weights, without an optimizer.
 
 A safetensors file is eight bytes with the length of its header, the header as JSON, and the bytes
-of the tensors, so nothing in it can run code.  ``pytorch_model.bin`` is a pickle: it is named, but
-not opened; whoever reads it must do so ``weights_only``.
+of the tensors, so nothing in it can run code.  ``pytorch_model.bin`` is a pickle, which is listed
+here but not opened.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint.state.box import Shape, numel
-from lag_megatron.checkpoint.storage.integrity import EVERYTHING, Look
+from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records, has_checksums
 from lag_megatron.errors import CheckpointError
 
@@ -30,8 +30,8 @@ _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor in a safetensors file: where its bytes lie, counted from the file's beginning."""
+class SafetensorsEntry:
+    """A tensor in a safetensors file; ``begin`` and ``end`` are byte offsets in the file."""
 
     file: Path
     dtype: str
@@ -40,8 +40,8 @@ class Entry:
     end: int
 
 
-def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, by name; the file's length is checked against them.
+def read_safetensors_header(file: Path) -> dict[str, SafetensorsEntry]:
+    """The tensors of a safetensors file by name; the file's length is checked against them.
 
     Raises:
         CheckpointError: if it is missing, damaged or cut short.
@@ -82,7 +82,7 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 def looks_like_transformers(path: Path) -> bool:
-    """Whether a folder holds at least something of a transformers model, sound or not."""
+    """Whether a directory holds weights or a ``config.json`` of transformers, complete or not."""
     names = (_WEIGHTS, _INDEX, _PICKLED, _PICKLED_INDEX)
     if any((path / name).is_file() for name in names) or any(path.glob("model-*.safetensors")):
         return True
@@ -92,8 +92,8 @@ def looks_like_transformers(path: Path) -> bool:
         return False
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Facts of a model's folder, and its problems; of the weights, headers are read."""
+def describe_transformers(path: Path) -> dict[str, Any]:
+    """Facts about a model's directory, and its problems; only headers of weights are read."""
     problems: list[str] = []
     config, trainer = (_settings(path / name, problems) for name in (CONFIG, TRAINER))
     if not (path / CONFIG).is_file():
@@ -131,16 +131,16 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def damages(path: Path, look: Look = EVERYTHING) -> Iterator[str]:
-    """Records of pickled weights that do not fit their checksums; safetensors has none."""
-    for file in look.share(sorted(path.glob("*.bin"))):
+def find_transformers_corruption(path: Path, scope: VerifyScope = EVERYTHING) -> Iterator[str]:
+    """Yield records of pickled weights that differ from their CRC32; safetensors has none."""
+    for file in scope.share(sorted(path.glob("*.bin"))):
         if is_zip(file):
             for record in damaged_records(file):
                 yield f"{file.name}: {record} differs from its checksum"
 
 
-def tensors_of(path: Path) -> tuple[dict[str, Entry], list[str]]:
-    """All tensors of the safetensors files, and what is wrong with those."""
+def tensors_of(path: Path) -> tuple[dict[str, SafetensorsEntry], list[str]]:
+    """All tensors of the safetensors files by name, and the problems of those files."""
     index, problems = path / _INDEX, []
     placed: Mapping[str, str] = {}
     if index.is_file():
@@ -154,10 +154,10 @@ def tensors_of(path: Path) -> tuple[dict[str, Entry], list[str]]:
         shards = sorted(p.name for p in path.glob("model-*-of-*.safetensors"))
         if shards and not files:
             files, problems = shards, [f"{_INDEX}: missing, but {shards[0]} is part of several"]
-    tensors: dict[str, Entry] = {}
+    tensors: dict[str, SafetensorsEntry] = {}
     for name in files:
         try:
-            found = read_header(path / name)
+            found = read_safetensors_header(path / name)
         except CheckpointError as error:
             problems.append(str(error))
             continue
@@ -183,7 +183,7 @@ def _pickle_problems(path: Path, names: list[str]) -> Iterator[str]:
         file = path / name
         if not file.is_file():
             yield f"{file}: missing. Restore it from a copy."
-        elif is_zip(file):  # what it lists is looked at, not what it pickles
+        elif is_zip(file):  # only the zip directory is read, not the pickle
             try:
                 has_checksums(file)
             except CheckpointError as error:
@@ -196,10 +196,10 @@ def is_zip(file: Path) -> bool:
         return stream.read(2) == b"PK"
 
 
-def _entry(file: Path, entry: Mapping[str, Any], start: int) -> Entry:
+def _entry(file: Path, entry: Mapping[str, Any], start: int) -> SafetensorsEntry:
     begin, end = entry["data_offsets"]
     shape = tuple(int(size) for size in entry["shape"])
-    return Entry(file, str(entry["dtype"]), shape, start + int(begin), start + int(end))
+    return SafetensorsEntry(file, str(entry["dtype"]), shape, start + int(begin), start + int(end))
 
 
 def _settings(file: Path, problems: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The ``.metadata`` of a torch Distributed Checkpoint, written from what it is to say."""
+"""Writing the ``.metadata`` of a torch Distributed Checkpoint."""
 
 import pickle
 from collections.abc import Mapping
@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
-from lag_megatron.checkpoint.megatron.dcp_metadata import METADATA, Place, StoredTensor
+from lag_megatron.checkpoint.megatron.dcp_metadata import METADATA, StorageLocation, StoredTensor
 
 _VERSION = "1.0.0"
 
 
 def write_metadata(
-    folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, Place]
+    folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, StorageLocation]
 ) -> None:
-    """Write a directory's ``.metadata``; several entries may name the same bytes.
+    """Write a directory's ``.metadata``; several entries may have the same location.
 
     Args:
         folder: the directory.
-        tensors: every stored tensor by its name, each of its boxes with a place.
-        objects: places of other values by name.
+        tensors: every stored tensor by its name, each box with a location.
+        objects: locations of other values by name.
     """
     entries: dict[str, metadata.STORAGE_TYPES] = {}
     places: dict[metadata.MetadataIndex, Any] = {}
@@ -42,5 +42,5 @@ def write_metadata(
         pickle.dump(metadata.Metadata(entries, None, places, version=_VERSION), file)
 
 
-def _info(place: Place) -> Any:
+def _info(place: StorageLocation) -> Any:
     return filesystem._StorageInfo(place.file, place.offset, place.length)

@@ -1,7 +1,7 @@
-"""Megatron-LM's older checkpoints: a file of ``torch.save`` for each tensor-parallel rank.
+"""Megatron-LM's legacy checkpoints: a ``torch.save`` file for each tensor-parallel rank.
 
-``mp_rank_00/model_optim_rng.pt`` and so on, with a model of Megatron-Core.  The weights are read;
-its optimizer keeps states by number, in an order that the file does not say, so they are left out.
+The files are ``mp_rank_00/model_optim_rng.pt`` and so on, with a model of Megatron-Core.  Only
+weights are read: the optimizer's states are numbered in an order that the files do not record.
 """
 
 import argparse
@@ -23,23 +23,23 @@ from lag_megatron.checkpoint.megatron.param_names import in_model_order, own_nam
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.deepspeed_defaults import (
     SETTINGS_NOTE,
-    blank_groups,
-    blank_header,
     decay_groups,
+    default_group_states,
+    default_header,
     module_keys,
 )
 from lag_megatron.checkpoint.state.layout import State
 from lag_megatron.checkpoint.state.param_names import layers_in
-from lag_megatron.checkpoint.state.source import WholeParameters
-from lag_megatron.checkpoint.state.tensor_parallel import is_gated, pieces, whole_shape
+from lag_megatron.checkpoint.state.source import UnshardedCheckpoint
+from lag_megatron.checkpoint.state.tensor_parallel import is_gated, pieces, unsharded_shape
 from lag_megatron.checkpoint.storage import torch_pickle
-from lag_megatron.checkpoint.storage.integrity import EVERYTHING, Look
+from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records
 from lag_megatron.errors import CheckpointError
 
 _FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d+)$")
-# What random states are pickled by: arrays of numpy.
+# Random states are pickled as numpy arrays.
 _NUMPY: list[Any] = [
     np.ndarray,
     np.dtype,
@@ -49,22 +49,22 @@ _NUMPY: list[Any] = [
 
 
 def looks_legacy(path: Path) -> bool:
-    """Whether a directory holds at least one rank's file."""
+    """Whether a directory holds the file of at least one rank."""
     return any(path.glob(f"mp_rank_*/{_FILE}"))
 
 
-def open_legacy(path: Path) -> WholeParameters:
-    """Map every rank's file.
+def open_legacy(path: Path) -> UnshardedCheckpoint:
+    """Open every rank's file; tensors are mapped from disk.
 
     Raises:
-        CheckpointError: if a rank is missing or pipeline-parallel, a file damaged, or the model not
-            one of Megatron-Core.
+        CheckpointError: if a rank is missing, ranks are pipeline-parallel, a file is damaged, or
+            the model is not Megatron-Core's.
     """
     return _Reader(path).source
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Facts of a directory, and its problems; no tensor is read."""
+def describe_legacy(path: Path) -> dict[str, Any]:
+    """Facts about a directory, and its problems; no tensor is read."""
     facts: dict[str, Any] = {
         "format": "Megatron-LM, a file for each rank",
         "committed": None,
@@ -94,9 +94,9 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def damages(path: Path, look: Look = EVERYTHING) -> Iterator[str]:
-    """Records that do not fit their checksums."""
-    for file in look.share(sorted(path.glob(f"mp_rank_*/{_FILE}"))):
+def find_legacy_corruption(path: Path, scope: VerifyScope = EVERYTHING) -> Iterator[str]:
+    """Yield records that differ from their CRC32."""
+    for file in scope.share(sorted(path.glob(f"mp_rank_*/{_FILE}"))):
         for record in damaged_records(file):
             yield f"{file.relative_to(path)}: {record} differs from its checksum"
 
@@ -106,7 +106,7 @@ class _Reader:
     path: Path
 
     @property
-    def source(self) -> WholeParameters:
+    def source(self) -> UnshardedCheckpoint:
         names = in_model_order(self.shapes)
         groups = decay_groups({name: self.shapes[name] for name in names})
         first = self.ranks[0]
@@ -121,11 +121,11 @@ class _Reader:
             "growth_history": [],
             **({"model": model} if model else {}),
         }
-        return WholeParameters(
+        return UnshardedCheckpoint(
             path=self.path,
-            header=blank_header(module_keys(names), client_state=state, step=step),
+            header=default_header(module_keys(names), client_state=state, step=step),
             groups=groups,
-            group_states=blank_groups(groups),
+            group_states=default_group_states(groups),
             read=self.read,
             check=self.check,
             notes=[
@@ -169,15 +169,15 @@ class _Reader:
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
-        """Of whole parameters."""
+        """Shapes of unsharded parameters."""
         size = len(self.parts)
         return {
-            name: whole_shape(name, tuple(part.shape), tensor_size=size)
+            name: unsharded_shape(name, tuple(part.shape), tensor_size=size)
             for name, part in self.parts[0].items()
         }
 
     def read(self, name: str, state: State, start: int, length: int) -> Tensor:
-        """Elements of a parameter; moments are 0."""
+        """Elements ``start .. start + length`` of a parameter; moments are 0."""
         if state != "fp32":
             return torch.zeros(length)
         shape, size = self.shapes[name], len(self.parts)
@@ -202,14 +202,14 @@ class _Reader:
         begin = start - first * width
         return rows.view(-1)[begin : begin + length]
 
-    def check(self, look: Look) -> None:
-        """Refuse content that differs from its checksums."""
-        if found := list(damages(self.path, look)):
+    def check(self, scope: VerifyScope) -> None:
+        """Verify the content against its checksums; raises ``CheckpointError``."""
+        if found := list(find_legacy_corruption(self.path, scope)):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
 
 
 def _load(file: Path) -> Mapping[str, Any]:
-    """A rank's objects, mapped, without running what they might bring.
+    """A rank's objects, mapped from disk and read ``weights_only``.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or holds no model.

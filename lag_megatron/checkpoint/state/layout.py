@@ -1,8 +1,15 @@
-"""Where the optimizer state of each parameter lies, as flat intervals.
+"""Where the optimizer state of each parameter lies, as intervals of flat buffers.
 
-A ZeRO shard is a flat buffer without names, so the place of every parameter has to be derived from
-the same rules that DeepSpeed cut it by.  Shapes here are those of one tensor-parallel rank; all
+A ZeRO shard is a flat buffer without names, so the place of every parameter is derived from the
+rules by which DeepSpeed cuts it.  Shapes here are those of one tensor-parallel rank; all
 tensor-parallel ranks of a checkpoint share one layout.
+
+A group with parameters a (5 elements) and b (4) on two data-parallel ranks::
+
+    ZeRO-1, 2   one buffer of 9, padded to 12      rank 0: a0 a1 a2 a3 a4 b0
+                and cut into halves                rank 1: b1 b2 b3  0  0  0
+    ZeRO-3      each parameter is padded and       rank 0: a0 a1 a2 b0 b1
+                cut into halves                    rank 1: a3 a4  0 b2 b3
 """
 
 import bisect
@@ -13,13 +20,13 @@ from typing import Any, Literal, TypedDict
 
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.optimizer_states import STATES as STATES
-from lag_megatron.checkpoint.state.optimizer_states import Optimizer, shape_of, states_of
+from lag_megatron.checkpoint.state.optimizer_states import Optimizer, state_shape, states_of
 from lag_megatron.checkpoint.state.optimizer_states import State as State
 from lag_megatron.checkpoint.state.segments import Container as Container
 from lag_megatron.checkpoint.state.segments import EvenParts
 from lag_megatron.checkpoint.state.segments import Segment as Segment
 
-Group = Mapping[str, Shape]
+ParamGroup = Mapping[str, Shape]
 
 DEFAULT_SUB_GROUP_SIZE = 1_000_000_000
 
@@ -29,14 +36,14 @@ _ALIGNMENT = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Topology:
-    """How a training state is spread over ranks.
+    """How a training state is sharded over ranks.
 
     Attributes:
         zero_stage: 0 to 3.
         data_size: data-parallel replicas.
         tensor_size: tensor-parallel ranks of a replica.
         precision: of the weights that the forward pass uses.
-        sub_group_size: elements a rank at which ZeRO-3 begins a new flat buffer.
+        sub_group_size: elements on a rank at which ZeRO-3 begins a new flat buffer.
     """
 
     zero_stage: int
@@ -47,7 +54,7 @@ class Topology:
 
 
 class Rank(TypedDict):
-    """Which rank of a topology."""
+    """A rank of a topology."""
 
     tensor_rank: int
     data_rank: int
@@ -64,11 +71,11 @@ class Layout:
         filled: elements of each buffer that belong to parameters; for ZeRO-3, whose padding lies
             between parameters, the same as ``lengths``.
         subgroups: ZeRO-3's buffers, as (parameter group, names) in the order of their keys.
-        optimizer: whose states these are.
+        optimizer: the optimizer whose states these are.
         shapes: of every parameter, all groups together.
     """
 
-    groups: Sequence[Group]
+    groups: Sequence[ParamGroup]
     segments: Mapping[str, tuple[Segment, ...]]
     lengths: Mapping[Container, int]
     filled: Mapping[Container, int]
@@ -82,10 +89,10 @@ class Layout:
 
     @property
     def states(self) -> dict[State, "Layout"]:
-        """Every state that the optimizer keeps, with the layout of its own values.
+        """The layout of each state that the optimizer keeps.
 
-        AdamW's have the weights' shapes.  Adafactor's have their own, and a parameter has some of
-        them; the numbers of buffers stay the parameters'.
+        AdamW's states have the weights' shapes.  Adafactor's have shapes of their own, and each
+        parameter has some of them; buffers keep the parameters' numbers.
         """
         states = states_of(self.optimizer)
         return {state: self if state in STATES else self._reduced(state) for state in states}
@@ -93,7 +100,7 @@ class Layout:
     def _reduced(self, state: State) -> "Layout":
         groups = [
             {
-                name: shape_of(state, shape)
+                name: state_shape(state, shape)
                 for name, shape in group.items()
                 if state in states_of(self.optimizer, shape)
             }
@@ -135,7 +142,7 @@ class Layout:
             yield part
 
     def held(self, data_rank: int) -> dict[Container, tuple[tuple[str, Segment], ...]]:
-        """What each buffer of a data-parallel rank holds, in the order of its elements."""
+        """The segments in each buffer of a data-parallel rank, in the order of its elements."""
         held: dict[Container, list[tuple[str, Segment]]] = {}
         for name, segment in self.of_rank(data_rank):
             held.setdefault(segment.container, []).append((name, segment))
@@ -152,7 +159,7 @@ class GroupState:
 
     Attributes:
         settings: its hyper-parameters.
-        counters: entries of its state beside the moments: the number of steps taken.
+        counters: entries of its state that are not moments: the number of steps taken.
     """
 
     settings: Mapping[str, Any]
@@ -160,12 +167,12 @@ class GroupState:
 
 
 def make_layout(
-    groups: Sequence[Group], topology: Topology, optimizer: Optimizer = "adamw"
+    groups: Sequence[ParamGroup], topology: Topology, optimizer: Optimizer = "adamw"
 ) -> Layout:
     """The layout that DeepSpeed gives these parameter groups under this topology.
 
     Raises:
-        ValueError: for Adafactor's states on anything but whole parameters.
+        ValueError: for Adafactor's states on sharded parameters.
     """
     if optimizer == "adafactor" and (topology.zero_stage or topology.tensor_size > 1):
         raise ValueError(
@@ -180,19 +187,19 @@ def make_layout(
     return _flat(groups, topology.data_size)
 
 
-def frozen_layout(shapes: Group, topology: Topology) -> Layout:
-    """Where parameters that are not trained lie: whole, or under ZeRO-3 each cut evenly."""
+def frozen_layout(shapes: ParamGroup, topology: Topology) -> Layout:
+    """The layout of parameters that are not trained; only ZeRO-3 shards them."""
     if topology.zero_stage != 3:
-        return whole_parameters(shapes)
+        return unsharded_layout(shapes)
     return _per_parameter([shapes], replace(topology, sub_group_size=1))
 
 
-def whole_parameters(shapes: Mapping[str, Shape]) -> Layout:
-    """Every parameter in a buffer of its own, numbered in order."""
+def unsharded_layout(shapes: Mapping[str, Shape]) -> Layout:
+    """Every parameter whole, in a buffer of its own; buffers are numbered in order."""
     return _unpartitioned([shapes])
 
 
-def _unpartitioned(groups: Sequence[Group]) -> Layout:
+def _unpartitioned(groups: Sequence[ParamGroup]) -> Layout:
     segments: dict[str, tuple[Segment, ...]] = {}
     lengths: dict[Container, int] = {}
     for key, (name, shape) in enumerate(item for group in groups for item in group.items()):
@@ -202,7 +209,7 @@ def _unpartitioned(groups: Sequence[Group]) -> Layout:
     return Layout(groups, segments, lengths, lengths)
 
 
-def _flat(groups: Sequence[Group], data_size: int) -> Layout:
+def _flat(groups: Sequence[ParamGroup], data_size: int) -> Layout:
     """ZeRO-1 and 2: each group is one flat buffer, cut evenly whatever parameter lies there."""
     segments: dict[str, tuple[Segment, ...]] = {}
     lengths: dict[Container, int] = {}
@@ -230,7 +237,7 @@ def _flat(groups: Sequence[Group], data_size: int) -> Layout:
     return Layout(groups, segments, lengths, filled)
 
 
-def _per_parameter(groups: Sequence[Group], topology: Topology) -> Layout:
+def _per_parameter(groups: Sequence[ParamGroup], topology: Topology) -> Layout:
     """ZeRO-3: each parameter is cut evenly and padded; buffers are filled up to a size."""
     data_size = topology.data_size
     slots: dict[str, tuple[int, int, int]] = {}
@@ -247,7 +254,7 @@ def _per_parameter(groups: Sequence[Group], topology: Topology) -> Layout:
 
 
 def _split_groups(
-    groups: Sequence[Group], topology: Topology
+    groups: Sequence[ParamGroup], topology: Topology
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
     """DeepSpeed's greedy rule: close a sub-group once it holds ``sub_group_size`` elements."""
     for number, group in enumerate(groups):

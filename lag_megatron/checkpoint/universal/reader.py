@@ -1,4 +1,4 @@
-"""A universal checkpoint as a source."""
+"""Reading a universal checkpoint."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 
 from lag_megatron.checkpoint.state.box import Shape, numel
-from lag_megatron.checkpoint.state.deepspeed_defaults import blank_groups
-from lag_megatron.checkpoint.state.layout import Group, GroupState, State
-from lag_megatron.checkpoint.state.source import WholeParameters
-from lag_megatron.checkpoint.state.tensor_parallel import GATED, is_gated, whole_shape
+from lag_megatron.checkpoint.state.deepspeed_defaults import default_group_states
+from lag_megatron.checkpoint.state.layout import GroupState, ParamGroup, State
+from lag_megatron.checkpoint.state.source import UnshardedCheckpoint
+from lag_megatron.checkpoint.state.tensor_parallel import GATED, is_gated, unsharded_shape
 from lag_megatron.checkpoint.storage import manifest, torch_pickle
-from lag_megatron.checkpoint.storage.integrity import Look
+from lag_megatron.checkpoint.storage.integrity import VerifyScope
 from lag_megatron.checkpoint.universal import format as universal_format
 from lag_megatron.checkpoint.universal.format import FOLDER, OPTIMIZER, Universal
 from lag_megatron.errors import CheckpointError
 
 
-def open_universal(path: Path) -> WholeParameters:
-    """Read the headers of a tag directory; tensors stay on disk.
+def open_universal(path: Path) -> UnshardedCheckpoint:
+    """Open a tag directory by its headers; tensors stay on disk.
 
     Raises:
         CheckpointError: naming the file that is missing, damaged or of another shape.
     """
     if manifest.is_committed(path):
         manifest.check_sizes(path)
-    if problems := universal_format.describe(path)["problems"]:
+    if problems := universal_format.describe_universal(path)["problems"]:
         raise CheckpointError(f"{path}: {problems[0]}")
     checkpoint = Universal.open(path)
     degrees = checkpoint.header.get("checkpoint_parallel_dimensions") or {}
@@ -43,9 +43,9 @@ class _Reader:
     checkpoint: Universal
 
     @property
-    def source(self) -> WholeParameters:
+    def source(self) -> UnshardedCheckpoint:
         header = self.checkpoint.header
-        return WholeParameters(
+        return UnshardedCheckpoint(
             path=self.path,
             header=header,
             groups=self.groups,
@@ -60,16 +60,16 @@ class _Reader:
         )
 
     @cached_property
-    def groups(self) -> list[Group]:
-        """Whole shapes by parameter group; ZeRO-3 lists them by sub-group."""
-        listed: list[Group] = [
-            {name: self._whole(name, tuple(shape)) for name, shape in group.items()}
+    def groups(self) -> list[ParamGroup]:
+        """Unsharded shapes by parameter group; ZeRO-3 lists them by sub-group."""
+        listed: list[ParamGroup] = [
+            {name: self._unsharded_shape(name, tuple(shape)) for name, shape in group.items()}
             for group in self.checkpoint.header["param_shapes"]
         ]
         settings = self._optimizer["param_groups"]
         if len(listed) == len(settings):
             return listed
-        joined: list[Group] = []
+        joined: list[ParamGroup] = []
         for group in settings:
             joined.append({n: s for key in group["params"] for n, s in listed[key].items()})
         return joined
@@ -78,27 +78,32 @@ class _Reader:
     def group_states(self) -> list[GroupState]:
         """Hyper-parameters and the number of steps."""
         found = []
-        for group, listed, blank in zip(
-            self._optimizer["param_groups"], self.groups, blank_groups(self.groups), strict=True
+        for group, listed, default in zip(
+            self._optimizer["param_groups"],
+            self.groups,
+            default_group_states(self.groups),
+            strict=True,
         ):
             known = {key: value for key, value in group.items() if key != "params"}
-            settings = {**blank.settings, **known}
+            settings = {**default.settings, **known}
             found.append(GroupState(settings, {"step": self._step(next(iter(listed)))}))
         return found
 
     def read(self, name: str, state: State, start: int, length: int) -> Tensor:
-        """Elements of a parameter's state; rows that padded the vocabulary are 0."""
+        """Elements of a parameter's state; vocabulary padding that is not stored is 0."""
         stored = self._stored(name, state).reshape(-1)
         part = stored[start : start + length]
         if len(part) == length:
             return part
         return torch.cat([part, torch.zeros(length - len(part))])
 
-    def check(self, look: Look) -> None:
-        """Refuse content that differs from its checksums."""
+    def check(self, scope: VerifyScope) -> None:
+        """Verify the content against its checksums; raises ``CheckpointError``."""
         committed = manifest.is_committed(self.path)
         if found := list(
-            look.damages(self.path) if committed else universal_format.damages(self.path, look)
+            scope.find_corrupted_files(self.path)
+            if committed
+            else universal_format.find_universal_corruption(self.path, scope)
         ):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Convert again.")
 
@@ -116,12 +121,12 @@ class _Reader:
     def _opened(self) -> dict[tuple[str, str], Tensor]:
         return {}
 
-    def _whole(self, name: str, local: Shape) -> Shape:
-        """Shape of the whole parameter; its file may leave out rows that pad the vocabulary."""
+    def _unsharded_shape(self, name: str, local: Shape) -> Shape:
+        """Shape of the unsharded parameter; its file may lack rows that pad the vocabulary."""
         header = self.checkpoint.header
         degrees = header.get("checkpoint_parallel_dimensions") or {}
         size = degrees.get("tp_degree", self.checkpoint.model_ranks)
-        shape = whole_shape(name, local, tensor_size=size)
+        shape = unsharded_shape(name, local, tensor_size=size)
         tensor = self._stored(name, "fp32")
         stored = tensor.numel()
         if size > 1 and GATED.search(name) and is_gated(self.checkpoint.shapes):
@@ -141,7 +146,7 @@ class _Reader:
         return shape
 
     def _require_halves(self, name: str) -> None:
-        """Refuse a gate and an up half that were merged as one: their shape does not show it."""
+        """Check that gate and up halves were merged separately, which the shape does not show."""
         file = self.path / FOLDER / name / "fp32.pt"
         kept = torch_pickle.load(file)
         if not isinstance(kept, dict) or kept.get("param_n_sub_params") != 2:
@@ -152,7 +157,7 @@ class _Reader:
             )
 
     def _step(self, name: str) -> Tensor:
-        """The steps that a parameter has taken; after ZeRO-3 one file says it for all."""
+        """The steps that a parameter has taken; after ZeRO-3 one file holds it for all."""
         file = self.path / FOLDER / name / "step.pt"
         if file.is_file():
             return torch.as_tensor(torch_pickle.load(file), dtype=torch.float32).reshape(())

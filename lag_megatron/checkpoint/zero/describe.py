@@ -1,23 +1,23 @@
-"""What a checkpoint is and whether it is sound, as plain values."""
+"""Facts about a ZeRO checkpoint, as plain values."""
 
 from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.param_names import layers_in
-from lag_megatron.checkpoint.state.tensor_parallel import whole_shape
+from lag_megatron.checkpoint.state.tensor_parallel import unsharded_shape
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero.file_names import torch_optimizer_state
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 
 
 def looks_like_checkpoint(path: Path) -> bool:
-    """Whether a folder holds at least something of a checkpoint, sound or not."""
+    """Whether a directory holds a manifest or shards, complete or not."""
     return manifest.is_committed(path) or any(path.glob("*_states.pt"))
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Facts of a tag directory; every file's header is read and checked, tensors are not.
+def describe_zero(path: Path) -> dict[str, Any]:
+    """Facts about a tag directory; every file's header is checked, no tensor is read.
 
     Raises:
         CheckpointError: if it is incomplete, damaged or mixed.
@@ -40,7 +40,7 @@ def describe(path: Path) -> dict[str, Any]:
             "precision": topology.precision,
         },
         "parameters": sum(
-            numel(whole_shape(name, shape, tensor_size=topology.tensor_size))
+            numel(unsharded_shape(name, shape, tensor_size=topology.tensor_size))
             for name, shape in shapes.items()
         ),
         "layers": len(layers_in(shapes)),

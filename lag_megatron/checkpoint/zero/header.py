@@ -1,4 +1,4 @@
-"""What the first file of a ZeRO checkpoint says about all of them."""
+"""The first model file of a ZeRO checkpoint: topology, parameter groups, shared and frozen ones."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lag_megatron.checkpoint.state.box import Shape, numel
-from lag_megatron.checkpoint.state.layout import DEFAULT_SUB_GROUP_SIZE, Group, Topology
+from lag_megatron.checkpoint.state.layout import DEFAULT_SUB_GROUP_SIZE, ParamGroup, Topology
 from lag_megatron.checkpoint.zero.load import FOREIGN, load_states
 from lag_megatron.errors import CheckpointError
 
@@ -16,11 +16,11 @@ _UNKNOWN_ORDERS = ("round_robin_gradients", "parameter_alignment")
 _FIRST_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
 
-def resolve(path: Path) -> Path:
-    """The tag directory: ``path`` itself, or the one that its ``latest`` names.
+def resolve_tag(path: Path) -> Path:
+    """The tag directory: ``path`` itself, or the one that its file ``latest`` names.
 
     Raises:
-        CheckpointError: if there is no checkpoint.
+        CheckpointError: if it does not exist.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory.")
@@ -37,10 +37,10 @@ def resolve(path: Path) -> Path:
 
 
 def read_header(path: Path) -> tuple[Mapping[str, Any], Topology]:
-    """The objects of a tag directory's first model file, and the topology that they tell.
+    """The objects of a tag directory's first model file, and the topology.
 
     Raises:
-        CheckpointError: if it is not a DeepSpeed checkpoint, or one of a kind not understood.
+        CheckpointError: if it is not a DeepSpeed checkpoint, or one that is not supported.
     """
     for name in _FIRST_FILES:
         if (path / name).is_file():
@@ -77,11 +77,11 @@ def _topology(path: Path, header: Mapping[str, Any], name: str) -> Topology:
     )
 
 
-def trained_groups(path: Path, header: Mapping[str, Any]) -> list[Group]:
-    """Names and shapes of the optimizer's parameters, as one file lists them.
+def trained_groups(path: Path, header: Mapping[str, Any]) -> list[ParamGroup]:
+    """Names and shapes of the optimizer's parameters by group, from one model file.
 
     Raises:
-        CheckpointError: if it does not say in which order its parameters lie.
+        CheckpointError: if the file does not list its parameters in their order.
     """
     if header.get("param_shapes") is not None:
         return [{n: tuple(shape) for n, shape in g.items()} for g in header["param_shapes"]]
@@ -95,9 +95,9 @@ def trained_groups(path: Path, header: Mapping[str, Any]) -> list[Group]:
     return [{name: tuple(module[name].shape) for name in group} for group in listed]
 
 
-def join_subgroups(listed: list[Group], states: Any) -> list[Group]:
-    """ZeRO-3 lists shapes by sub-group; join those of one parameter group again."""
-    groups: list[Group] = []
+def join_subgroups(listed: list[ParamGroup], states: Any) -> list[ParamGroup]:
+    """Parameter groups from ZeRO-3's list of shapes, which is by sub-group."""
+    groups: list[ParamGroup] = []
     inner = states["optimizer_state_dict"]["optimizer_state_dict"]["param_groups"]
     for group in inner:
         members: dict[str, Shape] = {}
@@ -108,10 +108,10 @@ def join_subgroups(listed: list[Group], states: Any) -> list[Group]:
 
 
 def aliases(header: Mapping[str, Any]) -> dict[str, str]:
-    """Further names of parameters that a model uses twice, with the name that owns the values.
+    """Further names of shared parameters, with the name that owns the values.
 
-    DeepSpeed lists them in the first rank's file and under ZeRO alone; elsewhere, two names of one
-    storage show it.
+    DeepSpeed lists them in the first rank's file under ZeRO; elsewhere two names that share a
+    storage are taken for one parameter.
     """
     listed = dict(header.get("shared_params") or {})
     owners: dict[tuple[int, int], str] = {}
@@ -124,11 +124,11 @@ def aliases(header: Mapping[str, Any]) -> dict[str, str]:
     return listed
 
 
-def frozen_shapes(header: Mapping[str, Any], trained: Mapping[str, Shape]) -> Group:
+def frozen_shapes(header: Mapping[str, Any], trained: Mapping[str, Shape]) -> ParamGroup:
     """Names and shapes of parameters that the optimizer does not train.
 
-    ZeRO 2 and 3 list them.  Below, whatever in the module is neither trained, nor a buffer, nor
-    another name of a parameter, is one.
+    ZeRO 2 and 3 list them.  For lower stages they are the tensors of the module that are neither
+    trained, nor buffers, nor further names of shared parameters.
     """
     listed = header.get("frozen_param_shapes")
     if listed is not None:

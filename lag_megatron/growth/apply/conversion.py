@@ -1,46 +1,36 @@
-"""Checkpoints from any format that is read to any that is written, with growth on the way."""
+"""Conversion of a checkpoint to another format, with or without growth."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from lag_megatron.checkpoint import open
-from lag_megatron.checkpoint.hf.reader import open_transformers
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile, tokenizer_files
 from lag_megatron.checkpoint.hf.writer import Export, Precision
-from lag_megatron.checkpoint.megatron.legacy_reader import open_legacy
-from lag_megatron.checkpoint.megatron.reader import open_megatron
-from lag_megatron.checkpoint.megatron.writer import megatron_order
+from lag_megatron.checkpoint.megatron.writer import megatron_job
 from lag_megatron.checkpoint.state.layout import Topology
-from lag_megatron.checkpoint.state.source import WHOLE, Source
-from lag_megatron.checkpoint.state.unsharded import WholeState
-from lag_megatron.checkpoint.universal.reader import open_universal
-from lag_megatron.checkpoint.universal.writer import universal_order
-from lag_megatron.checkpoint.writer.job import Order
-from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.growth.apply.grow_zero import zero_order
-from lag_megatron.growth.apply.grown_state import Growth, resharding
+from lag_megatron.checkpoint.state.source import UNSHARDED, CheckpointSource
+from lag_megatron.checkpoint.state.unsharded import UnshardedState
+from lag_megatron.checkpoint.universal.writer import universal_job
+from lag_megatron.checkpoint.writer.job import WriteJob
+from lag_megatron.growth.apply.grow_zero import zero_job
+from lag_megatron.growth.apply.grown_state import GrownState, resharded
 from lag_megatron.growth.plan import GrowthPlan
 
 Format = Literal["zero", "universal", "megatron", "hf"]
-_READERS: dict[str, Callable[[Path], Source]] = {
-    open.ZERO: ZeroCheckpoint.open,
-    open.UNIVERSAL: open_universal,
-    open.LEGACY: open_legacy,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What becomes of a checkpoint.
+    """A conversion: the source, the format to write and its options.
 
     Attributes:
-        source: what is read.
+        source: the checkpoint to read.
         to: the format to write.
-        plan: how it grows on the way; None where it does not.
-        topology: of the job that will load it; of no meaning to ``hf`` and ``megatron``.
+        plan: the growth plan, if it is to be grown.
+        topology: of the training that will load it; of no meaning to ``hf``, and to ``megatron``
+            for its precision alone.
         tokenizer: written with ``hf``.
         dtype: of the weights of ``hf``.
         max_shard_size: of a file of ``hf``.
@@ -48,20 +38,20 @@ class Conversion:
         stacked: whether the layers of ``megatron`` are stacked, or each has keys of its own.
     """
 
-    source: Source
+    source: CheckpointSource
     to: Format
     plan: GrowthPlan | None = None
-    topology: Topology = WHOLE
+    topology: Topology = UNSHARDED
     tokenizer: TokenizerFile | None = None
     dtype: Precision = "fp32"
     max_shard_size: int | str = "5GB"
     vocabulary: int | None = None
     stacked: bool = True
 
-    def place(self, folder: Path) -> Path:
-        """Where the checkpoint will lie when the user names ``folder``.
+    def target_dir(self, folder: Path) -> Path:
+        """The directory to write when the user names ``folder``.
 
-        ``hf`` is the folder itself; the others are a tag in it, as their loaders expect.
+        For ``hf`` it is the folder itself, for the others a tag in it, as their loaders expect.
         """
         step = self.source.step
         if self.to == "hf":
@@ -73,45 +63,45 @@ class Conversion:
             name = f"step{step:08d}"
         return folder / (f"{name}_universal" if self.to == "universal" else name)
 
-    def order(self, target: Path) -> Order:
-        """What has to be written as the directory ``target``.
+    def job(self, target: Path) -> WriteJob:
+        """The job that writes the directory ``target``.
 
         Raises:
-            LagError: whatever keeps it from being written, before a byte is.
+            LagError: if the conversion is not possible; nothing is written then.
         """
         self.source.check_every_file()
         if self.to == "zero":
-            return zero_order(self.growth(self.topology), target)
-        state = self.whole
-        about = self._about
+            return zero_job(self.grown(self.topology), target)
+        state = self.unsharded
+        metadata = self._metadata
         if self.to == "universal":
-            return universal_order(state, target, self.topology, about=about)
+            return universal_job(state, target, self.topology, metadata=metadata)
         if self.to == "megatron":
-            return megatron_order(
+            return megatron_job(
                 state,
                 target,
                 precision=self.topology.precision,
-                about=about,
+                metadata=metadata,
                 stacked=self.stacked,
             )
-        return self.export.order(target, about=about)
+        return self.export.job(target, metadata=metadata)
 
-    def growth(self, topology: Topology) -> Growth:
-        """The plan under a topology."""
+    def grown(self, topology: Topology) -> GrownState:
+        """The grown state under a topology; without a plan, the resharded source."""
         if self.plan is None:
-            return resharding(self.source, topology)
-        return Growth(self.source, self.plan, topology)
+            return resharded(self.source, topology)
+        return GrownState(self.source, self.plan, topology)
 
     @cached_property
-    def whole(self) -> WholeState:
-        """What is written, as if nothing was cut."""
-        return whole_state(self._uncut)
+    def unsharded(self) -> UnshardedState:
+        """The state to write, unsharded."""
+        return unsharded_state(self._unsharded_grown)
 
     @cached_property
     def export(self) -> Export:
-        """The directory of transformers."""
+        """The export to a transformers directory."""
         return Export(
-            self.whole,
+            self.unsharded,
             tokenizer=self.tokenizer,
             dtype=self.dtype,
             max_shard_size=self.max_shard_size,
@@ -120,36 +110,18 @@ class Conversion:
         )
 
     @cached_property
-    def _uncut(self) -> Growth:
-        return self.growth(WHOLE)
+    def _unsharded_grown(self) -> GrownState:
+        return self.grown(UNSHARDED)
 
     @property
-    def _about(self) -> Mapping[str, Any]:
-        about = dict(self._uncut.about)
-        return about | ({"topology": None} if self.to in ("hf", "megatron") else {})
+    def _metadata(self) -> Mapping[str, Any]:
+        metadata = dict(self._unsharded_grown.metadata)
+        return metadata | ({"topology": None} if self.to in ("hf", "megatron") else {})
 
 
-def open_source(path: Path, *, vocab_size: int | None = None, weights_only: bool = False) -> Source:
-    """A checkpoint of any format that is read.
-
-    Args:
-        path: its directory, or one with a pointer to it.
-        vocab_size: rows of the vocabulary of a model of transformers.
-        weights_only: leave out a distributed checkpoint's optimizer states, whatever their form.
-
-    Raises:
-        CheckpointError: if it is damaged or of no known format.
-    """
-    path = open.resolve(path)
-    kind = open.detect(path)
-    if kind == open.HF:
-        return open_transformers(path, vocab_size=vocab_size)
-    if kind in (open.MEGATRON, open.DCP):
-        return open_megatron(path, weights_only=weights_only)
-    return _READERS[kind](path)
-
-
-def whole_state(growth: Growth) -> WholeState:
-    """What a growth under the topology of one rank without ZeRO makes."""
-    source = growth.source
-    return WholeState(source.path, growth.draft, growth.filler(tensor_rank=0), source.require_sound)
+def unsharded_state(grown: GrownState) -> UnshardedState:
+    """The unsharded state of a grown state under the topology ``UNSHARDED``."""
+    source = grown.source
+    return UnshardedState(
+        source.path, grown.spec, grown.filler(tensor_rank=0), source.require_sound
+    )

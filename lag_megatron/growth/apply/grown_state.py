@@ -1,4 +1,4 @@
-"""A plan bound to a checkpoint: everything about the grown one is known, nothing is written."""
+"""A growth plan bound to a checkpoint: the grown state, of which nothing is written yet."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,23 +11,23 @@ import torch
 from lag_megatron import __version__
 from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.checkpoint.state.layout import (
-    Group,
     Layout,
+    ParamGroup,
     Topology,
     frozen_layout,
     make_layout,
 )
 from lag_megatron.checkpoint.state.param_names import LAYER, layers_in
-from lag_megatron.checkpoint.state.source import Source
-from lag_megatron.checkpoint.state.spec import Draft
+from lag_megatron.checkpoint.state.source import CheckpointSource
+from lag_megatron.checkpoint.state.spec import CheckpointSpec
 from lag_megatron.checkpoint.state.tensor_parallel import (
     cut_dim,
     is_gated,
     local_shape,
-    whole_shape,
+    unsharded_shape,
 )
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.writer.file_writer import ALONE, Crew
+from lag_megatron.checkpoint.writer.context import DEFAULT_CONTEXT, WriteContext
 from lag_megatron.checkpoint.zero.writer import bytes_of, write_rank
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.fill import Filler
@@ -36,36 +36,38 @@ from lag_megatron.growth.plan import GrowthPlan
 
 
 @dataclass(frozen=True)
-class Growth:
-    """What a plan makes of a checkpoint, under any topology.
+class GrownState:
+    """The training state that a plan makes of a checkpoint, under any topology.
 
     Attributes:
         source: the checkpoint to grow; it is never changed.
-        plan: what to do.
-        target: how the grown checkpoint is spread; the source's topology by default.
+        plan: the growth plan.
+        target: topology of the grown state; the source's by default.
 
     Raises:
         PlanError: when the plan or the topology does not fit the checkpoint.
     """
 
-    source: Source
+    source: CheckpointSource
     plan: GrowthPlan
     target: Topology | None = None
 
     @property
     def topology(self) -> Topology:
-        """How the grown checkpoint is spread."""
+        """Topology of the grown state."""
         return self.target or self.source.topology
 
     @cached_property
     def growth_map(self) -> GrowthMap:
-        """What each grown parameter is made of."""
-        frozen = self._whole(self.source.frozen.shapes)
-        return growth_map_of(self.plan, self._whole_groups, frozen, query_groups=self._query_groups)
+        """The source of each grown parameter's values."""
+        frozen = self._unsharded(self.source.frozen.shapes)
+        return growth_map_of(
+            self.plan, self._unsharded_groups, frozen, query_groups=self._query_groups
+        )
 
     @cached_property
     def layout(self) -> Layout:
-        """Where the trained parameters will lie."""
+        """The layout of trained parameters."""
         groups = [self._local(group) for group in self.growth_map.groups]
         if self.source.optimizer == "adafactor":
             self._refuse_parts()
@@ -76,22 +78,22 @@ class Growth:
 
     @cached_property
     def frozen(self) -> Layout:
-        """Where the others will lie."""
+        """The layout of parameters that are not trained."""
         return frozen_layout(self._local(self.growth_map.frozen), self.topology)
 
     @property
     def bytes_to_write(self) -> int:
-        """Size of the grown checkpoint's tensors, all ranks together."""
+        """Bytes of the grown state's tensors, all ranks together."""
         return bytes_of(self.topology, self.layout, self.frozen)
 
     def filler(self, *, tensor_rank: int) -> Filler:
-        """What makes the values of one target tensor rank."""
+        """The filler of one target tensor-parallel rank."""
         return Filler(
             self.growth_map,
             self.source,
             self.topology,
             (self.layout, self.frozen),
-            shapes=self._whole_shapes,
+            shapes=self._unsharded_shapes,
             gated=self._gated,
             tensor_rank=tensor_rank,
         )
@@ -102,28 +104,25 @@ class Growth:
         *,
         tensor_rank: int,
         data_rank: int,
-        crew: Crew = ALONE,
+        context: WriteContext = DEFAULT_CONTEXT,
     ) -> dict[str, Any]:
-        """Write one rank's files into ``folder`` and return their manifest entries by name.
-
-        ``crew`` is told of each piece and of each finished file.
-        """
+        """Write one rank's files into ``folder`` and return their manifest entries by name."""
         return write_rank(
             folder,
-            self.draft,
+            self.spec,
             self.filler(tensor_rank=tensor_rank),
             tensor_rank=tensor_rank,
             data_rank=data_rank,
-            crew=crew,
+            context=context,
         )
 
     @cached_property
-    def draft(self) -> Draft:
-        """What has to be written."""
+    def spec(self) -> CheckpointSpec:
+        """The specification of the grown checkpoint."""
         names = {name: name for name in self.source.header["module"]}
         if self.plan.operator != "identity":
             names = {new: old for new, old, _ in grown_names(list(names), self.plan.layer_map)}
-        return Draft(
+        return CheckpointSpec(
             topology=self.topology,
             layout=self.layout,
             frozen=self.frozen,
@@ -136,8 +135,8 @@ class Growth:
         )
 
     @cached_property
-    def about(self) -> dict[str, Any]:
-        """What the grown checkpoint's manifest says beside its files."""
+    def metadata(self) -> dict[str, Any]:
+        """Entries of the grown checkpoint's manifest, beside its files."""
         source = {
             "path": str(self.source.path.absolute()),
             "digest": manifest.digest_of(self.source.path),
@@ -154,7 +153,7 @@ class Growth:
 
     @cached_property
     def client_state(self) -> dict[str, Any]:
-        """The trainer's entries of the source, brought up to date."""
+        """The trainer's entries of the source, updated by the plan."""
         state = self.source.client_state
         history = list(state.get("growth_history", []))
         if self.plan.operator != "identity":
@@ -167,7 +166,7 @@ class Growth:
         }
 
     def _aliases(self, names: Mapping[str, str]) -> dict[str, str]:
-        """Aliases of the grown model: of a parameter of the same layer, or of one in none."""
+        """Shared parameters of the grown model: within one layer, or with one outside of layers."""
         grown: dict[str, str] = {}
         for new, old in names.items():
             owner = self.source.aliases.get(old)
@@ -188,28 +187,28 @@ class Growth:
         return grown
 
     @cached_property
-    def _whole_groups(self) -> list[Group]:
-        return [self._whole(group) for group in self.source.groups]
+    def _unsharded_groups(self) -> list[ParamGroup]:
+        return [self._unsharded(group) for group in self.source.groups]
 
     @cached_property
-    def _whole_shapes(self) -> dict[str, Shape]:
-        old = [*self._whole_groups, self._whole(self.source.frozen.shapes)]
+    def _unsharded_shapes(self) -> dict[str, Shape]:
+        old = [*self._unsharded_groups, self._unsharded(self.source.frozen.shapes)]
         return {name: shape for group in old for name, shape in group.items()}
 
     @cached_property
     def _gated(self) -> bool:
-        return is_gated(self._whole_shapes)
+        return is_gated(self._unsharded_shapes)
 
     @cached_property
     def _query_groups(self) -> int | None:
-        """Of the model's attention, where the checkpoint tells: our trainer's do."""
+        """Query groups of the attention; only checkpoints of this program record them."""
         return (self.source.client_state.get("model") or {}).get("num_query_groups")
 
-    def _whole(self, shapes: Group) -> Group:
+    def _unsharded(self, shapes: ParamGroup) -> ParamGroup:
         size = self.source.topology.tensor_size
-        return {name: whole_shape(name, s, tensor_size=size) for name, s in shapes.items()}
+        return {name: unsharded_shape(name, s, tensor_size=size) for name, s in shapes.items()}
 
-    def _local(self, shapes: Group) -> dict[str, Shape]:
+    def _local(self, shapes: ParamGroup) -> dict[str, Shape]:
         size = self.topology.tensor_size
         groups = self._query_groups
         if groups is not None and groups % size:
@@ -228,7 +227,7 @@ class Growth:
             raise PlanError(f"{self.source.path}: {error}") from None
 
     def _refuse_parts(self) -> None:
-        """Means over rows and columns cannot be put together from those of parts."""
+        """Refuse maps that join parts of matrices, whose Adafactor means are not known."""
         for name, blocks in self.growth_map.blocks.items():
             for origin in (origin for block in blocks for origin in block.sources.values()):
                 if len(blocks) > 1 or (isinstance(origin, Copy) and any(origin.low)):
@@ -238,8 +237,8 @@ class Growth:
                         "not known. Take an operator that adds layers, or train with adamw."
                     )
 
-    def _refuse_unknown_cuts(self, shapes: Group) -> None:
-        """A matrix of a layer that no rule cuts may still have been cut, by other rules."""
+    def _refuse_unknown_cuts(self, shapes: ParamGroup) -> None:
+        """Refuse to reshard matrices that the table of tensor parallelism does not list."""
         for name, shape in shapes.items():
             if LAYER.match(name) and len(shape) > 1 and cut_dim(name) is None:
                 raise PlanError(
@@ -249,11 +248,11 @@ class Growth:
                 )
 
 
-def resharding(source: Source, target: Topology) -> Growth:
-    """The growth that changes nothing but where everything lies."""
+def resharded(source: CheckpointSource, target: Topology) -> GrownState:
+    """The same state under another topology: a grown state of the operator ``identity``."""
     layers = len(layers_in([*source.layout.shapes, *source.frozen.shapes]))
     plan = GrowthPlan(operator="identity", source_layers=layers, target_layers=layers)
-    return Growth(source, plan, target)
+    return GrownState(source, plan, target)
 
 
 def retarget(
@@ -264,7 +263,7 @@ def retarget(
     zero_stage: int | None = None,
     precision: str | None = None,
 ) -> Topology:
-    """The source's topology with what is given replaced; ``world_size`` counts all ranks.
+    """The source's topology with the given values replaced; ``world_size`` counts all ranks.
 
     Raises:
         PlanError: if the ranks do not divide into tensor-parallel groups.

@@ -1,53 +1,55 @@
-"""Whether a converted checkpoint holds what its source does, tensor by tensor."""
+"""Comparing a converted checkpoint with its source, tensor by tensor."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from lag_megatron.checkpoint.open import open_checkpoint
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import STATES, State
-from lag_megatron.checkpoint.state.optimizer_states import shape_of, states_of
-from lag_megatron.checkpoint.state.source import WHOLE
+from lag_megatron.checkpoint.state.optimizer_states import state_shape, states_of
+from lag_megatron.checkpoint.state.source import UNSHARDED
 from lag_megatron.checkpoint.state.spec import DTYPES
-from lag_megatron.checkpoint.state.unsharded import WholeState
+from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.growth.apply.conversion import Conversion, open_source, whole_state
-from lag_megatron.growth.apply.grown_state import resharding
+from lag_megatron.growth.apply.conversion import Conversion, unsharded_state
+from lag_megatron.growth.apply.grown_state import resharded
 
 _PIECE = 1 << 20  # elements
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
 
 
 def differences(conversion: Conversion, target: Path) -> Iterator[str]:
-    """Every file that is not as it was written, then every tensor of which the target's masters
-    or moments are not the source's, read piece by piece.
+    """Yield corrupted files of the target, then tensors whose masters or moments differ.
 
-    ``hf`` holds weights alone, in its own precision, and no padding of the vocabulary.
+    Of ``hf`` only the weights are compared, in its precision and without vocabulary padding.
 
     Args:
-        conversion: what was to be done.
-        target: the directory that it made.
+        conversion: that wrote the target.
+        target: the directory.
     """
-    yield from manifest.damages(target)
-    source, is_hf = conversion.whole, conversion.to == "hf"
+    yield from manifest.find_corrupted_files(target)
+    source, is_hf = conversion.unsharded, conversion.to == "hf"
     rows = next((s[0] for n, s in source.shapes.items() if n in _VOCABULARY), None)
-    found = whole_state(resharding(open_source(target, vocab_size=rows if is_hf else None), WHOLE))
+    found = unsharded_state(
+        resharded(open_checkpoint(target, vocab_size=rows if is_hf else None), UNSHARDED)
+    )
     yield from _names(source, found)
     dtype = DTYPES[conversion.dtype] if is_hf else torch.float32
     for name in (name for name in source.shapes if name in found.shapes):
         shape = source.shapes[name]
         kept = conversion.export.vocab_size if is_hf and name in _VOCABULARY else shape[0]
-        states = states_of(source.draft.layout.optimizer, shape)
+        states = states_of(source.spec.layout.optimizer, shape)
         for state in states if source.is_trained(name) and not is_hf else STATES[:1]:
-            like = shape_of(state, shape)
+            like = state_shape(state, shape)
             end = kept * numel(shape[1:]) if like == shape else numel(like)
             count = _unlike(source, found, name, state, end, dtype)
             if count:
                 yield f"{name}: {state}: {count} of {numel(shape)} elements differ"
 
 
-def _names(source: WholeState, found: WholeState) -> Iterator[str]:
+def _names(source: UnshardedState, found: UnshardedState) -> Iterator[str]:
     for name, shape in source.shapes.items():
         if name not in found.shapes:
             yield f"{name}: missing"
@@ -57,9 +59,14 @@ def _names(source: WholeState, found: WholeState) -> Iterator[str]:
 
 
 def _unlike(
-    source: WholeState, found: WholeState, name: str, state: State, end: int, dtype: torch.dtype
+    source: UnshardedState,
+    found: UnshardedState,
+    name: str,
+    state: State,
+    end: int,
+    dtype: torch.dtype,
 ) -> int:
-    """How many of a tensor's first ``end`` elements differ in a bit."""
+    """How many of a tensor's first ``end`` elements are not equal bit for bit."""
     count = 0
     for start in range(0, end, _PIECE):
         length = min(_PIECE, end - start)

@@ -1,14 +1,13 @@
 """The growth operators, by name.
 
-An operator turns numbers of layers and its own options into a layer map.  Nothing here opens a
-tensor: an operator that cannot be applied is refused before any work.
+An operator turns two numbers of layers and its options into a layer map.  No tensor is opened, so
+an operator that cannot be applied is refused before any work.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
 
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.layer_map import LayerMap
 from lag_megatron.growth.operators.depth import (
     g_stack,
     identity,
@@ -21,6 +20,7 @@ from lag_megatron.growth.operators.depth import (
     slices,
 )
 from lag_megatron.growth.operators.inserted import llama_pro, post_ln_identity, staged
+from lag_megatron.growth.operators.layer_map import LayerMap
 
 OPERATORS: Mapping[str, Callable[..., LayerMap]] = {
     "identity": identity,

@@ -16,7 +16,9 @@ def growth_analysis(
     chosen: str | None,
     scores: Mapping[str, Json],
 ) -> Json:
-    """:func:`~lag_megatron.selection.analysis.analyse_curves`, with downstream scores where there are any.
+    """The analysis of one growth event's curves, with downstream scores where there are any.
+
+    See :func:`~lag_megatron.selection.analysis.analyse_curves` for its keys.
 
     Args:
         pool: the candidates as in ``pool.json``.

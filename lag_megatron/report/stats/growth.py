@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lag_megatron.config import GrowthConfig
-from lag_megatron.growth.layer_map import LayerOrigin, draw
+from lag_megatron.growth.operators.layer_map import LayerOrigin, format_layer_map
 from lag_megatron.planning.cost import stage_flops
 from lag_megatron.report.stats.analysis import growth_analysis
 from lag_megatron.report.stats.run_files import GrowthFiles, Json, RunFiles, finite
@@ -143,7 +143,9 @@ def _candidates(
                 **records[id_],
                 "operator": pool[id_].get("operator"),
                 "layer_map": pool[id_]["layer_map"],
-                "drawing": draw(tuple(_origin(layer) for layer in pool[id_]["layer_map"])),
+                "drawing": format_layer_map(
+                    tuple(_origin(layer) for layer in pool[id_]["layer_map"])
+                ),
                 "loss_at_0": first.get(id_),
                 "loss_at_lag": loss,
                 "rank_at_0": ranks_first.get(id_),
@@ -165,8 +167,8 @@ def _place(record: Json, rank_at_lag: int | None) -> tuple[float, ...]:
 
 def _origin(layer: Mapping[str, Any]) -> LayerOrigin:
     scale = layer.get("scale", 1.0)  # pools of earlier versions had no scaled layers
-    silent = layer.get("silent", False)
-    return LayerOrigin(layer["source"], layer["new"], layer["init"], scale, silent=silent)
+    zero_norms = layer.get("silent", False)
+    return LayerOrigin(layer["source"], layer["new"], layer["init"], scale, zero_norms=zero_norms)
 
 
 def _ranks(losses: Mapping[str, float | None]) -> dict[str, int]:
