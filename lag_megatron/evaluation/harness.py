@@ -142,7 +142,7 @@ def _task(task: str, found: Json, documents: Documents, path: Path) -> Json:
     }
 
 
-def table(results: Json) -> str:
+def format_results(results: Json) -> str:
     """The results as lines of text, one a metric."""
     lines = [("task", "metric", "value", "stderr", "items")]
     for task, result in results.items():

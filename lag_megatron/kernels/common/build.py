@@ -95,7 +95,7 @@ def build(source: Path, command: Sequence[str], target: Path) -> None:
 
 
 @functools.cache
-def library(source: Path) -> ctypes.CDLL:
+def load_library(source: Path) -> ctypes.CDLL:
     """A kernel for this machine; what was built of the same source and command is taken again.
 
     Raises:
@@ -116,7 +116,7 @@ def library(source: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
-def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+def data_pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     """Where a kernel finds a tensor's elements; null without one."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
