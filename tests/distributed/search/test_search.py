@@ -259,8 +259,8 @@ def test_groups_meet_even_when_there_is_nothing_left_to_do(tiny, tmp_path):
     assert events_of(run_dir, "run_finished")
 
 
-def reports_on_all_ranks(count):
-    """On each rank: whether an error in its group is known to all ranks that have to report it."""
+def leader_s_error(count):
+    """On each rank: ``on_all_ranks`` of an error of its group's leader; where False, it is reported."""
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.search.partition import split_world
 
@@ -278,8 +278,8 @@ def reports_on_all_ranks(count):
 
 
 def test_an_error_in_a_group_is_reported_once_by_its_leader():
-    assert run_ranks(reports_on_all_ranks, 4, 2) == [False, True, False, True]
-    assert run_ranks(reports_on_all_ranks, 2, 1) == [True, True]
+    assert run_ranks(leader_s_error, 4, 2) == [False, True, False, True]
+    assert run_ranks(leader_s_error, 2, 1) == [True, True]
 
 
 @pytest.mark.slow
