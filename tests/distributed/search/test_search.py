@@ -260,7 +260,7 @@ def test_groups_meet_even_when_there_is_nothing_left_to_do(tiny, tmp_path):
 
 
 def leader_s_error(count):
-    """On each rank: ``on_all_ranks`` of an error of its group's leader; where False, it is reported."""
+    """On each rank: ``on_all_ranks`` of an error that its group's leader raised."""
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.search.partition import split_world
 
