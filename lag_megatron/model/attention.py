@@ -178,7 +178,7 @@ def products_win(query: Tensor) -> bool:
     """Whether attention by plain products is the faster one for a (b, h, s, k) in training.
 
     By what the CPU can do and not by a trial, since a run has to go on with the same numbers; the
-    lengths are those of ``tools/bench/attention.py``'s committed table.
+    lengths are those of ``tools/bench/training/attention.py``'s committed table.
     """
     return (
         query.device.type == "cpu"

@@ -32,11 +32,13 @@ def test_what_is_named_already_stays(tmp_path):
 
 @pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--nproc_per_node=1")])
 def test_a_launch_keeps_them(launcher, tmp_path):
-    """Whatever starts ``launch/train.py``, it names them before anything else is imported."""
+    """Whatever starts ``launch/train.py``, it names them before torch is imported."""
     probe = tmp_path / "probe.py"
     probe.write_text(
-        "import json, os, runpy, sys\n"
-        f"runpy.run_path({str(ROOT / 'launch' / 'train.py')!r}, run_name='probed')\n"
+        "import contextlib, json, os, runpy, sys\n"
+        "sys.argv = ['train.py', '--config', 'none.yaml']\n"
+        "with contextlib.suppress(SystemExit):\n"
+        f"    runpy.run_path({str(ROOT / 'launch' / 'train.py')!r}, run_name='__main__')\n"
         "early = 'torch' in sys.modules\n"
         f"found = {{name: os.environ[name] for name in {NAMES!r}}}\n"
         f"json.dump([early, found], open({str(tmp_path / 'found.json')!r}, 'w'))\n"
