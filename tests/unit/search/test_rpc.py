@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from probing import Stand
+from probing import SimulatedSearch
 
 from lag_megatron.distributed import channel
 from lag_megatron.errors import RunError
@@ -232,16 +232,16 @@ def test_an_error_of_the_coordinator_ends_all_groups_and_is_kept(error, serve, m
 def test_groups_on_other_ranks_decide_as_one_group_does(serve, tmp_path, monkeypatch):
     """Real coordinators: one asked by a local group, one by three remote groups."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    expected, *_ = Stand(tmp_path / "local").work()
-    stand = Stand(tmp_path / "remote")
-    coordinator = stand.coordinator()
+    expected, *_ = SimulatedSearch(tmp_path / "local").work()
+    search = SimulatedSearch(tmp_path / "remote")
+    coordinator = search.coordinator()
     _, connect = serve(coordinator)
 
     def work(group):
         client, *_ = connect(group)
         loaded = None
         while (assignment := client.ask(loaded)).candidate is not None:
-            result = stand.advance(assignment, client.needs_checkpoint)
+            result = search.advance(assignment, client.needs_checkpoint)
             loaded = assignment.candidate
             client.record(result)
 
