@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.non_homogeneous_layers and options.to != "megatron":
             raise PlanError(f"--non-homogeneous-layers: for --to megatron, not {options.to}.")
         conversion = _conversion(options, source)
-        target = conversion.place(options.target)
+        target = conversion.target_dir(options.target)
         job = conversion.job(target)
         print(f"{source.path} -> {target}")
         for note in source.notes if isinstance(source, UnshardedCheckpoint) else ():

@@ -15,7 +15,8 @@ from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import UNSHARDED
 from lag_megatron.checkpoint.storage.integrity import is_verifiable
 from lag_megatron.checkpoint.writer.job import write
-from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint, resolve_tag
+from lag_megatron.checkpoint.zero.header import resolve_tag
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.cli.errors import print_error
 from lag_megatron.cli.growth_options import (
     add_growth_options,

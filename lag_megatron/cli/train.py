@@ -12,7 +12,7 @@ from lag_megatron.config import RunConfig, load_config
 from lag_megatron.config.deepspeed import deepspeed_config, read_deepspeed_json
 from lag_megatron.distributed.hostfile import count_slots
 from lag_megatron.errors import LagError
-from lag_megatron.run.compile_cache import keep_caches
+from lag_megatron.run.compile_cache import set_cache_dirs
 
 
 def main(argv: list[str] | None = None, *, root: Path = Path()) -> int:
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None, *, root: Path = Path()) -> int:
     """
     # Both have to be done before torch is imported, so nothing above may import it.
     ignore_library_warnings()
-    keep_caches(root.resolve())
+    set_cache_dirs(root.resolve())
     options = _parser().parse_args(argv)
     try:
         config = load_config(options.config, overrides=options.set)

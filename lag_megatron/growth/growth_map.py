@@ -1,9 +1,16 @@
-"""What each element of a grown training state is made of, as data.
+"""Growth maps: the source of every value in a grown training state, as data.
 
-A growth map covers every parameter of the grown model by disjoint boxes.  Each box says, for the
-weights, for the mean of the gradient and for that of its square, whether it is copied from a box of
-an old parameter, a constant, or freshly drawn.  Names and shapes are those of whole parameters,
-whatever the topology.
+A growth map covers every grown parameter by disjoint boxes.  Each box has a source for the weights
+and for both moments: a box of an old parameter, a constant, or a random init.  Names and shapes are
+those of unsharded parameters, whatever the topology.  For example, of some parameters::
+
+    parameter of the grown model          fp32                       exp_avg     exp_avg_sq
+    last, scale 0.5, 2 to 3 layers
+    layers.1.mlp.linear_fc2.weight        Copy(layers.1)             Copy        Copy
+    layers.2.mlp.linear_fc1.weight        Copy(layers.1)             Copy        Copy
+    layers.2.mlp.linear_fc2.weight        Copy(layers.1, scale 0.5)  Copy        Copy
+    random_top, 2 to 3 layers
+    layers.2.mlp.linear_fc2.weight        Normal(std 0.00816)        Constant 0  Copy(layers.1)
 """
 
 import re
@@ -29,7 +36,7 @@ from lag_megatron.growth.weight_init import Constant, Normal, WeightInit, megatr
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Elements of an old parameter, from corner ``low``, times ``scale``."""
+    """Elements of an old parameter, from the corner ``low`` on, times ``scale``."""
 
     parameter: str
     low: Shape
@@ -41,7 +48,7 @@ ValueSource = Copy | WeightInit
 
 @dataclass(frozen=True, slots=True)
 class ParamBlock:
-    """A box of a grown parameter and where its values come from."""
+    """A box of a grown parameter, and the source of its values by role."""
 
     box: Box
     sources: Mapping[Role, ValueSource]
@@ -54,8 +61,8 @@ class GrowthMap:
     Attributes:
         groups: names and shapes of the grown parameters by parameter group, in flat order.
         blocks: by grown parameter, frozen ones included; they cover it and do not overlap.
-        frozen: names and shapes of the grown parameters that are not trained; of their blocks only
-            ``fp32`` is ever asked for.
+        frozen: names and shapes of the grown parameters that are not trained; only ``fp32`` of
+            their blocks is used.
     """
 
     groups: Sequence[Mapping[str, Shape]]
@@ -73,8 +80,8 @@ def growth_map_of(
     """The map of any plan.
 
     Args:
-        plan: what to do; ``identity`` takes models without layers, and layers that differ.
-        groups: names and whole shapes of the old trained parameters by parameter group.
+        plan: the growth plan; ``identity`` allows models without layers, or with unequal ones.
+        groups: names and unsharded shapes of the old trained parameters by parameter group.
         frozen: those of the old parameters that are not trained.
         query_groups: of the model's attention, if known.
 
@@ -91,7 +98,7 @@ def growth_map_of(
 def identity_map(
     groups: Sequence[Mapping[str, Shape]], *, frozen: Mapping[str, Shape] | None = None
 ) -> GrowthMap:
-    """The map that keeps everything: what saving under another topology needs."""
+    """The map that copies every parameter, as resharding does."""
     shapes = _all_shapes(groups, frozen or {})
     blocks = {name: (_copy_all(name, shape),) for name, shape in shapes.items()}
     return GrowthMap(groups, blocks, frozen or {})
@@ -107,14 +114,14 @@ def depth_map(
     """The map of a plan that changes the list of layers.
 
     Args:
-        plan: what to do.
-        groups: names and whole shapes of the old trained parameters by parameter group.
+        plan: the growth plan.
+        groups: names and unsharded shapes of the old trained parameters by parameter group.
         frozen: those of the old parameters that are not trained; a new layer's are frozen where its
             source's are.
         query_groups: of the model's attention, if known.
 
     Raises:
-        PlanError: if the old model has another number of layers, layers that differ, or none of the
+        PlanError: if the old model has another number of layers, unequal layers, or none of the
             parameters that the plan changes.
     """
     layer = check_layers(plan, _all_shapes(groups, frozen or {}))
@@ -137,7 +144,7 @@ def grown_names(
 ) -> Iterator[tuple[str, str, LayerOrigin | None]]:
     """The grown model's names in order, each with the old name it continues and its layer's origin.
 
-    Names of layers have to stand together, as they do in a model's registration order.
+    Parameters of layers have to be contiguous, as they are in a model's registration order.
     """
     matches = [LAYER.match(name) for name in names]
     inside = [i for i, match in enumerate(matches) if match]
@@ -166,13 +173,13 @@ def grown_names(
 def moment_policy(plan: GrowthPlan, origin: LayerOrigin) -> MomentPolicy:
     """The moment policy of a new layer.
 
-    ``auto`` copies for duplicates and borrows where the weights, or what their branches put out,
-    are not the source layer's: its gradients' direction means nothing there, their size does.
-    It is ``zero`` for the silent layers of staged training, as in its paper (Shen et al. 2022,
-    arXiv 2203.06211), whose schedule warms the rate up again: without that, v = 0 under a large
-    step count makes their first updates (1 - beta1) / sqrt(1 - beta2) times the rate.
-    Adafactor knows no direction, so for it ``copy`` and ``borrow`` are the same.  After ``zero``
-    its first update is not too large, as AdamW's would be: it is clipped to the usual size.
+    ``auto`` copies for duplicates.  It borrows (second moments alone) where weights or outputs of
+    branches are not the source layer's: the direction of its gradients means nothing there, but
+    their size does.  It is ``zero`` for the layers of staged training with ``zero_norms``, as in
+    the paper (Shen et al. 2022, arXiv 2203.06211), whose schedule warms the rate up again: without
+    that, v = 0 under a large step count makes the first updates (1 - beta1) / sqrt(1 - beta2) times
+    the rate.  Adafactor has no first moment, so ``copy`` and ``borrow`` are the same for it; after
+    ``zero`` its first update is clipped to the usual size.
     """
     if plan.moments != "auto":
         return plan.moments

@@ -14,10 +14,12 @@ from lag_megatron.growth.plan import GrowthPlan
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One growth plan of a pool; ``id`` names its folder and its curves.
+    """One growth plan of a pool.
 
-    ``path_length`` is that of the stage that follows (Random Path Training), if it is the
-    candidate's to say.
+    Attributes:
+        id: names its folder and its curves.
+        plan: the growth plan.
+        path_length: of the stage that follows (Random Path Training), if candidates differ in it.
     """
 
     id: str
@@ -122,7 +124,7 @@ def _format_length(length: Lengths) -> str:
 def _lag_options(
     pool: PoolConfig, source_layers: int, target_layers: int
 ) -> Iterator[tuple[str, dict[str, object]]]:
-    """Ids and options of the product; a scale of 1 is the default and stays unsaid."""
+    """Ids and options of the product; a scale of 1 is the default and is left out."""
     indices = _chosen(pool.index, feasible_indices(source_layers, target_layers))
     sizes = _chosen(pool.block_size, feasible_block_sizes(source_layers, target_layers))
     inits, scales = dict.fromkeys(pool.init), dict.fromkeys(pool.scale)

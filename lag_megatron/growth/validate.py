@@ -1,4 +1,4 @@
-"""Whether a plan fits a model, from the names and shapes of its parameters."""
+"""Checks that a plan fits a model, by the names and shapes of its parameters."""
 
 from collections.abc import Mapping
 
@@ -8,8 +8,8 @@ from lag_megatron.errors import PlanError
 from lag_megatron.growth.operators.layer_map import Branch
 from lag_megatron.growth.plan import GrowthPlan
 
-# What follows the layer's number in the names of the projections back into the residual stream, and
-# of the norms of a post-LN layer.
+# Parts of the names of the projections back into the residual stream, and of the norms of a
+# post-LN layer.
 BRANCH_OUTPUTS = (".self_attention.linear_proj.", ".mlp.linear_fc2.")
 POST_NORMS: Mapping[Branch, str] = {
     "attention": ".post_attn_layernorm.",
@@ -18,7 +18,7 @@ POST_NORMS: Mapping[Branch, str] = {
 
 
 def layers_of(shapes: Mapping[str, Shape]) -> dict[int, dict[str, Shape]]:
-    """Shapes of each layer's parameters, by what follows the layer's number in their names."""
+    """Shapes of each layer's parameters, by the part of the name after the layer's number."""
     layers: dict[int, dict[str, Shape]] = {}
     for name, shape in shapes.items():
         if match := LAYER.match(name):
@@ -27,10 +27,10 @@ def layers_of(shapes: Mapping[str, Shape]) -> dict[int, dict[str, Shape]]:
 
 
 def check_number(plan: GrowthPlan, layers: Mapping[int, object]) -> None:
-    """Refuse a model of another number of layers.
+    """Check that a model has the plan's number of layers.
 
     Raises:
-        PlanError: if it has.
+        PlanError: if it has not.
     """
     if sorted(layers) != list(range(plan.source_layers)):
         raise PlanError(
@@ -40,7 +40,7 @@ def check_number(plan: GrowthPlan, layers: Mapping[int, object]) -> None:
 
 
 def check_layers(plan: GrowthPlan, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
-    """Shapes of a layer, whichever, by what follows the layer's number in their names.
+    """Shapes of any layer's parameters, by the part of the name after the layer's number.
 
     Raises:
         PlanError: if there is another number of layers, they are not alike, or they have none of
@@ -60,7 +60,7 @@ def check_layers(plan: GrowthPlan, shapes: Mapping[str, Shape]) -> Mapping[str, 
 
 
 def _check_names(plan: GrowthPlan, layer: Mapping[str, Shape]) -> None:
-    """Refuse a plan that changes what it would not find: its layers would be left as they are."""
+    """Check that layers have the parameters that a plan changes."""
     needed: dict[str, str] = {}
     if any(origin.branch_scale != 1 for origin in plan.layer_map):
         needed |= dict.fromkeys(BRANCH_OUTPUTS, "it scales layers that are named as Megatron does")

@@ -1,7 +1,7 @@
-"""Freshly drawn weights that depend on (seed, parameter, position) and on nothing else.
+"""Initial weights that depend on (seed, parameter, position) and on nothing else.
 
 A counter-based generator (Philox, Salmon et al. 2011) gives element ``i`` of a parameter the same
-value on whichever rank, in whichever shard it is drawn.
+value on any rank and in any shard.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ _CHUNK = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Normal:
-    """Independent normal values of mean 0, named by ``key``."""
+    """Independent normal values of mean 0, from the generator of ``key``."""
 
     std: float
     key: str
@@ -39,7 +39,7 @@ class Diagonals:
 
     Attributes:
         runs: (row, column, length), ones at (row + i, column + i); no two runs share a row.
-        rest: rows without a run are drawn from it, or 0.
+        rest: of rows without a run; 0 if None.
     """
 
     runs: tuple[tuple[int, int, int], ...]
@@ -50,7 +50,7 @@ WeightInit = Normal | Constant | Diagonals
 
 
 def megatron_init(name: str, *, num_layers: int, init_std: float, key: str) -> Normal | Constant:
-    """How Megatron-Core initialises a parameter of this name in a model of ``num_layers``.
+    """Megatron-Core's initial weights of a parameter, by its name, in a model of ``num_layers``.
 
     Norms are the identity, biases 0, weights normal; the two projections back into the residual
     stream are scaled by ``1 / sqrt(2 num_layers)`` (Radford et al. 2019, section 2.3).
@@ -115,7 +115,7 @@ def normal(init: Normal, start: int, count: int) -> np.ndarray:
 
 
 def _runs(shape: Shape, box: Box) -> Iterator[tuple[Box, int, int]]:
-    """Contiguous stretches of a box: its part (in the box), global start and length."""
+    """Contiguous runs of a box: part of the box, start and length in the whole array."""
     inner = len(shape)
     while inner > 1 and box.shape[inner - 1] == shape[inner - 1]:
         inner -= 1

@@ -1,4 +1,4 @@
-"""Ending in good order: signals of a scheduler, and launchers that died.
+"""When a run is asked to end: signals of a scheduler, and launchers that died.
 
 A signalled rank only sets a flag; all ranks agree on it at the next step and save together.
 """
@@ -41,12 +41,12 @@ class StopFlag:
         self.ask(f"received {signal.Signals(number).name}")
 
     def ask(self, reason: str) -> None:
-        """Let this process end at its next step."""
+        """Let this process save and end at its next step; later reasons are ignored."""
         if not self.asked:
             self.asked, self.reason = True, reason
 
     def _watch(self, launchers: dict[int, str]) -> None:
-        """A launcher that was killed leaves its ranks running: end them."""
+        """End this rank when its launcher is killed, which leaves its ranks running."""
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         while (launchers or os.getppid() > 1 or not launched) and all(
             _start_time(pid) == started for pid, started in launchers.items()

@@ -1,8 +1,8 @@
-"""Which tensor is cut along which dimension under tensor parallelism, as data.
+"""The dimension along which tensor parallelism shards each parameter, as a table.
 
-Names and cuts are Megatron-Core's: column-parallel weights by output, row-parallel by input,
-embeddings by vocabulary.  ``linear_qkv`` is stored by query group, so a plain cut keeps groups
-whole; the gate and up halves of a gated ``linear_fc1`` are cut each for itself.
+Names and dimensions are Megatron-Core's: column-parallel weights by output, row-parallel by input,
+embeddings by vocabulary.  ``linear_qkv`` is stored by query group, so an even cut keeps groups
+together; the gate and up halves of a gated ``linear_fc1`` are each cut on their own.
 """
 
 import functools
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lag_megatron.checkpoint.state.box import Box, Shape, full_box
 
-# (pattern of the end of a parameter's name, dimension that is cut); what matches none is whole.
+# (pattern of the end of a parameter's name, dimension); other parameters are replicated.
 CUTS: tuple[tuple[str, int], ...] = (
     (r"embedding\.word_embeddings\.weight", 0),
     (r"output_layer\.(weight|bias)", 0),
@@ -25,8 +25,8 @@ GATED = re.compile(r"mlp\.linear_fc1\.(weight|bias)$")
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A box of the whole parameter and the corner at which a rank's part holds it."""
+class ShardBox:
+    """A box of the unsharded parameter, and its corner in one rank's shard."""
 
     box: Box
     local: Shape
@@ -34,7 +34,7 @@ class Piece:
 
 @functools.cache
 def cut_dim(name: str) -> int | None:
-    """The dimension along which a parameter is cut, or None where every rank has all of it."""
+    """The dimension along which a parameter is sharded; None if every rank has all of it."""
     for pattern, dim in CUTS:
         if re.search(pattern + "$", name):
             return dim
@@ -42,7 +42,7 @@ def cut_dim(name: str) -> int | None:
 
 
 def unsharded_shape(name: str, local: Shape, *, tensor_size: int) -> Shape:
-    """Shape of the whole parameter from one rank's part."""
+    """Shape of the unsharded parameter, from that of one rank's shard."""
     dim = cut_dim(name)
     if dim is None:
         return local
@@ -50,7 +50,7 @@ def unsharded_shape(name: str, local: Shape, *, tensor_size: int) -> Shape:
 
 
 def is_gated(shapes: Mapping[str, Shape]) -> bool:
-    """Whether fc1 holds a gate and an up half: then it has twice the rows that fc2 has columns."""
+    """Whether fc1 holds a gate and an up half: it has twice as many rows as fc2 has columns."""
     for name, shape in shapes.items():
         if name.endswith("mlp.linear_fc1.weight"):
             return shape[0] == 2 * shapes[name.replace("linear_fc1", "linear_fc2")][1]
@@ -58,7 +58,7 @@ def is_gated(shapes: Mapping[str, Shape]) -> bool:
 
 
 def local_shape(name: str, shape: Shape, *, tensor_size: int, gated: bool = False) -> Shape:
-    """Shape of one rank's part of a whole parameter.
+    """Shape of one rank's shard of an unsharded parameter.
 
     Raises:
         ValueError: if the parameter cannot be cut into that many equal parts.
@@ -75,13 +75,13 @@ def local_shape(name: str, shape: Shape, *, tensor_size: int, gated: bool = Fals
     return (*shape[:dim], shape[dim] // tensor_size, *shape[dim + 1 :])
 
 
-def pieces(
+def shard_boxes(
     name: str, shape: Shape, *, tensor_rank: int, tensor_size: int, gated: bool
-) -> Iterator[Piece]:
-    """The boxes of a whole parameter of ``shape`` that one rank holds."""
+) -> Iterator[ShardBox]:
+    """The boxes of an unsharded parameter of ``shape`` that one rank holds."""
     dim = cut_dim(name)
     if dim is None or tensor_size == 1:
-        yield Piece(full_box(shape), (0,) * len(shape))
+        yield ShardBox(full_box(shape), (0,) * len(shape))
         return
     parts = 2 if gated and GATED.search(name) else 1
     unit = shape[dim] // (parts * tensor_size)
@@ -90,4 +90,4 @@ def pieces(
         low[dim] = part * (shape[dim] // parts) + tensor_rank * unit
         local[dim] = part * unit
         extent = (*shape[:dim], unit, *shape[dim + 1 :])
-        yield Piece(Box(tuple(low), extent), tuple(local))
+        yield ShardBox(Box(tuple(low), extent), tuple(local))

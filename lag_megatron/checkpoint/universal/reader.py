@@ -1,4 +1,4 @@
-"""A universal checkpoint as a source."""
+"""Reading a universal checkpoint."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from lag_megatron.errors import CheckpointError
 
 
 def open_universal(path: Path) -> UnshardedCheckpoint:
-    """Read the headers of a tag directory; tensors stay on disk.
+    """Open a tag directory by its headers; tensors stay on disk.
 
     Raises:
         CheckpointError: naming the file that is missing, damaged or of another shape.
@@ -34,11 +34,11 @@ def open_universal(path: Path) -> UnshardedCheckpoint:
     degrees = checkpoint.header.get("checkpoint_parallel_dimensions") or {}
     if degrees.get("pp_degree", 1) != 1:
         raise CheckpointError(f"{path}: pipeline-parallel checkpoints are not understood here.")
-    return _Reader(path, checkpoint).source
+    return _UniversalReader(path, checkpoint).source
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _UniversalReader:
     path: Path
     checkpoint: Universal
 
@@ -61,7 +61,7 @@ class _Reader:
 
     @cached_property
     def groups(self) -> list[ParamGroup]:
-        """Whole shapes by parameter group; ZeRO-3 lists them by sub-group."""
+        """Unsharded shapes by parameter group; ZeRO-3 lists them by sub-group."""
         listed: list[ParamGroup] = [
             {name: self._unsharded_shape(name, tuple(shape)) for name, shape in group.items()}
             for group in self.checkpoint.header["param_shapes"]
@@ -90,7 +90,7 @@ class _Reader:
         return found
 
     def read(self, name: str, state: State, start: int, length: int) -> Tensor:
-        """Elements of a parameter's state; rows that padded the vocabulary are 0."""
+        """Elements of a parameter's state; vocabulary padding that is not stored is 0."""
         stored = self._stored(name, state).reshape(-1)
         part = stored[start : start + length]
         if len(part) == length:
@@ -98,10 +98,10 @@ class _Reader:
         return torch.cat([part, torch.zeros(length - len(part))])
 
     def check(self, scope: VerifyScope) -> None:
-        """Refuse content that differs from its checksums."""
+        """Verify the content against its checksums; raises ``CheckpointError``."""
         committed = manifest.is_committed(self.path)
         if found := list(
-            scope.damages(self.path)
+            scope.find_corrupted_files(self.path)
             if committed
             else universal_format.find_universal_corruption(self.path, scope)
         ):
@@ -122,7 +122,7 @@ class _Reader:
         return {}
 
     def _unsharded_shape(self, name: str, local: Shape) -> Shape:
-        """Shape of the whole parameter; its file may leave out rows that pad the vocabulary."""
+        """Shape of the unsharded parameter; its file may lack rows that pad the vocabulary."""
         header = self.checkpoint.header
         degrees = header.get("checkpoint_parallel_dimensions") or {}
         size = degrees.get("tp_degree", self.checkpoint.model_ranks)
@@ -146,7 +146,7 @@ class _Reader:
         return shape
 
     def _require_halves(self, name: str) -> None:
-        """Refuse a gate and an up half that were merged as one: their shape does not show it."""
+        """Check that gate and up halves were merged separately, which the shape does not show."""
         file = self.path / FOLDER / name / "fp32.pt"
         kept = torch_pickle.load(file)
         if not isinstance(kept, dict) or kept.get("param_n_sub_params") != 2:
@@ -157,7 +157,7 @@ class _Reader:
             )
 
     def _step(self, name: str) -> Tensor:
-        """The steps that a parameter has taken; after ZeRO-3 one file says it for all."""
+        """The steps that a parameter has taken; after ZeRO-3 one file holds it for all."""
         file = self.path / FOLDER / name / "step.pt"
         if file.is_file():
             return torch.as_tensor(torch_pickle.load(file), dtype=torch.float32).reshape(())

@@ -1,9 +1,9 @@
-"""A training state as DeepSpeed's universal checkpoint, written directly.
+"""Writing a training state as DeepSpeed's universal checkpoint, without ``ds_to_universal``.
 
-``ds_to_universal`` stops at the empty entries of Megatron-Core's models, and merges tensor-parallel
-parts wrongly unless it is told by patterns how each was cut; here the table of cuts tells.  What is
-written loads under ZeRO 1, 2 and 3: a state's file is a dictionary as of ZeRO 1 and 2, which stage
-3 takes as well, and ``optimizer_state.pt`` holds the entries that either of them looks for.
+That tool fails on the empty entries of Megatron-Core's models, and needs patterns for the dimension
+along which each parameter is sharded, which are a table here.  The checkpoint loads under ZeRO 1, 2
+and 3: a state's file is a dictionary as from ZeRO 1 and 2, which stage 3 loads too, and
+``optimizer_state.pt`` holds the entries that any stage reads.
 """
 
 import itertools
@@ -24,8 +24,8 @@ from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING
 from lag_megatron.checkpoint.universal.format import FOLDER, OPTIMIZER, POINTER
+from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.file_template import FileTemplateCache
-from lag_megatron.checkpoint.writer.file_writer import WriteContext
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.checkpoint.zero.file_names import model_file
 from lag_megatron.checkpoint.zero.writer import write_objects
@@ -38,17 +38,17 @@ _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 def universal_job(
     state: UnshardedState, target: Path, topology: Topology, *, metadata: Mapping[str, Any]
 ) -> WriteJob:
-    """What has to be written as the tag directory ``target``.
+    """The job that writes the tag directory ``target``.
 
     Args:
-        state: what is written.
-        target: the directory to come.
-        topology: of the job that will load it: DeepSpeed takes counters from model files of the
-            loading rank's name, which ZeRO-3 has one of for each rank.
-        about: entries of the manifest.
+        state: the training state.
+        target: the directory to write.
+        topology: of the training that will load it: DeepSpeed loads counters from a model file
+            named after the loading rank, and ZeRO-3 has such a file for each rank.
+        metadata: entries of the manifest.
 
     Raises:
-        CheckpointError: for a state that the format does not hold.
+        CheckpointError: if the format cannot hold the state.
     """
     if state.spec.layout.optimizer != "adamw":
         raise CheckpointError(
@@ -70,7 +70,7 @@ def universal_job(
         ],
         metadata={**metadata, "written_as": "universal", "topology": asdict(topology)},
         needed=moments + weights,
-        what="the universal checkpoint",
+        title="the universal checkpoint",
         check=partial(state.check, EVERYTHING),
         pointer=POINTER,
     )
@@ -83,7 +83,7 @@ def _write_parameter(
     folder: Path,
     context: WriteContext,
 ) -> dict[str, Any]:
-    """A parameter's folder."""
+    """Write a parameter's folder."""
     return write_states(state, name, (*STATES, "step"), folder, context, templates)
 
 
@@ -95,15 +95,15 @@ def write_states(
     context: WriteContext,
     templates: FileTemplateCache,
 ) -> dict[str, Any]:
-    """Some of the files of a parameter's folder, and their manifest entries.
+    """Write some files of a parameter's folder, and return their manifest entries.
 
     Args:
-        state: what is written.
+        state: the training state.
         name: of the parameter.
-        kinds: states, and ``step``; of a parameter that is not trained there are only weights.
+        kinds: states and ``step``; a parameter that is not trained has only ``fp32``.
         folder: of the checkpoint.
-        crew: told of each piece, and of each finished file.
-        moulds: of the files of a checkpoint.
+        context: callbacks and buffers.
+        templates: of the checkpoint's files.
     """
     (folder / FOLDER / name).mkdir(parents=True, exist_ok=True)
     shape, trained = state.shapes[name], state.is_trained(name)
@@ -126,7 +126,7 @@ def write_states(
 
 
 def _cut(state: UnshardedState, name: str) -> dict[str, Any]:
-    """How tensor parallelism cuts a parameter, in DeepSpeed's words."""
+    """DeepSpeed's entries for how tensor parallelism shards a parameter."""
     dim = cut_dim(name)
     if dim is None:
         return {}
@@ -144,7 +144,7 @@ def _step(spec: CheckpointSpec, name: str) -> torch.Tensor:
 
 
 def _write_optimizer(spec: CheckpointSpec, folder: Path, context: WriteContext) -> dict[str, Any]:
-    """What the optimizer keeps beside the parameters' states."""
+    """Write the optimizer's settings and counters."""
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     groups = [{**group.settings, "params": [n]} for n, group in enumerate(spec.groups)]
     steps = {n: dict(group.counters) for n, group in enumerate(spec.groups)}
@@ -168,7 +168,7 @@ def _write_optimizer(spec: CheckpointSpec, folder: Path, context: WriteContext) 
 def _write_models(
     state: UnshardedState, spec: CheckpointSpec, folder: Path, context: WriteContext
 ) -> dict[str, Any]:
-    """Model files without weights: DeepSpeed takes those from the parameters' folders."""
+    """Write model files without weights, which DeepSpeed loads from the parameters' folders."""
     topology, entries = spec.topology, dict[str, Any]()
     for tensor_rank, data_rank in itertools.product(
         range(topology.tensor_size), range(topology.data_size)
@@ -213,10 +213,10 @@ def _model(state: UnshardedState, spec: CheckpointSpec) -> dict[str, Any]:
 
 
 class _NoValues:
-    """For files whose tensors are all there."""
+    """The fill of files without placeholders."""
 
     def prefetch(self, region: object) -> None:
-        """Never called: there is no region."""
+        """Never called."""
 
     def __call__(self, region: object, buffer: object) -> None:
         """Never called."""

@@ -1,4 +1,4 @@
-"""What a checkpoint is and whether it is sound, as plain values."""
+"""Facts about a ZeRO checkpoint, as plain values."""
 
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 
 
 def looks_like_checkpoint(path: Path) -> bool:
-    """Whether a folder holds at least something of a checkpoint, sound or not."""
+    """Whether a directory holds a manifest or shards, complete or not."""
     return manifest.is_committed(path) or any(path.glob("*_states.pt"))
 
 
 def describe_zero(path: Path) -> dict[str, Any]:
-    """Facts of a tag directory; every file's header is read and checked, tensors are not.
+    """Facts about a tag directory; every file's header is checked, no tensor is read.
 
     Raises:
         CheckpointError: if it is incomplete, damaged or mixed.

@@ -1,6 +1,6 @@
-"""The objects of a rank's model file, with room where weights will go.
+"""The objects of a rank's model file, with placeholders for its weights.
 
-Counters and whatever else a program keeps there come from a template checkpoint of any ZeRO stage.
+Counters and other entries come from a template checkpoint of any ZeRO stage.
 """
 
 from collections import OrderedDict
@@ -56,7 +56,7 @@ def model_objects(
 
 
 def _old_model(spec: CheckpointSpec, tensor_rank: int, data_rank: int) -> Any:
-    """The template's file of the same rank; where there is none, the first rank's."""
+    """The template's model file of the same rank, or of rank 0 if it has fewer ranks."""
     old = spec.template.topology
     return spec.template.model_states(
         tensor_rank if tensor_rank < old.tensor_size else 0,
@@ -65,7 +65,7 @@ def _old_model(spec: CheckpointSpec, tensor_rank: int, data_rank: int) -> Any:
 
 
 def _unsharded_weights(spec: CheckpointSpec, placeholders: PlaceholderTensors) -> dict[str, Tensor]:
-    """Room for the weights that a model file holds whole, by name."""
+    """Placeholders for the weights in a model file, by name; ZeRO-3 has none there."""
     if spec.topology.zero_stage == 3:
         return {}
     dtype, weights = DTYPES[spec.topology.precision], {}
@@ -81,14 +81,14 @@ def _unsharded_weights(spec: CheckpointSpec, placeholders: PlaceholderTensors) -
 def _frozen_parts(
     spec: CheckpointSpec, data_rank: int, placeholders: PlaceholderTensors
 ) -> dict[str, Tensor]:
-    """Room for a rank's parts of the parameters that are not trained (ZeRO-3)."""
+    """Placeholders for a rank's shards of parameters that are not trained (ZeRO-3)."""
     names, dtype = list(spec.frozen.shapes), DTYPES[spec.topology.precision]
     return {
         names[container.key]: placeholders(
             Region("fp32", held, spec.frozen.lengths[container], trained=False, forward=True),
             dtype=dtype,
         )
-        for container, held in spec.frozen.held(data_rank).items()
+        for container, held in spec.frozen.buffers_of_rank(data_rank).items()
     }
 
 

@@ -1,4 +1,4 @@
-"""The optimizer's objects in DeepSpeed's forms, with room where masters and moments will go.
+"""The optimizer's objects in DeepSpeed's forms, with placeholders for masters and moments.
 
 Hyper-parameters and counters come from a template checkpoint of any ZeRO stage.
 """
@@ -41,7 +41,7 @@ def optimizer_objects(
 def unpartitioned_optimizer(
     spec: CheckpointSpec, placeholders: PlaceholderTensors
 ) -> dict[str, Any]:
-    """The optimizer's state as a ZeRO-0 model file keeps it: by number of the parameter."""
+    """The optimizer's state in a ZeRO-0 model file: by number of the parameter."""
     layout, numbers = spec.layout, iter(range(len(spec.layout.shapes)))
     segments = list(layout.segments.items())
     moments = [item for item in layout.states.items() if item[0] != "fp32"]
@@ -73,7 +73,7 @@ def unpartitioned_optimizer(
 
 
 def _keeps_form(spec: CheckpointSpec) -> bool:
-    """Whether the template's optimizer is of the same class: ZeRO 1 and 2 share one."""
+    """Whether the template's optimizer class is the same: ZeRO 1 and 2 share one."""
     forms = {spec.template.topology.zero_stage == 3, spec.topology.zero_stage == 3}
     return len(forms) == 1
 
@@ -89,12 +89,12 @@ def _entry(
 
 
 def _counters(counters: Mapping[str, Any]) -> dict[str, Any]:
-    # Cloned: entries that shared one step counter would each advance it for all.
+    # Cloned: parameters that shared one step tensor would each increment it.
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in counters.items()}
 
 
 def _run(layout: Layout, name: str) -> tuple[tuple[tuple[str, Segment]], int]:
-    """A whole parameter's elements of a state, and how many they are."""
+    """The segment of an unsharded parameter's state, and its length."""
     (segment,) = layout.segments[name]
     return ((name, segment),), segment.length
 
@@ -102,9 +102,9 @@ def _run(layout: Layout, name: str) -> tuple[tuple[tuple[str, Segment]], int]:
 def _by_group(
     spec: CheckpointSpec, data_rank: int, placeholders: PlaceholderTensors
 ) -> dict[str, Any]:
-    """ZeRO 1 and 2: one buffer for each parameter group."""
+    """ZeRO 1 and 2: one flat buffer for each parameter group."""
     topology, layout = spec.topology, spec.layout
-    held = layout.held(data_rank)
+    held = layout.buffers_of_rank(data_rank)
     state: dict[int, Any] = {}
     masters: list[Tensor] = []
     paddings: list[int] = []
@@ -134,12 +134,12 @@ def _by_group(
 def _by_subgroup(
     spec: CheckpointSpec, data_rank: int, placeholders: PlaceholderTensors
 ) -> dict[str, Any]:
-    """ZeRO-3: buffers filled with parts of parameters up to a size."""
+    """ZeRO-3: one flat buffer for each sub-group."""
     layout = spec.layout
     group_of = [group for group, _ in layout.subgroups]
     state: dict[int, Any] = {}
     masters: list[Tensor] = []
-    for container, parts in layout.held(data_rank).items():
+    for container, parts in layout.buffers_of_rank(data_rank).items():
         length = layout.lengths[container]
         state[container.key] = _entry(
             spec.groups[group_of[container.key]].counters, parts, length, placeholders
@@ -158,9 +158,9 @@ def _by_subgroup(
 
 
 def _clip(spec: CheckpointSpec) -> dict[str, float]:
-    """The bound of the gradient norm, which ZeRO 1 and 2 take from their checkpoint.
+    """The gradient clipping norm, which ZeRO 1 and 2 load from their checkpoint.
 
-    Where nothing says what it was, the entry is left out, and an engine keeps its own.
+    If the template does not hold it, the entry is left out, and an engine keeps its own.
     """
     template, config = spec.template, spec.template.header.get("ds_config") or {}
     if template.topology.zero_stage in (1, 2):

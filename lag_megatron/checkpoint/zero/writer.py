@@ -1,4 +1,4 @@
-"""Writing one rank's files of a ZeRO checkpoint that DeepSpeed's own loader takes unchanged."""
+"""Writing one rank's files of a ZeRO checkpoint, as DeepSpeed's own loader reads them."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,16 +8,13 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import Layout, Topology
-from lag_megatron.checkpoint.state.region import Fill
+from lag_megatron.checkpoint.state.region import RegionFiller
 from lag_megatron.checkpoint.state.spec import DTYPES, CheckpointSpec, PlaceholderTensors
 from lag_megatron.checkpoint.storage import torch_pickle
+from lag_megatron.checkpoint.writer.context import DEFAULT_CONTEXT, WriteContext
 from lag_megatron.checkpoint.writer.file_template import FileTemplateCache
-from lag_megatron.checkpoint.writer.file_writer import (
-    DEFAULT_CONTEXT,
-    Span,
-    WriteContext,
-    write_spans,
-)
+from lag_megatron.checkpoint.writer.file_writer import write_spans
+from lag_megatron.checkpoint.writer.pieces import Span
 from lag_megatron.checkpoint.zero.file_names import model_file, optimizer_file
 from lag_megatron.checkpoint.zero.model_states import model_objects
 from lag_megatron.checkpoint.zero.optim_states import optimizer_objects
@@ -29,7 +26,7 @@ _BYTES = 4
 def write_rank(
     folder: Path,
     spec: CheckpointSpec,
-    fill: Fill,
+    fill: RegionFiller,
     *,
     tensor_rank: int,
     data_rank: int,
@@ -38,13 +35,15 @@ def write_rank(
     """Write one rank's files and return their manifest entries by name.
 
     Args:
-        folder: where to; it exists.
-        draft: what is to be written.
+        folder: an existing directory.
+        spec: the checkpoint to write.
         fill: makes the values of each region.
-        crew: told of each piece, and of each finished file.
+        tensor_rank: of the rank.
+        data_rank: of the rank.
+        context: callbacks and buffers.
 
     Raises:
-        CheckpointError: when a file cannot be written; nothing of it stays then.
+        CheckpointError: when a file cannot be written; it is removed then.
     """
     ranks = {"tensor_rank": tensor_rank, "data_rank": data_rank}
     topology = spec.topology
@@ -63,7 +62,7 @@ def write_rank(
 
 
 def bytes_of(topology: Topology, layout: Layout, frozen: Layout | None = None) -> int:
-    """Bytes of all tensors of a whole checkpoint of this layout, all ranks together."""
+    """Bytes of all tensors of a checkpoint of this layout, all ranks together."""
     size = sum(sum(there.lengths.values()) for there in layout.states.values()) * _BYTES
     width = DTYPES[topology.precision].itemsize
     if topology.zero_stage in (1, 2) or (topology.zero_stage == 0 and topology.precision != "fp32"):
@@ -77,28 +76,28 @@ def write_objects(
     path: Path,
     objects: Any,
     placeholders: PlaceholderTensors,
-    fill: Fill,
+    fill: RegionFiller,
     context: WriteContext,
     templates: FileTemplateCache | None = None,
 ) -> dict[str, Any]:
-    """Write a file of ``torch.save`` whose large tensors are filled in, and return its entry.
+    """Write a ``torch.save`` file, fill in its placeholders, and return its manifest entry.
 
     Args:
         path: the file.
-        objects: what it holds; tensors that ``room`` made are filled, others taken over.
-        room: knows which those are.
+        objects: what the file holds.
+        placeholders: tells which tensors of ``objects`` are filled; the others are copied.
         fill: makes the values.
-        crew: told of each piece, and of the finished file.
-        moulds: of files of its kind, where there are many of them.
+        context: callbacks and buffers.
+        templates: where there are many files of this kind.
 
     Raises:
-        CheckpointError: when it cannot be written; nothing of it stays then.
+        CheckpointError: when the file cannot be written; it is removed then.
     """
     try:
         if templates is None:
             entry = write_spans(path, _laid_out(path, objects, placeholders), fill, context)
         else:
-            entry = templates.write(path, objects, placeholders, fill, context, by=_laid_out)
+            entry = templates.write(path, objects, placeholders, fill, context, lay_out=_laid_out)
         context.flush(path)
     except OSError as error:
         path.unlink(missing_ok=True)
@@ -110,7 +109,7 @@ def write_objects(
 
 
 def _laid_out(path: Path, objects: Any, placeholders: PlaceholderTensors) -> list[Span]:
-    """Create the file with all but its large values, which are still to be written."""
+    """Create the file with everything but the placeholders' values, and return their spans."""
     mapped = torch_pickle.create(path, objects)
     pairs = list(_tensors(objects, mapped))
     offsets = torch_pickle.byte_offsets(path, [there for _, there in pairs])
@@ -120,12 +119,12 @@ def _laid_out(path: Path, objects: Any, placeholders: PlaceholderTensors) -> lis
         if region is None:
             there.copy_(here)
         elif region.length:
-            spans[offset] = Span(offset, here.dtype, region)  # once, where two names share it
+            spans[offset] = Span(offset, here.dtype, region)  # two names may share one
     return list(spans.values())
 
 
 def _tensors(tree: Any, mapped: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every tensor of a tree of objects beside its twin in the file."""
+    """Every tensor of a tree of objects, with the mapped tensor in the file."""
     if isinstance(tree, Tensor):
         yield tree, mapped
     elif isinstance(tree, Mapping):

@@ -1,4 +1,4 @@
-"""What growing a checkpoint offline will take, told before it begins."""
+"""Estimating bytes, memory and seconds of growing a checkpoint."""
 
 import os
 import tempfile
@@ -10,26 +10,27 @@ from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.optimizer_states import role_of, state_shape, states_of
 from lag_megatron.checkpoint.state.spec import DTYPES
 from lag_megatron.checkpoint.state.tensor_parallel import cut_dim
-from lag_megatron.checkpoint.writer.file_writer import BUFFER_BYTES, PIECE_BYTES
+from lag_megatron.checkpoint.writer.context import BUFFER_BYTES
+from lag_megatron.checkpoint.writer.pieces import PIECE_BYTES
 from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.growth_map import Copy
 from lag_megatron.growth.weight_init import Diagonals, Normal
 
 _BYTES = 4
 _TRIAL_BYTES = 1 << 26
-# What drawing takes beside the buffer: a few arrays of doubles for 2**18 elements.
+# Memory for drawing values beside the buffer: a few arrays of doubles for 2**18 elements.
 _DRAWING_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class GrowthEstimate:
-    """Bytes and seconds.
+    """Bytes and seconds that growing a checkpoint will take.
 
     Attributes:
-        read: bytes of the source that are needed, each counted once.
-        write: bytes of tensors of the target.
-        memory: anonymous memory of all workers above that of the idle program, in bytes.
-        seconds: at the rate at which this disk took a trial file; None if it took none.
+        read: bytes of the source that are read, each counted once.
+        write: bytes of the target's tensors.
+        memory: bytes of anonymous memory of all workers, above that of the idle program.
+        seconds: at the measured write rate of the disk; None if it could not be measured.
     """
 
     read: int
@@ -41,12 +42,13 @@ class GrowthEstimate:
 def estimate_growth(
     grown: GrownState, *, workers: int, folder: Path | None = None
 ) -> GrowthEstimate:
-    """What this growth will take.
+    """Estimate bytes, memory and seconds of writing a grown state.
 
     Args:
-        growth: what is to be done.
+        grown: the grown state.
         workers: threads that write.
-        folder: where the target will be; a trial file without a name is written on its disk.
+        folder: where the target will be; the write rate of its disk is measured with an unnamed
+            temporary file.  Without it ``seconds`` is None.
     """
     shapes = {**grown.source.layout.shapes, **grown.source.frozen.shapes}
     optimizer = grown.layout.optimizer
@@ -79,9 +81,9 @@ def estimate_growth(
 
 
 def _write_rate(folder: Path) -> float | None:
-    """Bytes a second at which the disk of a folder, or of its nearest parent, takes a file.
+    """Bytes a second that can be written to the disk of a folder, or of its nearest parent.
 
-    None where it takes none, which the growth itself would say.
+    None if it cannot be written to; growing would report why.
     """
     while not folder.is_dir():
         folder = folder.parent

@@ -1,4 +1,4 @@
-"""A plan bound to a checkpoint: everything about the grown one is known, nothing is written."""
+"""A growth plan bound to a checkpoint: the grown state, of which nothing is written yet."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -27,22 +27,22 @@ from lag_megatron.checkpoint.state.tensor_parallel import (
     unsharded_shape,
 )
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.writer.file_writer import DEFAULT_CONTEXT, WriteContext
+from lag_megatron.checkpoint.writer.context import DEFAULT_CONTEXT, WriteContext
 from lag_megatron.checkpoint.zero.writer import bytes_of, write_rank
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.apply.fill import Filler
+from lag_megatron.growth.apply.fill import GrowthFiller
 from lag_megatron.growth.growth_map import Copy, GrowthMap, grown_names, growth_map_of
 from lag_megatron.growth.plan import GrowthPlan
 
 
 @dataclass(frozen=True)
 class GrownState:
-    """What a plan makes of a checkpoint, under any topology.
+    """The training state that a plan makes of a checkpoint, under any topology.
 
     Attributes:
         source: the checkpoint to grow; it is never changed.
-        plan: what to do.
-        target: how the grown checkpoint is spread; the source's topology by default.
+        plan: the growth plan.
+        target: topology of the grown state; the source's by default.
 
     Raises:
         PlanError: when the plan or the topology does not fit the checkpoint.
@@ -54,12 +54,12 @@ class GrownState:
 
     @property
     def topology(self) -> Topology:
-        """How the grown checkpoint is spread."""
+        """Topology of the grown state."""
         return self.target or self.source.topology
 
     @cached_property
     def growth_map(self) -> GrowthMap:
-        """What each grown parameter is made of."""
+        """The source of each grown parameter's values."""
         frozen = self._unsharded(self.source.frozen.shapes)
         return growth_map_of(
             self.plan, self._unsharded_groups, frozen, query_groups=self._query_groups
@@ -67,7 +67,7 @@ class GrownState:
 
     @cached_property
     def layout(self) -> Layout:
-        """Where the trained parameters will lie."""
+        """The layout of trained parameters."""
         groups = [self._local(group) for group in self.growth_map.groups]
         if self.source.optimizer == "adafactor":
             self._refuse_parts()
@@ -78,17 +78,17 @@ class GrownState:
 
     @cached_property
     def frozen(self) -> Layout:
-        """Where the others will lie."""
+        """The layout of parameters that are not trained."""
         return frozen_layout(self._local(self.growth_map.frozen), self.topology)
 
     @property
     def bytes_to_write(self) -> int:
-        """Size of the grown checkpoint's tensors, all ranks together."""
+        """Bytes of the grown state's tensors, all ranks together."""
         return bytes_of(self.topology, self.layout, self.frozen)
 
-    def filler(self, *, tensor_rank: int) -> Filler:
-        """What makes the values of one target tensor rank."""
-        return Filler(
+    def filler(self, *, tensor_rank: int) -> GrowthFiller:
+        """The filler of one target tensor-parallel rank."""
+        return GrowthFiller(
             self.growth_map,
             self.source,
             self.topology,
@@ -106,10 +106,7 @@ class GrownState:
         data_rank: int,
         context: WriteContext = DEFAULT_CONTEXT,
     ) -> dict[str, Any]:
-        """Write one rank's files into ``folder`` and return their manifest entries by name.
-
-        ``crew`` is told of each piece and of each finished file.
-        """
+        """Write one rank's files into ``folder`` and return their manifest entries by name."""
         return write_rank(
             folder,
             self.spec,
@@ -121,7 +118,7 @@ class GrownState:
 
     @cached_property
     def spec(self) -> CheckpointSpec:
-        """What has to be written."""
+        """The specification of the grown checkpoint."""
         names = {name: name for name in self.source.header["module"]}
         if self.plan.operator != "identity":
             names = {new: old for new, old, _ in grown_names(list(names), self.plan.layer_map)}
@@ -139,7 +136,7 @@ class GrownState:
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
-        """What the grown checkpoint's manifest says beside its files."""
+        """Entries of the grown checkpoint's manifest, beside its files."""
         source = {
             "path": str(self.source.path.absolute()),
             "digest": manifest.digest_of(self.source.path),
@@ -156,7 +153,7 @@ class GrownState:
 
     @cached_property
     def client_state(self) -> dict[str, Any]:
-        """The trainer's entries of the source, brought up to date."""
+        """The trainer's entries of the source, updated by the plan."""
         state = self.source.client_state
         history = list(state.get("growth_history", []))
         if self.plan.operator != "identity":
@@ -169,7 +166,7 @@ class GrownState:
         }
 
     def _aliases(self, names: Mapping[str, str]) -> dict[str, str]:
-        """Aliases of the grown model: of a parameter of the same layer, or of one in none."""
+        """Shared parameters of the grown model: within one layer, or with one outside of layers."""
         grown: dict[str, str] = {}
         for new, old in names.items():
             owner = self.source.aliases.get(old)
@@ -204,7 +201,7 @@ class GrownState:
 
     @cached_property
     def _query_groups(self) -> int | None:
-        """Of the model's attention, where the checkpoint tells: our trainer's do."""
+        """Query groups of the attention; only checkpoints of this program record them."""
         return (self.source.client_state.get("model") or {}).get("num_query_groups")
 
     def _unsharded(self, shapes: ParamGroup) -> ParamGroup:
@@ -230,7 +227,7 @@ class GrownState:
             raise PlanError(f"{self.source.path}: {error}") from None
 
     def _refuse_parts(self) -> None:
-        """Means over rows and columns cannot be put together from those of parts."""
+        """Refuse maps that join parts of matrices, whose Adafactor means are not known."""
         for name, blocks in self.growth_map.blocks.items():
             for origin in (origin for block in blocks for origin in block.sources.values()):
                 if len(blocks) > 1 or (isinstance(origin, Copy) and any(origin.low)):
@@ -241,7 +238,7 @@ class GrownState:
                     )
 
     def _refuse_unknown_cuts(self, shapes: ParamGroup) -> None:
-        """A matrix of a layer that no rule cuts may still have been cut, by other rules."""
+        """Refuse to reshard matrices that the table of tensor parallelism does not list."""
         for name, shape in shapes.items():
             if LAYER.match(name) and len(shape) > 1 and cut_dim(name) is None:
                 raise PlanError(
@@ -252,7 +249,7 @@ class GrownState:
 
 
 def resharded(source: CheckpointSource, target: Topology) -> GrownState:
-    """The growth that changes nothing but where everything lies."""
+    """The same state under another topology: a grown state of the operator ``identity``."""
     layers = len(layers_in([*source.layout.shapes, *source.frozen.shapes]))
     plan = GrowthPlan(operator="identity", source_layers=layers, target_layers=layers)
     return GrownState(source, plan, target)
@@ -266,7 +263,7 @@ def retarget(
     zero_stage: int | None = None,
     precision: str | None = None,
 ) -> Topology:
-    """The source's topology with what is given replaced; ``world_size`` counts all ranks.
+    """The source's topology with the given values replaced; ``world_size`` counts all ranks.
 
     Raises:
         PlanError: if the ranks do not divide into tensor-parallel groups.

@@ -1,7 +1,7 @@
-"""Growth of distributed checkpoints by their metadata, which says where values lie.
+"""Growing a distributed checkpoint by hard links: only new values are written.
 
-The data files are linked as they are, a duplicate is one more entry for the same bytes, and only
-values that are new are written.
+The data files are linked as they are; a duplicated layer is one more entry in ``.metadata`` for the
+same bytes.
 """
 
 import copy
@@ -26,7 +26,7 @@ from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.checkpoint.state.spec import PlaceholderTensors
 from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest, torch_pickle
-from lag_megatron.checkpoint.writer.file_writer import WriteContext
+from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.checkpoint.zero.writer import write_objects
 from lag_megatron.errors import PlanError
@@ -36,14 +36,14 @@ from lag_megatron.growth.apply.hardlink_universal import hardlink_file, origin_o
 
 
 def hardlink_dcp(grown: GrownState, target: Path) -> WriteJob:
-    """The order for a grown distributed checkpoint of one: its data linked, its metadata new.
+    """The job that grows a distributed checkpoint: data files are linked, metadata is written.
 
     Args:
-        growth: of a distributed checkpoint, under the topology of one rank without ZeRO.
-        target: the directory to come, an ``iter_0000000`` for Megatron.
+        grown: of a distributed checkpoint, under the topology of one rank without ZeRO.
+        target: the directory to write, an ``iter_0000000`` for Megatron.
 
     Raises:
-        PlanError: if stored pieces reach over layers, or settings cannot be brought up to date.
+        PlanError: if a stored box covers several layers, or Megatron's settings cannot be read.
     """
     metadata = _GrownMetadata(grown, unsharded_state(grown))
     return WriteJob(
@@ -57,7 +57,7 @@ def hardlink_dcp(grown: GrownState, target: Path) -> WriteJob:
         ],
         metadata={**grown.metadata, "written_as": "linked"},
         needed=metadata.new_bytes,
-        what="what is not linked",
+        title="what is not linked",
         check=grown.source.require_sound,
         finish=metadata.write_rest,
         pointer=TRACKER if metadata.is_megatron else None,
@@ -66,21 +66,21 @@ def hardlink_dcp(grown: GrownState, target: Path) -> WriteJob:
 
 
 def _tracked(target: Path) -> str:
-    """What Megatron's pointer says of a directory: its iteration, or ``release``."""
+    """What Megatron's pointer file holds for a directory: its iteration, or ``release``."""
     number = target.name.removeprefix("iter_")
     return str(int(number)) if number.isdigit() else target.name
 
 
 @dataclass(frozen=True)
 class _GrownMetadata:
-    """Where everything of a grown distributed checkpoint lies."""
+    """The files of a grown distributed checkpoint and their entries in its metadata."""
 
     grown: GrownState
     state: UnshardedState
 
     @cached_property
     def contents(self) -> dcp_metadata.Contents:
-        """Of the source."""
+        """The contents of the source."""
         return dcp_metadata.read_metadata(self.grown.source.path)
 
     @property
@@ -90,10 +90,10 @@ class _GrownMetadata:
 
     @cached_property
     def common(self) -> dict[str, Any]:
-        """Megatron's settings, brought up to date.
+        """Megatron's settings with the grown number of layers.
 
         Raises:
-            PlanError: if they hold what is not known here.
+            PlanError: if they hold unknown classes.
         """
         found, note = dist_checkpoint.read_common(self.grown.source.path)
         if note:
@@ -116,12 +116,12 @@ class _GrownMetadata:
 
     @cached_property
     def kinds(self) -> list[tuple[str, State]]:
-        """Prefix and values of everything that is stored of a parameter."""
+        """Name prefix and state of each tensor that is stored for a parameter."""
         return [("", "fp32"), *prefixes_of(self.contents)]
 
     @cached_property
     def new_states(self) -> dict[str, list[tuple[str, State]]]:
-        """By parameter, what of it has to be written."""
+        """The tensors with new values, by parameter."""
         found = {
             name: [kind for kind in self.kinds if origin_of(self.grown, name, kind[1]) is None]
             for name in self.state.shapes
@@ -130,7 +130,7 @@ class _GrownMetadata:
 
     @property
     def new_bytes(self) -> int:
-        """Bytes of values that have to be written."""
+        """Bytes of new values."""
         return sum(
             numel(self.state.shapes[name]) * self._dtype(name, prefix).itemsize
             for name, kinds in self.new_states.items()
@@ -138,13 +138,13 @@ class _GrownMetadata:
         )
 
     def old_places(self) -> Iterator[StorageLocation]:
-        """Every place of the source."""
+        """All locations of the source."""
         for _, place, _ in self.contents.places():
             if place is not None:
                 yield place
 
     def link_file(self, name: str, folder: Path, context: WriteContext) -> dict[str, Any]:
-        """Link a data file of the source."""
+        """Hard-link a data file of the source."""
         path = self.grown.source.path
         return dict([hardlink_file(path / name, folder / name, folder, path)])
 
@@ -160,7 +160,7 @@ class _GrownMetadata:
         return entries
 
     def write_rest(self, folder: Path, files: Mapping[str, Any]) -> dict[str, Any]:
-        """The metadata and the settings."""
+        """Write the metadata and the settings."""
         write_metadata(folder, self._tensors(files), dict(self._objects()))
         written = [dcp_metadata.METADATA]
         if self.is_megatron:
@@ -213,7 +213,7 @@ class _GrownMetadata:
                 )
 
     def _objects(self) -> Iterator[tuple[str, StorageLocation]]:
-        """Places of what is no tensor; that of layers goes where its layer goes."""
+        """Names and locations of values that are not tensors; those of layers are duplicated."""
         layers = self.grown.plan.layer_map
         for name, place in self.contents.objects.items():
             head, shard, tail = name.partition("/shard_")
@@ -236,7 +236,7 @@ class _GrownMetadata:
         return f"{match['head']}{new}{match['tail']}"
 
     def _where(self, name: str) -> Stacked:
-        """Where a grown parameter is stored, in the source's way."""
+        """Where a grown parameter is stored: layers are stacked or numbered as in the source."""
         like = self.old[self._like(name)]
         if like.layer is None:
             match = LAYER.match(like.key)
@@ -246,7 +246,7 @@ class _GrownMetadata:
         return stored_as(name)
 
     def _like(self, name: str) -> str:
-        """An old parameter of the same kind: of the same shape, precision and way of storing."""
+        """An old parameter of the same shape, precision and form of storage: that of layer 0."""
         match = LAYER.match(name)
         return name if match is None else f"{match['head']}0{match['tail']}"
 

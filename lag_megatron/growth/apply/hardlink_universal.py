@@ -1,7 +1,8 @@
-"""Growth that writes almost nothing: old values are linked, and only new ones are written.
+"""Growing a universal checkpoint by hard links: only new values are written.
 
-Here of universal checkpoints, in which every state of a parameter is a file, which a duplicate
-shares by a hard link; ``linked_dcp`` has the others.  Both need the source's file system.
+In a universal checkpoint every state of a parameter is a file, so a duplicated layer is a set of
+hard links.  ``hardlink_dcp`` does the same for distributed checkpoints.  The target has to be on
+the source's file system.
 """
 
 import os
@@ -18,8 +19,8 @@ from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.universal.format import FOLDER
 from lag_megatron.checkpoint.universal.writer import universal_job, write_states
+from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.file_template import FileTemplateCache
-from lag_megatron.checkpoint.writer.file_writer import WriteContext
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.apply.conversion import unsharded_state
@@ -28,11 +29,11 @@ from lag_megatron.growth.growth_map import Copy
 
 
 def hardlink_universal(grown: GrownState, target: Path) -> WriteJob:
-    """The order for a grown universal checkpoint of one, for a job of the same topology.
+    """The job that grows a universal checkpoint, for training under the same topology.
 
     Args:
-        growth: of a universal checkpoint, under the topology of one rank without ZeRO.
-        target: the tag directory to come.
+        grown: of a universal checkpoint, under the topology of one rank without ZeRO.
+        target: the tag directory to write.
     """
     header = grown.source.header
     config, degrees = header["ds_config"], header.get("checkpoint_parallel_dimensions") or {}
@@ -51,7 +52,7 @@ def hardlink_universal(grown: GrownState, target: Path) -> WriteJob:
         else part
         for part in job.parts
     ]
-    return replace(job, parts=parts, needed=_new_bytes(grown), what="what is not linked")
+    return replace(job, parts=parts, needed=_new_bytes(grown), title="what is not linked")
 
 
 def _hardlink_parameter(
@@ -62,7 +63,7 @@ def _hardlink_parameter(
     folder: Path,
     context: WriteContext,
 ) -> Mapping[str, Any]:
-    """A parameter's folder: hard links of the states that are another's, files of the others."""
+    """Write a parameter's folder: hard links for copied states, files for new ones."""
     place, source = folder / FOLDER / name, grown.source.path / FOLDER
     place.mkdir(parents=True, exist_ok=True)
     # All parameters of a group have taken the same steps; after ZeRO-3 no file says how many.
@@ -83,7 +84,13 @@ def _hardlink_parameter(
 def hardlink_file(
     file: Path, place: Path, folder: Path, source: Path
 ) -> tuple[str, dict[str, Any]]:
-    """Link a file of a checkpoint into a draft; its name there and its manifest entry.
+    """Hard-link a file of a checkpoint into another, and return its name and manifest entry.
+
+    Args:
+        file: to link.
+        place: path of the link.
+        folder: the staging directory that holds it.
+        source: the checkpoint that holds ``file``.
 
     Raises:
         CheckpointError: if the two are not on one file system.
@@ -105,7 +112,7 @@ def hardlink_file(
 
 
 def origin_of(grown: GrownState, name: str, state: State) -> str | None:
-    """The old parameter whose values a grown one has, bit for bit; None if its own are new."""
+    """The old parameter that a grown one copies bit for bit; None if its values are new."""
     block, *others = grown.growth_map.blocks[name]
     origin = block.sources[role_of(state)]
     if others or not isinstance(origin, Copy) or any(origin.low) or origin.scale != 1:

@@ -197,8 +197,8 @@ def fetched(config, paths):
     world = start_world(tensor=1)
     layers = config.model.num_layers
     engine = Engine(config, world, num_layers=layers, vocab_size=PICO_VOCABULARY)
-    names = {p.ds_id: name for name, p in engine._engine.module.named_parameters()}
-    coordinator = engine._engine.optimizer.parameter_offload.get_param_coordinator()
+    names = {p.ds_id: name for name, p in engine.module.named_parameters()}
+    coordinator = engine.deepspeed_engine.optimizer.parameter_offload.get_param_coordinator()
     kind, seen = type(coordinator), set()
     gather = "_PartitionedParameterCoordinator__all_gather_params_"
     honest = getattr(kind, gather)

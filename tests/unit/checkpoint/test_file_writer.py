@@ -1,4 +1,4 @@
-"""Files that are filled by several threads at once, and files that share a mould."""
+"""Files that are filled by several threads at once, and files that share a template."""
 
 import errno
 import os
@@ -15,10 +15,12 @@ from lag_megatron.checkpoint.state.layout import Container, Segment
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.checkpoint.state.spec import PlaceholderTensors
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.writer import file_writer
+from lag_megatron.checkpoint.writer import file_writer, pieces
+from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.file_template import FileTemplateCache
-from lag_megatron.checkpoint.writer.file_writer import Span, WriteContext, write_spans
+from lag_megatron.checkpoint.writer.file_writer import write_spans
 from lag_megatron.checkpoint.writer.ordered_pool import OrderedPool
+from lag_megatron.checkpoint.writer.pieces import Span
 from lag_megatron.checkpoint.zero.writer import write_objects
 from lag_megatron.errors import CheckpointError
 
@@ -148,8 +150,9 @@ def test_a_thread_that_waits_comes_back_when_another_fails():
 @pytest.mark.parametrize("block", [1 << 22, 1 << 12])
 def test_rows_that_lie_as_columns(block, dtype, tmp_path, monkeypatch):
     """Matrices of 96 x 40 among others, turned whole or some rows at a time, by four threads."""
-    monkeypatch.setattr(file_writer, "_BLOCK_BYTES", block)
-    monkeypatch.setattr(file_writer, "_WINDOW_BYTES", 1 << 10)
+    monkeypatch.setattr(pieces, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(pieces, "_WINDOW_BYTES", 1 << 10)
+    monkeypatch.setattr(file_writer, "_SHARED_BYTES", 1 << 10)
     rows, width, size = 96, 40, dtype.itemsize
     spans, at = [], 8
     for _ in range(3):
@@ -191,7 +194,7 @@ def test_each_state_has_a_checksum_of_its_own(tmp_path):
         assert there["xxh3_128"] == xxhash.xxh3_128(parts).hexdigest()
 
 
-def test_a_mould_gives_the_bytes_that_torch_gives(tmp_path):
+def test_a_template_gives_the_bytes_that_torch_gives(tmp_path):
     shapes = [(3, 5), (3, 5), (5, 3), (3, 5), (0,), (0,), (150, 150), (150, 150)]
     templates = FileTemplateCache()
     for number, shape in enumerate(shapes):
@@ -217,7 +220,7 @@ def test_a_mould_gives_the_bytes_that_torch_gives(tmp_path):
             assert torch.equal(found["param"], expected)
 
 
-def test_a_mould_is_of_one_step(tmp_path):
+def test_a_template_is_of_one_step(tmp_path):
     templates, found = FileTemplateCache(), []
     for step in (3.0, 4.0, 3.0):
         (tmp_path / str(len(found))).mkdir()
@@ -245,7 +248,9 @@ def write_from_template(file, shape, templates):
         *((LONGER, call) for call in ("open", "ftruncate", "pwrite", "pread", "fsync")),
     ],
 )
-def test_a_disk_that_fails_leaves_nothing_of_a_moulded_file(shape, call, tmp_path, monkeypatch):
+def test_a_disk_that_fails_leaves_nothing_of_a_file_from_a_template(
+    shape, call, tmp_path, monkeypatch
+):
     templates, file = FileTemplateCache(), tmp_path / "fp32.pt"
     write_from_template(file, shape, templates)
     opened = len(os.listdir("/proc/self/fd"))
@@ -262,7 +267,7 @@ def test_a_disk_that_fails_leaves_nothing_of_a_moulded_file(shape, call, tmp_pat
 
 
 @pytest.mark.parametrize("shape", [SMALL, LONGER])
-def test_a_moulded_file_replaces_what_a_kill_left(shape, tmp_path):
+def test_a_file_from_a_template_replaces_what_a_kill_left(shape, tmp_path):
     """Its mode is the one that any new file has."""
     templates, first, second = (
         FileTemplateCache(),

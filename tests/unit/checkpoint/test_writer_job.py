@@ -17,7 +17,7 @@ def job_of(target, works):
         parts=[Part(name, work) for name, work in works.items()],
         metadata={},
         needed=0,
-        what="the test",
+        title="the test",
         check=lambda: None,
     )
 
@@ -31,10 +31,10 @@ def test_the_first_that_fails_is_raised_before_others_end():
     with ThreadPoolExecutor(2) as pool:
         tasks = [pool.submit(may_end.wait, 60), pool.submit(fail)]
         with pytest.raises(OSError, match="no room"):
-            job._require(tasks)
+            job._wait_for(tasks)
         assert not tasks[0].done()
         may_end.set()
-        job._require(tasks[:1])
+        job._wait_for(tasks[:1])
         assert tasks[0].done()
 
 
@@ -50,7 +50,7 @@ def test_who_waits_holds_no_lock_that_a_worker_needs(monkeypatch):
         tasks = [pool.submit(time.sleep, 0.2) for _ in range(4)]
         with monkeypatch.context() as patch:
             patch.setattr(threading.Condition, "wait", watched)
-            job._require(tasks)
+            job._wait_for(tasks)
         assert all(task.done() for task in tasks)
 
 
@@ -89,7 +89,7 @@ def test_a_key_before_all_parts_have_begun_ends_those_that_have(tmp_path, monkey
             for _ in range(600):
                 context.progress(1)
                 time.sleep(0.05)
-        except job._Abandoned:
+        except job._AnotherFailed:
             ended.append(True)
             raise
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
 
 import torch
 
-from lag_megatron.run.compile_cache import keep_caches
+from lag_megatron.run.compile_cache import set_cache_dirs
 from tools.bench.common.figures import record
 from tools.bench.common.timing import device_prefix
 
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu.sh: no GPU is here, so there is nothing to measure.", file=sys.stderr)
         return 2
-    keep_caches(ROOT)
+    set_cache_dirs(ROOT)
     device = torch.cuda.get_device_name()
     parts = [part for part in PARTS if not options.only or part.name in options.only]
     options.json.parent.mkdir(parents=True, exist_ok=True)

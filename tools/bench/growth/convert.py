@@ -108,7 +108,7 @@ def _drop_state_checksums(source: Path) -> None:
 def _convert(source: Path, form: Format, target: Path, workers: int) -> None:
     opened = ZeroCheckpoint.open(source)
     conversion = Conversion(source=opened, to=form, topology=opened.topology)
-    write(conversion.job(conversion.place(target)), workers=workers)
+    write(conversion.job(conversion.target_dir(target)), workers=workers)
 
 
 def _against_copy(source: Path, form: Format, scratch: Path, workers: int) -> dict[str, float]:

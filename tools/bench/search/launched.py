@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lag_megatron.run.compile_cache import keep_caches
+from lag_megatron.run.compile_cache import set_cache_dirs
 from lag_megatron.run.directory import RunDirectory, tag_of
 from lag_megatron.run.metrics import read_rows
 
@@ -151,6 +151,6 @@ def launch(script: Path, arguments: Sequence[str], *, ranks: int) -> None:
 def _environment() -> dict[str, str]:
     """DeepSpeed builds its communication op with the ninja beside this Python."""
     found = {**os.environ, "OMP_NUM_THREADS": "1"}
-    keep_caches(ROOT, found)
+    set_cache_dirs(ROOT, found)
     found["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), found.get("PATH", "")])
     return found

@@ -25,7 +25,7 @@ def main() -> int:
     config = load_config(options.config)
     world = start_world(tensor=config.parallel.tensor)
     run = RunDirectory(options.folder)
-    data = world.from_coordinator(lambda: prepare_data(config.data, cache_dir=run.data_cache))
+    data = world.run_on_rank0(lambda: prepare_data(config.data, cache_dir=run.data_cache))
     data = open_prepared(data.folder)
     vocab_size = padded_vocab_size(data.vocab_size)
     context = TrainingContext(config, run, BatchLoader(data, config, world), StopFlag(), vocab_size)
