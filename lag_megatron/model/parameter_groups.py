@@ -1,4 +1,4 @@
-"""Which parameters decay, and the optimizer that is told so."""
+"""Which parameters decay, and the optimizer with these two groups."""
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
