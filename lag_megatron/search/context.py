@@ -7,7 +7,7 @@ A search sees no run configuration.  Whoever drives it builds these, from a conf
 from dataclasses import dataclass
 from typing import Protocol
 
-from lag_megatron.engine.engine import Engine
+from lag_megatron.engine.protocol import SearchEngine
 from lag_megatron.growth.pool import Candidate
 from lag_megatron.run.directory import RunDirectory
 from lag_megatron.run.metrics import MetricRow
@@ -39,7 +39,7 @@ class ProbeTrainer(Protocol):
     """Trains and evaluates the model in an engine; all ranks of a probe group call together."""
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> SearchEngine:
         """Holds the state that is trained; its depth is the one that the event grows to."""
 
     def train_step(self, candidate: Candidate, step: int) -> tuple[MetricRow, bool]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from lag_megatron.distributed.world import CONTROL_TIMEOUT, World, local_ranks
+from lag_megatron.distributed.world import CONTROL_TIMEOUT, World, local_world_size
 from lag_megatron.search.context import ProbeTrainer, SearchContext
 from lag_megatron.search.event import GrowthEvent
 from lag_megatron.search.worker import ProbeWorker
@@ -31,7 +31,7 @@ def count_groups(world: World, event: GrowthEvent, *, state_bytes: Callable[[int
         event: what is probed.
         state_bytes: bytes of training state on one rank of a group of so many replicas.
     """
-    return world.from_coordinator(lambda: _count(world, event, state_bytes))
+    return world.run_on_rank0(lambda: _count(world, event, state_bytes))
 
 
 def _count(world: World, event: GrowthEvent, state_bytes: Callable[[int], float]) -> int:
@@ -113,4 +113,4 @@ def _memory_of_rank(world: World) -> int:
     """Bytes of this rank's device, or its share of the host's memory."""
     if world.device.type == "cuda":
         return int(torch.cuda.get_device_properties(world.device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_ranks(world.size)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world_size(world.size)

@@ -12,7 +12,7 @@ from lag_megatron.search.context import SearchContext
 from lag_megatron.search.coordinator import Coordinator
 from lag_megatron.search.event import GrowthEvent, ProbeResult
 from lag_megatron.search.probe_log import ProbeLog
-from lag_megatron.search.rpc import Desk, desk_of
+from lag_megatron.search.rpc import CoordinatorClient, connect
 from lag_megatron.search.worker import ProbeWorker
 
 
@@ -31,20 +31,20 @@ def search(world: World, worker: ProbeWorker, recorder: Recorder) -> Path:
     """
     event, context = worker.event, worker.context
     log = ProbeLog(recorder, event, tokens_per_step=context.costs.tokens_per_step)
-    world.from_each(lambda: _require_sound_base(world, event.base))
+    world.run_on_all_ranks(lambda: _require_sound_base(world, event.base))
     made: list[Coordinator] = []
-    world.from_coordinator(lambda: made.append(_coordinator(worker, recorder, log)))
+    world.run_on_rank0(lambda: made.append(_coordinator(worker, recorder, log)))
     coordinator = made[0] if made else None
-    with desk_of(world, worker.world, coordinator, context.stop) as client:
+    with connect(world, worker.world, coordinator, context.stop) as client:
         _work(worker, client)
-    return world.from_coordinator(lambda: _conclude(made[0], recorder, log))
+    return world.run_on_rank0(lambda: _conclude(made[0], recorder, log))
 
 
-def _work(worker: ProbeWorker, client: Desk | None) -> None:
+def _work(worker: ProbeWorker, client: CoordinatorClient | None) -> None:
     """Do assignments until there are none; ``client`` is on the group's leader alone."""
     world = worker.world
     while True:
-        assignment = world.from_coordinator(lambda: _leader(client).ask(worker.loaded_candidate))
+        assignment = world.run_on_rank0(lambda: _leader(client).ask(worker.loaded_candidate))
         if assignment.stop:
             raise Stopped(assignment.stop)
         if assignment.candidate is None:
@@ -57,15 +57,15 @@ def _work(worker: ProbeWorker, client: Desk | None) -> None:
         _record(world, client, result)
 
 
-def _record(world: World, client: Desk | None, result: ProbeResult) -> None:
-    world.from_coordinator(lambda: _leader(client).record(result))
+def _record(world: World, client: CoordinatorClient | None, result: ProbeResult) -> None:
+    world.run_on_rank0(lambda: _leader(client).record(result))
 
 
-def _stop(world: World, client: Desk | None, reason: str) -> None:
-    world.from_coordinator(lambda: _leader(client).stop(reason))
+def _stop(world: World, client: CoordinatorClient | None, reason: str) -> None:
+    world.run_on_rank0(lambda: _leader(client).stop(reason))
 
 
-def _leader(client: Desk | None) -> Desk:
+def _leader(client: CoordinatorClient | None) -> CoordinatorClient:
     assert client is not None, "only a group's leader calls the coordinator"
     return client
 

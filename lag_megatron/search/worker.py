@@ -11,9 +11,9 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import require_sound
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig
-from lag_megatron.distributed.world import World, local_ranks
-from lag_megatron.engine.base_cache import KeptBase
-from lag_megatron.engine.ema import WeightAverage, fits
+from lag_megatron.distributed.world import World, local_world_size
+from lag_megatron.engine.base_cache import BaseCache
+from lag_megatron.engine.ema import WeightAverage, has_weight_average
 from lag_megatron.engine.save import save_engine
 from lag_megatron.engine.step_result import mean
 from lag_megatron.growth.apply.grown_state import GrownState, resharded
@@ -63,11 +63,11 @@ class ProbeWorker:
         self.context, self.event, self.count = context, event, count
         self._trainer, self.engine = trainer, trainer.engine
         self._loaded: _LoadedCandidate | None = None
-        self._base = KeptBase.on(
+        self._base = BaseCache.for_device(
             self.world.device,
-            local_ranks=local_ranks(self.world.size),
-            talks=self.world.is_coordinator,
-            spare=context.equal_memory,
+            local_ranks=local_world_size(self.world.size),
+            verbose=self.world.is_coordinator,
+            on_device=context.equal_memory,
         )
         self._step_fits = False  # a step of this engine has not run out of memory
 
@@ -110,16 +110,16 @@ class ProbeWorker:
                 candidate=assignment.candidate,
                 rung=assignment.rung,
                 steps=loaded.steps,
-                evaluations=tuple(self.world.from_coordinator(candidate_dir.curve)),
+                evaluations=tuple(self.world.run_on_rank0(candidate_dir.curve)),
                 train_rows=tuple(train_rows),
                 failure=failure,
             )
             state = None
             if failure:
                 self._loaded = None  # its state is of no use
-            elif self.world.from_coordinator(lambda: needs_checkpoint(result)):
+            elif self.world.run_on_rank0(lambda: needs_checkpoint(result)):
                 state = self._save(loaded)
-        self.world.from_coordinator(candidate_dir.flush)
+        self.world.run_on_rank0(candidate_dir.flush)
         name = state.name if state else None
         return replace(result, state=name, seconds=time.perf_counter() - started)
 
@@ -138,12 +138,12 @@ class ProbeWorker:
         self._loaded = None
         candidate = self.event.pool[index]
         candidate_dir = self._candidate_dir(candidate)
-        steps = self.world.from_coordinator(
+        steps = self.world.run_on_rank0(
             lambda: candidate_dir.resume(rung=assignment.rung, usable=self._usable)
         )
         growth = self._growth(candidate, candidate_dir.state_at(steps) if steps else None)
         self.engine.grow_from(growth, None if steps else self._base)
-        average = WeightAverage(self.engine.live) if self._averages else None
+        average = WeightAverage(self.engine.state) if self._averages else None
         if average and steps:
             average.load(candidate_dir.state_at(steps), rank=self.world.rank, size=self.world.size)
         self._loaded = _LoadedCandidate(index, candidate, candidate_dir, steps, growth, average)
@@ -152,7 +152,7 @@ class ProbeWorker:
     def _usable(self, state: Path) -> bool:
         """Whether the weight average that is saved with a state is sharded as this engine is."""
         return not self._averages or (
-            fits(state, size=self.world.size)
+            has_weight_average(state, size=self.world.size)
             and ZeroCheckpoint.open(state).topology == self.engine.topology
         )
 
@@ -169,7 +169,9 @@ class ProbeWorker:
             require_sound(state, names[self.world.rank :: self.world.size])
             opened.append(resharded(ZeroCheckpoint.open(state), self.engine.topology))
 
-        self.world.from_each(open_source)  # a rank that failed alone would leave the others waiting
+        self.world.run_on_all_ranks(
+            open_source
+        )  # a rank that failed alone would leave the others waiting
         return opened[0]
 
     @property
@@ -183,7 +185,7 @@ class ProbeWorker:
     ) -> tuple[list[MetricRow], str]:
         """The metrics of the steps taken and the reason of a failure."""
         rows: list[MetricRow] = []
-        known = {row["step"] for row in self.world.from_coordinator(loaded.dir.curve)}
+        known = {row["step"] for row in self.world.run_on_rank0(loaded.dir.curve)}
         for point in (step for step in self.event.evaluations if step <= rung):
             while loaded.steps < point:
                 row, failure = self._step(loaded)
@@ -242,7 +244,7 @@ class ProbeWorker:
         """Save the state and delete the candidate's earlier ones."""
         state, world = loaded.dir.state_at(loaded.steps), self.world
         step = self.event.base_step + loaded.steps
-        world.from_coordinator(loaded.dir.flush)
+        world.run_on_rank0(loaded.dir.flush)
         save_engine(
             self.engine,
             state,
@@ -252,7 +254,7 @@ class ProbeWorker:
             growth=loaded.growth,
             average=loaded.average,
         )
-        world.from_coordinator(lambda: loaded.dir.keep_only(state))
+        world.run_on_rank0(lambda: loaded.dir.keep_only(state))
         return state
 
 

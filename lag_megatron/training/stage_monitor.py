@@ -81,7 +81,7 @@ class StageMonitor:
         tau = self.context.config.stages[stage].until_slope
         if tau is None:
             return None
-        return self.world.from_coordinator(lambda: self._measured_slope(stage, tau))
+        return self.world.run_on_rank0(lambda: self._measured_slope(stage, tau))
 
     def _measured_slope(self, stage: int, tau: float) -> float | None:
         config = self.context.config

@@ -1,4 +1,4 @@
-"""The stage loop: train, grow, probe, decide, go on, and survive anything in between."""
+"""The stage loop: train a stage, search how to grow, train the next one; resumes after a kill."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +37,7 @@ from lag_megatron.training.wandb_event import show_event
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a run stands: in which stage, at which state (None: nothing trained yet)."""
+    """How far a run has come: its stage, and its newest state (None: nothing trained yet)."""
 
     stage: int
     checkpoint: Path | None
@@ -49,7 +49,7 @@ class Position:
 
 
 class Trainer:
-    """Takes a run from wherever it stands to its end; every rank has one."""
+    """Trains a run from its newest state to its end; every rank has one."""
 
     def __init__(self, context: TrainingContext, world: World, recorder: Recorder) -> None:
         self.world, self.recorder = world, recorder
@@ -63,13 +63,13 @@ class Trainer:
             Stopped: when asked to stop; everything needed to go on is saved.
             LagError: for a mistake of the user or the machine.
         """
-        position = self.world.from_coordinator(self._find_position)
-        self.world.from_coordinator(lambda: self._resume_metrics(position))
+        position = self.world.run_on_rank0(self._find_position)
+        self.world.run_on_rank0(lambda: self._resume_metrics(position))
         for stage in range(position.stage, len(self.config.stages)):
             if stage > position.stage:
                 position = Position(stage, self._next_start(stage))
             self._train_stage(position)
-        loss = self.world.from_coordinator(self._monitor.last_validation_loss)
+        loss = self.world.run_on_rank0(self._monitor.last_validation_loss)
         self.recorder.log_event(
             "run_finished", once={}, step=self.config.total_steps, val_loss=loss
         )
@@ -79,7 +79,7 @@ class Trainer:
         self._ranges = stage_ranges(self.config.stages)
         self._monitor = StageMonitor(context, self.world, self.recorder)
 
-    # Where the run stands
+    # Resuming
 
     def _find_position(self) -> Position:
         """The newest committed state (coordinator only)."""
@@ -136,7 +136,7 @@ class Trainer:
         event = self._event(stage, base)
         state = self._search(event)
         self._reload_config()
-        self.world.from_coordinator(
+        self.world.run_on_rank0(
             lambda: show_event(self.recorder.logs.wandb, self.context.run, event)
         )
         return state
@@ -176,7 +176,7 @@ class Trainer:
         if position.checkpoint != self._tag(stage, end):
             engine = self._engine_of(stage, position.checkpoint)
             origin = position.checkpoint or self.config.checkpoint.initial
-            history = self.world.from_coordinator(
+            history = self.world.run_on_rank0(
                 lambda: [] if origin is None else growth_history(Path(origin))
             )
             if position.step == 0:
@@ -187,7 +187,7 @@ class Trainer:
             end = self._ranges[stage].stop
             # Where the lag is as long as the stage, its end is the winner's probe state.
             self._save(engine, stage, end, history)
-        loss = self.world.from_coordinator(self._monitor.last_validation_loss)
+        loss = self.world.run_on_rank0(self._monitor.last_validation_loss)
         facts: dict[str, Any] = {"val_loss": loss}
         if sources := self.context.feed.tokens_by_source(end):
             facts["tokens_by_source"] = sources
@@ -210,7 +210,7 @@ class Trainer:
         return last
 
     def _ends_stage(self, stage: int, step: int) -> bool:
-        """Whether the measured slope ends the stage here, which the journal then says."""
+        """Whether the measured slope ends the stage here, which is then journalled."""
         slope = self._monitor.slope_that_ends(stage)
         if slope is None:
             return False
@@ -223,8 +223,8 @@ class Trainer:
         return True
 
     def _reload_config(self) -> None:
-        """Apply what the journal says about the stages: their lengths and the winners' paths."""
-        config = self.world.from_coordinator(
+        """Apply what the journal records about the stages: their lengths and the winners' paths."""
+        config = self.world.run_on_rank0(
             lambda: as_journalled(self.config, self.recorder.logs.journal.events)
         )
         self._set_context(replace(self.context, config=config))
@@ -260,7 +260,7 @@ class Trainer:
         self.recorder.flush_metrics()
         tokens = step * tokens_per_step(self.config)
         save_engine(engine, path, step=step, tokens=tokens, history=history)
-        self.world.from_coordinator(lambda: self._saved(path, stage, step))
+        self.world.run_on_rank0(lambda: self._saved(path, stage, step))
 
     def _saved(self, path: Path, stage: int, step: int) -> None:
         manifest.point_latest(path)
@@ -278,7 +278,7 @@ class Trainer:
             number=stage,
             base=base,
             base_step=self._ranges[stage].start,
-            base_val_loss=self.world.from_coordinator(self._monitor.last_validation_loss),
+            base_val_loss=self.world.run_on_rank0(self._monitor.last_validation_loss),
             source_layers=source,
             target_layers=target,
             stage_steps=len(self._ranges[stage]),

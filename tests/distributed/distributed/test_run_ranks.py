@@ -16,11 +16,11 @@ def ranks_sum():
     import torch.distributed as dist
 
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine.reductions import over_data
+    from lag_megatron.engine.reductions import sum_over_data_parallel
 
     world = start_world(tensor=1)
     mine = torch.tensor([world.rank + 1.0], dtype=torch.float64)
-    total = float(over_data(mine, world))
+    total = float(sum_over_data_parallel(mine, world))
     assert dist.get_world_size() == world.size
     stop_world()
     return world.rank, total
@@ -34,12 +34,12 @@ def test_results_by_rank(size):
 
 def one_fails():
     if os.environ["RANK"] == "1":
-        raise RunError("no room")
+        raise RunError("disk full")
     time.sleep(60)
 
 
 def test_an_error_comes_with_its_rank_and_traceback():
-    with pytest.raises(RunError, match="no room") as caught:
+    with pytest.raises(RunError, match="disk full") as caught:
         run_ranks(one_fails, 2)
     assert "on rank 1 of 2" in caught.value.__notes__[0]
     assert "in one_fails" in caught.value.__notes__[0]

@@ -62,15 +62,15 @@ def reference(config):
     """The same on one rank, without DeepSpeed; also the state, by kind and name."""
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import labels_of, loss_sums, mean_loss
-    from lag_megatron.model.parameter_groups import decay_split
+    from lag_megatron.model.parameter_groups import split_by_decay
 
     world = start_world(tensor=1)
-    whole = engine_of(config, world)._engine.module
+    whole = engine_of(config, world).module
     optimizer = torch.optim.AdamW(
         [
             {"params": group, "weight_decay": decay}
             for group, decay in zip(
-                decay_split(whole), (config.optimizer.weight_decay, 0.0), strict=True
+                split_by_decay(whole), (config.optimizer.weight_decay, 0.0), strict=True
             )
         ],
         lr=LR,
@@ -256,11 +256,11 @@ def states_around_a_step(config):
     engine = engine_of(config, world)
 
     def states():
-        held = engine._engine.optimizer.state
+        held = engine.state.torch_optimizer.state
         return {
             name: [parameter.detach().clone()]
             + [value.clone() for key, value in sorted(held[parameter].items()) if key != "step"]
-            for name, parameter in engine._engine.module.named_parameters()
+            for name, parameter in engine.module.named_parameters()
         }
 
     engine.train_step(batches_of(config, world, 0), step=0, lr=LR)

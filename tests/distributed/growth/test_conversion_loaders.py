@@ -71,9 +71,11 @@ def load_universal(config, folder, out):
     config = replace(config, deepspeed={"checkpoint": {"load_universal": True}})
     layers = config.model.num_layers
     engine = Engine(config, world, num_layers=layers, vocab_size=PICO_VOCABULARY)
-    path, client = engine._engine.load_checkpoint(str(folder), load_lr_scheduler_states=False)
+    path, client = engine.deepspeed_engine.load_checkpoint(
+        str(folder), load_lr_scheduler_states=False
+    )
     assert path is not None
-    decays = [group["weight_decay"] for group in engine.live.inner.param_groups]
+    decays = [group["weight_decay"] for group in engine.state.torch_optimizer.param_groups]
     engine.save(out, "back", client_state=client["lag"])
     engine.train_step(random_batches(config, world, 3), step=3, lr=1e-2)
     stop_world()
@@ -213,10 +215,10 @@ def load_imported(config, folder):
     world = start_world(tensor=config.parallel.tensor)
     layers = config.model.num_layers
     engine = Engine(config, world, num_layers=layers, vocab_size=PICO_VOCABULARY)
-    clip = engine._engine.optimizer.clip_grad
-    path, _ = engine._engine.load_checkpoint(str(folder), load_lr_scheduler_states=False)
+    clip = engine.deepspeed_engine.optimizer.clip_grad
+    path, _ = engine.deepspeed_engine.load_checkpoint(str(folder), load_lr_scheduler_states=False)
     assert path is not None
-    assert engine._engine.optimizer.clip_grad == clip > 0
+    assert engine.deepspeed_engine.optimizer.clip_grad == clip > 0
     engine.save(folder.parent, "back", client_state={})
     engine.train_step(random_batches(config, world, 3), step=3, lr=1e-2)
     stop_world()

@@ -63,27 +63,27 @@ def test_groups_see_the_same_batches_and_decide_alike(
     assert {e["group"] for e in events_of(tmp_path / "run", "probe_started")} == set(range(count))
 
 
-def train_from_a_kept_base(*arguments):
-    """As ``train`` where the device keeps the base of an event; how many launches there were."""
+def train_from_a_cached_base(*arguments):
+    """As ``train`` with the event's base cached; how many launches there were."""
     import torch
 
     from lag_megatron.engine import state
-    from lag_megatron.engine.base_cache import KeptBase, Store
+    from lag_megatron.engine.base_cache import BaseCache, MemoryTier
 
-    def kept(device, **unused):
-        return KeptBase([Store("memory", lambda: 1e9, torch.empty)], page=500)
+    def cache(device, **unused):
+        return BaseCache([MemoryTier("memory", lambda: 1e9, torch.empty)], page=500)
 
     write_runs, launches = state.write_runs, []
-    KeptBase.on = kept
+    BaseCache.for_device = cache
     state.write_runs = lambda runs: (launches.append(len(runs)), write_runs(runs))
     train(*arguments)
     return len(launches)
 
 
-def test_a_base_that_is_kept_changes_no_curve(one_group, tiny, tmp_path):
+def test_a_cached_base_changes_no_curve(one_group, tiny, tmp_path):
     """The first candidate comes from the shards, those that go on from their own states."""
     split = [*CALM, *HALVING]
-    (launches,) = run_ranks(train_from_a_kept_base, 1, tiny, tmp_path / "run", split)
+    (launches,) = run_ranks(train_from_a_cached_base, 1, tiny, tmp_path / "run", split)
     assert launches == len(curves_of(one_group)) - 1 > 0
     assert curves_of(tmp_path / "run") == curves_of(one_group)
     assert losses_of(tmp_path / "run", "train/loss") == losses_of(one_group, "train/loss")
@@ -186,14 +186,14 @@ def test_a_hung_rank_ends_with_all_stacks_and_at_last_costs_the_candidate(tiny, 
 
 
 def full_disk():
-    from lag_megatron.engine.state import LiveState
+    from lag_megatron.engine.state import EngineState
     from lag_megatron.errors import CheckpointError
 
     def write(self, folder, growth, *, client_state):
         raise CheckpointError(f"{folder}: cannot write: No space left on device")
 
     if os.environ["RANK"] == "1":
-        LiveState.write = write
+        EngineState.write = write
 
 
 def test_a_disk_that_fills_up_in_one_group_ends_the_run_and_damages_nothing(tiny, tmp_path):
@@ -215,7 +215,7 @@ def test_a_group_that_dies_stops_the_others_and_the_run_goes_on(dead, tiny, tmp_
         if os.environ["RANK"] == dead:
             os._exit(9)
 
-    # Of the two ranks, either the one that died is told first or the one that missed it.
+    # Of the two ranks, either the one that died is reported first or the one that missed it.
     with pytest.raises((ChildProcessError, RunError), match=f"(rank|group) {dead} "):
         run_ranks(train, 2, tiny, run_dir, split, "auto", at_step(11, 1, die))
     run_ranks(train, 2, tiny, run_dir, split)
@@ -226,26 +226,26 @@ def test_a_group_that_dies_stops_the_others_and_the_run_goes_on(dead, tiny, tmp_
 
 
 def interrupted_conclusion():
-    """Rank 0 ends before the decision; somebody knocks at the coordinator's port."""
+    """Rank 0 ends before the decision; strangers connect to its ports before each client does."""
     import socket
 
-    from lag_megatron.search import rpc
+    from lag_megatron.distributed import channel
     from lag_megatron.search.coordinator import Coordinator
 
     def announce(self, decision):
         raise LagError("end here")
 
     Coordinator.announce = announce
-    honest = rpc._connected
+    honest = channel.connect
 
-    def connected(port, secret, group):
+    def connect(port, secret, **options):
         address = os.environ["MASTER_ADDR"], port
         socket.create_connection(address).close()
-        with socket.create_connection(address) as stranger:
+        with socket.create_connection(address) as stranger, socket.create_connection(address):
             stranger.sendall(b"\0" * 100)
-            return honest(port, secret, group)
+            return honest(port, secret, **options)
 
-    rpc._connected = connected
+    channel.connect = connect
 
 
 @pytest.mark.slow
@@ -259,8 +259,8 @@ def test_groups_meet_even_when_there_is_nothing_left_to_do(tiny, tmp_path):
     assert events_of(run_dir, "run_finished")
 
 
-def whose_word(count):
-    """On each rank: whether an error in its group is to be told elsewhere."""
+def raised_elsewhere(count):
+    """On each rank: whether another rank reports an error in its group."""
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.search.partition import split_world
 
@@ -270,16 +270,16 @@ def whose_word(count):
     world = start_world(tensor=1)
     part = split_world(world, count, timeout=60)
     try:
-        part.from_coordinator(fail)
+        part.run_on_rank0(fail)
     except LagError as error:
-        told = error.on_all_ranks
+        elsewhere = error.on_all_ranks
     stop_world()
-    return told
+    return elsewhere
 
 
-def test_an_error_in_a_group_is_told_once_by_its_leader():
-    assert run_ranks(whose_word, 4, 2) == [False, True, False, True]
-    assert run_ranks(whose_word, 2, 1) == [True, True]
+def test_an_error_in_a_group_is_reported_once_by_its_leader():
+    assert run_ranks(raised_elsewhere, 4, 2) == [False, True, False, True]
+    assert run_ranks(raised_elsewhere, 2, 1) == [True, True]
 
 
 @pytest.mark.slow
