@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from lag_megatron.config.schema.base import Tree
 from lag_megatron.config.schema.run import RunConfig
 from lag_megatron.config.schema.stage_schedule import in_steps
 from lag_megatron.config.stage_policy import expand_stages
@@ -19,8 +20,6 @@ from lag_megatron.config.validation.messages import describe_errors
 from lag_megatron.config.validation.run import find_problems
 from lag_megatron.config.validation.stages import length_problems
 from lag_megatron.errors import ConfigError
-
-Tree = dict[str, Any]
 
 
 def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig:

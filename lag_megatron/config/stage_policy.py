@@ -7,16 +7,14 @@ steps: 300000}`` for four stages of one size; nothing behind this module knows t
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from lag_megatron.config.schema.base import FORBID
+from lag_megatron.config.schema.base import FORBID, Tree
 from lag_megatron.config.schema.raptr import RaptrConfig, fixed_layers
 from lag_megatron.config.schema.shares import shares
 from lag_megatron.config.validation.messages import describe_errors
-
-Tree = dict[str, Any]
 
 # Karp et al. 2024, appendix A.3: every index up to the paper's fourth stage, even ones after it.
 _STAGES_WITH_ALL_INDICES = 4

@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.errors import DataError
-from lag_megatron.evaluation.tydiqa import gold_passages
-
-Json = dict[str, Any]
+from lag_megatron.evaluation.tydiqa import Json, gold_passages
 
 # What a folder of data is searched for.
 PATTERNS = {
