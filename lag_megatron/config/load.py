@@ -42,7 +42,7 @@ def parse_config(tree: Tree, *, source: str = "configuration") -> RunConfig:
     """Check a plain mapping and turn it into a :class:`RunConfig`."""
     tree, wrong = expand_stages(tree)
     tree = _merge_stage_growth(tree)
-    if wrong:  # the rest is looked at without stages, so that every mistake is told at once
+    if wrong:  # the rest is checked without stages, so that all mistakes are reported together
         tree = {**tree, "stages": [{"steps": 1}]}
     try:
         config = TypeAdapter(RunConfig).validate_python(tree)
@@ -64,7 +64,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently drop the first."""
+    """Raises for a key that is given twice; YAML would silently drop the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

@@ -1,4 +1,4 @@
-"""Which parameters decay, and the optimizer that is told so."""
+"""The optimizer, with weight decay for matrices alone."""
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter

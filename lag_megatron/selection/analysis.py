@@ -1,4 +1,4 @@
-"""What early losses tell about final ones: the quantities of Karp et al. 2024, 2406.02469."""
+"""How well early losses predict final ones: the measures of Karp et al. 2024, arXiv 2406.02469."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -41,8 +41,8 @@ def analyse_curves(
     """How well the loss t steps after growth predicts the final one (Karp et al. 2024, section 4).
 
     The final step is the last that any candidate has a loss at, and only candidates that reached
-    it are compared: where the rule stopped some, this is about the survivors, and only
-    ``growth.exhaustive`` leaves nobody out.  The steps are those at which all compared have a loss.
+    it are compared: where the rule stopped some, these are the survivors, and only
+    ``growth.exhaustive`` compares all.  The steps are those at which all compared have a loss.
     Fewer than three compared, and everything but ``steps`` and ``base_val_loss`` is None.
 
     Args:

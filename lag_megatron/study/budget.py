@@ -1,4 +1,4 @@
-"""What a run is planned to cost, and how long its last stage may be for a given budget."""
+"""The planned cost of a run, and the longest last stage within a budget."""
 
 import bisect
 from dataclasses import dataclass, replace
