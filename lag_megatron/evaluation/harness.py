@@ -85,8 +85,8 @@ def _require_window(model: Path, tasks: Iterable[str]) -> None:
         answer_tokens = settings.get("generation_kwargs", {}).get("max_gen_toks", 0)
         if window is not None and answer_tokens >= window:
             raise RunError(
-                f"{model}: the task {task} lets a model write {answer_tokens} tokens after its prompt, "
-                f"but this one has a window of {window}. Leave the task out with --tasks."
+                f"{model}: the task {task} lets a model write {answer_tokens} tokens after its "
+                f"prompt, but this one has a window of {window}. Leave the task out with --tasks."
             )
 
 
