@@ -20,7 +20,7 @@ from lag_megatron.checkpoint.state.box import Shape, collapse
 from lag_megatron.checkpoint.state.layout import Container, State
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.growth.apply.copy_plan import Draw, Move
-from lag_megatron.growth.apply.fill import Filler
+from lag_megatron.growth.apply.fill import GrowthFiller
 from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.weight_init import Constant, fill
 from lag_megatron.kernels.common.runs import WriteRun
@@ -80,7 +80,7 @@ class BaseCache:
     Args:
         tiers: where it may be cached, the fastest first.
         page: elements that are read together.
-        verbose: whether to log where the base is cached.  That it is not is always logged.
+        verbose: whether to log where the base is cached; if it is not, that is always logged.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class BaseCache:
 
     @torch.no_grad()
     def runs(
-        self, growth: GrownState, fill: Filler, targets: Sequence[Target]
+        self, growth: GrownState, fill: GrowthFiller, targets: Sequence[Target]
     ) -> list[WriteRun] | None:
         """What one kernel launch has to write; drawn values are in their places afterwards.
 
@@ -151,7 +151,7 @@ class BaseCache:
         self._pages.clear()
         _log(f"the base of this event is read from its shards for each candidate: {why}.")
 
-    def _read(self, fill: Filler, moves: Sequence[tuple[Region, Move]]) -> bool:
+    def _read(self, fill: GrowthFiller, moves: Sequence[tuple[Region, Move]]) -> bool:
         """Read the pages that are needed and not cached; whether there was memory for them."""
         missing: dict[tuple[_Buffer, int], Region] = {}
         for region, move in moves:
@@ -185,13 +185,13 @@ class BaseCache:
             _log(f"{wanted / 2**20:.0f} MiB of this event's base are kept in {tier.name}.")
         return tier
 
-    def _length(self, fill: Filler, region: Region, buffer: _Buffer, number: int) -> int:
+    def _length(self, fill: GrowthFiller, region: Region, buffer: _Buffer, number: int) -> int:
         """Elements of a page: fewer where its buffer ends."""
         source, _ = fill.sides(trained=True, state=region.state)
         return min(self._page, source.layout.filled[buffer.container] - number * self._page)
 
     def _filled(
-        self, page: Tensor, fill: Filler, region: Region, buffer: _Buffer, number: int
+        self, page: Tensor, fill: GrowthFiller, region: Region, buffer: _Buffer, number: int
     ) -> Tensor:
         """A page with its values."""
         there = fill.elements(region, buffer.tensor_rank, buffer.container)

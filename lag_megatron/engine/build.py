@@ -28,7 +28,7 @@ from lag_megatron.model.cuda_graphs import capture_layers
 from lag_megatron.model.initialize import initialize_weights, mark_cut_parameters
 from lag_megatron.model.parameter_groups import make_optimizer
 from lag_megatron.model.random_state import seed_everywhere
-from lag_megatron.run.compile_cache import clear_marks
+from lag_megatron.run.compile_cache import remove_stale_locks
 
 
 def build_deepspeed_engine(
@@ -41,7 +41,7 @@ def build_deepspeed_engine(
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     settings, groups = deepspeed_config(config, world_size=world.size), DeepSpeedGroups(world)
-    clear_marks()
+    remove_stale_locks()
     deepspeed.init_distributed()
     seed_everywhere(config.seed)
     sharded = config.parallel.zero_stage == 3

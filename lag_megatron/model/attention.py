@@ -178,7 +178,7 @@ def prefers_matmul_attention(query: Tensor) -> bool:
     """Whether :func:`matmul_attention` is faster in training, for a query (b, h, s, k).
 
     By what the CPU can do and not by a trial, since a run has to go on with the same numbers; the
-    lengths are those of ``tools/bench/attention.py``'s committed table.
+    lengths are those of ``tools/bench/training/attention.py``'s committed table.
     """
     return (
         query.device.type == "cpu"

@@ -1,7 +1,7 @@
 """An activation with the bias before it, and with the product after it where it gates, in one pass.
 
-On a CPU a kernel in C++.  ``tools/bench/elementwise.py`` measures it against torch's operations,
-plain and compiled, and its committed table decides.
+On a CPU a kernel in C++.  ``tools/bench/training/elementwise.py`` measures it against torch's
+operations, plain and compiled, and its committed table decides.
 """
 
 from ctypes import c_long

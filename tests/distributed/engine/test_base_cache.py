@@ -128,7 +128,7 @@ def targets_of(growth):
 
     targets = []
     for state, layout in growth.layout.states.items():
-        for container, held in layout.held(0).items():
+        for container, held in layout.buffers_of_rank(0).items():
             length = layout.lengths[container]
             region = Region(state, held, length)
             weights = torch.full((length,), 3.0, dtype=torch.bfloat16) if state == "fp32" else None

@@ -3,7 +3,6 @@
 import argparse
 import shutil
 
-import convert_checkpoint
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,7 @@ from hf_weights import hf_model, load_part, megatron_weights
 from programs import inspect
 
 from lag_megatron.checkpoint.storage.torch_zip import tensor_records
+from lag_megatron.cli import convert_checkpoint
 
 FILE = "model_optim_rng.pt"
 SHAPE = {"llama": True, "tensor": 2, "hidden_size": 16, "ffn_hidden_size": 24, "seq_length": 12}

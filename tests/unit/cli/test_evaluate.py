@@ -1,16 +1,16 @@
 """The tool that evaluates: a run, its candidates, what was exported, and what it refuses."""
 
-import importlib.util
 import json
 import shutil
 from dataclasses import asdict
 
 import pytest
 import tokenizers
-from conftest import ROOT, pico_config, run_ranks, train_and_save
+from conftest import pico_config, run_ranks, train_and_save
 from evaluating import END, write_tasks
 from tokenizers import models, pre_tokenizers
 
+from lag_megatron.cli.evaluate import main
 from lag_megatron.config import dump_config
 from lag_megatron.errors import CheckpointError, DataError, RunError
 from lag_megatron.evaluation.candidates import candidate_checkpoints
@@ -20,10 +20,7 @@ data = pytest.fixture(write_tasks, scope="module")
 
 
 def tool():
-    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "tools" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *arguments: module.main([str(a) for a in arguments])
+    return lambda *arguments: main([str(a) for a in arguments])
 
 
 def save(config, folder):

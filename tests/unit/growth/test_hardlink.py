@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 
-import convert_checkpoint
 import pytest
 import torch
 from conftest import sparing
@@ -16,6 +15,7 @@ from lag_megatron.checkpoint.open import open_checkpoint
 from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.checkpoint.state.source import UNSHARDED
 from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.cli import convert_checkpoint
 from lag_megatron.growth.apply.conversion import unsharded_state
 from lag_megatron.growth.apply.grown_state import GrownState, resharded
 from lag_megatron.growth.plan import GrowthPlan
