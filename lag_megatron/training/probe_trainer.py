@@ -44,7 +44,7 @@ def search_context(context: TrainingContext, event: GrowthEvent) -> SearchContex
         context.config,
         event,
         vocab_size=context.vocab_size,
-        validation_tokens=context.feed.validation_tokens,
+        validation_tokens=context.loader.validation_tokens,
     )
     return SearchContext(
         run=context.run,
@@ -70,5 +70,5 @@ def build_group_trainer(
         vocab_size=context.vocab_size,
         draw_weights=False,
     )
-    feed = context.feed.for_world(group)
-    return DeepSpeedProbeTrainer(replace(context, feed=feed), engine, event.number)
+    loader = context.loader.for_world(group)
+    return DeepSpeedProbeTrainer(replace(context, loader=loader), engine, event.number)
