@@ -8,7 +8,7 @@ from lag_megatron.growth.pool import Candidate
 from lag_megatron.run.metrics import MetricRow
 from lag_megatron.search.context import SearchContext
 from lag_megatron.search.event import GrowthEvent
-from lag_megatron.training.search_costs import cost_model
+from lag_megatron.training.search_costs import step_costs
 from lag_megatron.training.training_context import TrainingContext
 
 _ACCUMULATION = "gradient_accumulation_steps"
@@ -40,7 +40,7 @@ class DeepSpeedProbeTrainer:
 
 def search_context(context: TrainingContext, event: GrowthEvent) -> SearchContext:
     """What a search of ``event`` has to know of the run."""
-    costs = cost_model(
+    costs = step_costs(
         context.config,
         event,
         vocab_size=context.vocab_size,
