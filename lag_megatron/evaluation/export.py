@@ -1,4 +1,4 @@
-"""What is to be evaluated: a directory of transformers, made from a checkpoint where need be."""
+"""The model to evaluate as a transformers directory, exported from a checkpoint if needed."""
 
 import contextlib
 import json
@@ -62,10 +62,10 @@ def find_checkpoint(path: Path) -> Path:
 
 @contextlib.contextmanager
 def export_to_transformers(path: Path, options: ExportOptions) -> Iterator[Path]:
-    """A directory of transformers with the model of ``path``, which :func:`find_checkpoint` gave.
+    """A transformers directory with the model of ``path``, which is from :func:`find_checkpoint`.
 
     Raises:
-        ConfigError: if that is no decoder.
+        ConfigError: if the model is not a decoder.
     """
     if hf_format.looks_like_transformers(path):
         if options.tokenizer or options.folder:

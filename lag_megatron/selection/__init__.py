@@ -1,4 +1,4 @@
-"""Selection: which candidate wins, on what evidence, and what another choice would have cost."""
+"""Selection rules: which candidate wins, the evidence for it, and the regret of other choices."""
 
 from lag_megatron.selection.curve import Curves, Evaluation, rung_batches, rung_value
 from lag_megatron.selection.decision import ProbeCost, ProbeRecord, build_decision

@@ -189,7 +189,7 @@ class Trainer:
             self._save(engine, stage, end, history)
         loss = self.world.run_on_rank0(self._monitor.last_validation_loss)
         facts: dict[str, Any] = {"val_loss": loss}
-        if sources := self.context.feed.tokens_by_source(end):
+        if sources := self.context.loader.tokens_by_source(end):
             facts["tokens_by_source"] = sources
         self.recorder.log_event("stage_finished", once={"stage": stage}, step=end, **facts)
 
