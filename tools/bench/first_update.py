@@ -6,7 +6,7 @@ python tools/bench/first_update.py [--steps 3000] [--json FILE]
 A small GPT is trained under the engine, on one CPU process; each grown checkpoint takes one step.
 The trap is v = 0 under the inherited step count t: an element's first update is then
 (1 - beta1) / (1 - beta1^(t + 1)) * sqrt((1 - beta2^(t + 1)) / (1 - beta2)) learning rates.
-`post_ln_identity` is for post-LN models; tests/unit/test_first_update.py has it.
+`post_ln_identity` is for post-LN models; tests/unit/bench/test_first_update.py has it.
 """
 
 import argparse
