@@ -179,8 +179,8 @@ def train_and_save(config, folder, *, steps=3, tag="step3", client_state=None):
     engine.save(folder, draft.name, client_state=state)
     world.barrier()
     if world.is_coordinator:
-        files = {path.name: manifest.seal(path) for path in draft.iterdir()}
-        manifest.publish(folder / tag, files=files, about={"step": steps})
+        files = {path.name: manifest.file_entry(path) for path in draft.iterdir()}
+        manifest.commit(folder / tag, files=files, about={"step": steps})
     stop_world()
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from growing import add_growth_options, plan_of, progress, topology_of
 
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
-from lag_megatron.checkpoint.open import open_source
-from lag_megatron.checkpoint.state.source import WHOLE, Source, WholeParameters
+from lag_megatron.checkpoint.open import open_checkpoint
+from lag_megatron.checkpoint.state.source import UNSHARDED, CheckpointSource, UnshardedCheckpoint
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.errors import LagError, PlanError
 from lag_megatron.growth.apply.conversion import Conversion
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.workers < 1:
             raise PlanError(f"--workers {options.workers}: expected at least 1.")
-        source = open_source(
+        source = open_checkpoint(
             options.source, vocab_size=options.vocab_size, weights_only=options.weights_only
         )
         if options.non_homogeneous_layers and options.to != "megatron":
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         target = conversion.place(options.target)
         order = conversion.order(target)
         print(f"{source.path} -> {target}")
-        for note in source.notes if isinstance(source, WholeParameters) else ():
+        for note in source.notes if isinstance(source, UnshardedCheckpoint) else ():
             print(note)
         print(f"to write: {order.needed / 2**20:.1f} MiB")
         if options.dry_run:
@@ -66,10 +66,10 @@ def _verify(conversion: Conversion, target: Path) -> int:
     return 1 if found else 0
 
 
-def _conversion(options: argparse.Namespace, source: Source) -> Conversion:
+def _conversion(options: argparse.Namespace, source: CheckpointSource) -> Conversion:
     topology = topology_of(options, source.topology)
-    if isinstance(source, WholeParameters) and options.zero_stage is None:
-        topology = topology_of(argparse.Namespace(**{**vars(options), "zero_stage": 1}), WHOLE)
+    if isinstance(source, UnshardedCheckpoint) and options.zero_stage is None:
+        topology = topology_of(argparse.Namespace(**{**vars(options), "zero_stage": 1}), UNSHARDED)
     return Conversion(
         source=source,
         plan=plan_of(options, source, may_stay=True),

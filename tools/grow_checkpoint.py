@@ -12,19 +12,19 @@ from pathlib import Path
 from growing import TOPOLOGY, add_growth_options, plan_of, progress, topology_of
 
 from lag_megatron.checkpoint import open
-from lag_megatron.checkpoint.open import open_source
+from lag_megatron.checkpoint.open import open_checkpoint
 from lag_megatron.checkpoint.state.layout import Topology
-from lag_megatron.checkpoint.state.source import WHOLE
+from lag_megatron.checkpoint.state.source import UNSHARDED
 from lag_megatron.checkpoint.storage.integrity import is_verifiable
 from lag_megatron.checkpoint.writer.job import write
-from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint, resolve
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint, resolve_tag
 from lag_megatron.errors import LagError, PlanError
-from lag_megatron.growth.apply.estimate import estimate
+from lag_megatron.growth.apply.estimate import estimate_growth
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
-from lag_megatron.growth.apply.grown_state import Growth
-from lag_megatron.growth.apply.hardlink_dcp import linked_megatron
-from lag_megatron.growth.apply.hardlink_universal import linked_universal
-from lag_megatron.growth.operators.layer_map import draw
+from lag_megatron.growth.apply.grown_state import GrownState
+from lag_megatron.growth.apply.hardlink_dcp import hardlink_dcp
+from lag_megatron.growth.apply.hardlink_universal import hardlink_universal
+from lag_megatron.growth.operators.layer_map import format_layer_map
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,12 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise PlanError(f"--workers {options.workers}: expected at least 1.")
         if options.link:
             return _link(options)
-        source = ZeroCheckpoint.open(resolve(options.source))
+        source = ZeroCheckpoint.open(resolve_tag(options.source))
         moves = any(getattr(options, key) is not None for key in TOPOLOGY)
         plan = plan_of(options, source, may_stay=moves)
         topology = topology_of(options, source.topology)
         target = options.target / source.path.resolve().name
-        growth = Growth(source, plan, topology)
+        growth = GrownState(source, plan, topology)
         _announce(growth, target, options)
         if not is_verifiable(source.path):
             print(
@@ -67,9 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _link(options: argparse.Namespace) -> int:
     if any(getattr(options, key) is not None for key in TOPOLOGY):
         raise PlanError("--link keeps the topology: leave out what would change it.")
-    source = open_source(options.source)
+    source = open_checkpoint(options.source)
     kind = open.detect(source.path)
-    orders = {open.UNIVERSAL: linked_universal, open.MEGATRON: linked_megatron}
+    orders = {open.UNIVERSAL: hardlink_universal, open.MEGATRON: hardlink_dcp}
     if kind not in orders:
         raise PlanError(
             f"{source.path}: a checkpoint of the kind {kind!r} has no file or entry for each "
@@ -77,9 +77,11 @@ def _link(options: argparse.Namespace) -> int:
         )
     plan = plan_of(options, source, may_stay=False)
     target = options.target / source.path.resolve().name
-    order = orders[kind](Growth(source, plan, WHOLE), target)
+    order = orders[kind](GrownState(source, plan, UNSHARDED), target)
     print(f"{source.path} -> {target}")
-    print(f"layers {plan.source_layers} -> {plan.target_layers}: {draw(plan.layer_map)}")
+    print(
+        f"layers {plan.source_layers} -> {plan.target_layers}: {format_layer_map(plan.layer_map)}"
+    )
     print(f"to write: {order.needed / 2**20:.1f} MiB; all else is linked")
     if not options.dry_run:
         write(order, workers=options.workers)
@@ -97,14 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _announce(growth: Growth, target: Path, options: argparse.Namespace) -> None:
+def _announce(growth: GrownState, target: Path, options: argparse.Namespace) -> None:
     plan = growth.plan
     print(f"{growth.source.path} -> {target}")
     if growth.topology != growth.source.topology:
         print(f"ranks {_spread(growth.source.topology)} -> {_spread(growth.topology)}")
     if plan.operator != "identity":
-        print(f"layers {plan.source_layers} -> {plan.target_layers}: {draw(plan.layer_map)}")
-    takes = estimate(
+        layers = format_layer_map(plan.layer_map)
+        print(f"layers {plan.source_layers} -> {plan.target_layers}: {layers}")
+    takes = estimate_growth(
         growth, workers=options.workers, folder=options.target if options.dry_run else None
     )
     print(f"to read: {takes.read / 2**20:.1f} MiB, to write: {takes.write / 2**20:.1f} MiB")

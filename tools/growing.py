@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.param_names import layers_in
-from lag_megatron.checkpoint.state.source import Source
+from lag_megatron.checkpoint.state.source import CheckpointSource
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.grown_state import retarget
 from lag_megatron.growth.operators import OPERATORS
@@ -57,7 +57,7 @@ def topology_of(options: argparse.Namespace, source: Topology) -> Topology:
     )
 
 
-def plan_of(options: argparse.Namespace, source: Source, *, may_stay: bool) -> GrowthPlan:
+def plan_of(options: argparse.Namespace, source: CheckpointSource, *, may_stay: bool) -> GrowthPlan:
     """The growth that is asked for.
 
     Args:

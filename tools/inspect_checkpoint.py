@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="read all files, compare checksums")
     options = parser.parse_args(arguments)
     try:
-        path = open.resolve(options.path)
+        path = open.resolve_checkpoint(options.path)
         open.detect(path)
     except LagError as error:
         print(error, file=sys.stderr)
@@ -47,7 +47,7 @@ def _examine(path: Path, *, verify: bool) -> dict[str, Any]:
         problems = [str(error)]
     if verify:
         try:
-            problems += open.damages(path)
+            problems += open.find_corruption(path)
         except CheckpointError as error:
             problems.append(str(error))
         if not manifest.is_committed(path):

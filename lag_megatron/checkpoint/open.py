@@ -15,48 +15,47 @@ from lag_megatron.checkpoint.hf.reader import open_transformers
 from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint, legacy_reader
 from lag_megatron.checkpoint.megatron.legacy_reader import open_legacy
 from lag_megatron.checkpoint.megatron.reader import open_megatron
-from lag_megatron.checkpoint.state.source import Source
+from lag_megatron.checkpoint.state.source import CheckpointSource
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.universal import format as universal_format
 from lag_megatron.checkpoint.universal.reader import open_universal
 from lag_megatron.checkpoint.zero import describe
-from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.checkpoint.zero.reader import resolve as resolve_zero
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint, resolve_tag
 from lag_megatron.errors import CheckpointError
 
 ZERO, UNIVERSAL, MEGATRON, DCP, HF = "zero", "universal", "megatron", "dcp", "hf"
 LEGACY = "megatron_legacy"
 _MEGATRON_POINTER = "latest_checkpointed_iteration.txt"
 _DESCRIBE: dict[str, Callable[[Path], dict[str, Any]]] = {
-    UNIVERSAL: universal_format.describe,
-    MEGATRON: dist_checkpoint.describe,
-    DCP: dist_checkpoint.describe,
-    LEGACY: legacy_reader.describe,
-    HF: hf_format.describe,
+    UNIVERSAL: universal_format.describe_universal,
+    MEGATRON: dist_checkpoint.describe_dist_checkpoint,
+    DCP: dist_checkpoint.describe_dist_checkpoint,
+    LEGACY: legacy_reader.describe_legacy,
+    HF: hf_format.describe_transformers,
 }
-_DAMAGES: dict[str, Callable[[Path], Iterator[str]]] = {
-    ZERO: universal_format.damages,  # both are files of torch.save
-    UNIVERSAL: universal_format.damages,
-    MEGATRON: dist_checkpoint.damages,
-    DCP: dist_checkpoint.damages,
-    LEGACY: legacy_reader.damages,
-    HF: hf_format.damages,
+_FIND_CORRUPTION: dict[str, Callable[[Path], Iterator[str]]] = {
+    ZERO: universal_format.find_universal_corruption,  # both are files of torch.save
+    UNIVERSAL: universal_format.find_universal_corruption,
+    MEGATRON: dist_checkpoint.find_dist_checkpoint_corruption,
+    DCP: dist_checkpoint.find_dist_checkpoint_corruption,
+    LEGACY: legacy_reader.find_legacy_corruption,
+    HF: hf_format.find_transformers_corruption,
 }
-_READERS: dict[str, Callable[[Path], Source]] = {
+_READERS: dict[str, Callable[[Path], CheckpointSource]] = {
     ZERO: ZeroCheckpoint.open,
     UNIVERSAL: open_universal,
     LEGACY: open_legacy,
 }
 
 
-def resolve(path: Path) -> Path:
+def resolve_checkpoint(path: Path) -> Path:
     """The checkpoint's own directory: ``path``, or the one that a pointer in it names.
 
     Raises:
         CheckpointError: if there is none.
     """
     if not path.is_dir() or (path / "latest").is_file():
-        return resolve_zero(path)
+        return resolve_tag(path)
     for pointer, form in ((universal_format.POINTER, "{}"), (_MEGATRON_POINTER, "iter_{:0>7}")):
         if (path / pointer).is_file():
             text = (path / pointer).read_text().strip()
@@ -98,7 +97,7 @@ def describe_any(path: Path) -> dict[str, Any]:
     """
     kind = detect(path)
     if kind == ZERO:
-        facts = describe.describe(path)
+        facts = describe.describe_zero(path)
         extra = {"marker": manifest.MANIFEST, "notes": []}
         return {**facts, **extra, "problems": [], "complete": True}
     if manifest.is_committed(path):
@@ -120,7 +119,9 @@ def describe_any(path: Path) -> dict[str, Any]:
     }
 
 
-def open_source(path: Path, *, vocab_size: int | None = None, weights_only: bool = False) -> Source:
+def open_checkpoint(
+    path: Path, *, vocab_size: int | None = None, weights_only: bool = False
+) -> CheckpointSource:
     """A checkpoint of any format that is read.
 
     Args:
@@ -131,7 +132,7 @@ def open_source(path: Path, *, vocab_size: int | None = None, weights_only: bool
     Raises:
         CheckpointError: if it is damaged or of no known format.
     """
-    path = resolve(path)
+    path = resolve_checkpoint(path)
     kind = detect(path)
     if kind == HF:
         return open_transformers(path, vocab_size=vocab_size)
@@ -154,13 +155,13 @@ def _sharing(path: Path) -> Iterator[str]:
         )
 
 
-def damages(path: Path) -> Iterator[str]:
+def find_corruption(path: Path) -> Iterator[str]:
     """All damage that checksums show: the manifest's, or without one those within the files.
 
     Raises:
         CheckpointError: if there is too much of it to tell.
     """
     if manifest.is_committed(path):
-        yield from manifest.damages(path)
+        yield from manifest.find_corrupted_files(path)
     else:
-        yield from _DAMAGES[detect(path)](path)
+        yield from _FIND_CORRUPTION[detect(path)](path)

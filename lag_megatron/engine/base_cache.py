@@ -20,7 +20,7 @@ from lag_megatron.checkpoint.state.layout import Container, State
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.growth.apply.copy_plan import Draw, Move
 from lag_megatron.growth.apply.fill import Filler
-from lag_megatron.growth.apply.grown_state import Growth
+from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.weight_init import Constant, fill
 from lag_megatron.kernels.runs import Run
 
@@ -107,7 +107,7 @@ class KeptBase:
         return cls([there, host] if spare else [host], talks=talks)
 
     @torch.no_grad()
-    def runs(self, growth: Growth, fill: Filler, targets: Sequence[Target]) -> list[Run] | None:
+    def runs(self, growth: GrownState, fill: Filler, targets: Sequence[Target]) -> list[Run] | None:
         """What one launch has to write; values that are drawn are in their places afterwards.
 
         None when the state has to be taken from the shards: at the first growth from a base, when

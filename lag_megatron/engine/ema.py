@@ -62,7 +62,7 @@ class WeightAverage:
                 f"{path}: cannot be written: {str(error).splitlines()[0]}. Free some space and run "
                 "the same command again."
             ) from error
-        return {path.name: manifest.seal(path)}
+        return {path.name: manifest.file_entry(path)}
 
     @torch.no_grad()
     def load(self, folder: Path, *, rank: int, size: int) -> None:

@@ -42,7 +42,7 @@ from lag_megatron.engine.reductions import doubles, gradient_norm, over_data, re
 from lag_megatron.engine.state import LiveState
 from lag_megatron.engine.step_result import StepResult
 from lag_megatron.errors import CheckpointError
-from lag_megatron.growth.apply.grown_state import Growth, resharding
+from lag_megatron.growth.apply.grown_state import GrownState, resharded
 from lag_megatron.growth.plan import GrowthPlan
 from lag_megatron.model import build_model, labels_of, loss_sums, mean_loss
 from lag_megatron.model.cuda_graphs import graph_layers
@@ -213,7 +213,7 @@ class Engine:
         # Together: a rank that refused alone would leave the others waiting inside DeepSpeed.
         kept = self.world.from_each(lambda: self._require_fit(checkpoint))
         if not all(kept):
-            growth = resharding(ZeroCheckpoint.open(checkpoint), self.topology)
+            growth = resharded(ZeroCheckpoint.open(checkpoint), self.topology)
             self.grow_from(growth)
             return growth.client_state
         path, client_state = self._engine.load_checkpoint(
@@ -224,7 +224,7 @@ class Engine:
         self._remember(client_state["lag"])
         return dict(client_state["lag"])
 
-    def grow_from(self, growth: Growth, base: KeptBase | None = None) -> None:
+    def grow_from(self, growth: GrownState, base: KeptBase | None = None) -> None:
         """Become, in place, what a growth makes of its source, which may lie on any topology.
 
         The same as writing the grown checkpoint and loading it, bit for bit; nothing is written.
@@ -275,7 +275,7 @@ class Engine:
             require_same_optimizer(checkpoint, source.layout, self.layout)
             mine = files_of_rank(self.topology, **world.place)
         else:
-            self.live.require(resharding(source, self.topology))
+            self.live.require(resharded(source, self.topology))
             mine = files_of(source.topology)[world.rank :: world.size]
         if manifest.is_committed(checkpoint):
             require_sound(checkpoint, mine)

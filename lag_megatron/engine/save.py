@@ -17,7 +17,7 @@ from lag_megatron.config import RunConfig
 from lag_megatron.distributed.world import World
 from lag_megatron.engine.ema import WeightAverage
 from lag_megatron.engine.engine import Engine
-from lag_megatron.growth.apply.grown_state import Growth
+from lag_megatron.growth.apply.grown_state import GrownState
 
 VERSIONS = {"lag_megatron": __version__, "torch": torch.__version__}
 
@@ -29,7 +29,7 @@ def save_engine(
     step: int,
     tokens: int,
     history: list[Mapping[str, Any]],
-    growth: Growth | None = None,
+    growth: GrownState | None = None,
     average: WeightAverage | None = None,
 ) -> None:
     """Save the engine's state as the tag directory ``path``, whole or not at all.
@@ -54,8 +54,8 @@ def save_engine(
     def prepare() -> bool:
         if manifest.is_committed(path):
             return False  # a resumed run came to the same step again
-        manifest.remove(draft)
-        manifest.remove(path)
+        manifest.remove_checkpoint(draft)
+        manifest.remove_checkpoint(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         manifest.require_space(path.parent, needed=engine.bytes_on_disk, what="a checkpoint")
         return True
@@ -71,13 +71,13 @@ def save_engine(
         parts = world.from_each(lambda: _written_live(engine, draft, growth, state, average))
     files = {name: entry for part in parts for name, entry in part.items()}
     about = {"step": step, "growth_history": list(history), "versions": VERSIONS}
-    world.from_coordinator(lambda: manifest.publish(path, files=files, about=about))
+    world.from_coordinator(lambda: manifest.commit(path, files=files, about=about))
 
 
 def _written_live(
     engine: Engine,
     draft: Path,
-    growth: Growth,
+    growth: GrownState,
     state: Mapping[str, Any],
     average: WeightAverage | None,
 ) -> dict[str, Any]:
@@ -117,4 +117,4 @@ def _written(engine: Engine, draft: Path, state: Mapping[str, Any]) -> None:
 def _sealed(world: World, folder: Path, topology: Topology) -> dict[str, Any]:
     """Manifest entries of this rank's files; it hashes its own, which others may not see yet."""
     mine = files_of_rank(topology, **world.place)
-    return {name: manifest.seal(folder / name) for name in mine}
+    return {name: manifest.file_entry(folder / name) for name in mine}

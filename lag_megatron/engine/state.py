@@ -25,13 +25,13 @@ from lag_megatron.checkpoint.state.layout import (
     Topology,
 )
 from lag_megatron.checkpoint.state.loss_scale import LossScale
-from lag_megatron.checkpoint.state.optimizer_states import shape_of, states_of
+from lag_megatron.checkpoint.state.optimizer_states import state_shape, states_of
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.checkpoint.zero.writer import write_rank
 from lag_megatron.engine.base_cache import KeptBase, Target
 from lag_megatron.engine.sync_weights import follow_masters, own_weights
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.apply.grown_state import Growth
+from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.kernels.grow import write_runs
 
 # What DeepSpeed counts, under the same names in its engine and in its checkpoints.
@@ -55,7 +55,7 @@ class LiveState:
         self._place = place
         self._layouts = layout.states
 
-    def require(self, growth: Growth, *, weights_only: bool = False) -> None:
+    def require(self, growth: GrownState, *, weights_only: bool = False) -> None:
         """Refuse a growth that ends at another model or topology, before anything is touched.
 
         With ``weights_only`` it may be of another optimizer.
@@ -80,7 +80,7 @@ class LiveState:
                 "DeepSpeed cuts them in a way that is not understood here."
             )
 
-    def overwrite(self, growth: Growth, base: KeptBase | None = None) -> bool:
+    def overwrite(self, growth: GrownState, base: KeptBase | None = None) -> bool:
         """Take over masters, moments, counters and hyper-parameters; no collective call.
 
         What fails here has spoilt the state: load one before going on.
@@ -111,7 +111,7 @@ class LiveState:
             setattr(self._engine, counter, source.header[counter])
         return written
 
-    def _write_values(self, growth: Growth, base: KeptBase | None) -> bool:
+    def _write_values(self, growth: GrownState, base: KeptBase | None) -> bool:
         """Masters and moments: by one launch from what is kept, else from the shards."""
         fill = growth.filler(tensor_rank=self._place["tensor_rank"])
         if base is not None:
@@ -123,7 +123,7 @@ class LiveState:
             fill(region, tensor)
         return False
 
-    def take_weights(self, growth: Growth) -> None:
+    def take_weights(self, growth: GrownState) -> None:
         """Take over masters alone; no collective call."""
         fill = growth.filler(tensor_rank=self._place["tensor_rank"])
         for container, held in self._layout.held(self._data_rank).items():
@@ -144,7 +144,7 @@ class LiveState:
         )
 
     def write(
-        self, folder: Path, growth: Growth, *, client_state: Mapping[str, Any]
+        self, folder: Path, growth: GrownState, *, client_state: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Write this rank's files of a state that began as ``growth``; no collective call.
 
@@ -250,7 +250,7 @@ class LiveState:
             place = master.device if fused else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.float32, device=place)
             for moment in moments:
-                shape = shape_of(moment, tuple(master.shape))
+                shape = state_shape(moment, tuple(master.shape))
                 state[moment] = torch.zeros(shape, dtype=master.dtype, device=master.device)
         return state
 

@@ -46,5 +46,5 @@ def score_candidates(run: Path, evaluate: Callable[[Path], Json]) -> Iterator[tu
 
 def _kept(run: Path) -> Iterator[Path]:
     for folder in sorted(path for path in run.glob("growth*/*") if path.is_dir()):
-        if tags := manifest.committed(folder):
+        if tags := manifest.committed_tags(folder):
             yield tags[-1]

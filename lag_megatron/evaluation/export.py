@@ -43,11 +43,13 @@ def resolve(path: Path) -> Path:
         CheckpointError: if there is none, or it is of a kind that cannot be exported.
     """
     if _is_run(path):
-        tags = [tag for stage in sorted(path.glob("stage*")) for tag in manifest.committed(stage)]
+        tags = [
+            tag for stage in sorted(path.glob("stage*")) for tag in manifest.committed_tags(stage)
+        ]
         if not tags:
             raise CheckpointError(f"{path}: a run that has no checkpoint yet.")
         return tags[-1]
-    path = open.resolve(path)
+    path = open.resolve_checkpoint(path)
     if hf_format.looks_like_transformers(path):
         return path
     if (kind := open.detect(path)) != open.ZERO:

@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lag_megatron.checkpoint.state.box import Box, Shape, whole
+from lag_megatron.checkpoint.state.box import Box, Shape, full_box
 from lag_megatron.checkpoint.state.optimizer_states import STATES, Role
 from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.identity_init import Silence, silence_of
+from lag_megatron.growth.identity_init import IdentityInit, identity_init_of
 from lag_megatron.growth.operators.layer_map import LayerMap, LayerOrigin
 from lag_megatron.growth.plan import GrowthPlan, MomentPolicy
 from lag_megatron.growth.validate import (
@@ -24,7 +24,7 @@ from lag_megatron.growth.validate import (
     check_number,
     layers_of,
 )
-from lag_megatron.growth.weight_init import Constant, Fresh, Normal, megatron_init
+from lag_megatron.growth.weight_init import Constant, Normal, WeightInit, megatron_init
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +36,15 @@ class Copy:
     scale: float = 1.0
 
 
-Source = Copy | Fresh
+ValueSource = Copy | WeightInit
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class ParamBlock:
     """A box of a grown parameter and where its values come from."""
 
     box: Box
-    sources: Mapping[Role, Source]
+    sources: Mapping[Role, ValueSource]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class GrowthMap:
     """
 
     groups: Sequence[Mapping[str, Shape]]
-    blocks: Mapping[str, tuple[Block, ...]]
+    blocks: Mapping[str, tuple[ParamBlock, ...]]
     frozen: Mapping[str, Shape] = field(default_factory=dict)
 
 
@@ -118,8 +118,8 @@ def depth_map(
             parameters that the plan changes.
     """
     layer = check_layers(plan, _all_shapes(groups, frozen or {}))
-    silence = silence_of(plan, layer, query_groups)
-    blocks: dict[str, tuple[Block, ...]] = {}
+    silence = identity_init_of(plan, layer, query_groups)
+    blocks: dict[str, tuple[ParamBlock, ...]] = {}
 
     def grow(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         grown: dict[str, Shape] = {}
@@ -187,17 +187,17 @@ def _block(
     shape: Shape,
     old: str,
     origin: LayerOrigin | None,
-    silence: Silence | None,
-) -> Block:
+    silence: IdentityInit | None,
+) -> ParamBlock:
     kept = _copy_all(old, shape)
     if origin is None:
         return kept
     norm = next((branch for branch, part in POST_NORMS.items() if part in name), None)
     if norm in origin.plain_norms:
-        plain: Source = Constant(1.0 if name.endswith(".weight") else 0.0)
-        return Block(kept.box, dict.fromkeys(STATES, Constant(0.0)) | {"fp32": plain})
+        plain: ValueSource = Constant(1.0 if name.endswith(".weight") else 0.0)
+        return ParamBlock(kept.box, dict.fromkeys(STATES, Constant(0.0)) | {"fp32": plain})
     weights = _weights(plan, name, shape, old, origin, silence)
-    sources: dict[Role, Source] = {**kept.sources, "fp32": weights}
+    sources: dict[Role, ValueSource] = {**kept.sources, "fp32": weights}
     is_handed_over = norm is not None and bool(origin.plain_norms)
     if origin.is_new and not is_handed_over:
         policy = moment_policy(plan, origin)
@@ -205,7 +205,7 @@ def _block(
             sources["exp_avg"] = Constant(0.0)
         if policy == "zero":
             sources["exp_avg_sq"] = Constant(0.0)
-    return Block(kept.box, sources)
+    return ParamBlock(kept.box, sources)
 
 
 def _weights(
@@ -214,8 +214,8 @@ def _weights(
     shape: Shape,
     old: str,
     origin: LayerOrigin,
-    silence: Silence | None,
-) -> Source:
+    silence: IdentityInit | None,
+) -> ValueSource:
     source: Copy | Normal | Constant = Copy(old, (0,) * len(shape))
     drawn = megatron_init(
         name,
@@ -231,7 +231,7 @@ def _weights(
     return _scaled(source, origin.branch_scale) if is_branch_output else source
 
 
-def _scaled(source: Copy | Normal | Constant, scale: float) -> Source:
+def _scaled(source: Copy | Normal | Constant, scale: float) -> ValueSource:
     if scale == 1.0:
         return source
     if scale == 0.0:  # exact: a product would turn some zeros into -0.0
@@ -243,8 +243,8 @@ def _scaled(source: Copy | Normal | Constant, scale: float) -> Source:
     return Constant(source.value * scale)
 
 
-def _copy_all(name: str, shape: Shape) -> Block:
-    return Block(whole(shape), dict.fromkeys(STATES, Copy(name, (0,) * len(shape))))
+def _copy_all(name: str, shape: Shape) -> ParamBlock:
+    return ParamBlock(full_box(shape), dict.fromkeys(STATES, Copy(name, (0,) * len(shape))))
 
 
 def _all_shapes(

@@ -19,7 +19,7 @@ from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.checkpoint.state.tensor_parallel import is_gated
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.plan import GrowthPlan
-from lag_megatron.growth.weight_init import Constant, Diagonals, Fresh, Normal
+from lag_megatron.growth.weight_init import Constant, Diagonals, Normal, WeightInit
 
 _QKV, _PROJECTION = ".self_attention.linear_qkv.weight", ".self_attention.linear_proj.weight"
 _FC1, _FC2 = ".mlp.linear_fc1.weight", ".mlp.linear_fc2.weight"
@@ -29,7 +29,7 @@ _Run = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Silence:
+class IdentityInit:
     """How the new layers of a plan are silenced.
 
     Attributes:
@@ -41,13 +41,13 @@ class Silence:
     gated: bool
     identities: Mapping[str, tuple[_Run, ...]]
 
-    def weights(self, name: str, drawn: Fresh) -> Fresh | None:
+    def weights(self, name: str, drawn: WeightInit) -> WeightInit | None:
         """Weights of a new layer's parameter, given fresh ones; None are the source layer's."""
         if self.gated and ".mlp.linear_fc2." in name:
             return Constant(0.0)
         if self.gated and ".pre_mlp_layernorm." in name:
             return drawn if self.identities else None
-        if _is_silent(name):
+        if _is_zeroed(name):
             return Constant(0.0)
         for tail, runs in self.identities.items():
             if name.endswith(tail):
@@ -57,9 +57,9 @@ class Silence:
         return None
 
 
-def silence_of(
+def identity_init_of(
     plan: GrowthPlan, layer: Mapping[str, Shape], query_groups: int | None
-) -> Silence | None:
+) -> IdentityInit | None:
     """How a plan silences new layers, or None if it does not.
 
     Args:
@@ -81,7 +81,7 @@ def silence_of(
             f"after = {list(range(plan.source_layers))} doubles a post-LN model."
         )
     wanted = {*_NORMS, _QKV, _PROJECTION, _FC1, _FC2}
-    known = {tail for tail in layer if tail in wanted or _is_silent(tail)}
+    known = {tail for tail in layer if tail in wanted or _is_zeroed(tail)}
     if missing := sorted(wanted - known) or sorted(set(layer) - known):
         raise PlanError(
             f"operator {plan.operator!r} knows layers with {', '.join(sorted(wanted))}, biases and "
@@ -89,11 +89,11 @@ def silence_of(
         )
     gated = is_gated(layer)
     if new[0].init != "identity":
-        return Silence(gated, {})
-    return Silence(gated, _identities(layer, gated, _groups(plan, layer, query_groups)))
+        return IdentityInit(gated, {})
+    return IdentityInit(gated, _identities(layer, gated, _groups(plan, layer, query_groups)))
 
 
-def _is_silent(name: str) -> bool:
+def _is_zeroed(name: str) -> bool:
     return "norm" in name or name.endswith(".bias")
 
 

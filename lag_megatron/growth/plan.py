@@ -9,7 +9,7 @@ from typing import Literal
 
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.operators import layer_map_of
-from lag_megatron.growth.operators.layer_map import LayerMap, hands_norms_over, norms_stay
+from lag_megatron.growth.operators.layer_map import LayerMap, keeps_old_norms, moves_second_norm
 
 MomentPolicy = Literal["copy", "zero", "borrow"]
 MOMENT_POLICIES: tuple[MomentPolicy, ...] = ("copy", "zero", "borrow")
@@ -75,7 +75,11 @@ class GrowthPlan:
         return (
             [o.source for o in kept] == list(range(self.source_layers))
             and all(o.puts_out_zeros if o.is_new else o.branch_scale == 1 for o in layer_map)
-            and (hands_norms_over(layer_map) if norm_position == "post" else norms_stay(layer_map))
+            and (
+                moves_second_norm(layer_map)
+                if norm_position == "post"
+                else keeps_old_norms(layer_map)
+            )
         )
 
     @property

@@ -78,7 +78,7 @@ def build_pool(
         )
     if pool.path_length:
         grown = [
-            Candidate(f"{candidate.id}-p{_spelt(length)}", candidate.plan, length)
+            Candidate(f"{candidate.id}-p{_format_length(length)}", candidate.plan, length)
             for candidate, length in itertools.product(grown, pool.path_length)
         ]
     ids = [candidate.id for candidate in grown]
@@ -87,7 +87,7 @@ def build_pool(
     return tuple(grown)
 
 
-def _spelt(length: Lengths) -> str:
+def _format_length(length: Lengths) -> str:
     return ".".join(map(str, length)) if isinstance(length, tuple) else str(length)
 
 

@@ -46,7 +46,7 @@ class Diagonals:
     rest: Normal | None = None
 
 
-Fresh = Normal | Constant | Diagonals
+WeightInit = Normal | Constant | Diagonals
 
 
 def megatron_init(name: str, *, num_layers: int, init_std: float, key: str) -> Normal | Constant:
@@ -64,7 +64,7 @@ def megatron_init(name: str, *, num_layers: int, init_std: float, key: str) -> N
     return Normal(float(std), f"{key}/{name}")
 
 
-def fill(target: Tensor, fresh: Fresh, *, shape: Shape, box: Box) -> None:
+def fill(target: Tensor, fresh: WeightInit, *, shape: Shape, box: Box) -> None:
     """Write the values of ``box`` of a parameter of ``shape`` into ``target``, which has its shape.
 
     Memory stays at a few megabytes whatever the size.

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
-from lag_megatron.checkpoint.state.tensor_parallel import cut_dim, pieces, whole_shape
+from lag_megatron.checkpoint.state.tensor_parallel import cut_dim, pieces, unsharded_shape
 from lag_megatron.config import RunConfig
 from lag_megatron.distributed.world import World
 from lag_megatron.growth.weight_init import fill, megatron_init
@@ -49,7 +49,7 @@ def initialize_weights(
             key=f"init/{config.seed}",
         )
         with gathered(parameter):
-            shape = whole_shape(name, tuple(parameter.shape), tensor_size=world.tensor_size)
+            shape = unsharded_shape(name, tuple(parameter.shape), tensor_size=world.tensor_size)
             for piece in pieces(
                 name,
                 shape,

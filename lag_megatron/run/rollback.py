@@ -30,7 +30,7 @@ def rewind(run: RunDirectory, tag: str) -> None:
 
 
 def _place(run: RunDirectory, tag: str) -> Path:
-    there = [p for stage in sorted(run.root.glob("stage*")) for p in manifest.committed(stage)]
+    there = [p for stage in sorted(run.root.glob("stage*")) for p in manifest.committed_tags(stage)]
     for path in there:
         if path.name == tag:
             manifest.check_sizes(path)

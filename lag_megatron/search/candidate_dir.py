@@ -51,10 +51,10 @@ class CandidateFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for draft in self.path.glob("step*.tmp"):
-            manifest.remove(draft)
+            manifest.remove_checkpoint(draft)
         states = [
             steps
-            for tag in manifest.committed(self.path)
+            for tag in manifest.committed_tags(self.path)
             if (steps := step_of(tag.name) - self._base_step) <= rung and usable(tag)
         ]
         start = max(states, default=0)
@@ -77,7 +77,7 @@ class CandidateFolder:
         """Delete all saved states but one."""
         for other in self.path.glob("step*"):
             if other != state and other.is_dir():
-                manifest.remove(other)
+                manifest.remove_checkpoint(other)
 
     def mark_failed(self, reason: str, *, rank: int) -> None:
         """Leave word of a failure that ends this process."""

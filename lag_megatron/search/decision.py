@@ -36,7 +36,7 @@ def drop_losers(run: RunDirectory, growth: int, *, winner: Path) -> None:
     """Delete all saved states of a decided event but the winner's."""
     for state in run.growth(growth).glob("*/step*"):
         if state != winner and state.is_dir():
-            manifest.remove(state)
+            manifest.remove_checkpoint(state)
 
 
 def metrics_of(job: Job, event: Event, winner: Entry) -> list[MetricRow]:

@@ -8,7 +8,7 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import require_sound
 from lag_megatron.distributed.world import World
 from lag_megatron.engine.training_context import Job
-from lag_megatron.growth.operators.layer_map import draw
+from lag_megatron.growth.operators.layer_map import format_layer_map
 from lag_megatron.run.recorder import Recorder
 from lag_megatron.run.signals import Stopped
 from lag_megatron.search.candidates import Entry
@@ -124,8 +124,8 @@ def _say_progress(
         f"val loss {entry.curve[progress.rung].loss:.4f} after {progress.steps} steps"
     )
     recorder.say(
-        f"probe {entry.index + 1:>2}/{len(event.pool)}  {entry.id:<22} [{draw(layer_map)}]  "
-        f"{outcome}  ({progress.seconds:.1f} s, group {group})"
+        f"probe {entry.index + 1:>2}/{len(event.pool)}  {entry.id:<22} "
+        f"[{format_layer_map(layer_map)}]  {outcome}  ({progress.seconds:.1f} s, group {group})"
     )
 
 

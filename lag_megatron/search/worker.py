@@ -24,7 +24,7 @@ from lag_megatron.engine.save import save_engine
 from lag_megatron.engine.step_result import mean
 from lag_megatron.engine.training_context import Job, MetricRow
 from lag_megatron.errors import RunError
-from lag_megatron.growth.apply.grown_state import Growth, resharding
+from lag_megatron.growth.apply.grown_state import GrownState, resharded
 from lag_megatron.growth.pool import Candidate
 from lag_megatron.planning.cost import tokens_per_step
 from lag_megatron.run.signals import Stopped
@@ -41,7 +41,7 @@ class _Held:
     index: int
     steps: int
     job: Job
-    growth: Growth
+    growth: GrownState
     average: WeightAverage | None
 
 
@@ -142,18 +142,18 @@ class ProbeGroup:
             and ZeroCheckpoint.open(state).topology == self.engine.topology
         )
 
-    def _growth(self, candidate: Candidate, state: Path | None) -> Growth:
+    def _growth(self, candidate: Candidate, state: Path | None) -> GrownState:
         """What makes the engine's state: the base through the plan, or a saved state as it is."""
-        opened: list[Growth] = []
+        opened: list[GrownState] = []
 
         def open_source() -> None:
             if state is None:
                 source = ZeroCheckpoint.open(self.event.base)
-                opened.append(Growth(source, candidate.plan, self.engine.topology))
+                opened.append(GrownState(source, candidate.plan, self.engine.topology))
                 return
             names = sorted(manifest.check_sizes(state)["files"])
             require_sound(state, names[self.world.rank :: self.world.size])
-            opened.append(resharding(ZeroCheckpoint.open(state), self.engine.topology))
+            opened.append(resharded(ZeroCheckpoint.open(state), self.engine.topology))
 
         self.world.from_each(open_source)  # a rank that failed alone would leave the others waiting
         return opened[0]

@@ -10,7 +10,7 @@ from lag_megatron.config import (
     require_groups,
 )
 from lag_megatron.config.stage_schedule import stage_ranges
-from lag_megatron.growth.operators.layer_map import draw
+from lag_megatron.growth.operators.layer_map import format_layer_map
 from lag_megatron.growth.pool import Candidate, build_pool
 from lag_megatron.planning.cost import (
     parameter_count,
@@ -171,7 +171,7 @@ def _growth(
     yield "layers from bottom to top, numbered from 1; * duplicate of, R random, z zero output"
     width = max(len(candidate.id) for candidate in pool)
     for candidate in pool:
-        yield f"  {candidate.id:<{width}}  {draw(candidate.plan.layer_map)}"
+        yield f"  {candidate.id:<{width}}  {format_layer_map(candidate.plan.layer_map)}"
     yield from _lag_cost(config, stage, candidates=len(pool), vocab_size=vocab_size)
 
 

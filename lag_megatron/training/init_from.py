@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint.open import open_source
-from lag_megatron.checkpoint.state.source import Source
-from lag_megatron.checkpoint.storage.integrity import Look
+from lag_megatron.checkpoint.open import open_checkpoint
+from lag_megatron.checkpoint.state.source import CheckpointSource
+from lag_megatron.checkpoint.storage.integrity import VerifyScope
 from lag_megatron.config import ModelConfig
 from lag_megatron.engine.engine import Engine
 from lag_megatron.errors import CheckpointError
-from lag_megatron.growth.apply.grown_state import resharding
+from lag_megatron.growth.apply.grown_state import resharded
 
 # What two models of the same parameters may compute differently with.
 _COMPUTED = ("family", "num_attention_heads", "num_query_groups", "positions", "rotary_base",
@@ -33,13 +33,13 @@ def start_from(engine: Engine, path: Path, *, vocab_size: int) -> str:
     Raises:
         CheckpointError: if it is damaged, or of another model; the differences are named.
     """
-    opened: list[Source] = []  # each rank's own: files are not sent
+    opened: list[CheckpointSource] = []  # each rank's own: files are not sent
     engine.world.from_each(lambda: opened.append(_opened(engine, path, vocab_size)))
     (source,) = opened
     world = engine.world
-    look = Look(world.rank, world.size, states=("fp32",))
+    look = VerifyScope(world.rank, world.size, states=("fp32",))
     world.from_each(lambda: source.require_sound(look))
-    growth = resharding(source, engine.topology)
+    growth = resharded(source, engine.topology)
     live = engine.live
     engine.world.from_each(lambda: live.require(growth, weights_only=True))
     engine.world.from_each(lambda: live.take_weights(growth))
@@ -51,11 +51,11 @@ def start_from(engine: Engine, path: Path, *, vocab_size: int) -> str:
 
 def growth_history(path: Path) -> list[Any]:
     """The growth plans that led to a checkpoint's model, oldest first."""
-    return list(open_source(path, weights_only=True).client_state.get("growth_history", []))
+    return list(open_checkpoint(path, weights_only=True).client_state.get("growth_history", []))
 
 
-def _opened(engine: Engine, path: Path, vocab_size: int) -> Source:
-    source = open_source(path, vocab_size=vocab_size, weights_only=True)
+def _opened(engine: Engine, path: Path, vocab_size: int) -> CheckpointSource:
+    source = open_checkpoint(path, vocab_size=vocab_size, weights_only=True)
     source.check_every_file()
     described = source.client_state.get("model")
     found = list(_unlike(engine.config.model, described)) if described else []

@@ -76,7 +76,7 @@ class Trainer:
         run, journal = self.job.run, self.recorder.books.journal
         self._refuse_lost_checkpoint()
         for stage in reversed(range(len(self.config.stages))):
-            if tags := manifest.committed(run.stage(stage)):
+            if tags := manifest.committed_tags(run.stage(stage)):
                 manifest.check_sizes(tags[-1])
                 self._saved(tags[-1], stage, step_of(tags[-1].name))  # a kill may have come between
                 return Position(stage, tags[-1])
@@ -240,8 +240,8 @@ class Trainer:
         manifest.point_latest(path)
         relative = self.job.run.relative(path)
         self.recorder.happened("checkpoint", once={"path": relative}, stage=stage, step=step)
-        for old in manifest.committed(path.parent)[: -self.config.checkpoint.keep_last]:
-            manifest.remove(old)
+        for old in manifest.committed_tags(path.parent)[: -self.config.checkpoint.keep_last]:
+            manifest.remove_checkpoint(old)
 
     # Growing
 

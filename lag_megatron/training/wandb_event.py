@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.growth.operators.layer_map import draw
+from lag_megatron.growth.operators.layer_map import format_layer_map
 from lag_megatron.report import plots_available, write_figures
 from lag_megatron.run.directory import RunDirectory
 from lag_megatron.run.wandb_logger import Wandb
@@ -50,7 +50,7 @@ def candidate_table(event: Event, decision: Json) -> tuple[list[str], list[list[
     losses = {c["id"]: dict(c["curve"]) for c in decision["candidates"]}
     lag = decision["lag"]
     ranking = sorted((id_ for id_ in losses if lag in losses[id_]), key=lambda i: losses[i][lag])
-    maps = {candidate.id: draw(candidate.plan.layer_map) for candidate in event.pool}
+    maps = {candidate.id: format_layer_map(candidate.plan.layer_map) for candidate in event.pool}
     rows = [
         [
             c["id"],

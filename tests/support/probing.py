@@ -101,12 +101,12 @@ class Stand:
         if manifest.is_committed(state):
             return
         draft = manifest.temporary(state)
-        manifest.remove(draft)
+        manifest.remove_checkpoint(draft)
         draft.mkdir(parents=True)
         (draft / "shard").write_text(json.dumps(steps))
         point("saving")
-        manifest.publish(
-            state, files={"shard": manifest.seal(draft / "shard")}, about={"step": steps}
+        manifest.commit(
+            state, files={"shard": manifest.file_entry(draft / "shard")}, about={"step": steps}
         )
         folder.keep_only(state)
 
@@ -133,7 +133,10 @@ class Stand:
     def states(self):
         """Saved states on disk, by candidate."""
         return {
-            c.id: [step_of(p.name) - BASE_STEP for p in manifest.committed(self.run.probe(1, c.id))]
+            c.id: [
+                step_of(p.name) - BASE_STEP
+                for p in manifest.committed_tags(self.run.probe(1, c.id))
+            ]
             for c in self.event.pool
         }
 

@@ -61,13 +61,13 @@ def switch_in_place(config, base, folder):
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine.engine import Engine
     from lag_megatron.growth.apply.grow_zero import grow_checkpoint
-    from lag_megatron.growth.apply.grown_state import Growth
+    from lag_megatron.growth.apply.grown_state import GrownState
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)
     losses = {}
     for name, plan in PLANS.items():
-        growth = Growth(ZeroCheckpoint.open(base), plan, engine.topology)
+        growth = GrownState(ZeroCheckpoint.open(base), plan, engine.topology)
         if world.is_coordinator:
             grow_checkpoint(base, folder / name, plan, topology=engine.topology)
         world.barrier()
@@ -108,18 +108,20 @@ def switch_from_kept(config, base, folder, plans):
     from lag_megatron.engine import state as live_module
     from lag_megatron.engine.base_cache import KeptBase
     from lag_megatron.engine.engine import Engine
-    from lag_megatron.growth.apply.grown_state import Growth
+    from lag_megatron.growth.apply.grown_state import GrownState
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)
     kept, launches = KeptBase.on(world.device, local_ranks=1) or kept_here(), []
     write_runs = live_module.write_runs
     live_module.write_runs = lambda runs: (launches.append(len(runs)), write_runs(runs))
-    engine.grow_from(Growth(ZeroCheckpoint.open(base), PLANS["duplicate"], engine.topology), kept)
+    engine.grow_from(
+        GrownState(ZeroCheckpoint.open(base), PLANS["duplicate"], engine.topology), kept
+    )
     assert launches == []  # the first is taken from the shards
     losses = {}
     for name, plan in plans.items():
-        growth = Growth(ZeroCheckpoint.open(base), plan, engine.topology)
+        growth = GrownState(ZeroCheckpoint.open(base), plan, engine.topology)
         engine.grow_from(growth)
         engine.save(folder, f"{name}-shards", client_state={})
         there = [result.loss for result in probe(engine, config, world)]

@@ -21,7 +21,7 @@ from lag_megatron.config import RunConfig, load_config
 from lag_megatron.distributed.world import World, start_world, stop_world
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.save import save_engine
-from lag_megatron.growth.apply.grown_state import Growth
+from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.planning.vocab_size import estimate_vocab_size
 from lag_megatron.search.partition import split_world
 from lag_megatron.training.dry_run import growth_pools
@@ -106,7 +106,7 @@ def _states(
     """Bytes a second at which one rank takes over a state and saves it."""
     engine = _engine(config, alone)
     plan = growth_pools(config)[1][0].plan
-    growth = Growth(ZeroCheckpoint.open(base), plan, engine.topology)
+    growth = GrownState(ZeroCheckpoint.open(base), plan, engine.topology)
     size = engine.bytes_on_disk
     work = world.rank == 0
     taking = _timed(world, work, engine.grow_from, growth)

@@ -25,16 +25,16 @@ import torch
 from figures import write_figures
 from offline_growth import copy_files, in_child
 
-from lag_megatron.checkpoint.open import open_source
-from lag_megatron.checkpoint.state.source import WHOLE
+from lag_megatron.checkpoint.open import open_checkpoint
+from lag_megatron.checkpoint.state.source import UNSHARDED
 from lag_megatron.checkpoint.storage.manifest import STATES_APART
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.distributed.world import World, start_world, stop_world
 from lag_megatron.growth.apply.conversion import Conversion, Format
-from lag_megatron.growth.apply.grown_state import Growth, retarget
-from lag_megatron.growth.apply.hardlink_dcp import linked_megatron
-from lag_megatron.growth.apply.hardlink_universal import linked_universal
+from lag_megatron.growth.apply.grown_state import GrownState, retarget
+from lag_megatron.growth.apply.hardlink_dcp import hardlink_dcp
+from lag_megatron.growth.apply.hardlink_universal import hardlink_universal
 
 SIZES = {"0.5": 12, "1": 24}  # layers of 512 hidden units
 RANKS, ROUNDS = 4, 5
@@ -166,15 +166,15 @@ def _against_deepspeed(source: Path, scratch: Path, workers: int) -> dict[str, f
     return {"convert_vs_ds_to_universal": theirs_s / ours_s}
 
 
-LINKED = {"universal": linked_universal, "megatron": linked_megatron}
+LINKED = {"universal": hardlink_universal, "megatron": hardlink_dcp}
 
 
 def _link_share(source: Path, form: Format, scratch: Path) -> float:
     """Bytes that linked growth writes over those of the grown state."""
     _convert(source, form, scratch / "linked", 1)
-    opened = open_source(scratch / "linked")
+    opened = open_checkpoint(scratch / "linked")
     layers = opened.client_state["num_layers"]
-    growth = Growth(opened, synthetic.a_third_more(layers), WHOLE)
+    growth = GrownState(opened, synthetic.a_third_more(layers), UNSHARDED)
     target = scratch / "grown" / opened.path.name
     write(LINKED[form](growth, target))
     files = [path for path in target.rglob("*") if path.is_file()]

@@ -25,7 +25,7 @@ from lag_megatron.distributed.world import World, start_world, stop_world
 from lag_megatron.engine.base_cache import KeptBase
 from lag_megatron.engine.engine import Engine
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
-from lag_megatron.growth.apply.grown_state import Growth
+from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.plan import GrowthPlan
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def switch_figures(world: World, scratch: Path, *, hidden: int = HIDDEN) -> dict
     seconds: dict[str, list[float]] = {"step": [], "switch": [], "reload": []}
     for number, plan in enumerate(plans):
         _time(seconds["step"], synthetic.train_step, engine, number)
-        _time(seconds["switch"], engine.grow_from, Growth(source, plan), kept)
+        _time(seconds["switch"], engine.grow_from, GrownState(source, plan), kept)
         grown = scratch / "grown" / synthetic.TAG
         grow_checkpoint(base, grown, plan)
         engine = _time(seconds["reload"], _reload, engine, grown, scratch / "saved")

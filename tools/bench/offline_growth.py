@@ -21,7 +21,7 @@ from lag_megatron.checkpoint.zero.file_names import optimizer_file
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.growth.apply.copy_plan import Move, plan_rank
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
-from lag_megatron.growth.apply.grown_state import Growth
+from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.growth_map import grown_names
 from lag_megatron.growth.plan import GrowthPlan
 
@@ -84,7 +84,7 @@ def read_ratio(source: Path, plan: GrowthPlan, scratch: Path) -> float:
 
         def write(folder: Path = folder, data_rank: int = data_rank) -> int:
             before = _read_bytes()
-            growth = Growth(ZeroCheckpoint.open(source), plan)
+            growth = GrownState(ZeroCheckpoint.open(source), plan)
             growth.write_rank(folder, tensor_rank=0, data_rank=data_rank)
             return _read_bytes() - before
 
@@ -96,7 +96,7 @@ def read_ratio(source: Path, plan: GrowthPlan, scratch: Path) -> float:
 
 def _needed(source: Path, plan: GrowthPlan, data_rank: int) -> int:
     """Bytes of the source that a rank's plan names, each counted once."""
-    growth = Growth(ZeroCheckpoint.open(source), plan)
+    growth = GrownState(ZeroCheckpoint.open(source), plan)
     sides = growth.filler(tensor_rank=0).sides(trained=True)
     regions = [
         Region(state, held, growth.layout.lengths[container])

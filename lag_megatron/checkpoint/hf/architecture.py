@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lag_megatron.checkpoint.hf.tensor_map import BERT, GPT2, LLAMA, Row
+from lag_megatron.checkpoint.hf.tensor_map import BERT, GPT2, LLAMA, TensorMapping
 from lag_megatron.config import ModelConfig
 from lag_megatron.errors import ConfigError
 
@@ -36,7 +36,7 @@ class Architecture:
     name: str
     model_type: str
     needs: Mapping[str, tuple[object, ...]]
-    rows: Sequence[Row]
+    rows: Sequence[TensorMapping]
     names: Mapping[str, str]
     activation: str
     activations: Mapping[str, str]

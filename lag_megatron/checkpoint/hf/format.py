@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint.state.box import Shape, numel
-from lag_megatron.checkpoint.storage.integrity import EVERYTHING, Look
+from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records, has_checksums
 from lag_megatron.errors import CheckpointError
 
@@ -30,7 +30,7 @@ _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class SafetensorsEntry:
     """A tensor in a safetensors file: where its bytes lie, counted from the file's beginning."""
 
     file: Path
@@ -40,7 +40,7 @@ class Entry:
     end: int
 
 
-def read_header(file: Path) -> dict[str, Entry]:
+def read_safetensors_header(file: Path) -> dict[str, SafetensorsEntry]:
     """The tensors of a safetensors file, by name; the file's length is checked against them.
 
     Raises:
@@ -92,7 +92,7 @@ def looks_like_transformers(path: Path) -> bool:
         return False
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe_transformers(path: Path) -> dict[str, Any]:
     """Facts of a model's folder, and its problems; of the weights, headers are read."""
     problems: list[str] = []
     config, trainer = (_settings(path / name, problems) for name in (CONFIG, TRAINER))
@@ -131,7 +131,7 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def damages(path: Path, look: Look = EVERYTHING) -> Iterator[str]:
+def find_transformers_corruption(path: Path, look: VerifyScope = EVERYTHING) -> Iterator[str]:
     """Records of pickled weights that do not fit their checksums; safetensors has none."""
     for file in look.share(sorted(path.glob("*.bin"))):
         if is_zip(file):
@@ -139,7 +139,7 @@ def damages(path: Path, look: Look = EVERYTHING) -> Iterator[str]:
                 yield f"{file.name}: {record} differs from its checksum"
 
 
-def tensors_of(path: Path) -> tuple[dict[str, Entry], list[str]]:
+def tensors_of(path: Path) -> tuple[dict[str, SafetensorsEntry], list[str]]:
     """All tensors of the safetensors files, and what is wrong with those."""
     index, problems = path / _INDEX, []
     placed: Mapping[str, str] = {}
@@ -154,10 +154,10 @@ def tensors_of(path: Path) -> tuple[dict[str, Entry], list[str]]:
         shards = sorted(p.name for p in path.glob("model-*-of-*.safetensors"))
         if shards and not files:
             files, problems = shards, [f"{_INDEX}: missing, but {shards[0]} is part of several"]
-    tensors: dict[str, Entry] = {}
+    tensors: dict[str, SafetensorsEntry] = {}
     for name in files:
         try:
-            found = read_header(path / name)
+            found = read_safetensors_header(path / name)
         except CheckpointError as error:
             problems.append(str(error))
             continue
@@ -196,10 +196,10 @@ def is_zip(file: Path) -> bool:
         return stream.read(2) == b"PK"
 
 
-def _entry(file: Path, entry: Mapping[str, Any], start: int) -> Entry:
+def _entry(file: Path, entry: Mapping[str, Any], start: int) -> SafetensorsEntry:
     begin, end = entry["data_offsets"]
     shape = tuple(int(size) for size in entry["shape"])
-    return Entry(file, str(entry["dtype"]), shape, start + int(begin), start + int(end))
+    return SafetensorsEntry(file, str(entry["dtype"]), shape, start + int(begin), start + int(end))
 
 
 def _settings(file: Path, problems: list[str]) -> dict[str, Any]:

@@ -13,26 +13,33 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.hf import format as hf_format
 from lag_megatron.checkpoint.hf.architecture import ARCHITECTURES, Architecture
-from lag_megatron.checkpoint.hf.tensor_map import Heads, Row, Run, expand, runs, shape_of
-from lag_megatron.checkpoint.hf.tensors import DTYPES, Stored, open_tensors
+from lag_megatron.checkpoint.hf.tensor_map import (
+    Heads,
+    RowRun,
+    TensorMapping,
+    expand,
+    row_runs,
+    transformers_shapes,
+)
+from lag_megatron.checkpoint.hf.tensors import FLOAT_DTYPES, LazyTensor, open_tensors
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.deepspeed_defaults import (
     SETTINGS_NOTE,
-    blank_client_state,
-    blank_groups,
-    blank_header,
     decay_groups,
+    default_client_state,
+    default_group_states,
+    default_header,
     module_keys,
 )
 from lag_megatron.checkpoint.state.layout import State
-from lag_megatron.checkpoint.state.source import WholeParameters
+from lag_megatron.checkpoint.state.source import UnshardedCheckpoint
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.storage.integrity import Look
+from lag_megatron.checkpoint.storage.integrity import VerifyScope
 from lag_megatron.config import ModelConfig, padded_vocab_size
 from lag_megatron.errors import CheckpointError, ConfigError
 
 
-def open_transformers(path: Path, *, vocab_size: int | None = None) -> WholeParameters:
+def open_transformers(path: Path, *, vocab_size: int | None = None) -> UnshardedCheckpoint:
     """Read a directory's settings and headers; tensors stay on disk.
 
     Args:
@@ -88,17 +95,17 @@ class Import:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def source(self) -> WholeParameters:
+    def source(self) -> UnshardedCheckpoint:
         """What growth and writers read."""
         groups = decay_groups({name: self._shape(row) for name, row in self.rows.items()})
-        state = blank_client_state(self.model, groups)
+        state = default_client_state(self.model, groups)
         state |= {"vocabulary": self.tokens, "special_tokens": self.special_tokens}
         keys = module_keys(list(self.rows))
-        return WholeParameters(
+        return UnshardedCheckpoint(
             path=self.path,
-            header=blank_header(keys, client_state=state, step=0),
+            header=default_header(keys, client_state=state, step=0),
             groups=groups,
-            group_states=blank_groups(groups),
+            group_states=default_group_states(groups),
             read=self.read,
             check=self.check,
             notes=[*self.notes, SETTINGS_NOTE],
@@ -116,7 +123,7 @@ class Import:
         begin = start - first * width
         return values.reshape(-1)[begin : begin + length]
 
-    def check(self, look: Look) -> None:
+    def check(self, look: VerifyScope) -> None:
         """Refuse damaged files, and those that hold tied weights twice, with different values.
 
         Raises:
@@ -124,7 +131,9 @@ class Import:
         """
         committed = manifest.is_committed(self.path)
         if found := list(
-            look.damages(self.path) if committed else hf_format.damages(self.path, look)
+            look.damages(self.path)
+            if committed
+            else hf_format.find_transformers_corruption(self.path, look)
         ):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
         for other, owner in look.share(self._tied):
@@ -141,7 +150,7 @@ class Import:
                 )
 
     @cached_property
-    def tensors(self) -> Mapping[str, Stored]:
+    def tensors(self) -> Mapping[str, LazyTensor]:
         """The directory's tensors by the names of the whole model."""
         found = open_tensors(self.path)
         prefix = self.architecture.prefix
@@ -149,7 +158,7 @@ class Import:
         return {_name(name, prefix if bare else ""): stored for name, stored in found.items()}
 
     @cached_property
-    def rows(self) -> dict[str, Row]:
+    def rows(self) -> dict[str, TensorMapping]:
         """By Megatron's name, in the order of the model.
 
         Raises:
@@ -165,7 +174,9 @@ class Import:
         expected: dict[str, Shape] = {}
         for row in rows.values():
             whole = self._whole_shape(row)
-            expected.update(zip(row.transformers, shape_of(row, whole, self.heads), strict=True))
+            expected.update(
+                zip(row.transformers, transformers_shapes(row, whole, self.heads), strict=True)
+            )
         self._refuse_others(expected)
         return rows
 
@@ -193,7 +204,7 @@ class Import:
                     f"{stored.file}: {name} has shape {stored.shape}, expected {shape} by "
                     "config.json."
                 )
-            if stored.dtype not in DTYPES:
+            if stored.dtype not in FLOAT_DTYPES:
                 raise CheckpointError(
                     f"{stored.file}: {name} is of the type {stored.dtype}, expected F32, BF16 or "
                     "F16: quantised weights cannot be trained."
@@ -221,14 +232,14 @@ class Import:
             if tied and other in self.tensors and owner in self.tensors
         ]
 
-    def _shape(self, row: Row) -> Shape:
+    def _shape(self, row: TensorMapping) -> Shape:
         """Of Megatron's parameter."""
         shape = self._whole_shape(row)
         if row.kind == "vocabulary":
             return (int(self.model.vocab_size), *shape[1:])
         return shape
 
-    def _whole_shape(self, row: Row) -> Shape:
+    def _whole_shape(self, row: TensorMapping) -> Shape:
         """Of Megatron's parameter without padding, as the files' own tensors give it.
 
         Raises:
@@ -252,10 +263,10 @@ class Import:
             return (out,)
         return (out, model.ffn_hidden_size if kind == "linear_fc2" else model.hidden_size)
 
-    def _rows(self, row: Row, first: int, last: int) -> Iterator[Tensor]:
+    def _rows(self, row: TensorMapping, first: int, last: int) -> Iterator[Tensor]:
         """Rows of Megatron's parameter, piece by piece."""
         known = self.tokens if row.kind == "vocabulary" else last
-        for run in _within(runs(row, self._whole_shape(row)[0], self.heads), first, last):
+        for run in _within(row_runs(row, self._whole_shape(row)[0], self.heads), first, last):
             stored = self.tensors[row.transformers[run.part]]
             yield stored.rows(run.start, run.start + run.count, transposed=row.transposed)
         if last > known:
@@ -264,7 +275,7 @@ class Import:
             yield padding.expand(last - max(first, known), *padding.shape[1:])
 
 
-def _within(found: Sequence[Run], first: int, last: int) -> Iterator[Run]:
+def _within(found: Sequence[RowRun], first: int, last: int) -> Iterator[RowRun]:
     """The parts of runs that lie in rows ``first .. last``."""
     for run in found:
         low, high = max(run.low, first), min(run.low + run.count, last)

@@ -26,7 +26,7 @@ LAYER, PART = "{layer}", "{part}"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TensorMapping:
     """One tensor of Megatron's, and the tensors of transformers that hold its values."""
 
     megatron: str
@@ -45,92 +45,110 @@ class Heads:
 
 _ATTENTION, _MLP = "decoder.layers.{layer}.self_attention", "decoder.layers.{layer}.mlp"
 
-GPT2: tuple[Row, ...] = (
-    Row("embedding.word_embeddings.weight", ("transformer.wte.weight",), "vocabulary"),
-    Row("embedding.position_embeddings.weight", ("transformer.wpe.weight",)),
-    Row("decoder.layers.{layer}.input_layernorm.{part}", ("transformer.h.{layer}.ln_1.{part}",)),
-    Row(
+GPT2: tuple[TensorMapping, ...] = (
+    TensorMapping("embedding.word_embeddings.weight", ("transformer.wte.weight",), "vocabulary"),
+    TensorMapping("embedding.position_embeddings.weight", ("transformer.wpe.weight",)),
+    TensorMapping(
+        "decoder.layers.{layer}.input_layernorm.{part}", ("transformer.h.{layer}.ln_1.{part}",)
+    ),
+    TensorMapping(
         f"{_ATTENTION}.linear_proj.{PART}",
         ("transformer.h.{layer}.attn.c_proj.{part}",),
         transposed=True,
     ),
-    Row(
+    TensorMapping(
         f"{_ATTENTION}.linear_qkv.{PART}",
         ("transformer.h.{layer}.attn.c_attn.{part}",),
         "qkv",
         transposed=True,
     ),
-    Row("decoder.layers.{layer}.pre_mlp_layernorm.{part}", ("transformer.h.{layer}.ln_2.{part}",)),
-    Row(f"{_MLP}.linear_fc1.{PART}", ("transformer.h.{layer}.mlp.c_fc.{part}",), transposed=True),
-    Row(f"{_MLP}.linear_fc2.{PART}", ("transformer.h.{layer}.mlp.c_proj.{part}",), transposed=True),
-    Row("decoder.final_layernorm.{part}", ("transformer.ln_f.{part}",)),
-    Row("output_layer.weight", ("lm_head.weight",), "vocabulary"),
+    TensorMapping(
+        "decoder.layers.{layer}.pre_mlp_layernorm.{part}", ("transformer.h.{layer}.ln_2.{part}",)
+    ),
+    TensorMapping(
+        f"{_MLP}.linear_fc1.{PART}", ("transformer.h.{layer}.mlp.c_fc.{part}",), transposed=True
+    ),
+    TensorMapping(
+        f"{_MLP}.linear_fc2.{PART}", ("transformer.h.{layer}.mlp.c_proj.{part}",), transposed=True
+    ),
+    TensorMapping("decoder.final_layernorm.{part}", ("transformer.ln_f.{part}",)),
+    TensorMapping("output_layer.weight", ("lm_head.weight",), "vocabulary"),
 )
 
 _LLAMA_LAYER = "model.layers.{layer}"
-LLAMA: tuple[Row, ...] = (
-    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary"),
-    Row(
+LLAMA: tuple[TensorMapping, ...] = (
+    TensorMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary"),
+    TensorMapping(
         "decoder.layers.{layer}.input_layernorm.weight",
         (f"{_LLAMA_LAYER}.input_layernorm.weight",),
     ),
-    Row(f"{_ATTENTION}.linear_proj.{PART}", (f"{_LLAMA_LAYER}.self_attn.o_proj.{PART}",)),
-    Row(
+    TensorMapping(f"{_ATTENTION}.linear_proj.{PART}", (f"{_LLAMA_LAYER}.self_attn.o_proj.{PART}",)),
+    TensorMapping(
         f"{_ATTENTION}.linear_qkv.{PART}",
         tuple(f"{_LLAMA_LAYER}.self_attn.{p}_proj.{PART}" for p in "qkv"),
         "qkv",
     ),
-    Row(
+    TensorMapping(
         "decoder.layers.{layer}.pre_mlp_layernorm.weight",
         (f"{_LLAMA_LAYER}.post_attention_layernorm.weight",),
     ),
-    Row(
+    TensorMapping(
         f"{_MLP}.linear_fc1.{PART}",
         (f"{_LLAMA_LAYER}.mlp.gate_proj.{PART}", f"{_LLAMA_LAYER}.mlp.up_proj.{PART}"),
         "gate_up",
     ),
-    Row(f"{_MLP}.linear_fc2.{PART}", (f"{_LLAMA_LAYER}.mlp.down_proj.{PART}",)),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    Row("output_layer.weight", ("lm_head.weight",), "vocabulary"),
+    TensorMapping(f"{_MLP}.linear_fc2.{PART}", (f"{_LLAMA_LAYER}.mlp.down_proj.{PART}",)),
+    TensorMapping("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    TensorMapping("output_layer.weight", ("lm_head.weight",), "vocabulary"),
 )
 
 _BERT_LAYER = "bert.encoder.layer.{layer}"
 _ENCODER = "encoder.layers.{layer}"
 _PREDICTIONS = "cls.predictions"
-BERT: tuple[Row, ...] = (
-    Row(
+BERT: tuple[TensorMapping, ...] = (
+    TensorMapping(
         "embedding.word_embeddings.weight",
         ("bert.embeddings.word_embeddings.weight",),
         "vocabulary",
     ),
-    Row("embedding.position_embeddings.weight", ("bert.embeddings.position_embeddings.weight",)),
-    Row("embedding.tokentype_embeddings.weight", ("bert.embeddings.token_type_embeddings.weight",)),
-    Row(f"embedding.embedding_dropout.layernorm.{PART}", (f"bert.embeddings.LayerNorm.{PART}",)),
-    Row(
+    TensorMapping(
+        "embedding.position_embeddings.weight", ("bert.embeddings.position_embeddings.weight",)
+    ),
+    TensorMapping(
+        "embedding.tokentype_embeddings.weight", ("bert.embeddings.token_type_embeddings.weight",)
+    ),
+    TensorMapping(
+        f"embedding.embedding_dropout.layernorm.{PART}", (f"bert.embeddings.LayerNorm.{PART}",)
+    ),
+    TensorMapping(
         f"{_ENCODER}.self_attention.linear_proj.{PART}",
         (f"{_BERT_LAYER}.attention.output.dense.{PART}",),
     ),
-    Row(
+    TensorMapping(
         f"{_ENCODER}.self_attention.linear_qkv.{PART}",
         tuple(f"{_BERT_LAYER}.attention.self.{p}.{PART}" for p in ("query", "key", "value")),
         "qkv",
     ),
-    Row(f"{_ENCODER}.mlp.linear_fc1.{PART}", (f"{_BERT_LAYER}.intermediate.dense.{PART}",)),
-    Row(f"{_ENCODER}.mlp.linear_fc2.{PART}", (f"{_BERT_LAYER}.output.dense.{PART}",)),
-    Row(
+    TensorMapping(
+        f"{_ENCODER}.mlp.linear_fc1.{PART}", (f"{_BERT_LAYER}.intermediate.dense.{PART}",)
+    ),
+    TensorMapping(f"{_ENCODER}.mlp.linear_fc2.{PART}", (f"{_BERT_LAYER}.output.dense.{PART}",)),
+    TensorMapping(
         f"{_ENCODER}.post_attn_layernorm.{PART}",
         (f"{_BERT_LAYER}.attention.output.LayerNorm.{PART}",),
     ),
-    Row(f"{_ENCODER}.post_mlp_layernorm.{PART}", (f"{_BERT_LAYER}.output.LayerNorm.{PART}",)),
-    Row(f"lm_head.dense.{PART}", (f"{_PREDICTIONS}.transform.dense.{PART}",)),
-    Row(f"lm_head.layer_norm.{PART}", (f"{_PREDICTIONS}.transform.LayerNorm.{PART}",)),
-    Row("output_layer.bias", (f"{_PREDICTIONS}.bias",), "vocabulary"),
+    TensorMapping(
+        f"{_ENCODER}.post_mlp_layernorm.{PART}", (f"{_BERT_LAYER}.output.LayerNorm.{PART}",)
+    ),
+    TensorMapping(f"lm_head.dense.{PART}", (f"{_PREDICTIONS}.transform.dense.{PART}",)),
+    TensorMapping(f"lm_head.layer_norm.{PART}", (f"{_PREDICTIONS}.transform.LayerNorm.{PART}",)),
+    TensorMapping("output_layer.bias", (f"{_PREDICTIONS}.bias",), "vocabulary"),
 )
 
 
 def expand(
-    rows: Sequence[Row], *, num_layers: int, bias: bool, tied_embeddings: bool
-) -> Iterator[Row]:
+    rows: Sequence[TensorMapping], *, num_layers: int, bias: bool, tied_embeddings: bool
+) -> Iterator[TensorMapping]:
     """The rows of a model, one a tensor, in the order of the model's layers.
 
     Args:
@@ -150,7 +168,9 @@ def expand(
                     yield _filled(row, layer, part)
 
 
-def shape_of(row: Row, shape: tuple[int, ...], heads: Heads) -> list[tuple[int, ...]]:
+def transformers_shapes(
+    row: TensorMapping, shape: tuple[int, ...], heads: Heads
+) -> list[tuple[int, ...]]:
     """Shapes of the row's tensors in transformers, of Megatron's shape, padding included."""
     outs = [shape[0]]
     if row.kind == "qkv" and len(row.transformers) == 3:
@@ -163,7 +183,7 @@ def shape_of(row: Row, shape: tuple[int, ...], heads: Heads) -> list[tuple[int, 
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RowRun:
     """Rows ``low .. low + count`` of Megatron's tensor: those from ``start`` of a part."""
 
     low: int
@@ -172,16 +192,16 @@ class Run:
     start: int
 
 
-def runs(row: Row, rows: int, heads: Heads) -> list[Run]:
+def row_runs(row: TensorMapping, rows: int, heads: Heads) -> list[RowRun]:
     """Where each of the ``rows`` of Megatron's tensor stands in the row's tensors, rising.
 
     Of a ``transposed`` one the rows are transformers' columns.
     """
     if row.kind == "gate_up":
         half = rows // 2
-        return [Run(0, half, 0, 0), Run(half, rows - half, 1, 0)]
+        return [RowRun(0, half, 0, 0), RowRun(half, rows - half, 1, 0)]
     if row.kind != "qkv":
-        return [Run(0, rows, 0, 0)]
+        return [RowRun(0, rows, 0, 0)]
     size = heads.head_size
     queries, keys = rows - 2 * heads.groups * size, heads.groups * size
     lengths, joined = (queries // heads.groups, size, size), len(row.transformers) == 1
@@ -189,28 +209,30 @@ def runs(row: Row, rows: int, heads: Heads) -> list[Run]:
     found, low = [], 0
     for group in range(heads.groups):
         for part, (length, start) in enumerate(zip(lengths, starts, strict=True)):
-            found.append(Run(low, length, 0 if joined else part, start + group * length))
+            found.append(RowRun(low, length, 0 if joined else part, start + group * length))
             low += length
     return found
 
 
-def to_transformers(row: Row, whole: Tensor, heads: Heads) -> list[Tensor]:
+def to_transformers(row: TensorMapping, whole: Tensor, heads: Heads) -> list[Tensor]:
     """The row's tensors in transformers from all of Megatron's, vocabulary padding still there."""
-    parts = [whole.new_empty(shape) for shape in shape_of(row, tuple(whole.shape), heads)]
+    parts = [
+        whole.new_empty(shape) for shape in transformers_shapes(row, tuple(whole.shape), heads)
+    ]
     turned = [as_rows(part, row) for part in parts]
-    for run in runs(row, len(whole), heads):
+    for run in row_runs(row, len(whole), heads):
         turned[run.part][run.start : run.start + run.count] = whole[run.low : run.low + run.count]
     return parts
 
 
-def as_rows(part: Tensor, row: Row) -> Tensor:
+def as_rows(part: Tensor, row: TensorMapping) -> Tensor:
     """A view of a tensor of transformers whose rows are Megatron's."""
     return part.t() if row.transposed and part.dim() == 2 else part
 
 
-def _runs(rows: Sequence[Row]) -> Iterator[tuple[bool, list[Row]]]:
+def _runs(rows: Sequence[TensorMapping]) -> Iterator[tuple[bool, list[TensorMapping]]]:
     """Neighbouring rows that all belong to layers, or all do not."""
-    run: list[Row] = []
+    run: list[TensorMapping] = []
     for row in rows:
         if run and (LAYER in row.megatron) != (LAYER in run[0].megatron):
             yield LAYER in run[0].megatron, run
@@ -220,10 +242,10 @@ def _runs(rows: Sequence[Row]) -> Iterator[tuple[bool, list[Row]]]:
         yield LAYER in run[0].megatron, run
 
 
-def _filled(row: Row, layer: int, part: str) -> Row:
+def _filled(row: TensorMapping, layer: int, part: str) -> TensorMapping:
     def fill(name: str) -> str:
         return name.replace(LAYER, str(layer)).replace(PART, part)
 
-    return Row(
+    return TensorMapping(
         fill(row.megatron), tuple(map(fill, row.transformers)), row.kind, transposed=row.transposed
     )

@@ -12,11 +12,11 @@ from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.errors import CheckpointError
 
-DTYPES = ("F32", "BF16", "F16", "torch.float32", "torch.bfloat16", "torch.float16")
+FLOAT_DTYPES = ("F32", "BF16", "F16", "torch.float32", "torch.bfloat16", "torch.float16")
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class LazyTensor:
     """One tensor.
 
     Attributes:
@@ -40,7 +40,7 @@ class Stored:
         return found
 
 
-def open_tensors(path: Path) -> dict[str, Stored]:
+def open_tensors(path: Path) -> dict[str, LazyTensor]:
     """Every tensor of a directory by its name; headers are read, values are not.
 
     Raises:
@@ -53,26 +53,26 @@ def open_tensors(path: Path) -> dict[str, Stored]:
         return _pickled(path)
     files = {entry.file for entry in entries.values()}
     opened: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in files}
-    found: dict[str, Stored] = {}
+    found: dict[str, LazyTensor] = {}
     for name, entry in entries.items():
         values = opened[entry.file].get_slice(name)
-        found[name] = Stored(entry.file, entry.shape, entry.dtype, values)
+        found[name] = LazyTensor(entry.file, entry.shape, entry.dtype, values)
     return found
 
 
-def _pickled(path: Path) -> dict[str, Stored]:
+def _pickled(path: Path) -> dict[str, LazyTensor]:
     """Tensors of ``pytorch_model.bin``, read ``weights_only``, and mapped if it is an archive."""
     names = hf_format.pickled_files(path)
     if not names:
         raise CheckpointError(f"{path}: no weights: neither safetensors nor pytorch_model.bin.")
-    found: dict[str, Stored] = {}
+    found: dict[str, LazyTensor] = {}
     for name in names:
         file = path / name
         values = torch_pickle.load(file)
         if not isinstance(values, dict):
             raise CheckpointError(f"{file}: holds no tensors by name.")
         found |= {
-            key: Stored(file, tuple(value.shape), str(value.dtype), value)
+            key: LazyTensor(file, tuple(value.shape), str(value.dtype), value)
             for key, value in values.items()
             if isinstance(value, Tensor)
         }

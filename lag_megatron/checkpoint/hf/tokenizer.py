@@ -41,7 +41,7 @@ def tokenizer_files(path: Path) -> list[Path]:
     return [path / name for name in _TOKENIZER_FILES if (path / name).is_file()]
 
 
-def save_tokenizer(file: TokenizerFile, folder: Path, model: ModelConfig) -> None:
+def save_transformers_tokenizer(file: TokenizerFile, folder: Path, model: ModelConfig) -> None:
     """Write a tokenizer as transformers reads it; BERT's puts [CLS] and [SEP] around text."""
     import transformers
 

@@ -12,16 +12,22 @@ from pydantic import TypeAdapter, ValidationError
 
 from lag_megatron.checkpoint.hf.architecture import Architecture, architecture_of
 from lag_megatron.checkpoint.hf.safetensors_writer import INDEX, SafetensorsFile, lay_out
-from lag_megatron.checkpoint.hf.tensor_map import Heads, Row, expand, runs, shape_of
-from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile, save_tokenizer
+from lag_megatron.checkpoint.hf.tensor_map import (
+    Heads,
+    TensorMapping,
+    expand,
+    row_runs,
+    transformers_shapes,
+)
+from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile, save_transformers_tokenizer
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.state.spec import DTYPES
-from lag_megatron.checkpoint.state.unsharded import WholeState
+from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.storage.integrity import Look
-from lag_megatron.checkpoint.writer.file_writer import Crew, Span, write_spans
-from lag_megatron.checkpoint.writer.job import Order, Part
+from lag_megatron.checkpoint.storage.integrity import VerifyScope
+from lag_megatron.checkpoint.writer.file_writer import Span, WriteContext, write_spans
+from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.config import ModelConfig
 from lag_megatron.errors import CheckpointError
 
@@ -42,14 +48,14 @@ class Export:
             the tokenizer has tokens, and without one those of the model that was imported, or all.
     """
 
-    state: WholeState
+    state: UnshardedState
     tokenizer: TokenizerFile | None = None
     dtype: Precision = "fp32"
     max_shard_size: int | str = "5GB"
     carried: Sequence[Path] = ()
     vocabulary: int | None = None
 
-    def order(self, target: Path, *, about: Mapping[str, Any]) -> Order:
+    def order(self, target: Path, *, about: Mapping[str, Any]) -> WriteJob:
         """What has to be written as the directory ``target``.
 
         Raises:
@@ -64,7 +70,7 @@ class Export:
             )
         except ValueError as error:
             raise CheckpointError(f"--max-shard-size {self.max_shard_size}: {error}") from None
-        return Order(
+        return WriteJob(
             target=target,
             parts=[
                 Part("settings", lambda folder, _: self._write_settings(folder, index)),
@@ -76,11 +82,11 @@ class Export:
                 "dtype": self.dtype,
                 "vocabulary": self.vocab_size,
                 "weights": [file.name for file in files],
-                "tokenizer": [manifest.checksum(file) for file in self._tokenizer_files],
+                "tokenizer": [manifest.file_checksum(file) for file in self._tokenizer_files],
             },
             needed=sum(map(numel, self.shapes.values())) * DTYPES[self.dtype].itemsize,
             what="the exported model",
-            check=partial(self.state.check, Look(states=("fp32",))),
+            check=partial(self.state.check, VerifyScope(states=("fp32",))),
             pointer=None,
         )
 
@@ -144,7 +150,7 @@ class Export:
         return len(layers_in(self.state.shapes))
 
     @cached_property
-    def rows(self) -> Sequence[Row]:
+    def rows(self) -> Sequence[TensorMapping]:
         """One for each tensor of the state.
 
         Raises:
@@ -173,22 +179,26 @@ class Export:
         shapes: dict[str, Shape] = {}
         for row in self.rows:
             whole = self._kept(row)
-            shapes.update(zip(row.transformers, shape_of(row, whole, self.heads), strict=True))
+            shapes.update(
+                zip(row.transformers, transformers_shapes(row, whole, self.heads), strict=True)
+            )
         return shapes
 
-    def _kept(self, row: Row) -> Shape:
+    def _kept(self, row: TensorMapping) -> Shape:
         """Shape of Megatron's tensor without padding."""
         whole = self.state.shapes[row.megatron]
         return (self.vocab_size, *whole[1:]) if row.kind == "vocabulary" else whole
 
     @cached_property
-    def _places(self) -> dict[str, tuple[Row, int]]:
+    def _places(self) -> dict[str, tuple[TensorMapping, int]]:
         """By name in transformers: the row, and which of its parts the tensor is."""
         return {
             name: (row, part) for row in self.rows for part, name in enumerate(row.transformers)
         }
 
-    def _write_file(self, file: SafetensorsFile, folder: Path, crew: Crew) -> dict[str, Any]:
+    def _write_file(
+        self, file: SafetensorsFile, folder: Path, crew: WriteContext
+    ) -> dict[str, Any]:
         spans = [self._span(name, begin, file.dtype) for name, begin in file.create(folder).items()]
         entry = write_spans(folder / file.name, spans, self.state.fill, crew)
         crew.flush(folder / file.name)
@@ -199,7 +209,7 @@ class Export:
         row, part = self._places[name]
         kept = self._kept(row)
         width = numel(kept[1:])
-        parts = [run for run in runs(row, kept[0], self.heads) if run.part == part]
+        parts = [run for run in row_runs(row, kept[0], self.heads) if run.part == part]
         parts.sort(key=lambda run: run.start)
         found = [(run.low * width, run.count * width) for run in parts]
         is_turned = row.transposed and len(kept) == 2
@@ -209,14 +219,14 @@ class Export:
     def _write_settings(self, folder: Path, index: str | None) -> dict[str, Any]:
         self._save_config(folder)
         if self.tokenizer is not None:
-            save_tokenizer(self.tokenizer, folder, self.model)
+            save_transformers_tokenizer(self.tokenizer, folder, self.model)
         for file in self.carried if self.tokenizer is None else ():
             shutil.copy(file, folder)
         if index is not None:
             (folder / INDEX).write_text(index, encoding="utf-8")
         # Weights are being written beside.
         written = [p for p in folder.iterdir() if p.suffix != ".safetensors" and p.name[0] != "."]
-        return {path.name: manifest.seal(path) for path in written}
+        return {path.name: manifest.file_entry(path) for path in written}
 
     def _save_config(self, folder: Path) -> None:
         import transformers  # seconds; what only describes a checkpoint does without

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lag_megatron.checkpoint.state.box import Box, Shape, numel
-from lag_megatron.checkpoint.storage.integrity import EVERYTHING, Look
+from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records
 from lag_megatron.errors import CheckpointError
 
@@ -47,7 +47,7 @@ class _Object(_StandIn): ...
 class _Index(_StandIn): ...
 
 
-class _Place(_StandIn): ...
+class _StorageInfo(_StandIn): ...
 
 
 _DCP = "torch.distributed.checkpoint"
@@ -57,7 +57,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     (f"{_DCP}.metadata", "TensorStorageMetadata"): _Tensor,
     (f"{_DCP}.metadata", "BytesStorageMetadata"): _Object,
     (f"{_DCP}.metadata", "MetadataIndex"): _Index,
-    (f"{_DCP}.filesystem", "_StorageInfo"): _Place,
+    (f"{_DCP}.filesystem", "_StorageInfo"): _StorageInfo,
     ("torch", "Size"): tuple,
     **dict.fromkeys(
         [
@@ -94,7 +94,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class StorageLocation:
     """Bytes of a data file; ``transformed`` if they are compressed or the like."""
 
     file: str
@@ -109,7 +109,7 @@ class StoredTensor:
 
     dtype: torch.dtype
     shape: Shape
-    chunks: tuple[tuple[Box, Place | None], ...]
+    chunks: tuple[tuple[Box, StorageLocation | None], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +126,9 @@ class Contents:
     path: Path
     version: str | None
     tensors: dict[str, StoredTensor] = field(repr=False)
-    objects: dict[str, Place | None] = field(repr=False)
+    objects: dict[str, StorageLocation | None] = field(repr=False)
 
-    def places(self) -> Iterator[tuple[str, Place | None, int]]:
+    def places(self) -> Iterator[tuple[str, StorageLocation | None, int]]:
         """Name, place and the least number of bytes it must have, of everything stored."""
         for name, tensor in self.tensors.items():
             for box, place in tensor.chunks:
@@ -203,7 +203,7 @@ def problems(contents: Contents) -> Iterator[str]:
             yield f"{file_name}: cut short: {size} bytes, expected {ends[file_name]}"
 
 
-def damages(contents: Contents, look: Look = EVERYTHING) -> Iterator[str]:
+def find_dcp_corruption(contents: Contents, look: VerifyScope = EVERYTHING) -> Iterator[str]:
     """Everything stored whose bytes do not fit the checksum that ``torch.save`` left."""
     for name, place, _ in look.share(contents.places()):
         if place is None or place.transformed or not (contents.path / place.file).is_file():
@@ -218,7 +218,7 @@ def damages(contents: Contents, look: Look = EVERYTHING) -> Iterator[str]:
 
 def _contents(path: Path, found: dict[str, Any]) -> Contents:
     places = {
-        (index.fqn, tuple(getattr(index, "offset", None) or ())): Place(
+        (index.fqn, tuple(getattr(index, "offset", None) or ())): StorageLocation(
             str(info.relative_path),
             int(info.offset),
             int(info.length),
@@ -227,7 +227,7 @@ def _contents(path: Path, found: dict[str, Any]) -> Contents:
         for index, info in found["storage_data"].items()
     }
     tensors: dict[str, StoredTensor] = {}
-    objects: dict[str, Place | None] = {}
+    objects: dict[str, StorageLocation | None] = {}
     for name, entry in found["state_dict_metadata"].items():
         if isinstance(entry, _Object):
             objects[name] = places.get((name, ()))

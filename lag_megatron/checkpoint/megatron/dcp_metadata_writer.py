@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
-from lag_megatron.checkpoint.megatron.dcp_metadata import METADATA, Place, StoredTensor
+from lag_megatron.checkpoint.megatron.dcp_metadata import METADATA, StorageLocation, StoredTensor
 
 _VERSION = "1.0.0"
 
 
 def write_metadata(
-    folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, Place]
+    folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, StorageLocation]
 ) -> None:
     """Write a directory's ``.metadata``; several entries may name the same bytes.
 
@@ -42,5 +42,5 @@ def write_metadata(
         pickle.dump(metadata.Metadata(entries, None, places, version=_VERSION), file)
 
 
-def _info(place: Place) -> Any:
+def _info(place: StorageLocation) -> Any:
     return filesystem._StorageInfo(place.file, place.offset, place.length)

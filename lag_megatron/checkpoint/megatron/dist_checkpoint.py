@@ -46,7 +46,7 @@ def is_megatron(path: Path) -> bool:
     return config.is_file() and b"sharded_backend" in config.read_bytes()
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe_dist_checkpoint(path: Path) -> dict[str, Any]:
     """Facts of a directory, and its problems; no tensor is read.
 
     Raises:
@@ -84,13 +84,13 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def damages(path: Path) -> Iterator[str]:
+def find_dist_checkpoint_corruption(path: Path) -> Iterator[str]:
     """Stored values and records of ``common.pt`` that do not fit their checksums.
 
     Raises:
         CheckpointError: if the metadata, or ``common.pt`` as a whole, cannot be read.
     """
-    yield from dcp_metadata.damages(dcp_metadata.read_metadata(path))
+    yield from dcp_metadata.find_dcp_corruption(dcp_metadata.read_metadata(path))
     if (path / COMMON).is_file():
         for record in damaged_records(path / COMMON):
             yield f"{COMMON}: {record} differs from its checksum"

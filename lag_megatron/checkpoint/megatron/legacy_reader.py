@@ -23,17 +23,17 @@ from lag_megatron.checkpoint.megatron.param_names import in_model_order, own_nam
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.deepspeed_defaults import (
     SETTINGS_NOTE,
-    blank_groups,
-    blank_header,
     decay_groups,
+    default_group_states,
+    default_header,
     module_keys,
 )
 from lag_megatron.checkpoint.state.layout import State
 from lag_megatron.checkpoint.state.param_names import layers_in
-from lag_megatron.checkpoint.state.source import WholeParameters
-from lag_megatron.checkpoint.state.tensor_parallel import is_gated, pieces, whole_shape
+from lag_megatron.checkpoint.state.source import UnshardedCheckpoint
+from lag_megatron.checkpoint.state.tensor_parallel import is_gated, pieces, unsharded_shape
 from lag_megatron.checkpoint.storage import torch_pickle
-from lag_megatron.checkpoint.storage.integrity import EVERYTHING, Look
+from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records
 from lag_megatron.errors import CheckpointError
 
@@ -53,7 +53,7 @@ def looks_legacy(path: Path) -> bool:
     return any(path.glob(f"mp_rank_*/{_FILE}"))
 
 
-def open_legacy(path: Path) -> WholeParameters:
+def open_legacy(path: Path) -> UnshardedCheckpoint:
     """Map every rank's file.
 
     Raises:
@@ -63,7 +63,7 @@ def open_legacy(path: Path) -> WholeParameters:
     return _Reader(path).source
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe_legacy(path: Path) -> dict[str, Any]:
     """Facts of a directory, and its problems; no tensor is read."""
     facts: dict[str, Any] = {
         "format": "Megatron-LM, a file for each rank",
@@ -94,7 +94,7 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def damages(path: Path, look: Look = EVERYTHING) -> Iterator[str]:
+def find_legacy_corruption(path: Path, look: VerifyScope = EVERYTHING) -> Iterator[str]:
     """Records that do not fit their checksums."""
     for file in look.share(sorted(path.glob(f"mp_rank_*/{_FILE}"))):
         for record in damaged_records(file):
@@ -106,7 +106,7 @@ class _Reader:
     path: Path
 
     @property
-    def source(self) -> WholeParameters:
+    def source(self) -> UnshardedCheckpoint:
         names = in_model_order(self.shapes)
         groups = decay_groups({name: self.shapes[name] for name in names})
         first = self.ranks[0]
@@ -121,11 +121,11 @@ class _Reader:
             "growth_history": [],
             **({"model": model} if model else {}),
         }
-        return WholeParameters(
+        return UnshardedCheckpoint(
             path=self.path,
-            header=blank_header(module_keys(names), client_state=state, step=step),
+            header=default_header(module_keys(names), client_state=state, step=step),
             groups=groups,
-            group_states=blank_groups(groups),
+            group_states=default_group_states(groups),
             read=self.read,
             check=self.check,
             notes=[
@@ -172,7 +172,7 @@ class _Reader:
         """Of whole parameters."""
         size = len(self.parts)
         return {
-            name: whole_shape(name, tuple(part.shape), tensor_size=size)
+            name: unsharded_shape(name, tuple(part.shape), tensor_size=size)
             for name, part in self.parts[0].items()
         }
 
@@ -202,9 +202,9 @@ class _Reader:
         begin = start - first * width
         return rows.view(-1)[begin : begin + length]
 
-    def check(self, look: Look) -> None:
+    def check(self, look: VerifyScope) -> None:
         """Refuse content that differs from its checksums."""
-        if found := list(damages(self.path, look)):
+        if found := list(find_legacy_corruption(self.path, look)):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
 
 

@@ -13,20 +13,20 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint
 from lag_megatron.checkpoint.megatron.arguments import model_of
-from lag_megatron.checkpoint.megatron.dcp_metadata import Contents, Place, StoredTensor
+from lag_megatron.checkpoint.megatron.dcp_metadata import Contents, StorageLocation, StoredTensor
 from lag_megatron.checkpoint.megatron.param_names import Stacked, in_model_order, parameters_in
 from lag_megatron.checkpoint.state.box import Box, Shape, interval_boxes, numel, strides_of
 from lag_megatron.checkpoint.state.deepspeed_defaults import (
-    blank_groups,
-    blank_header,
     decay_groups,
+    default_group_states,
+    default_header,
     module_keys,
 )
-from lag_megatron.checkpoint.state.layout import Group, GroupState, State
+from lag_megatron.checkpoint.state.layout import GroupState, ParamGroup, State
 from lag_megatron.checkpoint.state.param_names import layers_in
-from lag_megatron.checkpoint.state.source import WholeParameters
+from lag_megatron.checkpoint.state.source import UnshardedCheckpoint
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.storage.integrity import Look
+from lag_megatron.checkpoint.storage.integrity import VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import tensor_records
 from lag_megatron.errors import CheckpointError
 
@@ -38,7 +38,7 @@ _PREFIXES: Mapping[State, tuple[str, ...]] = {
 }
 
 
-def open_megatron(path: Path, *, weights_only: bool = False) -> WholeParameters:
+def open_megatron(path: Path, *, weights_only: bool = False) -> UnshardedCheckpoint:
     """Read a directory's metadata and settings; tensors stay on disk.
 
     Weights are the masters where the optimizer's are there, and where no moments are they are 0.
@@ -53,7 +53,7 @@ def open_megatron(path: Path, *, weights_only: bool = False) -> WholeParameters:
     """
     if manifest.is_committed(path):
         manifest.check_sizes(path)
-    if problems := dist_checkpoint.describe(path)["problems"]:
+    if problems := dist_checkpoint.describe_dist_checkpoint(path)["problems"]:
         raise CheckpointError(f"{path}: {problems[0]}")
     contents = dcp_metadata.read_metadata(path)
     optimizer = {name for name in contents.tensors if dist_checkpoint.is_optimizer(name)}
@@ -117,7 +117,7 @@ class _Reader:
     note: str
 
     @property
-    def source(self) -> WholeParameters:
+    def source(self) -> UnshardedCheckpoint:
         names = [name for group in self.groups for name in group]
         kept = dist_checkpoint.client_state(self.common)
         known = self.common.get("iteration") or kept.get("step")
@@ -133,9 +133,11 @@ class _Reader:
         arguments = self.common.get("args")
         if "model" not in state and isinstance(arguments, argparse.Namespace):
             state["model"] = model_of(arguments)
-        return WholeParameters(
+        return UnshardedCheckpoint(
             path=self.path,
-            header=blank_header(module_keys(in_model_order(names)), client_state=state, step=step),
+            header=default_header(
+                module_keys(in_model_order(names)), client_state=state, step=step
+            ),
             groups=self.groups,
             group_states=self.group_states(step),
             read=self.read,
@@ -152,7 +154,7 @@ class _Reader:
         return parameters_in({name: tensor.shape for name, tensor in tensors.items()})
 
     @cached_property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[ParamGroup]:
         """Parameters by group: as our trainer kept them, or matrices and vectors."""
         known = dist_checkpoint.client_state(self.common).get("parameter_groups")
         if known is not None:
@@ -161,7 +163,7 @@ class _Reader:
 
     def group_states(self, step: int) -> list[GroupState]:
         """Hyper-parameters where there are as many groups as here; torch's otherwise."""
-        blank = blank_groups(self.groups, step=step if self._has("exp_avg") else 0)
+        blank = default_group_states(self.groups, step=step if self._has("exp_avg") else 0)
         kept: Any = self.common.get("optimizer")
         while isinstance(kept, dict) and "param_groups" not in kept:
             kept = kept.get("optimizer")
@@ -187,11 +189,13 @@ class _Reader:
             start += where.layer * numel(shape)
         return self._elements(tensor, start, length)
 
-    def check(self, look: Look) -> None:
+    def check(self, look: VerifyScope) -> None:
         """Refuse content that differs from its checksums."""
         committed = manifest.is_committed(self.path)
         found = list(
-            look.damages(self.path) if committed else dcp_metadata.damages(self.contents, look)
+            look.damages(self.path)
+            if committed
+            else dcp_metadata.find_dcp_corruption(self.contents, look)
         )
         if found:
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
@@ -221,7 +225,7 @@ class _Reader:
                 here.copy_(values[_slices(both.move(box.low, (0,) * len(box.low)))])
         return found
 
-    def _stored(self, place: Place, dtype: torch.dtype, shape: Shape) -> Tensor:
+    def _stored(self, place: StorageLocation, dtype: torch.dtype, shape: Shape) -> Tensor:
         """A stored box, mapped from disk."""
         key = (place.file, place.offset)
         if key not in self._mapped:
@@ -237,7 +241,7 @@ def _slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(a, a + n) for a, n in zip(box.low, box.shape, strict=True))
 
 
-def _map(file: Path, place: Place, dtype: torch.dtype, shape: Shape) -> Tensor:
+def _map(file: Path, place: StorageLocation, dtype: torch.dtype, shape: Shape) -> Tensor:
     """The tensor that ``torch.save`` wrote into part of a file.
 
     Raises:

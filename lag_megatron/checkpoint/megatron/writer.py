@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 
-from lag_megatron.checkpoint.megatron.dcp_metadata import METADATA, Place, StoredTensor
+from lag_megatron.checkpoint.megatron.dcp_metadata import METADATA, StorageLocation, StoredTensor
 from lag_megatron.checkpoint.megatron.dcp_metadata_writer import write_metadata
 from lag_megatron.checkpoint.megatron.dist_checkpoint import COMMON, CONFIG
 from lag_megatron.checkpoint.megatron.param_names import Stacked, stored_as
 from lag_megatron.checkpoint.state.box import Box, numel
 from lag_megatron.checkpoint.state.layout import STATES, State
 from lag_megatron.checkpoint.state.param_names import layers_in
-from lag_megatron.checkpoint.state.spec import DTYPES, Room
-from lag_megatron.checkpoint.state.unsharded import WholeState
+from lag_megatron.checkpoint.state.spec import DTYPES, PlaceholderTensors
+from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING
-from lag_megatron.checkpoint.writer.file_writer import Crew
-from lag_megatron.checkpoint.writer.job import Order, Part
+from lag_megatron.checkpoint.writer.file_writer import WriteContext
+from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.checkpoint.zero.writer import write_objects
 from lag_megatron.errors import CheckpointError
 
@@ -41,14 +41,14 @@ _EXTRA = "_extra_state"
 _NOTHING = "__0_nothing.distcp"
 
 
-def megatron_order(
-    state: WholeState,
+def megatron_job(
+    state: UnshardedState,
     target: Path,
     *,
     precision: str,
     about: Mapping[str, Any],
     stacked: bool = True,
-) -> Order:
+) -> WriteJob:
     """What has to be written as the directory ``target``, an ``iter_0000000``.
 
     Args:
@@ -67,9 +67,9 @@ def megatron_order(
             f"{state.path}: Megatron's distributed optimizer keeps Adam's moments of every "
             "parameter, and this state has other ones. Convert to zero."
         )
-    stored = _Stored(state, DTYPES[precision], stacked=stacked)
+    stored = _CheckpointFiles(state, DTYPES[precision], stacked=stacked)
     size = sum(map(numel, state.shapes.values()))
-    return Order(
+    return WriteJob(
         target=target,
         parts=[Part(name, partial(stored.write_parameter, name)) for name in state.shapes],
         about={
@@ -87,20 +87,20 @@ def megatron_order(
     )
 
 
-class _Stored:
+class _CheckpointFiles:
     """The files of a checkpoint, and what its metadata says of them."""
 
-    def __init__(self, state: WholeState, weights: torch.dtype, *, stacked: bool) -> None:
+    def __init__(self, state: UnshardedState, weights: torch.dtype, *, stacked: bool) -> None:
         self._state, self._weights, self._stacked = state, weights, stacked
         self._layers = len(layers_in(state.shapes))
         # Numbered, since names may be longer than file systems allow.
         self._numbers = {name: number for number, name in enumerate(state.shapes)}
 
-    def write_parameter(self, name: str, folder: Path, crew: Crew) -> dict[str, Any]:
+    def write_parameter(self, name: str, folder: Path, crew: WriteContext) -> dict[str, Any]:
         """The files of a parameter's weights, masters and moments."""
         entries: dict[str, Any] = {}
         for prefix, kept, dtype in self._kinds():
-            room, file = Room(), self._file(name, prefix)
+            room, file = PlaceholderTensors(), self._file(name, prefix)
             objects = room(self._state.region(name, kept), self._box(name).shape, dtype)
             entries[file] = write_objects(folder / file, objects, room, self._state.fill, crew)
         return entries
@@ -113,9 +113,11 @@ class _Stored:
         config |= {"common_backend": "torch", "common_backend_version": 1}
         (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         lengths = {name: entry["size"] for name, entry in files.items()}
-        nothing = Place(_NOTHING, 0, (folder / _NOTHING).stat().st_size, transformed=False)
+        nothing = StorageLocation(
+            _NOTHING, 0, (folder / _NOTHING).stat().st_size, transformed=False
+        )
         write_metadata(folder, self._tensors(lengths), dict.fromkeys(self._empty(), nothing))
-        return {n: manifest.seal(folder / n) for n in (_NOTHING, COMMON, CONFIG, METADATA)}
+        return {n: manifest.file_entry(folder / n) for n in (_NOTHING, COMMON, CONFIG, METADATA)}
 
     def _kinds(self) -> Iterator[tuple[str, State, torch.dtype]]:
         """Prefix, values and precision of everything that is stored of a parameter."""
@@ -138,12 +140,12 @@ class _Stored:
 
     def _tensors(self, lengths: Mapping[str, int]) -> dict[str, StoredTensor]:
         """Every stored tensor with its boxes, from the lengths of their files."""
-        boxes: dict[str, list[tuple[Box, Place]]] = {}
+        boxes: dict[str, list[tuple[Box, StorageLocation]]] = {}
         dtypes: dict[str, torch.dtype] = {}
         for name in self._state.shapes:
             for prefix, _, dtype in self._kinds():
                 file, key = self._file(name, prefix), prefix + self._where(name).key
-                place = Place(file, 0, lengths[file], transformed=False)
+                place = StorageLocation(file, 0, lengths[file], transformed=False)
                 boxes.setdefault(key, []).append((self._box(name), place))
                 dtypes[key] = dtype
         found = {}

@@ -53,7 +53,7 @@ class Box:
         return self.offset_in(shape), last + 1
 
 
-def whole(shape: Shape) -> Box:
+def full_box(shape: Shape) -> Box:
     """The box that covers an array."""
     return Box((0,) * len(shape), shape)
 

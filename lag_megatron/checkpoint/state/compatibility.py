@@ -4,13 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lag_megatron.checkpoint.state.box import Shape
-from lag_megatron.checkpoint.state.layout import Group, Layout
+from lag_megatron.checkpoint.state.layout import Layout, ParamGroup
 from lag_megatron.errors import CheckpointError
 
 _SHOWN = 3
 
 
-def require_same_parameters(path: Path, found: Sequence[Group], expected: Sequence[Group]) -> None:
+def require_same_parameters(
+    path: Path, found: Sequence[ParamGroup], expected: Sequence[ParamGroup]
+) -> None:
     """Refuse a checkpoint whose parameters differ in name, shape, group or order.
 
     Flat shards carry no names, so DeepSpeed loads permuted ones without a word.
@@ -47,7 +49,7 @@ def require_same_optimizer(path: Path, found: Layout, expected: Layout) -> None:
         )
 
 
-def _merged(groups: Sequence[Group]) -> dict[str, Shape]:
+def _merged(groups: Sequence[ParamGroup]) -> dict[str, Shape]:
     return {name: shape for group in groups for name, shape in group.items()}
 
 

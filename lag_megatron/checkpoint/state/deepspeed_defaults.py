@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lag_megatron.checkpoint.state.box import Shape
-from lag_megatron.checkpoint.state.layout import Group, GroupState
+from lag_megatron.checkpoint.state.layout import GroupState, ParamGroup
 from lag_megatron.config import ModelConfig
 
 # The version whose files are written here.
@@ -19,7 +19,7 @@ SETTINGS_NOTE = (
 )
 
 
-def blank_header(
+def default_header(
     module: Sequence[str], *, client_state: Mapping[str, Any], step: int
 ) -> dict[str, Any]:
     """The objects of a DeepSpeed model file without weights.
@@ -48,8 +48,8 @@ def blank_header(
     }
 
 
-def blank_client_state(
-    model: ModelConfig, groups: Sequence[Group], *, step: int = 0, tokens: int = 0
+def default_client_state(
+    model: ModelConfig, groups: Sequence[ParamGroup], *, step: int = 0, tokens: int = 0
 ) -> dict[str, Any]:
     """What our trainer would keep of a model of this shape."""
     return {
@@ -62,7 +62,7 @@ def blank_client_state(
     }
 
 
-def blank_groups(groups: Sequence[Group], *, step: int = 0) -> list[GroupState]:
+def default_group_states(groups: Sequence[ParamGroup], *, step: int = 0) -> list[GroupState]:
     """torch's AdamW as it begins, without decay of vectors."""
     (settings,) = torch.optim.AdamW([torch.zeros(1)]).param_groups
     known = {key: value for key, value in settings.items() if key != "params"}
@@ -75,7 +75,7 @@ def blank_groups(groups: Sequence[Group], *, step: int = 0) -> list[GroupState]:
     ]
 
 
-def decay_groups(shapes: Mapping[str, Shape]) -> list[Group]:
+def decay_groups(shapes: Mapping[str, Shape]) -> list[ParamGroup]:
     """Matrices, then vectors, as our trainer groups them; a group without members is left out."""
     matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
     vectors = {name: shape for name, shape in shapes.items() if len(shape) <= 1}
@@ -107,5 +107,5 @@ def _with_extra_state(names: Sequence[str]) -> Iterator[str]:
         yield f"output_layer.{_EXTRA}"
 
 
-def _decays(group: Group) -> bool:
+def _decays(group: ParamGroup) -> bool:
     return any(len(shape) > 1 for shape in group.values())

@@ -13,13 +13,13 @@ from typing import Any, Literal, TypedDict
 
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.optimizer_states import STATES as STATES
-from lag_megatron.checkpoint.state.optimizer_states import Optimizer, shape_of, states_of
+from lag_megatron.checkpoint.state.optimizer_states import Optimizer, state_shape, states_of
 from lag_megatron.checkpoint.state.optimizer_states import State as State
 from lag_megatron.checkpoint.state.segments import Container as Container
 from lag_megatron.checkpoint.state.segments import EvenParts
 from lag_megatron.checkpoint.state.segments import Segment as Segment
 
-Group = Mapping[str, Shape]
+ParamGroup = Mapping[str, Shape]
 
 DEFAULT_SUB_GROUP_SIZE = 1_000_000_000
 
@@ -68,7 +68,7 @@ class Layout:
         shapes: of every parameter, all groups together.
     """
 
-    groups: Sequence[Group]
+    groups: Sequence[ParamGroup]
     segments: Mapping[str, tuple[Segment, ...]]
     lengths: Mapping[Container, int]
     filled: Mapping[Container, int]
@@ -93,7 +93,7 @@ class Layout:
     def _reduced(self, state: State) -> "Layout":
         groups = [
             {
-                name: shape_of(state, shape)
+                name: state_shape(state, shape)
                 for name, shape in group.items()
                 if state in states_of(self.optimizer, shape)
             }
@@ -160,7 +160,7 @@ class GroupState:
 
 
 def make_layout(
-    groups: Sequence[Group], topology: Topology, optimizer: Optimizer = "adamw"
+    groups: Sequence[ParamGroup], topology: Topology, optimizer: Optimizer = "adamw"
 ) -> Layout:
     """The layout that DeepSpeed gives these parameter groups under this topology.
 
@@ -180,19 +180,19 @@ def make_layout(
     return _flat(groups, topology.data_size)
 
 
-def frozen_layout(shapes: Group, topology: Topology) -> Layout:
+def frozen_layout(shapes: ParamGroup, topology: Topology) -> Layout:
     """Where parameters that are not trained lie: whole, or under ZeRO-3 each cut evenly."""
     if topology.zero_stage != 3:
-        return whole_parameters(shapes)
+        return unsharded_layout(shapes)
     return _per_parameter([shapes], replace(topology, sub_group_size=1))
 
 
-def whole_parameters(shapes: Mapping[str, Shape]) -> Layout:
+def unsharded_layout(shapes: Mapping[str, Shape]) -> Layout:
     """Every parameter in a buffer of its own, numbered in order."""
     return _unpartitioned([shapes])
 
 
-def _unpartitioned(groups: Sequence[Group]) -> Layout:
+def _unpartitioned(groups: Sequence[ParamGroup]) -> Layout:
     segments: dict[str, tuple[Segment, ...]] = {}
     lengths: dict[Container, int] = {}
     for key, (name, shape) in enumerate(item for group in groups for item in group.items()):
@@ -202,7 +202,7 @@ def _unpartitioned(groups: Sequence[Group]) -> Layout:
     return Layout(groups, segments, lengths, lengths)
 
 
-def _flat(groups: Sequence[Group], data_size: int) -> Layout:
+def _flat(groups: Sequence[ParamGroup], data_size: int) -> Layout:
     """ZeRO-1 and 2: each group is one flat buffer, cut evenly whatever parameter lies there."""
     segments: dict[str, tuple[Segment, ...]] = {}
     lengths: dict[Container, int] = {}
@@ -230,7 +230,7 @@ def _flat(groups: Sequence[Group], data_size: int) -> Layout:
     return Layout(groups, segments, lengths, filled)
 
 
-def _per_parameter(groups: Sequence[Group], topology: Topology) -> Layout:
+def _per_parameter(groups: Sequence[ParamGroup], topology: Topology) -> Layout:
     """ZeRO-3: each parameter is cut evenly and padded; buffers are filled up to a size."""
     data_size = topology.data_size
     slots: dict[str, tuple[int, int, int]] = {}
@@ -247,7 +247,7 @@ def _per_parameter(groups: Sequence[Group], topology: Topology) -> Layout:
 
 
 def _split_groups(
-    groups: Sequence[Group], topology: Topology
+    groups: Sequence[ParamGroup], topology: Topology
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
     """DeepSpeed's greedy rule: close a sub-group once it holds ``sub_group_size`` elements."""
     for number, group in enumerate(groups):

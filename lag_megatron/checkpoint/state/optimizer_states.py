@@ -31,7 +31,7 @@ def states_of(optimizer: Optimizer, shape: Shape | None = None) -> tuple[State, 
     return ("fp32", *(_FACTORS if len(shape) > 1 else ("variance",)))
 
 
-def shape_of(state: State, shape: Shape) -> Shape:
+def state_shape(state: State, shape: Shape) -> Shape:
     """The shape of a state of a parameter of ``shape``, as torch.optim.Adafactor stores it."""
     if state == "row_var":
         return (*shape[:-1], 1)

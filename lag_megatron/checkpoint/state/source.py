@@ -1,7 +1,7 @@
 """What growth and writers ask of a checkpoint, whatever its format.
 
 ``ZeroCheckpoint`` answers for DeepSpeed's shards.  Formats that keep every parameter under its own
-name answer through ``WholeParameters``: they look like the state of one rank without ZeRO.
+name answer through ``UnshardedCheckpoint``: they look like the state of one rank without ZeRO.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +15,9 @@ from torch import Tensor
 from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.checkpoint.state.layout import (
     Container,
-    Group,
     GroupState,
     Layout,
+    ParamGroup,
     State,
     Topology,
     frozen_layout,
@@ -25,11 +25,11 @@ from lag_megatron.checkpoint.state.layout import (
 )
 from lag_megatron.checkpoint.state.loss_scale import LossScale
 from lag_megatron.checkpoint.state.optimizer_states import Optimizer
-from lag_megatron.checkpoint.storage.integrity import EVERYTHING, Look
+from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.page_cache import read_ahead
 
 # The layout of a state that nothing has cut.
-WHOLE = Topology(zero_stage=0, data_size=1, tensor_size=1, precision="fp32")
+UNSHARDED = Topology(zero_stage=0, data_size=1, tensor_size=1, precision="fp32")
 
 
 class Elements(Protocol):
@@ -43,7 +43,7 @@ class Elements(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Mapped:
+class MappedElements:
     """A buffer that is mapped from disk."""
 
     buffer: Tensor
@@ -57,7 +57,7 @@ class Mapped:
         read_ahead(self.buffer, offset, count)
 
 
-class Source(Protocol):
+class CheckpointSource(Protocol):
     """A training state that can be grown, spread anew or written in another format."""
 
     @property
@@ -81,7 +81,7 @@ class Source(Protocol):
         """Optimizer steps taken."""
 
     @property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[ParamGroup]:
         """Names and one tensor rank's shapes by parameter group, in flat order."""
 
     @property
@@ -121,12 +121,12 @@ class Source(Protocol):
     def check_every_file(self) -> None:
         """Refuse a checkpoint of which a file is missing or of another state."""
 
-    def require_sound(self, look: Look = EVERYTHING) -> None:
+    def require_sound(self, look: VerifyScope = EVERYTHING) -> None:
         """Refuse a checkpoint whose content differs from its checksums, where it has any."""
 
 
-Read = Callable[[str, State, int, int], Tensor]
-Check = Callable[[Look], None]
+ReadFn = Callable[[str, State, int, int], Tensor]
+CheckFn = Callable[[VerifyScope], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ class _Flat:
 
 
 @dataclass(frozen=True)
-class WholeParameters:
+class UnshardedCheckpoint:
     """A checkpoint that keeps every parameter whole, under its own name.
 
     Attributes:
@@ -162,15 +162,15 @@ class WholeParameters:
 
     path: Path
     header: Mapping[str, Any] = field(repr=False)
-    groups: list[Group] = field(repr=False)
+    groups: list[ParamGroup] = field(repr=False)
     group_states: list[GroupState] = field(repr=False)
-    read: Read = field(repr=False)
-    untrained: Group = field(default_factory=dict, repr=False)
-    check: Check = field(default=lambda look: None, repr=False)
+    read: ReadFn = field(repr=False)
+    untrained: ParamGroup = field(default_factory=dict, repr=False)
+    check: CheckFn = field(default=lambda look: None, repr=False)
     aliases: Mapping[str, str] = field(default_factory=dict, repr=False)
     notes: Sequence[str] = ()
 
-    topology = WHOLE
+    topology = UNSHARDED
     optimizer: Optimizer = "adamw"
 
     @property
@@ -215,6 +215,6 @@ class WholeParameters:
     def check_every_file(self) -> None:
         """Nothing more: opening it has read every header."""
 
-    def require_sound(self, look: Look = EVERYTHING) -> None:
+    def require_sound(self, look: VerifyScope = EVERYTHING) -> None:
         """Compare content with the checksums that the format has."""
         self.check(look)

@@ -15,13 +15,13 @@ from lag_megatron.checkpoint.state.layout import (
 )
 from lag_megatron.checkpoint.state.loss_scale import LossScale
 from lag_megatron.checkpoint.state.region import Region
-from lag_megatron.checkpoint.state.source import Source
+from lag_megatron.checkpoint.state.source import CheckpointSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draft:
+class CheckpointSpec:
     """A checkpoint to be written.
 
     Attributes:
@@ -39,7 +39,7 @@ class Draft:
     topology: Topology
     layout: Layout
     frozen: Layout
-    template: Source
+    template: CheckpointSource
     names: Mapping[str, str]
     aliases: Mapping[str, str]
     entries: Mapping[str, Any]
@@ -47,7 +47,7 @@ class Draft:
     loss_scale: LossScale
 
 
-class Room:
+class PlaceholderTensors:
     """Makes the tensors that will be filled, and knows them from those to be taken over."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Room:
         return tensor
 
 
-def deepspeed_config(draft: Draft) -> dict[str, Any]:
+def ds_config_of(draft: CheckpointSpec) -> dict[str, Any]:
     """DeepSpeed's configuration with the stage and the precision of the new checkpoint."""
     config = dict(draft.template.header.get("ds_config") or {})
     zero = {**(config.get("zero_optimization") or {}), "stage": draft.topology.zero_stage}

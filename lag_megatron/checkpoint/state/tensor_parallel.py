@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from lag_megatron.checkpoint.state.box import Box, Shape, whole
+from lag_megatron.checkpoint.state.box import Box, Shape, full_box
 
 # (pattern of the end of a parameter's name, dimension that is cut); what matches none is whole.
 CUTS: tuple[tuple[str, int], ...] = (
@@ -41,7 +41,7 @@ def cut_dim(name: str) -> int | None:
     return None
 
 
-def whole_shape(name: str, local: Shape, *, tensor_size: int) -> Shape:
+def unsharded_shape(name: str, local: Shape, *, tensor_size: int) -> Shape:
     """Shape of the whole parameter from one rank's part."""
     dim = cut_dim(name)
     if dim is None:
@@ -81,7 +81,7 @@ def pieces(
     """The boxes of a whole parameter of ``shape`` that one rank holds."""
     dim = cut_dim(name)
     if dim is None or tensor_size == 1:
-        yield Piece(whole(shape), (0,) * len(shape))
+        yield Piece(full_box(shape), (0,) * len(shape))
         return
     parts = 2 if gated and GATED.search(name) else 1
     unit = shape[dim] // (parts * tensor_size)

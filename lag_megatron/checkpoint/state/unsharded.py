@@ -13,14 +13,14 @@ from torch import Tensor
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.layout import Container, Segment, State
 from lag_megatron.checkpoint.state.region import Fill, Region
-from lag_megatron.checkpoint.state.source import Check
-from lag_megatron.checkpoint.state.spec import Draft
+from lag_megatron.checkpoint.state.source import CheckFn
+from lag_megatron.checkpoint.state.spec import CheckpointSpec
 
 _HERE = Container(0, 0)  # a region's segments are found by their offsets
 
 
 @dataclass(frozen=True)
-class WholeState:
+class UnshardedState:
     """What is to be written, under the topology of one rank without ZeRO.
 
     Attributes:
@@ -31,9 +31,9 @@ class WholeState:
     """
 
     path: Path
-    draft: Draft
+    draft: CheckpointSpec
     fill: Fill
-    check: Check
+    check: CheckFn
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:

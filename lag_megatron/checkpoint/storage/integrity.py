@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class VerifyScope:
     """What of a checkpoint is compared with its checksums.
 
     Attributes:
@@ -33,10 +33,10 @@ class Look:
     def damages(self, path: Path) -> Iterator[str]:
         """The damages that a committed directory's manifest shows, with the reason."""
         names = self.share(manifest.read_manifest(path)["files"])
-        yield from manifest.damages(path, names, states=self.states)
+        yield from manifest.find_corrupted_files(path, names, states=self.states)
 
 
-EVERYTHING = Look()
+EVERYTHING = VerifyScope()
 
 
 def require_sound(
@@ -57,7 +57,7 @@ def require_sound(
         CheckpointError: naming every damaged file, or one that cannot be read.
     """
     try:
-        found = list(_damages(path, names, states))
+        found = list(_find_corruption(path, names, states))
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or path}: cannot read: {error.strerror or error}. "
@@ -75,11 +75,11 @@ def is_verifiable(path: Path) -> bool:
     return manifest.is_committed(path) or all(map(has_checksums, path.glob("*.pt")))
 
 
-def _damages(
+def _find_corruption(
     path: Path, names: Collection[str] | None, states: Collection[str] | None
 ) -> Iterator[str]:
     if manifest.is_committed(path):
-        yield from manifest.damages(path, names, states=states)
+        yield from manifest.find_corrupted_files(path, names, states=states)
         return
     for name in sorted(p.name for p in path.glob("*.pt")) if names is None else sorted(names):
         for record in damaged_records(path / name):

@@ -32,14 +32,14 @@ def temporary(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
-def seal(path: Path) -> dict[str, Any]:
+def file_entry(path: Path) -> dict[str, Any]:
     """Flush a finished file to disk and return its manifest entry: size and xxh3-128 checksum."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "xxh3_128": checksum(path)}
+    return {"size": path.stat().st_size, "xxh3_128": file_checksum(path)}
 
 
-def checksum(path: Path, runs: Iterable[Sequence[int]] | None = None) -> str:
+def file_checksum(path: Path, runs: Iterable[Sequence[int]] | None = None) -> str:
     """The xxh3-128 checksum of a file, or of runs of its bytes (begin, end), as hex digits."""
     digest = xxhash.xxh3_128()
     room = memoryview(bytearray(_CHUNK))
@@ -53,7 +53,7 @@ def checksum(path: Path, runs: Iterable[Sequence[int]] | None = None) -> str:
     return digest.hexdigest()
 
 
-def publish(
+def commit(
     path: Path,
     *,
     files: Mapping[str, Any],
@@ -87,7 +87,7 @@ def point_latest(path: Path, pointer: str = LATEST, says: str | None = None) -> 
     write_atomically(path.parent / pointer, path.name if says is None else says)
 
 
-def remove(path: Path) -> None:
+def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint, its manifest first: a half-deleted one is never taken for whole."""
     for left in path.parent.glob(f"{_REMOVED}*"):  # of an earlier process
         shutil.rmtree(left, ignore_errors=True)
@@ -106,7 +106,7 @@ def remove(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def committed(folder: Path) -> list[Path]:
+def committed_tags(folder: Path) -> list[Path]:
     """The committed tags of a folder, oldest first; tags sort by their step."""
     if not folder.is_dir():
         return []
@@ -163,7 +163,7 @@ def check_sizes(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def damages(
+def find_corrupted_files(
     path: Path, names: Collection[str] | None = None, *, states: Collection[str] | None = None
 ) -> Iterator[str]:
     """Every file whose content is not what the manifest says, with the reason.
@@ -185,12 +185,12 @@ def damages(
         elif file.stat().st_size != entry["size"]:
             yield f"{name}: {file.stat().st_size} bytes, expected {entry['size']}"
         elif states is None or not _are_whole(entry):
-            if checksum(file) != entry["xxh3_128"]:
+            if file_checksum(file) != entry["xxh3_128"]:
                 yield f"{name}: content differs from its checksum"
         else:
             for state, there in entry[STATES_APART].items():
                 wanted = state == NO_STATE or state in states
-                if wanted and checksum(file, there["runs"]) != there["xxh3_128"]:
+                if wanted and file_checksum(file, there["runs"]) != there["xxh3_128"]:
                     yield f"{name}: {state}: content differs from its checksum"
 
 

@@ -15,7 +15,7 @@ _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, 
 _SYNC_FILE_RANGE_WRITE = 2
 
 
-def read_only_on_demand(tensor: Tensor) -> Tensor:
+def disable_readahead(tensor: Tensor) -> Tensor:
     """Turn the kernel's reading around off for the pages of a mapped tensor, and return it."""
     _advise(tensor.data_ptr(), tensor.numel() * tensor.element_size(), mmap.MADV_RANDOM)
     return tensor
@@ -27,7 +27,7 @@ def read_ahead(tensor: Tensor, offset: int, count: int) -> None:
     _advise(tensor.data_ptr() + offset * width, count * width, mmap.MADV_WILLNEED)
 
 
-def write_behind(file: int, offset: int, length: int) -> None:
+def start_writeback(file: int, offset: int, length: int) -> None:
     """Begin to bring bytes of an open file to the disk, so that flushing it will not take long."""
     _libc.sync_file_range(file, offset, length, _SYNC_FILE_RANGE_WRITE)
 

@@ -30,7 +30,7 @@ DAMAGE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ZipRecord:
     """Bytes of a file that hold a tensor's values; ``packed`` if they are compressed."""
 
     begin: int
@@ -85,7 +85,9 @@ def has_checksums(path: Path, *, offset: int = 0, length: int | None = None) -> 
         return all(record.CRC for record in archive.infolist() if record.file_size)
 
 
-def tensor_records(path: Path, *, offset: int = 0, length: int | None = None) -> Iterator[Record]:
+def tensor_records(
+    path: Path, *, offset: int = 0, length: int | None = None
+) -> Iterator[ZipRecord]:
     """Where the values of each tensor of an archive lie, those without any left out.
 
     Raises:
@@ -98,7 +100,9 @@ def tensor_records(path: Path, *, offset: int = 0, length: int | None = None) ->
                 file.seek(offset + info.header_offset + 26)
                 name, extra = struct.unpack("<HH", file.read(4))
                 begin = offset + info.header_offset + 30 + name + extra
-                yield Record(begin, info.file_size, packed=info.compress_type != zipfile.ZIP_STORED)
+                yield ZipRecord(
+                    begin, info.file_size, packed=info.compress_type != zipfile.ZIP_STORED
+                )
 
 
 class _View(io.RawIOBase):

@@ -17,7 +17,7 @@ from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.storage import torch_pickle
-from lag_megatron.checkpoint.storage.integrity import EVERYTHING, Look
+from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records
 from lag_megatron.errors import CheckpointError
 
@@ -100,7 +100,7 @@ def looks_universal(path: Path) -> bool:
     return (path / FOLDER).is_dir()
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe_universal(path: Path) -> dict[str, Any]:
     """Facts of a tag directory, and its problems; every file is mapped, no tensor is read.
 
     Raises:
@@ -141,7 +141,7 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def damages(path: Path, look: Look = EVERYTHING) -> Iterator[str]:
+def find_universal_corruption(path: Path, look: VerifyScope = EVERYTHING) -> Iterator[str]:
     """Records that do not fit their checksums, and files that are no archives."""
     for file in look.share(sorted(path.rglob("*.pt"))):
         name = file.relative_to(path)

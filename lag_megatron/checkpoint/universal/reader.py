@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from lag_megatron.checkpoint.state.box import Shape, numel
-from lag_megatron.checkpoint.state.deepspeed_defaults import blank_groups
-from lag_megatron.checkpoint.state.layout import Group, GroupState, State
-from lag_megatron.checkpoint.state.source import WholeParameters
-from lag_megatron.checkpoint.state.tensor_parallel import GATED, is_gated, whole_shape
+from lag_megatron.checkpoint.state.deepspeed_defaults import default_group_states
+from lag_megatron.checkpoint.state.layout import GroupState, ParamGroup, State
+from lag_megatron.checkpoint.state.source import UnshardedCheckpoint
+from lag_megatron.checkpoint.state.tensor_parallel import GATED, is_gated, unsharded_shape
 from lag_megatron.checkpoint.storage import manifest, torch_pickle
-from lag_megatron.checkpoint.storage.integrity import Look
+from lag_megatron.checkpoint.storage.integrity import VerifyScope
 from lag_megatron.checkpoint.universal import format as universal_format
 from lag_megatron.checkpoint.universal.format import FOLDER, OPTIMIZER, Universal
 from lag_megatron.errors import CheckpointError
 
 
-def open_universal(path: Path) -> WholeParameters:
+def open_universal(path: Path) -> UnshardedCheckpoint:
     """Read the headers of a tag directory; tensors stay on disk.
 
     Raises:
@@ -28,7 +28,7 @@ def open_universal(path: Path) -> WholeParameters:
     """
     if manifest.is_committed(path):
         manifest.check_sizes(path)
-    if problems := universal_format.describe(path)["problems"]:
+    if problems := universal_format.describe_universal(path)["problems"]:
         raise CheckpointError(f"{path}: {problems[0]}")
     checkpoint = Universal.open(path)
     degrees = checkpoint.header.get("checkpoint_parallel_dimensions") or {}
@@ -43,9 +43,9 @@ class _Reader:
     checkpoint: Universal
 
     @property
-    def source(self) -> WholeParameters:
+    def source(self) -> UnshardedCheckpoint:
         header = self.checkpoint.header
-        return WholeParameters(
+        return UnshardedCheckpoint(
             path=self.path,
             header=header,
             groups=self.groups,
@@ -60,16 +60,16 @@ class _Reader:
         )
 
     @cached_property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[ParamGroup]:
         """Whole shapes by parameter group; ZeRO-3 lists them by sub-group."""
-        listed: list[Group] = [
+        listed: list[ParamGroup] = [
             {name: self._whole(name, tuple(shape)) for name, shape in group.items()}
             for group in self.checkpoint.header["param_shapes"]
         ]
         settings = self._optimizer["param_groups"]
         if len(listed) == len(settings):
             return listed
-        joined: list[Group] = []
+        joined: list[ParamGroup] = []
         for group in settings:
             joined.append({n: s for key in group["params"] for n, s in listed[key].items()})
         return joined
@@ -79,7 +79,10 @@ class _Reader:
         """Hyper-parameters and the number of steps."""
         found = []
         for group, listed, blank in zip(
-            self._optimizer["param_groups"], self.groups, blank_groups(self.groups), strict=True
+            self._optimizer["param_groups"],
+            self.groups,
+            default_group_states(self.groups),
+            strict=True,
         ):
             known = {key: value for key, value in group.items() if key != "params"}
             settings = {**blank.settings, **known}
@@ -94,11 +97,13 @@ class _Reader:
             return part
         return torch.cat([part, torch.zeros(length - len(part))])
 
-    def check(self, look: Look) -> None:
+    def check(self, look: VerifyScope) -> None:
         """Refuse content that differs from its checksums."""
         committed = manifest.is_committed(self.path)
         if found := list(
-            look.damages(self.path) if committed else universal_format.damages(self.path, look)
+            look.damages(self.path)
+            if committed
+            else universal_format.find_universal_corruption(self.path, look)
         ):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Convert again.")
 
@@ -121,7 +126,7 @@ class _Reader:
         header = self.checkpoint.header
         degrees = header.get("checkpoint_parallel_dimensions") or {}
         size = degrees.get("tp_degree", self.checkpoint.model_ranks)
-        shape = whole_shape(name, local, tensor_size=size)
+        shape = unsharded_shape(name, local, tensor_size=size)
         tensor = self._stored(name, "fp32")
         stored = tensor.numel()
         if size > 1 and GATED.search(name) and is_gated(self.checkpoint.shapes):

@@ -18,15 +18,15 @@ import torch
 
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import STATES, Topology
-from lag_megatron.checkpoint.state.spec import Draft, Room, deepspeed_config
+from lag_megatron.checkpoint.state.spec import CheckpointSpec, PlaceholderTensors, ds_config_of
 from lag_megatron.checkpoint.state.tensor_parallel import GATED, cut_dim, is_gated, local_shape
-from lag_megatron.checkpoint.state.unsharded import WholeState
+from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING
 from lag_megatron.checkpoint.universal.format import FOLDER, OPTIMIZER, POINTER
-from lag_megatron.checkpoint.writer.file_template import Moulds
-from lag_megatron.checkpoint.writer.file_writer import Crew
-from lag_megatron.checkpoint.writer.job import Order, Part
+from lag_megatron.checkpoint.writer.file_template import FileTemplateCache
+from lag_megatron.checkpoint.writer.file_writer import WriteContext
+from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.checkpoint.zero.file_names import model_file
 from lag_megatron.checkpoint.zero.writer import write_objects
 from lag_megatron.errors import CheckpointError
@@ -35,9 +35,9 @@ _VERSION = 0.4  # of the format, as DeepSpeed 0.19 writes it
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
-def universal_order(
-    state: WholeState, target: Path, topology: Topology, *, about: Mapping[str, Any]
-) -> Order:
+def universal_job(
+    state: UnshardedState, target: Path, topology: Topology, *, about: Mapping[str, Any]
+) -> WriteJob:
     """What has to be written as the tag directory ``target``.
 
     Args:
@@ -55,10 +55,10 @@ def universal_order(
             f"{state.path}: the universal format holds Adam's moments, and this is the state of "
             f"{state.draft.layout.optimizer}. Convert to zero."
         )
-    draft, moulds = replace(state.draft, topology=topology), Moulds()
+    draft, moulds = replace(state.draft, topology=topology), FileTemplateCache()
     moments = sum(map(numel, state.draft.layout.shapes.values())) * 4 * len(STATES)
     weights = sum(map(numel, state.draft.frozen.shapes.values())) * 4
-    return Order(
+    return WriteJob(
         target=target,
         parts=[
             *(Part(name, partial(_write_parameter, state, moulds, name)) for name in state.shapes),
@@ -74,19 +74,19 @@ def universal_order(
 
 
 def _write_parameter(
-    state: WholeState, moulds: Moulds, name: str, folder: Path, crew: Crew
+    state: UnshardedState, moulds: FileTemplateCache, name: str, folder: Path, crew: WriteContext
 ) -> dict[str, Any]:
     """A parameter's folder."""
     return write_states(state, name, (*STATES, "step"), folder, crew, moulds)
 
 
 def write_states(
-    state: WholeState,
+    state: UnshardedState,
     name: str,
     kinds: Collection[str],
     folder: Path,
-    crew: Crew,
-    moulds: Moulds,
+    crew: WriteContext,
+    moulds: FileTemplateCache,
 ) -> dict[str, Any]:
     """Some of the files of a parameter's folder, and their manifest entries.
 
@@ -102,21 +102,21 @@ def write_states(
     shape, trained = state.shapes[name], state.is_trained(name)
     entries: dict[str, Any] = {}
 
-    def write(what: str, objects: Any, room: Room) -> None:
+    def write(what: str, objects: Any, room: PlaceholderTensors) -> None:
         file = f"{FOLDER}/{name}/{what}.pt"
         entries[file] = write_objects(folder / file, objects, room, state.fill, crew, moulds)
 
     for kept in (s for s in (STATES if trained else STATES[:1]) if s in kinds):
-        room = Room()
+        room = PlaceholderTensors()
         values = room(state.region(name, kept), shape)
         cut = _cut(state, name) if trained else {}
         write(kept, {**cut, "param": values}, room)
     if trained and "step" in kinds:
-        write("step", _step(state.draft, name), Room())
+        write("step", _step(state.draft, name), PlaceholderTensors())
     return entries
 
 
-def _cut(state: WholeState, name: str) -> dict[str, Any]:
+def _cut(state: UnshardedState, name: str) -> dict[str, Any]:
     """How tensor parallelism cuts a parameter, in DeepSpeed's words."""
     dim = cut_dim(name)
     if dim is None:
@@ -129,12 +129,12 @@ def _cut(state: WholeState, name: str) -> dict[str, Any]:
     return found
 
 
-def _step(draft: Draft, name: str) -> torch.Tensor:
+def _step(draft: CheckpointSpec, name: str) -> torch.Tensor:
     (number,) = (n for n, group in enumerate(draft.layout.groups) if name in group)
     return torch.as_tensor(draft.groups[number].counters["step"]).clone()
 
 
-def _write_optimizer(draft: Draft, folder: Path, crew: Crew) -> dict[str, Any]:
+def _write_optimizer(draft: CheckpointSpec, folder: Path, crew: WriteContext) -> dict[str, Any]:
     """What the optimizer keeps beside the parameters' states."""
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     groups = [{**group.settings, "params": [n]} for n, group in enumerate(draft.groups)]
@@ -153,10 +153,12 @@ def _write_optimizer(draft: Draft, folder: Path, crew: Crew) -> dict[str, Any]:
         "optimizer_state_dict": {"state": steps, "param_groups": groups},
     }
     file = f"{FOLDER}/{OPTIMIZER}"
-    return {file: write_objects(folder / file, objects, Room(), _no_values, crew)}
+    return {file: write_objects(folder / file, objects, PlaceholderTensors(), _no_values, crew)}
 
 
-def _write_models(state: WholeState, draft: Draft, folder: Path, crew: Crew) -> dict[str, Any]:
+def _write_models(
+    state: UnshardedState, draft: CheckpointSpec, folder: Path, crew: WriteContext
+) -> dict[str, Any]:
     """Model files without weights: DeepSpeed takes those from the parameters' folders."""
     topology, entries = draft.topology, dict[str, Any]()
     for tensor_rank, data_rank in itertools.product(
@@ -165,11 +167,13 @@ def _write_models(state: WholeState, draft: Draft, folder: Path, crew: Crew) -> 
         name = model_file(topology, tensor_rank=tensor_rank, data_rank=data_rank)
         if name not in entries:
             objects = _model(state, draft)
-            entries[name] = write_objects(folder / name, objects, Room(), _no_values, crew)
+            entries[name] = write_objects(
+                folder / name, objects, PlaceholderTensors(), _no_values, crew
+            )
     return entries
 
 
-def _model(state: WholeState, draft: Draft) -> dict[str, Any]:
+def _model(state: UnshardedState, draft: CheckpointSpec) -> dict[str, Any]:
     topology = draft.topology
     gated = is_gated(state.shapes)
 
@@ -194,7 +198,7 @@ def _model(state: WholeState, draft: Draft) -> dict[str, Any]:
         "dp_world_size": topology.data_size,
         "mp_world_size": topology.tensor_size,
         "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": topology.tensor_size},
-        "ds_config": deepspeed_config(draft),
+        "ds_config": ds_config_of(draft),
         "universal_checkpoint_info": {"universal_checkpoint_version": _VERSION},
     }
 

@@ -11,13 +11,13 @@ from typing import Any
 import xxhash
 
 from lag_megatron.checkpoint.storage.manifest import NO_STATE, STATES_APART
-from lag_megatron.checkpoint.storage.page_cache import write_behind
+from lag_megatron.checkpoint.storage.page_cache import start_writeback
 
 _WINDOW_BYTES = 1 << 24
 _GAP_BYTES = 1 << 16
 
 
-class Trail:
+class ChecksumStream:
     """Goes along a file, front to back.
 
     Args:
@@ -46,7 +46,7 @@ class Trail:
             else:
                 runs.append([begin, end])
         if end - self._sent >= _WINDOW_BYTES:
-            write_behind(self._file, self._sent, end - self._sent)
+            start_writeback(self._file, self._sent, end - self._sent)
             self._sent = end
 
     def hash_file(self, begin: int, end: int) -> None:

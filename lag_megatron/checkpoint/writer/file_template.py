@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from lag_megatron.checkpoint.state.region import Fill
-from lag_megatron.checkpoint.state.spec import Room
+from lag_megatron.checkpoint.state.spec import PlaceholderTensors
 from lag_megatron.checkpoint.writer.file_writer import (
-    Crew,
     Span,
+    WriteContext,
     fill_file,
     opened,
     put,
@@ -26,11 +26,11 @@ from lag_megatron.checkpoint.writer.file_writer import (
 
 _IMAGE_BYTES = 1 << 16  # of a file that is put together in memory
 
-LayOut = Callable[[Path, Any, Room], list[Span]]
+LayOut = Callable[[Path, Any, PlaceholderTensors], list[Span]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Mould:
+class _FileTemplate:
     """A file without its values.
 
     Attributes:
@@ -44,7 +44,7 @@ class _Mould:
     begins: Sequence[int]
 
     @staticmethod
-    def of(path: Path, spans: Sequence[Span]) -> "_Mould":
+    def of(path: Path, spans: Sequence[Span]) -> "_FileTemplate":
         """Of a file that was laid out; its values need not be there yet."""
         rest, at, size = [], 0, path.stat().st_size
         with path.open("rb") as file:
@@ -52,7 +52,7 @@ class _Mould:
                 file.seek(at)
                 rest.append((at, file.read(low - at)))
                 at = high
-        return _Mould(size, rest, [span.offset for span in spans])
+        return _FileTemplate(size, rest, [span.offset for span in spans])
 
     def image(self) -> bytearray:
         """All of a file, with zeros for its values."""
@@ -71,17 +71,24 @@ class _Mould:
             put(file, memoryview(data), offset)
 
 
-class Moulds:
+class FileTemplateCache:
     """Those of a checkpoint's files, made as they are needed; threads may share them.
 
     They are for files that hold one tensor, or a flat dictionary of tensors and plain values.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, _Mould] = {}
+        self._kept: dict[Hashable, _FileTemplate] = {}
 
     def write(
-        self, path: Path, objects: Any, room: Room, fill: Fill, crew: Crew, *, by: LayOut
+        self,
+        path: Path,
+        objects: Any,
+        room: PlaceholderTensors,
+        fill: Fill,
+        crew: WriteContext,
+        *,
+        by: LayOut,
     ) -> dict[str, Any]:
         """Write a file, as ``stream.write_spans`` does one that is laid out.
 
@@ -101,7 +108,7 @@ class Moulds:
         mould = self._kept.get(key)
         if mould is None:
             spans = by(path, objects, room)
-            self._kept[key] = _Mould.of(path, spans)
+            self._kept[key] = _FileTemplate.of(path, spans)
             return write_spans(path, spans, fill, crew)
         values = [v for v in entries.values() if id(v) in room.regions and v.numel()]
         spans = [
@@ -115,7 +122,7 @@ class Moulds:
             return fill_file(file, spans, fill, crew)
 
 
-def _described(value: Any, room: Room) -> Hashable:
+def _described(value: Any, room: PlaceholderTensors) -> Hashable:
     """All of an entry that stands in the file beside its values."""
     if not isinstance(value, Tensor):
         return type(value), value

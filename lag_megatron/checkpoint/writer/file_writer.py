@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.checkpoint.state.region import Fill, Region
-from lag_megatron.checkpoint.writer.checksums import Trail
-from lag_megatron.checkpoint.writer.ordered_pool import Relay
+from lag_megatron.checkpoint.writer.checksums import ChecksumStream
+from lag_megatron.checkpoint.writer.ordered_pool import OrderedPool
 
 # Large enough that planning a piece costs little beside copying it, small enough for the cache.
 PIECE_BYTES = 1 << 20
@@ -28,14 +28,16 @@ _BLOCK_BYTES = 1 << 22
 _WINDOW_BYTES = 1 << 24
 # One call of write with more gets the kernel to look for huge pages, which it may have to clear.
 _WRITE_BYTES = 1 << 18
-_ROOMS = 2  # pieces that a thread may have begun
-ROOM_BYTES = _ROOMS * 2 * PIECE_BYTES  # that they take at most, where nothing is turned
+_BUFFERS_PER_THREAD = 2  # pieces that a thread may have begun
+BUFFER_BYTES = (
+    _BUFFERS_PER_THREAD * 2 * PIECE_BYTES
+)  # that they take at most, where nothing is turned
 
-Told = Callable[[int], object]
-Flush = Callable[[Path], object]
+ProgressFn = Callable[[int], object]
+FlushFn = Callable[[Path], object]
 
 
-class Rooms(threading.local):
+class ThreadBuffers(threading.local):
     """A thread's buffers by purpose, for each piece that it may have begun.
 
     Where they outlast a file, a small one does not wait for fresh pages, which take longer than its
@@ -43,11 +45,11 @@ class Rooms(threading.local):
     """
 
     def __init__(self) -> None:
-        self.kept: list[dict[str, Tensor]] = [{} for _ in range(_ROOMS)]
+        self.kept: list[dict[str, Tensor]] = [{} for _ in range(_BUFFERS_PER_THREAD)]
 
 
 @dataclass(frozen=True, slots=True)
-class Crew:
+class WriteContext:
     """Who is with a writer of files.
 
     Attributes:
@@ -57,13 +59,13 @@ class Crew:
         rooms: buffers for several files; each makes its own without.
     """
 
-    told: Told = lambda count: None
-    flush: Flush = flush_to_disk
+    told: ProgressFn = lambda count: None
+    flush: FlushFn = flush_to_disk
     join: Callable[[Callable[[], None]], AbstractContextManager[object]] = nullcontext
-    rooms: Rooms | None = None
+    rooms: ThreadBuffers | None = None
 
 
-ALONE = Crew()
+DEFAULT_CONTEXT = WriteContext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _ByteRange:
     """A run of bytes of a file.
 
     Attributes:
@@ -104,11 +106,11 @@ class _Part:
     first: int | None = None
 
 
-_Piece = Sequence[_Part]  # what one thread writes at a time: neighbours, or one alone
+_Piece = Sequence[_ByteRange]  # what one thread writes at a time: neighbours, or one alone
 
 
 def write_spans(
-    path: Path, spans: Sequence[Span], fill: Fill, crew: Crew = ALONE
+    path: Path, spans: Sequence[Span], fill: Fill, crew: WriteContext = DEFAULT_CONTEXT
 ) -> dict[str, Any]:
     """Write every span and leave all other bytes as they are; flushing is the caller's.
 
@@ -126,11 +128,14 @@ def write_spans(
         return fill_file(file, spans, fill, crew)
 
 
-def fill_file(file: int, spans: Sequence[Span], fill: Fill, crew: Crew) -> dict[str, Any]:
+def fill_file(file: int, spans: Sequence[Span], fill: Fill, crew: WriteContext) -> dict[str, Any]:
     """The same for the descriptor of a file, open for reading and writing."""
     parts = _parts(sorted(spans, key=lambda s: s.offset), os.fstat(file).st_size, fill)
-    relay, trail = Relay(_pieces(parts)), Trail(file, (span.region.state for span in spans))
-    rooms = crew.rooms or Rooms()
+    relay, trail = (
+        OrderedPool(_pieces(parts)),
+        ChecksumStream(file, (span.region.state for span in spans)),
+    )
+    rooms = crew.rooms or ThreadBuffers()
 
     def run() -> None:
         relay.run([_Writer(file, fill, crew.told, trail, room).write for room in rooms.kept])
@@ -142,10 +147,10 @@ def fill_file(file: int, spans: Sequence[Span], fill: Fill, crew: Crew) -> dict[
 
 
 def write_image(
-    file: int, image: bytearray, spans: Sequence[Span], fill: Fill, crew: Crew
+    file: int, image: bytearray, spans: Sequence[Span], fill: Fill, crew: WriteContext
 ) -> dict[str, Any]:
     """The same for an empty file so small that ``image`` is all of it, but for the values."""
-    trail = Trail(file, (span.region.state for span in spans))
+    trail = ChecksumStream(file, (span.region.state for span in spans))
     data, view, at = torch.frombuffer(image, dtype=torch.uint8), memoryview(image), 0
     for span in sorted(spans, key=lambda s: s.offset):
         fill.expect(span.region)
@@ -176,9 +181,9 @@ def put(file: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
-def _pieces(parts: Iterator[_Part]) -> Iterator[_Piece]:
+def _pieces(parts: Iterator[_ByteRange]) -> Iterator[_Piece]:
     """Parts put together until they are worth a thread's while."""
-    piece: list[_Part] = []
+    piece: list[_ByteRange] = []
     for part in parts:
         is_value = part.span is not None and part.first is None
         if piece and not is_value:
@@ -192,12 +197,12 @@ def _pieces(parts: Iterator[_Part]) -> Iterator[_Piece]:
         yield piece
 
 
-def _parts(spans: Sequence[Span], size: int, fill: Fill) -> Iterator[_Part]:
+def _parts(spans: Sequence[Span], size: int, fill: Fill) -> Iterator[_ByteRange]:
     """Everything of a file in order; what it needs is asked for some parts ahead."""
     at = 0
     for span in spans:
         if span.offset > at:
-            yield _Part(at, span.offset)
+            yield _ByteRange(at, span.offset)
         at = span.offset
         width = span.dtype.itemsize
         if span.width:
@@ -208,30 +213,35 @@ def _parts(spans: Sequence[Span], size: int, fill: Fill) -> Iterator[_Part]:
             fill.expect(window)
             for region in window.pieces(PIECE_BYTES // width):
                 end = at + region.length * width
-                yield _Part(at, end, span, region)
+                yield _ByteRange(at, end, span, region)
                 at = end
     if size > at:
-        yield _Part(at, size)
+        yield _ByteRange(at, size)
 
 
-def _rows(span: Span, fill: Fill) -> Iterator[_Part]:
+def _rows(span: Span, fill: Fill) -> Iterator[_ByteRange]:
     """A matrix whose rows lie as columns: all of it, or some rows at a time."""
     rows = max(1, _BLOCK_BYTES // (span.width * span.dtype.itemsize))
     if rows * span.width >= span.region.length:
         fill.expect(span.region)
-        yield _Part(span.offset, span.end, span, span.region)
+        yield _ByteRange(span.offset, span.end, span, span.region)
         return
     for number, region in enumerate(span.region.pieces(rows * span.width)):
         fill.expect(region)
-        yield _Part(span.offset, span.offset, span, region, number * rows)
-    yield _Part(span.offset, span.end)
+        yield _ByteRange(span.offset, span.offset, span, region, number * rows)
+    yield _ByteRange(span.offset, span.end)
 
 
 class _Writer:
     """Makes and writes a piece at a time, in buffers of its own."""
 
     def __init__(
-        self, file: int, fill: Fill, told: Told, trail: Trail, rooms: dict[str, Tensor]
+        self,
+        file: int,
+        fill: Fill,
+        told: ProgressFn,
+        trail: ChecksumStream,
+        rooms: dict[str, Tensor],
     ) -> None:
         self._file, self._fill, self._told, self._trail = file, fill, told, trail
         self._rooms = rooms
@@ -258,7 +268,7 @@ class _Writer:
             mine = data[part.offset - begin : part.end - begin]
             self._trail.hash(mine, part.offset, part.region.state)
 
-    def _make(self, part: _Part, data: Tensor) -> None:
+    def _make(self, part: _ByteRange, data: Tensor) -> None:
         span, region = part.span, part.region
         assert span is not None
         assert region is not None
@@ -270,7 +280,7 @@ class _Writer:
         self._fill(region, rows)
         values.view(span.width, -1).copy_(rows.view(-1, span.width).t())
 
-    def _write_rows(self, part: _Part) -> None:
+    def _write_rows(self, part: _ByteRange) -> None:
         """Write some rows of a matrix as parts of its columns."""
         span, region = part.span, part.region
         assert span is not None

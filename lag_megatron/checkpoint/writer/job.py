@@ -19,8 +19,8 @@ import torch
 
 from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.writer.file_writer import Crew, Rooms, Told
-from lag_megatron.checkpoint.writer.progress_log import Record
+from lag_megatron.checkpoint.writer.file_writer import ProgressFn, ThreadBuffers, WriteContext
+from lag_megatron.checkpoint.writer.progress_log import WriteProgress
 from lag_megatron.errors import CheckpointError, PlanError
 
 _FLUSHES = 8  # at a time: a file system brings small files to the disk together
@@ -37,11 +37,11 @@ class Part:
     """
 
     name: str
-    write: Callable[[Path, Crew], Mapping[str, Any]]
+    write: Callable[[Path, WriteContext], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class WriteJob:
     """What is to be written, and how it is committed.
 
     Attributes:
@@ -85,7 +85,7 @@ class Order:
             manifest.point_latest(self.target, self.pointer, self.says)
 
 
-def write(order: Order, *, workers: int = 1, written: Told = lambda count: None) -> bool:
+def write(order: WriteJob, *, workers: int = 1, written: ProgressFn = lambda count: None) -> bool:
     """Write and commit, unless an earlier call has; whether it had to.
 
     Args:
@@ -107,11 +107,11 @@ def write(order: Order, *, workers: int = 1, written: Told = lambda count: None)
     return True
 
 
-def _write_parts(order: Order, workers: int, written: Told) -> None:
+def _write_parts(order: WriteJob, workers: int, written: ProgressFn) -> None:
     draft = manifest.temporary(order.target)
     try:
         names = {part.name for part in order.parts}
-        record = Record.open(draft, _comparable(order.about), names)
+        record = WriteProgress.open(draft, _comparable(order.about), names)
         for entry in record.entries().values():
             written(entry["size"])
         missing = order.needed - sum(entry["size"] for entry in record.entries().values())
@@ -123,15 +123,15 @@ def _write_parts(order: Order, workers: int, written: Told) -> None:
             folders = filter(Path.is_dir, draft.rglob("*"))
             _require([disk.submit(flush_to_disk, folder) for folder in folders])
         record.close()
-        manifest.publish(order.target, files=files, about=order.about, pointer=None)
+        manifest.commit(order.target, files=files, about=order.about, pointer=None)
     except OSError as error:
-        manifest.remove(draft)
+        manifest.remove_checkpoint(draft)
         raise CheckpointError(
             f"{error.filename or order.target}: cannot write there: {error.strerror or error}. "
             "Name another target."
         ) from None
     except Exception:
-        manifest.remove(draft)
+        manifest.remove_checkpoint(draft)
         raise
     try:
         order.point()
@@ -142,7 +142,9 @@ def _write_parts(order: Order, workers: int, written: Told) -> None:
         ) from None
 
 
-def _write_missing(order: Order, record: Record, workers: int, written: Told) -> None:
+def _write_missing(
+    order: WriteJob, record: WriteProgress, workers: int, written: ProgressFn
+) -> None:
     failed = threading.Event()
 
     def told(count: int) -> None:
@@ -159,12 +161,12 @@ def _write_missing(order: Order, record: Record, workers: int, written: Told) ->
         # Beside the writing: the source is compared with its checksums, and the files of finished
         # parts go to the disk, and then into the record, while the next are made.
         noted: list[Future[None]] = []
-        recording, rooms = threading.Lock(), Rooms()
+        recording, rooms = threading.Lock(), ThreadBuffers()
 
         def write(part: Part) -> None:
             paths: list[Path] = []
             join = partial(_joined, pool, workers - 1)
-            crew = Crew(told, paths.append, join, rooms)
+            crew = WriteContext(told, paths.append, join, rooms)
             files = part.write(record.folder, crew)
             noted.append(disk.submit(note, part.name, files, paths))
 

@@ -12,7 +12,7 @@ T = TypeVar("T")
 Work = Callable[[T], Callable[[], None]]
 
 
-class Relay(Generic[T]):
+class OrderedPool(Generic[T]):
     """Pieces that several threads work on at once, and that are finished one after the other.
 
     Args:

@@ -16,7 +16,7 @@ _NAME = ".parts.jsonl"
 
 
 @dataclass(frozen=True)
-class Record:
+class WriteProgress:
     """Parts that are on the disk.
 
     Attributes:
@@ -28,7 +28,7 @@ class Record:
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @staticmethod
-    def open(draft: Path, about: Mapping[str, Any], names: Collection[str]) -> "Record":
+    def open(draft: Path, about: Mapping[str, Any], names: Collection[str]) -> "WriteProgress":
         """The record of an earlier call for the same, or a new one in an empty draft.
 
         Args:
@@ -38,14 +38,14 @@ class Record:
         """
         first = json.dumps({"about": about}, sort_keys=True)
         lines = _lines(draft / _NAME)
-        record = Record(draft)
+        record = WriteProgress(draft)
         if next(lines, None) == first:
             for line in lines:
                 part = _parsed(line)
                 if part and part["part"] in names and _is_there(draft, part["files"]):
                     record.done[part["part"]] = part["files"]
         else:
-            manifest.remove(draft)
+            manifest.remove_checkpoint(draft)
             draft.mkdir(parents=True)
         record._clear()
         text = [first, *(_line(name, files) for name, files in record.done.items())]

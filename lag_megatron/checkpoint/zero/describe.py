@@ -5,7 +5,7 @@ from typing import Any
 
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.param_names import layers_in
-from lag_megatron.checkpoint.state.tensor_parallel import whole_shape
+from lag_megatron.checkpoint.state.tensor_parallel import unsharded_shape
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero.file_names import torch_optimizer_state
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
@@ -16,7 +16,7 @@ def looks_like_checkpoint(path: Path) -> bool:
     return manifest.is_committed(path) or any(path.glob("*_states.pt"))
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe_zero(path: Path) -> dict[str, Any]:
     """Facts of a tag directory; every file's header is read and checked, tensors are not.
 
     Raises:
@@ -40,7 +40,7 @@ def describe(path: Path) -> dict[str, Any]:
             "precision": topology.precision,
         },
         "parameters": sum(
-            numel(whole_shape(name, shape, tensor_size=topology.tensor_size))
+            numel(unsharded_shape(name, shape, tensor_size=topology.tensor_size))
             for name, shape in shapes.items()
         ),
         "layers": len(layers_in(shapes)),

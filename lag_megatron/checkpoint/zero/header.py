@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lag_megatron.checkpoint.state.box import Shape, numel
-from lag_megatron.checkpoint.state.layout import DEFAULT_SUB_GROUP_SIZE, Group, Topology
+from lag_megatron.checkpoint.state.layout import DEFAULT_SUB_GROUP_SIZE, ParamGroup, Topology
 from lag_megatron.checkpoint.zero.load import FOREIGN, load_states
 from lag_megatron.errors import CheckpointError
 
@@ -16,7 +16,7 @@ _UNKNOWN_ORDERS = ("round_robin_gradients", "parameter_alignment")
 _FIRST_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
 
-def resolve(path: Path) -> Path:
+def resolve_tag(path: Path) -> Path:
     """The tag directory: ``path`` itself, or the one that its ``latest`` names.
 
     Raises:
@@ -77,7 +77,7 @@ def _topology(path: Path, header: Mapping[str, Any], name: str) -> Topology:
     )
 
 
-def trained_groups(path: Path, header: Mapping[str, Any]) -> list[Group]:
+def trained_groups(path: Path, header: Mapping[str, Any]) -> list[ParamGroup]:
     """Names and shapes of the optimizer's parameters, as one file lists them.
 
     Raises:
@@ -95,9 +95,9 @@ def trained_groups(path: Path, header: Mapping[str, Any]) -> list[Group]:
     return [{name: tuple(module[name].shape) for name in group} for group in listed]
 
 
-def join_subgroups(listed: list[Group], states: Any) -> list[Group]:
+def join_subgroups(listed: list[ParamGroup], states: Any) -> list[ParamGroup]:
     """ZeRO-3 lists shapes by sub-group; join those of one parameter group again."""
-    groups: list[Group] = []
+    groups: list[ParamGroup] = []
     inner = states["optimizer_state_dict"]["optimizer_state_dict"]["param_groups"]
     for group in inner:
         members: dict[str, Shape] = {}
@@ -124,7 +124,7 @@ def aliases(header: Mapping[str, Any]) -> dict[str, str]:
     return listed
 
 
-def frozen_shapes(header: Mapping[str, Any], trained: Mapping[str, Shape]) -> Group:
+def frozen_shapes(header: Mapping[str, Any], trained: Mapping[str, Shape]) -> ParamGroup:
     """Names and shapes of parameters that the optimizer does not train.
 
     ZeRO 2 and 3 list them.  Below, whatever in the module is neither trained, nor a buffer, nor

@@ -105,7 +105,7 @@ def require_same_list(file: Path, states: Any, first: Any) -> None:
         )
 
 
-def require_same_places(
+def require_same_slices(
     file: Path, states: Any, held: Mapping[Container, Sequence[tuple[str, Segment]]]
 ) -> None:
     """Refuse an optimizer file that says itself that its buffers hold something else.
@@ -124,11 +124,11 @@ def require_same_places(
             if found.get(name) != expected.get(name):
                 raise CheckpointError(
                     f"{file}: it is not this rank's shard: for {name} it names "
-                    f"{_place(found.get(name))}, but the order of parameters in the model file "
-                    f"gives {_place(expected.get(name))}. Files are swapped or of different "
+                    f"{_slice_text(found.get(name))}, but the order of parameters in the model file "
+                    f"gives {_slice_text(expected.get(name))}. Files are swapped or of different "
                     "checkpoints. Restore the right one, or use another tag."
                 )
 
 
-def _place(place: tuple[int, int] | None) -> str:
+def _slice_text(place: tuple[int, int] | None) -> str:
     return "no element" if place is None else f"{place[0]} elements from {place[1]} on"

@@ -11,13 +11,20 @@ import torch
 from torch import Tensor
 
 from lag_megatron.checkpoint.state.box import Shape
-from lag_megatron.checkpoint.state.layout import whole_parameters
+from lag_megatron.checkpoint.state.layout import unsharded_layout
 from lag_megatron.checkpoint.state.region import Region
-from lag_megatron.checkpoint.state.spec import DTYPES, Draft, Room, deepspeed_config
+from lag_megatron.checkpoint.state.spec import (
+    DTYPES,
+    CheckpointSpec,
+    PlaceholderTensors,
+    ds_config_of,
+)
 from lag_megatron.checkpoint.zero.optim_states import unpartitioned_optimizer
 
 
-def model_objects(draft: Draft, *, tensor_rank: int, data_rank: int, room: Room) -> dict[str, Any]:
+def model_objects(
+    draft: CheckpointSpec, *, tensor_rank: int, data_rank: int, room: PlaceholderTensors
+) -> dict[str, Any]:
     """The objects of a rank's model file."""
     topology, old = draft.topology, _old_model(draft, tensor_rank, data_rank)
     whole = _whole_weights(draft, room)
@@ -39,14 +46,14 @@ def model_objects(draft: Draft, *, tensor_rank: int, data_rank: int, room: Room)
         ),
         "dp_world_size": topology.data_size,
         "mp_world_size": topology.tensor_size,
-        "ds_config": deepspeed_config(draft),
+        "ds_config": ds_config_of(draft),
     }
     if "checkpoint_parallel_dimensions" in old:
         tree["checkpoint_parallel_dimensions"] = {"pp_degree": 1, "tp_degree": topology.tensor_size}
     return tree
 
 
-def _old_model(draft: Draft, tensor_rank: int, data_rank: int) -> Any:
+def _old_model(draft: CheckpointSpec, tensor_rank: int, data_rank: int) -> Any:
     """The template's file of the same rank; where there is none, the first rank's."""
     old = draft.template.topology
     return draft.template.model_states(
@@ -55,13 +62,13 @@ def _old_model(draft: Draft, tensor_rank: int, data_rank: int) -> Any:
     )
 
 
-def _whole_weights(draft: Draft, room: Room) -> dict[str, Tensor]:
+def _whole_weights(draft: CheckpointSpec, room: PlaceholderTensors) -> dict[str, Tensor]:
     """Room for the weights that a model file holds whole, by name."""
     if draft.topology.zero_stage == 3:
         return {}
     dtype, weights = DTYPES[draft.topology.precision], {}
     for layout, trained in ((draft.layout, True), (draft.frozen, False)):
-        for name, parts in whole_parameters(layout.shapes).segments.items():
+        for name, parts in unsharded_layout(layout.shapes).segments.items():
             region = Region(
                 "fp32", ((name, parts[0]),), parts[0].length, trained=trained, forward=True
             )
@@ -69,7 +76,9 @@ def _whole_weights(draft: Draft, room: Room) -> dict[str, Tensor]:
     return weights
 
 
-def _frozen_parts(draft: Draft, data_rank: int, room: Room) -> dict[str, Tensor]:
+def _frozen_parts(
+    draft: CheckpointSpec, data_rank: int, room: PlaceholderTensors
+) -> dict[str, Tensor]:
     """Room for a rank's parts of the parameters that are not trained (ZeRO-3)."""
     names, dtype = list(draft.frozen.shapes), DTYPES[draft.topology.precision]
     return {
@@ -82,7 +91,7 @@ def _frozen_parts(draft: Draft, data_rank: int, room: Room) -> dict[str, Tensor]
 
 
 def _module(
-    draft: Draft, old: Mapping[str, Any], whole: Mapping[str, Tensor]
+    draft: CheckpointSpec, old: Mapping[str, Any], whole: Mapping[str, Tensor]
 ) -> "OrderedDict[str, Any]":
     module: OrderedDict[str, Any] = OrderedDict()
     for name, before in draft.names.items():
@@ -100,7 +109,7 @@ def _sizes(shapes: Mapping[str, Shape]) -> "OrderedDict[str, torch.Size]":
     return OrderedDict((name, torch.Size(shape)) for name, shape in shapes.items())
 
 
-def _listed_shapes(draft: Draft) -> list[Any]:
+def _listed_shapes(draft: CheckpointSpec) -> list[Any]:
     groups = draft.layout.groups
     if draft.topology.zero_stage != 3:
         return [_sizes(group) for group in groups]

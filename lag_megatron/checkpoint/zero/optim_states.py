@@ -11,11 +11,13 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.state.layout import STATES, Layout, Segment
 from lag_megatron.checkpoint.state.region import Region
-from lag_megatron.checkpoint.state.spec import Draft, Room, deepspeed_config
+from lag_megatron.checkpoint.state.spec import CheckpointSpec, PlaceholderTensors, ds_config_of
 from lag_megatron.checkpoint.storage import torch_pickle
 
 
-def optimizer_objects(draft: Draft, *, data_rank: int, room: Room) -> dict[str, Any]:
+def optimizer_objects(
+    draft: CheckpointSpec, *, data_rank: int, room: PlaceholderTensors
+) -> dict[str, Any]:
     """The objects of a rank's optimizer file (ZeRO 1 to 3)."""
     template, topology = draft.template, draft.topology
     old: dict[str, Any] = {}
@@ -32,11 +34,11 @@ def optimizer_objects(draft: Draft, *, data_rank: int, room: Room) -> dict[str, 
     build = _by_subgroup if topology.zero_stage == 3 else _by_group
     optimizer |= build(draft, data_rank, room)
     version = draft.template.header["ds_version"]
-    return {"ds_version": version, **old, "ds_config": deepspeed_config(draft),
+    return {"ds_version": version, **old, "ds_config": ds_config_of(draft),
             "optimizer_state_dict": optimizer}  # fmt: skip
 
 
-def unpartitioned_optimizer(draft: Draft, room: Room) -> dict[str, Any]:
+def unpartitioned_optimizer(draft: CheckpointSpec, room: PlaceholderTensors) -> dict[str, Any]:
     """The optimizer's state as a ZeRO-0 model file keeps it: by number of the parameter."""
     layout, numbers = draft.layout, iter(range(len(draft.layout.shapes)))
     segments = list(layout.segments.items())
@@ -68,7 +70,7 @@ def unpartitioned_optimizer(draft: Draft, room: Room) -> dict[str, Any]:
     }
 
 
-def _keeps_form(draft: Draft) -> bool:
+def _keeps_form(draft: CheckpointSpec) -> bool:
     """Whether the template's optimizer is of the same class: ZeRO 1 and 2 share one."""
     forms = {draft.template.topology.zero_stage == 3, draft.topology.zero_stage == 3}
     return len(forms) == 1
@@ -78,7 +80,7 @@ def _entry(
     counters: Mapping[str, Any],
     held: Sequence[tuple[str, Segment]],
     length: int,
-    room: Room,
+    room: PlaceholderTensors,
 ) -> dict[str, Any]:
     moments = {m: room(Region(m, tuple(held), length)) for m in STATES if m != "fp32"}
     return _counters(counters) | moments
@@ -95,7 +97,7 @@ def _run(layout: Layout, name: str) -> tuple[tuple[tuple[str, Segment]], int]:
     return ((name, segment),), segment.length
 
 
-def _by_group(draft: Draft, data_rank: int, room: Room) -> dict[str, Any]:
+def _by_group(draft: CheckpointSpec, data_rank: int, room: PlaceholderTensors) -> dict[str, Any]:
     """ZeRO 1 and 2: one buffer for each parameter group."""
     topology, layout = draft.topology, draft.layout
     held = layout.held(data_rank)
@@ -125,7 +127,7 @@ def _by_group(draft: Draft, data_rank: int, room: Room) -> dict[str, Any]:
     }
 
 
-def _by_subgroup(draft: Draft, data_rank: int, room: Room) -> dict[str, Any]:
+def _by_subgroup(draft: CheckpointSpec, data_rank: int, room: PlaceholderTensors) -> dict[str, Any]:
     """ZeRO-3: buffers filled with parts of parameters up to a size."""
     layout = draft.layout
     group_of = [group for group, _ in layout.subgroups]
@@ -149,7 +151,7 @@ def _by_subgroup(draft: Draft, data_rank: int, room: Room) -> dict[str, Any]:
     }
 
 
-def _clip(draft: Draft) -> dict[str, float]:
+def _clip(draft: CheckpointSpec) -> dict[str, float]:
     """The bound of the gradient norm, which ZeRO 1 and 2 take from their checkpoint.
 
     Where nothing says what it was, the entry is left out, and an engine keeps its own.

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.state.layout import (
     Container,
-    Group,
     GroupState,
     Layout,
+    ParamGroup,
     State,
     Topology,
     frozen_layout,
@@ -24,10 +24,10 @@ from lag_megatron.checkpoint.state.layout import (
 )
 from lag_megatron.checkpoint.state.loss_scale import LossScale
 from lag_megatron.checkpoint.state.optimizer_states import Optimizer
-from lag_megatron.checkpoint.state.source import Mapped
+from lag_megatron.checkpoint.state.source import MappedElements
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.storage.integrity import EVERYTHING, Look, require_sound
-from lag_megatron.checkpoint.storage.page_cache import read_only_on_demand
+from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope, require_sound
+from lag_megatron.checkpoint.storage.page_cache import disable_readahead
 from lag_megatron.checkpoint.zero.file_names import (
     files_of,
     group_states,
@@ -42,7 +42,7 @@ from lag_megatron.checkpoint.zero.header import (
     frozen_shapes,
     join_subgroups,
     read_header,
-    resolve,
+    resolve_tag,
     trained_groups,
 )
 from lag_megatron.checkpoint.zero.load import (
@@ -51,11 +51,11 @@ from lag_megatron.checkpoint.zero.load import (
     pads_masters,
     require_known_states,
     require_same_list,
-    require_same_places,
+    require_same_slices,
 )
 from lag_megatron.errors import CheckpointError
 
-__all__ = ["ZeroCheckpoint", "files_of", "resolve"]
+__all__ = ["ZeroCheckpoint", "files_of", "resolve_tag"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class ZeroCheckpoint:
                 f"{path}: {len(missing)} of {len(files_of(topology))} files are missing "
                 f"({', '.join(missing[:3])}). Restore them, or use another tag."
             )
-        _refuse_strangers(path, topology)
+        _refuse_foreign_files(path, topology)
         return ZeroCheckpoint(path, topology, header)
 
     @property
@@ -103,7 +103,7 @@ class ZeroCheckpoint:
         return int(self.header["global_steps"])
 
     @cached_property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[ParamGroup]:
         """Names and one tensor rank's shapes by parameter group, in flat order."""
         return self.parameter_groups(0)
 
@@ -130,7 +130,7 @@ class ZeroCheckpoint:
         """Further names of parameters that the model uses twice, with the name of the owner."""
         return aliases(self.header)
 
-    def parameter_groups(self, tensor_rank: int) -> list[Group]:
+    def parameter_groups(self, tensor_rank: int) -> list[ParamGroup]:
         """Names and shapes as one tensor rank's file gives them.
 
         Raises:
@@ -194,7 +194,7 @@ class ZeroCheckpoint:
         states = self._load(name)
         if name not in self._checked:
             self._check_buffers(name, None, states, data_rank)
-            require_same_places(self.path / name, states, self.layout.held(data_rank))
+            require_same_slices(self.path / name, states, self.layout.held(data_rank))
             inner = torch_optimizer_state(self.topology, None, states)
             require_known_states(self.path / name, inner, self.optimizer)
             first = self._load(self._optimizer_file(0, 0))
@@ -206,13 +206,13 @@ class ZeroCheckpoint:
 
     def elements(
         self, tensor_rank: int, container: Container, state: State, *, trained: bool
-    ) -> Mapped:
+    ) -> MappedElements:
         """A flat buffer of a state, mapped from disk."""
         if trained:
-            return Mapped(self._buffer(tensor_rank, container, state))
-        return Mapped(self._frozen_buffer(tensor_rank, container))
+            return MappedElements(self._buffer(tensor_rank, container, state))
+        return MappedElements(self._frozen_buffer(tensor_rank, container))
 
-    def require_sound(self, look: Look = EVERYTHING) -> None:
+    def require_sound(self, look: VerifyScope = EVERYTHING) -> None:
         """Refuse content that differs from its checksums."""
         require_sound(self.path, look.share(files_of(self.topology)), states=look.states)
 
@@ -225,7 +225,7 @@ class ZeroCheckpoint:
         )
         names = list(self.layout.shapes)
         buffer = state_buffer(self.topology, model, states, container.key, state, names)
-        return read_only_on_demand(buffer)
+        return disable_readahead(buffer)
 
     def _frozen_buffer(self, tensor_rank: int, container: Container) -> Tensor:
         """The flat values of one parameter that is not trained, or of a rank's part of it."""
@@ -284,7 +284,7 @@ class ZeroCheckpoint:
                     )
 
 
-def _refuse_strangers(path: Path, topology: Topology) -> None:
+def _refuse_foreign_files(path: Path, topology: Topology) -> None:
     """Shards that no rank of this topology wrote are left over from another save, or mixed in."""
     strangers = sorted(
         {p.name for p in path.glob("*_states.pt")} - set(files_of(topology)),

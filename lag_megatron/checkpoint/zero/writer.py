@@ -9,10 +9,15 @@ from torch import Tensor
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import Layout, Topology
 from lag_megatron.checkpoint.state.region import Fill
-from lag_megatron.checkpoint.state.spec import DTYPES, Draft, Room
+from lag_megatron.checkpoint.state.spec import DTYPES, CheckpointSpec, PlaceholderTensors
 from lag_megatron.checkpoint.storage import torch_pickle
-from lag_megatron.checkpoint.writer.file_template import Moulds
-from lag_megatron.checkpoint.writer.file_writer import ALONE, Crew, Span, write_spans
+from lag_megatron.checkpoint.writer.file_template import FileTemplateCache
+from lag_megatron.checkpoint.writer.file_writer import (
+    DEFAULT_CONTEXT,
+    Span,
+    WriteContext,
+    write_spans,
+)
 from lag_megatron.checkpoint.zero.file_names import model_file, optimizer_file
 from lag_megatron.checkpoint.zero.model_states import model_objects
 from lag_megatron.checkpoint.zero.optim_states import optimizer_objects
@@ -23,12 +28,12 @@ _BYTES = 4
 
 def write_rank(
     folder: Path,
-    draft: Draft,
+    draft: CheckpointSpec,
     fill: Fill,
     *,
     tensor_rank: int,
     data_rank: int,
-    crew: Crew = ALONE,
+    crew: WriteContext = DEFAULT_CONTEXT,
 ) -> dict[str, Any]:
     """Write one rank's files and return their manifest entries by name.
 
@@ -45,13 +50,13 @@ def write_rank(
     topology = draft.topology
     entries: dict[str, Any] = {}
     if topology.zero_stage == 3 or data_rank == 0:
-        room = Room()
+        room = PlaceholderTensors()
         objects = model_objects(draft, **ranks, room=room)
         name = model_file(topology, **ranks)
         entries[name] = write_objects(folder / name, objects, room, fill, crew)
     optimizer = optimizer_file(topology, **ranks)
     if optimizer is not None:
-        room = Room()
+        room = PlaceholderTensors()
         objects = optimizer_objects(draft, data_rank=data_rank, room=room)
         entries[optimizer] = write_objects(folder / optimizer, objects, room, fill, crew)
     return entries
@@ -71,10 +76,10 @@ def bytes_of(topology: Topology, layout: Layout, frozen: Layout | None = None) -
 def write_objects(
     path: Path,
     objects: Any,
-    room: Room,
+    room: PlaceholderTensors,
     fill: Fill,
-    crew: Crew,
-    moulds: Moulds | None = None,
+    crew: WriteContext,
+    moulds: FileTemplateCache | None = None,
 ) -> dict[str, Any]:
     """Write a file of ``torch.save`` whose large tensors are filled in, and return its entry.
 
@@ -104,7 +109,7 @@ def write_objects(
     return entry
 
 
-def _laid_out(path: Path, objects: Any, room: Room) -> list[Span]:
+def _laid_out(path: Path, objects: Any, room: PlaceholderTensors) -> list[Span]:
     """Create the file with all but its large values, which are still to be written."""
     mapped = torch_pickle.create(path, objects)
     pairs = list(_tensors(objects, mapped))

@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile, tokenizer_files
 from lag_megatron.checkpoint.hf.writer import Export, Precision
-from lag_megatron.checkpoint.megatron.writer import megatron_order
+from lag_megatron.checkpoint.megatron.writer import megatron_job
 from lag_megatron.checkpoint.state.layout import Topology
-from lag_megatron.checkpoint.state.source import WHOLE, Source
-from lag_megatron.checkpoint.state.unsharded import WholeState
-from lag_megatron.checkpoint.universal.writer import universal_order
-from lag_megatron.checkpoint.writer.job import Order
-from lag_megatron.growth.apply.grow_zero import zero_order
-from lag_megatron.growth.apply.grown_state import Growth, resharding
+from lag_megatron.checkpoint.state.source import UNSHARDED, CheckpointSource
+from lag_megatron.checkpoint.state.unsharded import UnshardedState
+from lag_megatron.checkpoint.universal.writer import universal_job
+from lag_megatron.checkpoint.writer.job import WriteJob
+from lag_megatron.growth.apply.grow_zero import zero_job
+from lag_megatron.growth.apply.grown_state import GrownState, resharded
 from lag_megatron.growth.plan import GrowthPlan
 
 Format = Literal["zero", "universal", "megatron", "hf"]
@@ -37,10 +37,10 @@ class Conversion:
         stacked: whether the layers of ``megatron`` are stacked, or each has keys of its own.
     """
 
-    source: Source
+    source: CheckpointSource
     to: Format
     plan: GrowthPlan | None = None
-    topology: Topology = WHOLE
+    topology: Topology = UNSHARDED
     tokenizer: TokenizerFile | None = None
     dtype: Precision = "fp32"
     max_shard_size: int | str = "5GB"
@@ -62,7 +62,7 @@ class Conversion:
             name = f"step{step:08d}"
         return folder / (f"{name}_universal" if self.to == "universal" else name)
 
-    def order(self, target: Path) -> Order:
+    def order(self, target: Path) -> WriteJob:
         """What has to be written as the directory ``target``.
 
         Raises:
@@ -70,13 +70,13 @@ class Conversion:
         """
         self.source.check_every_file()
         if self.to == "zero":
-            return zero_order(self.growth(self.topology), target)
+            return zero_job(self.growth(self.topology), target)
         state = self.whole
         about = self._about
         if self.to == "universal":
-            return universal_order(state, target, self.topology, about=about)
+            return universal_job(state, target, self.topology, about=about)
         if self.to == "megatron":
-            return megatron_order(
+            return megatron_job(
                 state,
                 target,
                 precision=self.topology.precision,
@@ -85,16 +85,16 @@ class Conversion:
             )
         return self.export.order(target, about=about)
 
-    def growth(self, topology: Topology) -> Growth:
+    def growth(self, topology: Topology) -> GrownState:
         """The plan under a topology."""
         if self.plan is None:
-            return resharding(self.source, topology)
-        return Growth(self.source, self.plan, topology)
+            return resharded(self.source, topology)
+        return GrownState(self.source, self.plan, topology)
 
     @cached_property
-    def whole(self) -> WholeState:
+    def whole(self) -> UnshardedState:
         """What is written, as if nothing was cut."""
-        return whole_state(self._uncut)
+        return unsharded_state(self._uncut)
 
     @cached_property
     def export(self) -> Export:
@@ -109,8 +109,8 @@ class Conversion:
         )
 
     @cached_property
-    def _uncut(self) -> Growth:
-        return self.growth(WHOLE)
+    def _uncut(self) -> GrownState:
+        return self.growth(UNSHARDED)
 
     @property
     def _about(self) -> Mapping[str, Any]:
@@ -118,7 +118,9 @@ class Conversion:
         return about | ({"topology": None} if self.to in ("hf", "megatron") else {})
 
 
-def whole_state(growth: Growth) -> WholeState:
+def unsharded_state(growth: GrownState) -> UnshardedState:
     """What a growth under the topology of one rank without ZeRO makes."""
     source = growth.source
-    return WholeState(source.path, growth.draft, growth.filler(tensor_rank=0), source.require_sound)
+    return UnshardedState(
+        source.path, growth.draft, growth.filler(tensor_rank=0), source.require_sound
+    )

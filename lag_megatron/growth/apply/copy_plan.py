@@ -17,11 +17,11 @@ from lag_megatron.checkpoint.state.layout import Container, Layout, Segment, Sta
 from lag_megatron.checkpoint.state.optimizer_states import role_of
 from lag_megatron.checkpoint.state.tensor_parallel import Piece, cut_dim, pieces
 from lag_megatron.growth.growth_map import Copy, GrowthMap
-from lag_megatron.growth.weight_init import Fresh
+from lag_megatron.growth.weight_init import WeightInit
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class StridedSlice:
     """Strided elements of a flat buffer."""
 
     container: Container
@@ -33,8 +33,8 @@ class Place:
 class Move:
     """Copy ``shape`` elements from a buffer of source tensor rank ``tensor_rank``, times scale."""
 
-    target: Place
-    source: Place
+    target: StridedSlice
+    source: StridedSlice
     tensor_rank: int
     shape: Shape
     scale: float
@@ -44,9 +44,9 @@ class Move:
 class Draw:
     """Write fresh values: ``box`` of a whole parameter of shape ``whole``."""
 
-    target: Place
+    target: StridedSlice
     shape: Shape
-    fresh: Fresh
+    fresh: WeightInit
     whole: Shape
     box: Box
 
@@ -102,7 +102,7 @@ def plan_rank(
                     if box is None:
                         continue
                     inside = box.move(piece.box.low, piece.local)
-                    place = _place(segment, local, inside)
+                    place = _target_slice(segment, local, inside)
                     origin = block.sources[role_of(state)]
                     if isinstance(origin, Copy):
                         wanted = box.move(block.box.low, origin.low)
@@ -137,21 +137,21 @@ def _flat_moves(source: Side, origin: Copy, segment: Segment, tensor_rank: int) 
         low, high = max(segment.start, part.start), min(end, part.start + part.length)
         if low < high:
             yield Move(
-                Place(segment.container, segment.offset + low - segment.start, (1,)),
-                Place(part.container, part.offset + low - part.start, (1,)),
+                StridedSlice(segment.container, segment.offset + low - segment.start, (1,)),
+                StridedSlice(part.container, part.offset + low - part.start, (1,)),
                 holder,
                 (high - low,),
                 origin.scale,
             )
 
 
-def _place(segment: Segment, local: Shape, box: Box) -> Place:
+def _target_slice(segment: Segment, local: Shape, box: Box) -> StridedSlice:
     offset = box.offset_in(local) - segment.start + segment.offset
-    return Place(segment.container, offset, strides_of(local))
+    return StridedSlice(segment.container, offset, strides_of(local))
 
 
 def _moves(
-    source: Side, origin: Copy, wanted: Box, target: Place, tensor_rank: int
+    source: Side, origin: Copy, wanted: Box, target: StridedSlice, tensor_rank: int
 ) -> Iterator[Move]:
     """Copies of the box ``wanted`` of an old parameter to the place ``target``."""
     name = origin.parameter
@@ -174,8 +174,8 @@ def _moves(
                     offset = sum(a * s for a, s in zip(lead.low, target.strides, strict=True))
                     shape, (to, here) = collapse(overlap.shape, target.strides, steps)
                     yield Move(
-                        Place(target.container, target.offset + offset, to),
-                        Place(
+                        StridedSlice(target.container, target.offset + offset, to),
+                        StridedSlice(
                             segment.container,
                             overlap.offset_in(local) - segment.start + segment.offset,
                             here,

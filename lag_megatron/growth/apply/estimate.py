@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lag_megatron.checkpoint.state.box import numel
-from lag_megatron.checkpoint.state.optimizer_states import role_of, shape_of, states_of
+from lag_megatron.checkpoint.state.optimizer_states import role_of, state_shape, states_of
 from lag_megatron.checkpoint.state.spec import DTYPES
 from lag_megatron.checkpoint.state.tensor_parallel import cut_dim
-from lag_megatron.checkpoint.writer.file_writer import PIECE_BYTES, ROOM_BYTES
-from lag_megatron.growth.apply.grown_state import Growth
+from lag_megatron.checkpoint.writer.file_writer import BUFFER_BYTES, PIECE_BYTES
+from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.growth_map import Copy
 from lag_megatron.growth.weight_init import Diagonals, Normal
 
@@ -22,7 +22,7 @@ _DRAWING_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class GrowthEstimate:
     """Bytes and seconds.
 
     Attributes:
@@ -38,7 +38,9 @@ class Estimate:
     seconds: float | None
 
 
-def estimate(growth: Growth, *, workers: int, folder: Path | None = None) -> Estimate:
+def estimate_growth(
+    growth: GrownState, *, workers: int, folder: Path | None = None
+) -> GrowthEstimate:
     """What this growth will take.
 
     Args:
@@ -59,7 +61,7 @@ def estimate(growth: Growth, *, workers: int, folder: Path | None = None) -> Est
     }
     tensor_size = growth.source.topology.tensor_size
     read = sum(
-        numel(shape_of(state, shapes[name]))
+        numel(state_shape(state, shapes[name]))
         * (width if name in growth.source.frozen.shapes else _BYTES)
         * (1 if cut_dim(name) is None else tensor_size)
         for state, name in used
@@ -70,10 +72,10 @@ def estimate(growth: Growth, *, workers: int, folder: Path | None = None) -> Est
         for block in blocks
         for origin in block.sources.values()
     )
-    memory = workers * (ROOM_BYTES + (_DRAWING_BYTES if draws else 0))
+    memory = workers * (BUFFER_BYTES + (_DRAWING_BYTES if draws else 0))
     write = growth.bytes_to_write
     rate = None if folder is None else _write_rate(folder)
-    return Estimate(read, write, memory, write / rate if rate else None)
+    return GrowthEstimate(read, write, memory, write / rate if rate else None)
 
 
 def _write_rate(folder: Path) -> float | None:

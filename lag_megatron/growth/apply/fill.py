@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.checkpoint.state.layout import Container, Layout, State, Topology
-from lag_megatron.checkpoint.state.optimizer_states import shape_of
+from lag_megatron.checkpoint.state.optimizer_states import state_shape
 from lag_megatron.checkpoint.state.region import Region
-from lag_megatron.checkpoint.state.source import Elements, Source
-from lag_megatron.growth.apply.copy_plan import Draw, Move, Place, Side, plan_rank
+from lag_megatron.checkpoint.state.source import CheckpointSource, Elements
+from lag_megatron.growth.apply.copy_plan import Draw, Move, Side, StridedSlice, plan_rank
 from lag_megatron.growth.growth_map import GrowthMap
 from lag_megatron.growth.weight_init import fill
 
@@ -35,7 +35,7 @@ class Filler:
     def __init__(
         self,
         growth: GrowthMap,
-        source: Source,
+        source: CheckpointSource,
         topology: Topology,
         layouts: tuple[Layout, Layout],
         *,
@@ -113,10 +113,10 @@ class Filler:
 
 
 def _of_state(shapes: Mapping[str, Shape], state: State) -> dict[str, Shape]:
-    return {name: shape_of(state, shape) for name, shape in shapes.items()}
+    return {name: state_shape(state, shape) for name, shape in shapes.items()}
 
 
-def _view(buffer: Tensor, place: Place, shape: Shape) -> Tensor:
+def _view(buffer: Tensor, place: StridedSlice, shape: Shape) -> Tensor:
     return buffer.as_strided(shape, place.strides, buffer.storage_offset() + place.offset)
 
 

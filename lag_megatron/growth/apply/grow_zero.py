@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 
 from lag_megatron.checkpoint.state.layout import Topology
-from lag_megatron.checkpoint.writer.file_writer import Crew
-from lag_megatron.checkpoint.writer.job import Order, Part, write
+from lag_megatron.checkpoint.writer.file_writer import WriteContext
+from lag_megatron.checkpoint.writer.job import Part, WriteJob, write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.growth.apply.grown_state import Growth
+from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.plan import GrowthPlan
 
 
@@ -21,7 +21,7 @@ def grow_checkpoint(
     topology: Topology | None = None,
     workers: int = 1,
     written: Callable[[int], object] = lambda count: None,
-) -> Growth:
+) -> GrownState:
     """Grow a whole checkpoint and commit it.
 
     The source's files are compared with their checksums meanwhile, as far as they have any;
@@ -39,17 +39,17 @@ def grow_checkpoint(
         PlanError: when the plan does not fit the checkpoint or the target exists.
         CheckpointError: when the source is damaged or the disk too small.
     """
-    growth = Growth(ZeroCheckpoint.open(source), plan, topology)
+    growth = GrownState(ZeroCheckpoint.open(source), plan, topology)
     growth.source.check_every_file()
-    write(zero_order(growth, target), workers=workers, written=written)
+    write(zero_job(growth, target), workers=workers, written=written)
     return growth
 
 
-def zero_order(growth: Growth, target: Path) -> Order:
+def zero_job(growth: GrownState, target: Path) -> WriteJob:
     """What has to be written as the tag directory ``target``, as DeepSpeed's shards."""
     topology = growth.topology
     growth.draft  # noqa: B018  # planned once here, not once in each thread
-    return Order(
+    return WriteJob(
         target=target,
         parts=[
             Part(f"{tensor_rank}-{data_rank}", partial(_write, growth, tensor_rank, data_rank))
@@ -65,6 +65,6 @@ def zero_order(growth: Growth, target: Path) -> Order:
 
 
 def _write(
-    growth: Growth, tensor_rank: int, data_rank: int, folder: Path, crew: Crew
+    growth: GrownState, tensor_rank: int, data_rank: int, folder: Path, crew: WriteContext
 ) -> dict[str, object]:
     return growth.write_rank(folder, tensor_rank=tensor_rank, data_rank=data_rank, crew=crew)

@@ -11,23 +11,23 @@ import torch
 from lag_megatron import __version__
 from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.checkpoint.state.layout import (
-    Group,
     Layout,
+    ParamGroup,
     Topology,
     frozen_layout,
     make_layout,
 )
 from lag_megatron.checkpoint.state.param_names import LAYER, layers_in
-from lag_megatron.checkpoint.state.source import Source
-from lag_megatron.checkpoint.state.spec import Draft
+from lag_megatron.checkpoint.state.source import CheckpointSource
+from lag_megatron.checkpoint.state.spec import CheckpointSpec
 from lag_megatron.checkpoint.state.tensor_parallel import (
     cut_dim,
     is_gated,
     local_shape,
-    whole_shape,
+    unsharded_shape,
 )
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.writer.file_writer import ALONE, Crew
+from lag_megatron.checkpoint.writer.file_writer import DEFAULT_CONTEXT, WriteContext
 from lag_megatron.checkpoint.zero.writer import bytes_of, write_rank
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.fill import Filler
@@ -36,7 +36,7 @@ from lag_megatron.growth.plan import GrowthPlan
 
 
 @dataclass(frozen=True)
-class Growth:
+class GrownState:
     """What a plan makes of a checkpoint, under any topology.
 
     Attributes:
@@ -48,7 +48,7 @@ class Growth:
         PlanError: when the plan or the topology does not fit the checkpoint.
     """
 
-    source: Source
+    source: CheckpointSource
     plan: GrowthPlan
     target: Topology | None = None
 
@@ -102,7 +102,7 @@ class Growth:
         *,
         tensor_rank: int,
         data_rank: int,
-        crew: Crew = ALONE,
+        crew: WriteContext = DEFAULT_CONTEXT,
     ) -> dict[str, Any]:
         """Write one rank's files into ``folder`` and return their manifest entries by name.
 
@@ -118,12 +118,12 @@ class Growth:
         )
 
     @cached_property
-    def draft(self) -> Draft:
+    def draft(self) -> CheckpointSpec:
         """What has to be written."""
         names = {name: name for name in self.source.header["module"]}
         if self.plan.operator != "identity":
             names = {new: old for new, old, _ in grown_names(list(names), self.plan.layer_map)}
-        return Draft(
+        return CheckpointSpec(
             topology=self.topology,
             layout=self.layout,
             frozen=self.frozen,
@@ -188,7 +188,7 @@ class Growth:
         return grown
 
     @cached_property
-    def _whole_groups(self) -> list[Group]:
+    def _whole_groups(self) -> list[ParamGroup]:
         return [self._whole(group) for group in self.source.groups]
 
     @cached_property
@@ -205,11 +205,11 @@ class Growth:
         """Of the model's attention, where the checkpoint tells: our trainer's do."""
         return (self.source.client_state.get("model") or {}).get("num_query_groups")
 
-    def _whole(self, shapes: Group) -> Group:
+    def _whole(self, shapes: ParamGroup) -> ParamGroup:
         size = self.source.topology.tensor_size
-        return {name: whole_shape(name, s, tensor_size=size) for name, s in shapes.items()}
+        return {name: unsharded_shape(name, s, tensor_size=size) for name, s in shapes.items()}
 
-    def _local(self, shapes: Group) -> dict[str, Shape]:
+    def _local(self, shapes: ParamGroup) -> dict[str, Shape]:
         size = self.topology.tensor_size
         groups = self._query_groups
         if groups is not None and groups % size:
@@ -238,7 +238,7 @@ class Growth:
                         "not known. Take an operator that adds layers, or train with adamw."
                     )
 
-    def _refuse_unknown_cuts(self, shapes: Group) -> None:
+    def _refuse_unknown_cuts(self, shapes: ParamGroup) -> None:
         """A matrix of a layer that no rule cuts may still have been cut, by other rules."""
         for name, shape in shapes.items():
             if LAYER.match(name) and len(shape) > 1 and cut_dim(name) is None:
@@ -249,11 +249,11 @@ class Growth:
                 )
 
 
-def resharding(source: Source, target: Topology) -> Growth:
+def resharded(source: CheckpointSource, target: Topology) -> GrownState:
     """The growth that changes nothing but where everything lies."""
     layers = len(layers_in([*source.layout.shapes, *source.frozen.shapes]))
     plan = GrowthPlan(operator="identity", source_layers=layers, target_layers=layers)
-    return Growth(source, plan, target)
+    return GrownState(source, plan, target)
 
 
 def retarget(

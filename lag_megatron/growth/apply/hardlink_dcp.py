@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint
-from lag_megatron.checkpoint.megatron.dcp_metadata import Place, StoredTensor
+from lag_megatron.checkpoint.megatron.dcp_metadata import StorageLocation, StoredTensor
 from lag_megatron.checkpoint.megatron.dcp_metadata_writer import write_metadata
 from lag_megatron.checkpoint.megatron.param_names import Stacked, parameters_in, stored_as
 from lag_megatron.checkpoint.megatron.reader import prefixes_of
@@ -23,19 +23,19 @@ from lag_megatron.checkpoint.megatron.writer import TRACKER
 from lag_megatron.checkpoint.state.box import Box, numel
 from lag_megatron.checkpoint.state.layout import State
 from lag_megatron.checkpoint.state.param_names import LAYER
-from lag_megatron.checkpoint.state.spec import Room
-from lag_megatron.checkpoint.state.unsharded import WholeState
+from lag_megatron.checkpoint.state.spec import PlaceholderTensors
+from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest, torch_pickle
-from lag_megatron.checkpoint.writer.file_writer import Crew
-from lag_megatron.checkpoint.writer.job import Order, Part
+from lag_megatron.checkpoint.writer.file_writer import WriteContext
+from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.checkpoint.zero.writer import write_objects
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.apply.conversion import whole_state
-from lag_megatron.growth.apply.grown_state import Growth
-from lag_megatron.growth.apply.hardlink_universal import link, origin_of
+from lag_megatron.growth.apply.conversion import unsharded_state
+from lag_megatron.growth.apply.grown_state import GrownState
+from lag_megatron.growth.apply.hardlink_universal import hardlink_file, origin_of
 
 
-def linked_megatron(growth: Growth, target: Path) -> Order:
+def hardlink_dcp(growth: GrownState, target: Path) -> WriteJob:
     """The order for a grown distributed checkpoint of one: its data linked, its metadata new.
 
     Args:
@@ -45,8 +45,8 @@ def linked_megatron(growth: Growth, target: Path) -> Order:
     Raises:
         PlanError: if stored pieces reach over layers, or settings cannot be brought up to date.
     """
-    grown = _GrownMetadata(growth, whole_state(growth))
-    return Order(
+    grown = _GrownMetadata(growth, unsharded_state(growth))
+    return WriteJob(
         target=target,
         parts=[
             *(
@@ -75,8 +75,8 @@ def _tracked(target: Path) -> str:
 class _GrownMetadata:
     """Where everything of a grown distributed checkpoint lies."""
 
-    growth: Growth
-    state: WholeState
+    growth: GrownState
+    state: UnshardedState
 
     @cached_property
     def contents(self) -> dcp_metadata.Contents:
@@ -137,22 +137,22 @@ class _GrownMetadata:
             for prefix, _ in kinds
         )
 
-    def old_places(self) -> Iterator[Place]:
+    def old_places(self) -> Iterator[StorageLocation]:
         """Every place of the source."""
         for _, place, _ in self.contents.places():
             if place is not None:
                 yield place
 
-    def link_file(self, name: str, folder: Path, crew: Crew) -> dict[str, Any]:
+    def link_file(self, name: str, folder: Path, crew: WriteContext) -> dict[str, Any]:
         """Link a data file of the source."""
         path = self.growth.source.path
-        return dict([link(path / name, folder / name, folder, path)])
+        return dict([hardlink_file(path / name, folder / name, folder, path)])
 
-    def write_fresh(self, name: str, folder: Path, crew: Crew) -> dict[str, Any]:
+    def write_fresh(self, name: str, folder: Path, crew: WriteContext) -> dict[str, Any]:
         """Write a parameter's new values."""
         entries: dict[str, Any] = {}
         for prefix, state in self.fresh[name]:
-            room, file = Room(), self._file(name, prefix)
+            room, file = PlaceholderTensors(), self._file(name, prefix)
             shape, dtype = self._box(name).shape, self._dtype(name, prefix)
             objects = room(self.state.region(name, state), shape, dtype)
             fill = self.state.fill
@@ -170,12 +170,12 @@ class _GrownMetadata:
                 json.dumps(json.loads(config)), encoding="utf-8"
             )
             written += [dist_checkpoint.COMMON, dist_checkpoint.CONFIG]
-        return {name: manifest.seal(folder / name) for name in written}
+        return {name: manifest.file_entry(folder / name) for name in written}
 
     def _tensors(self, files: Mapping[str, Any]) -> dict[str, StoredTensor]:
         known = {p + where.key for p, _ in self.kinds for where in self.old.values()}
         found = {k: v for k, v in self.contents.tensors.items() if k not in known}
-        chunks: dict[str, list[tuple[Box, Place | None]]] = {}
+        chunks: dict[str, list[tuple[Box, StorageLocation | None]]] = {}
         for name in self.state.shapes:
             for prefix, state in self.kinds:
                 key = prefix + self._where(name).key
@@ -193,12 +193,12 @@ class _GrownMetadata:
 
     def _chunks(
         self, name: str, prefix: str, state: State, files: Mapping[str, Any]
-    ) -> Iterator[tuple[Box, Place | None]]:
+    ) -> Iterator[tuple[Box, StorageLocation | None]]:
         """The boxes of one parameter in its stored tensor."""
         origin = origin_of(self.growth, name, state)
         if origin is None:
             file = self._file(name, prefix)
-            yield self._box(name), Place(file, 0, files[file]["size"], transformed=False)
+            yield self._box(name), StorageLocation(file, 0, files[file]["size"], transformed=False)
             return
         there, here = self.old[origin], self._where(name)
         for box, place in self.contents.tensors[prefix + there.key].chunks:
@@ -212,7 +212,7 @@ class _GrownMetadata:
                     "several layers, which cannot be linked one by one. Leave out --link."
                 )
 
-    def _objects(self) -> Iterator[tuple[str, Place]]:
+    def _objects(self) -> Iterator[tuple[str, StorageLocation]]:
         """Places of what is no tensor; that of layers goes where its layer goes."""
         layers = self.growth.plan.layer_map
         for name, place in self.contents.objects.items():

@@ -14,20 +14,20 @@ from typing import Any
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import STATES, State, Topology
 from lag_megatron.checkpoint.state.optimizer_states import role_of
-from lag_megatron.checkpoint.state.unsharded import WholeState
+from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.universal.format import FOLDER
-from lag_megatron.checkpoint.universal.writer import universal_order, write_states
-from lag_megatron.checkpoint.writer.file_template import Moulds
-from lag_megatron.checkpoint.writer.file_writer import Crew
-from lag_megatron.checkpoint.writer.job import Order, Part
+from lag_megatron.checkpoint.universal.writer import universal_job, write_states
+from lag_megatron.checkpoint.writer.file_template import FileTemplateCache
+from lag_megatron.checkpoint.writer.file_writer import WriteContext
+from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.errors import CheckpointError
-from lag_megatron.growth.apply.conversion import whole_state
-from lag_megatron.growth.apply.grown_state import Growth
+from lag_megatron.growth.apply.conversion import unsharded_state
+from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.growth_map import Copy
 
 
-def linked_universal(growth: Growth, target: Path) -> Order:
+def hardlink_universal(growth: GrownState, target: Path) -> WriteJob:
     """The order for a grown universal checkpoint of one, for a job of the same topology.
 
     Args:
@@ -43,19 +43,24 @@ def linked_universal(growth: Growth, target: Path) -> Order:
         tensor_size=int(degrees.get("tp_degree", header["mp_world_size"])),
         precision=enabled[0] if enabled else "fp32",  # type: ignore[arg-type]
     )
-    state, moulds = whole_state(growth), Moulds()
-    order = universal_order(state, target, topology, about=growth.about)
+    state, moulds = unsharded_state(growth), FileTemplateCache()
+    order = universal_job(state, target, topology, about=growth.about)
     parts = [
-        Part(part.name, partial(_link_parameter, growth, state, moulds, part.name))
+        Part(part.name, partial(_hardlink_parameter, growth, state, moulds, part.name))
         if part.name in growth.growth_map.blocks
         else part
         for part in order.parts
     ]
-    return replace(order, parts=parts, needed=_fresh_bytes(growth), what="what is not linked")
+    return replace(order, parts=parts, needed=_new_bytes(growth), what="what is not linked")
 
 
-def _link_parameter(
-    growth: Growth, whole: WholeState, moulds: Moulds, name: str, folder: Path, crew: Crew
+def _hardlink_parameter(
+    growth: GrownState,
+    whole: UnshardedState,
+    moulds: FileTemplateCache,
+    name: str,
+    folder: Path,
+    crew: WriteContext,
 ) -> Mapping[str, Any]:
     """A parameter's folder: hard links of the states that are another's, files of the others."""
     place, source = folder / FOLDER / name, growth.source.path / FOLDER
@@ -67,7 +72,7 @@ def _link_parameter(
         origins["step"] = next((o for o in origins.values() if o is not None), None)
     kept = {kind: source / str(origin) / f"{kind}.pt" for kind, origin in origins.items() if origin}
     entries = dict(
-        link(file, place / file.name, folder, growth.source.path)
+        hardlink_file(file, place / file.name, folder, growth.source.path)
         for file in kept.values()
         if file.is_file()
     )
@@ -75,7 +80,9 @@ def _link_parameter(
     return entries | write_states(whole, name, fresh, folder, crew, moulds)
 
 
-def link(file: Path, place: Path, folder: Path, source: Path) -> tuple[str, dict[str, Any]]:
+def hardlink_file(
+    file: Path, place: Path, folder: Path, source: Path
+) -> tuple[str, dict[str, Any]]:
     """Link a file of a checkpoint into a draft; its name there and its manifest entry.
 
     Raises:
@@ -93,11 +100,11 @@ def link(file: Path, place: Path, folder: Path, source: Path) -> tuple[str, dict
     known = (
         manifest.read_manifest(source)["files"].get(name) if manifest.is_committed(source) else None
     )
-    entry = dict(known) if known is not None else manifest.seal(file)
+    entry = dict(known) if known is not None else manifest.file_entry(file)
     return str(place.relative_to(folder)), {**entry, manifest.SHARED: name}
 
 
-def origin_of(growth: Growth, name: str, state: State) -> str | None:
+def origin_of(growth: GrownState, name: str, state: State) -> str | None:
     """The old parameter whose values a grown one has, bit for bit; None if its own are new."""
     block, *others = growth.growth_map.blocks[name]
     origin = block.sources[role_of(state)]
@@ -107,7 +114,7 @@ def origin_of(growth: Growth, name: str, state: State) -> str | None:
     return origin.parameter if shapes[origin.parameter] == block.box.shape else None
 
 
-def _fresh_bytes(growth: Growth) -> int:
+def _new_bytes(growth: GrownState) -> int:
     """Bytes of masters and moments that have to be written."""
     shapes = growth.layout.shapes
     return sum(

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import torch
 
-from lag_megatron.checkpoint.open import open_source
+from lag_megatron.checkpoint.open import open_checkpoint
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import STATES, State
-from lag_megatron.checkpoint.state.optimizer_states import shape_of, states_of
-from lag_megatron.checkpoint.state.source import WHOLE
+from lag_megatron.checkpoint.state.optimizer_states import state_shape, states_of
+from lag_megatron.checkpoint.state.source import UNSHARDED
 from lag_megatron.checkpoint.state.spec import DTYPES
-from lag_megatron.checkpoint.state.unsharded import WholeState
+from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.growth.apply.conversion import Conversion, whole_state
-from lag_megatron.growth.apply.grown_state import resharding
+from lag_megatron.growth.apply.conversion import Conversion, unsharded_state
+from lag_megatron.growth.apply.grown_state import resharded
 
 _PIECE = 1 << 20  # elements
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
@@ -30,10 +30,12 @@ def differences(conversion: Conversion, target: Path) -> Iterator[str]:
         conversion: what was to be done.
         target: the directory that it made.
     """
-    yield from manifest.damages(target)
+    yield from manifest.find_corrupted_files(target)
     source, is_hf = conversion.whole, conversion.to == "hf"
     rows = next((s[0] for n, s in source.shapes.items() if n in _VOCABULARY), None)
-    found = whole_state(resharding(open_source(target, vocab_size=rows if is_hf else None), WHOLE))
+    found = unsharded_state(
+        resharded(open_checkpoint(target, vocab_size=rows if is_hf else None), UNSHARDED)
+    )
     yield from _names(source, found)
     dtype = DTYPES[conversion.dtype] if is_hf else torch.float32
     for name in (name for name in source.shapes if name in found.shapes):
@@ -41,14 +43,14 @@ def differences(conversion: Conversion, target: Path) -> Iterator[str]:
         kept = conversion.export.vocab_size if is_hf and name in _VOCABULARY else shape[0]
         states = states_of(source.draft.layout.optimizer, shape)
         for state in states if source.is_trained(name) and not is_hf else STATES[:1]:
-            like = shape_of(state, shape)
+            like = state_shape(state, shape)
             end = kept * numel(shape[1:]) if like == shape else numel(like)
             count = _unlike(source, found, name, state, end, dtype)
             if count:
                 yield f"{name}: {state}: {count} of {numel(shape)} elements differ"
 
 
-def _names(source: WholeState, found: WholeState) -> Iterator[str]:
+def _names(source: UnshardedState, found: UnshardedState) -> Iterator[str]:
     for name, shape in source.shapes.items():
         if name not in found.shapes:
             yield f"{name}: missing"
@@ -58,7 +60,12 @@ def _names(source: WholeState, found: WholeState) -> Iterator[str]:
 
 
 def _unlike(
-    source: WholeState, found: WholeState, name: str, state: State, end: int, dtype: torch.dtype
+    source: UnshardedState,
+    found: UnshardedState,
+    name: str,
+    state: State,
+    end: int,
+    dtype: torch.dtype,
 ) -> int:
     """How many of a tensor's first ``end`` elements differ in a bit."""
     count = 0

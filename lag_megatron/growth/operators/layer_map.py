@@ -111,12 +111,12 @@ def feasible_block_sizes(source_layers: int, target_layers: int) -> tuple[int, .
     return tuple(size for size in range(1, new_layers + 1) if new_layers % size == 0)
 
 
-def norms_stay(layer_map: LayerMap) -> bool:
+def keeps_old_norms(layer_map: LayerMap) -> bool:
     """Whether no old norm changes, as function preserving growth of a pre-LN model needs."""
     return not any(o.plain_norms or (o.silent and not o.is_new) for o in layer_map)
 
 
-def hands_norms_over(layer_map: LayerMap) -> bool:
+def moves_second_norm(layer_map: LayerMap) -> bool:
     """Whether each old layer's second norm goes to the last of the new layers after it.
 
     All norms that come to stand before it are plain.  This and branches that put out zeros keep the
@@ -135,17 +135,17 @@ def hands_norms_over(layer_map: LayerMap) -> bool:
     return True
 
 
-def draw(layer_map: LayerMap) -> str:
+def format_layer_map(layer_map: LayerMap) -> str:
     """One line, layers 1-based: ``1 2 1* 2* 3`` (``*`` duplicate, ``R`` random).
 
     ``2z`` and ``Rz`` are new layers whose branches put out zeros, ``2*0.5`` is a duplicate whose
     branches are halved.  ``I`` is a layer that staged training silenced, with identity matrices,
     ``2i`` one with the matrices of layer 2.
     """
-    return " ".join(map(_draw_layer, layer_map))
+    return " ".join(map(_format_layer, layer_map))
 
 
-def _draw_layer(origin: LayerOrigin) -> str:
+def _format_layer(origin: LayerOrigin) -> str:
     if origin.silent:
         return "I" if origin.init == "identity" else f"{origin.source + 1}i"
     is_random = origin.is_new and origin.init == "random"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lag_megatron.config import GrowthConfig
-from lag_megatron.growth.operators.layer_map import LayerOrigin, draw
+from lag_megatron.growth.operators.layer_map import LayerOrigin, format_layer_map
 from lag_megatron.planning.cost import stage_flops
 from lag_megatron.report.stats.analysis import analysis_of
 from lag_megatron.report.stats.run_files import GrowthFiles, Json, RunFiles, finite
@@ -143,7 +143,9 @@ def _candidates(
                 **records[id_],
                 "operator": pool[id_].get("operator"),
                 "layer_map": pool[id_]["layer_map"],
-                "drawing": draw(tuple(_origin(layer) for layer in pool[id_]["layer_map"])),
+                "drawing": format_layer_map(
+                    tuple(_origin(layer) for layer in pool[id_]["layer_map"])
+                ),
                 "loss_at_0": first.get(id_),
                 "loss_at_lag": loss,
                 "rank_at_0": ranks_first.get(id_),

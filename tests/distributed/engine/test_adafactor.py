@@ -10,13 +10,13 @@ from full_state import tree_differences
 from switching import PLANS, same_files, switch_from_kept, switch_in_place
 from test_engine import build, load_into_each, steps, stop_and_resume
 
-from lag_megatron.checkpoint.zero.describe import describe
+from lag_megatron.checkpoint.zero.describe import describe_zero
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import OptimizerConfig
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.apply.estimate import estimate
+from lag_megatron.growth.apply.estimate import estimate_growth
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
-from lag_megatron.growth.apply.grown_state import Growth, retarget
+from lag_megatron.growth.apply.grown_state import GrownState, retarget
 
 FILE = "mp_rank_00_model_states.pt"
 
@@ -110,7 +110,7 @@ def beside_torch(config, grown_config, base):
     _, engine = build(grown_config)
     for name in ("duplicate", "random"):
         plan = PLANS[name]
-        engine.grow_from(Growth(ZeroCheckpoint.open(base), plan, engine.topology))
+        engine.grow_from(GrownState(ZeroCheckpoint.open(base), plan, engine.topology))
         sources = [origin.source for origin in plan.layer_map]
         names = dict(engine._engine.module.named_parameters())
         states = {name: saved_states(base)[source_of(name, sources)] for name in names}
@@ -167,11 +167,11 @@ def test_means_of_new_layers(moments, base, tmp_path):
                 assert torch.equal(found[key], source[key] * (not dropped))
     steps_taken = {state["step"].data_ptr() for state in new.values()}
     assert len(steps_taken) == len(new)
-    facts = describe(tmp_path / "grown")
+    facts = describe_zero(tmp_path / "grown")
     assert facts["optimizer_states"] == ["fp32", "row_var", "col_var", "variance"]
     kept = sum(v.numel() for s in new.values() for k, v in s.items() if k != "step")
     assert growth.bytes_to_write == 4 * (facts["parameters"] + kept)
-    assert estimate(growth, workers=1).write == growth.bytes_to_write
+    assert estimate_growth(growth, workers=1).write == growth.bytes_to_write
 
 
 def test_states_without_rows_are_refused(base, tmp_path):

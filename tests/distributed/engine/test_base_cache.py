@@ -46,9 +46,9 @@ def test_a_gpu_keeps_its_base(stage, precision, tmp_path):
 def test_a_base_that_does_not_fit_is_read_from_its_shards(base, capsys):
     """It is said once; what else would have to be read stays unread."""
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-    from lag_megatron.growth.apply.grown_state import Growth
+    from lag_megatron.growth.apply.grown_state import GrownState
 
-    growth = Growth(ZeroCheckpoint.open(base), PLANS["duplicate"])
+    growth = GrownState(ZeroCheckpoint.open(base), PLANS["duplicate"])
     kept, targets = kept_here(limit=4), targets_of(growth)
     found = [kept.runs(growth, growth.filler(tensor_rank=0), targets) for _ in range(4)]
     assert found == [None] * 4
@@ -60,14 +60,14 @@ def test_stores_are_taken_in_their_order(base, capsys):
     """The second where the first has no room."""
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.engine.base_cache import KeptBase, Store
-    from lag_megatron.growth.apply.grown_state import Growth
+    from lag_megatron.growth.apply.grown_state import GrownState
 
     taken = []
 
     def store(name, free):
         return Store(name, lambda: free, lambda n: (taken.append((name, n)), torch.empty(n))[1])
 
-    growth = Growth(ZeroCheckpoint.open(base), PLANS["duplicate"])
+    growth = GrownState(ZeroCheckpoint.open(base), PLANS["duplicate"])
     kept = KeptBase([store("device", 100), store("host", 1e9)], page=PAGE, talks=True)
     fill, targets = growth.filler(tensor_rank=0), targets_of(growth)
     assert kept.runs(growth, fill, targets) is None
@@ -86,10 +86,10 @@ def test_stores_are_taken_in_their_order(base, capsys):
 def test_copies_of_too_many_pieces_are_left_to_the_shards(base, capsys, monkeypatch):
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.engine import base_cache as kept_module
-    from lag_megatron.growth.apply.grown_state import Growth
+    from lag_megatron.growth.apply.grown_state import GrownState
 
     monkeypatch.setattr(kept_module, "MAX_RUNS", 5)
-    growth, kept = Growth(ZeroCheckpoint.open(base), PLANS["duplicate"]), kept_here()
+    growth, kept = GrownState(ZeroCheckpoint.open(base), PLANS["duplicate"]), kept_here()
     fill, targets = growth.filler(tensor_rank=0), targets_of(growth)
     assert [kept.runs(growth, fill, targets) for _ in range(3)] == [None] * 3
     (line,) = capsys.readouterr().err.splitlines()
@@ -101,13 +101,13 @@ def test_a_new_base_takes_the_place_of_the_old(base, tmp_path):
     import shutil
 
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-    from lag_megatron.growth.apply.grown_state import Growth
+    from lag_megatron.growth.apply.grown_state import GrownState
 
     other, kept = tmp_path / "other", kept_here()
     shutil.copytree(base, other)
     from_shards = []
     for path in (base, base, other, other, base):
-        growth = Growth(ZeroCheckpoint.open(path), PLANS["duplicate"])
+        growth = GrownState(ZeroCheckpoint.open(path), PLANS["duplicate"])
         found = kept.runs(growth, growth.filler(tensor_rank=0), targets_of(growth))
         from_shards.append(found is None)
     assert from_shards == [True, False, True, False, True]
@@ -148,13 +148,13 @@ def test_every_region_is_what_shards_give(name, stage, tensor, base):
     """Also from one tensor-parallel size to another, whose copies are strided."""
     from lag_megatron.checkpoint.state.layout import Topology
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-    from lag_megatron.growth.apply.grown_state import Growth
+    from lag_megatron.growth.apply.grown_state import GrownState
     from lag_megatron.kernels.grow import by_torch
 
     topology = Topology(zero_stage=stage, data_size=2, tensor_size=tensor, precision="bf16")
     kept = kept_here()
     for rank in range(tensor):
-        growth = Growth(ZeroCheckpoint.open(base), OPERATORS[name], topology)
+        growth = GrownState(ZeroCheckpoint.open(base), OPERATORS[name], topology)
         fill = growth.filler(tensor_rank=rank)
         kept.runs(growth, fill, targets_of(growth))
         targets = targets_of(growth)

@@ -31,13 +31,13 @@ def one_step_each(config, base, folder):
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine.engine import Engine
     from lag_megatron.growth.apply.grow_zero import grow_checkpoint
-    from lag_megatron.growth.apply.grown_state import Growth
+    from lag_megatron.growth.apply.grown_state import GrownState
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)
     with pytest.raises(RunError, match="does not say which layers"):
         engine.train_step(random_batches(config, world, 0), step=0, lr=LR, new_layers=0.5)
-    growth = Growth(ZeroCheckpoint.open(base), PLAN, engine.topology)
+    growth = GrownState(ZeroCheckpoint.open(base), PLAN, engine.topology)
     if world.is_coordinator:
         grow_checkpoint(base, folder / "grown", PLAN, topology=engine.topology)
     world.barrier()

@@ -18,14 +18,14 @@ from conftest import (
 )
 from full_state import read_full
 
-from lag_megatron.checkpoint.open import open_source
-from lag_megatron.checkpoint.state.source import WHOLE
+from lag_megatron.checkpoint.open import open_checkpoint
+from lag_megatron.checkpoint.state.source import UNSHARDED
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.growth.apply.conversion import Conversion
-from lag_megatron.growth.apply.grown_state import Growth, retarget
-from lag_megatron.growth.apply.hardlink_dcp import linked_megatron
-from lag_megatron.growth.apply.hardlink_universal import linked_universal
+from lag_megatron.growth.apply.grown_state import GrownState, retarget
+from lag_megatron.growth.apply.hardlink_dcp import hardlink_dcp
+from lag_megatron.growth.apply.hardlink_universal import hardlink_universal
 from lag_megatron.growth.plan import GrowthPlan
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -85,7 +85,7 @@ def target_of(world, **shape):
     config = pico_config(**shape)
     parallel = config.parallel
     return config, retarget(
-        WHOLE,
+        UNSHARDED,
         world_size=world,
         tensor_size=parallel.tensor,
         zero_stage=parallel.zero_stage,
@@ -228,7 +228,7 @@ def test_growth_on_the_way_from_megatron_to_deepspeed(tmp_path):
     there = Conversion(source=ZeroCheckpoint.open(path), to="megatron")
     write(there.order(there.place(tmp_path / "megatron")))
     config, topology = target_of(2, num_layers=3)
-    source = open_source(tmp_path / "megatron")
+    source = open_checkpoint(tmp_path / "megatron")
     back = Conversion(source=source, to="zero", plan=GROW, topology=topology)
     write(back.order(back.place(tmp_path / "grown")))
     run_ranks(load_imported, 2, config, tmp_path / "grown")
@@ -249,15 +249,19 @@ def test_stock_loaders_take_growth_by_links(tmp_path):
     for form in ("universal", "megatron"):
         there = Conversion(source=ZeroCheckpoint.open(path), to=form, topology=topology)
         write(there.order(there.place(tmp_path / form)))
-    source = open_source(tmp_path / "universal")
-    write(linked_universal(Growth(source, GROW, WHOLE), tmp_path / "linked" / "step3_universal"))
+    source = open_checkpoint(tmp_path / "universal")
+    write(
+        hardlink_universal(
+            GrownState(source, GROW, UNSHARDED), tmp_path / "linked" / "step3_universal"
+        )
+    )
     run_ranks(load_universal, 2, config, tmp_path / "linked", tmp_path)
     found, counts = full(tmp_path / "back", config, 2)
     assert counts == steps
     for (state, name), value in found.items():
         assert torch.equal(value, expected[state, before_growth(name)]), (state, name)
-    source = open_source(tmp_path / "megatron")
-    write(linked_megatron(Growth(source, GROW, WHOLE), tmp_path / "linked" / "iter_0000003"))
+    source = open_checkpoint(tmp_path / "megatron")
+    write(hardlink_dcp(GrownState(source, GROW, UNSHARDED), tmp_path / "linked" / "iter_0000003"))
     config = replace(config, parallel=replace(config.parallel, tensor=2))
     ranks = run_ranks(load_dist, 2, config, tmp_path / "linked" / "iter_0000003")
     for rank, (taken, _, _) in enumerate(ranks):

@@ -27,7 +27,7 @@ from plain_program import (
     train_and_save,
 )
 
-from lag_megatron.checkpoint.open import open_source
+from lag_megatron.checkpoint.open import open_checkpoint
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError
@@ -213,7 +213,7 @@ def test_nothing_is_lost_through_universal(at, sources, tmp_path):
     ways = [("universal", "u"), ("zero", "z")]
     here = source
     for form, name in ways:
-        opened = open_source(here)
+        opened = open_checkpoint(here)
         topology = ZeroCheckpoint.open(source).topology
         conversion = Conversion(source=opened, to=form, topology=topology)
         here = conversion.place(tmp_path / name)

@@ -30,7 +30,7 @@ def grow(config, folder, plans):
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine.engine import Engine
     from lag_megatron.growth.apply.grow_zero import grow_checkpoint
-    from lag_megatron.growth.apply.grown_state import Growth
+    from lag_megatron.growth.apply.grown_state import GrownState
 
     world = start_world(tensor=config.parallel.tensor)
     validation = [random_batches(config, world, 99)]
@@ -47,7 +47,7 @@ def grow(config, folder, plans):
         world.barrier()
         engine.load(folder / name)
         engine.save(folder, f"{name}-loaded", client_state={})
-        engine.grow_from(Growth(ZeroCheckpoint.open(folder / "source"), plan, engine.topology))
+        engine.grow_from(GrownState(ZeroCheckpoint.open(folder / "source"), plan, engine.topology))
         engine.save(folder, f"{name}-live", client_state={})
         losses[name] = engine.evaluate(validation)
         for step in range(3, 6):

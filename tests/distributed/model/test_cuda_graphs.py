@@ -51,7 +51,7 @@ def trained(config, base, graphed):
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine.engine import Engine
-    from lag_megatron.growth.apply.grown_state import Growth
+    from lag_megatron.growth.apply.grown_state import GrownState
     from lag_megatron.model.cuda_graphs import graph_layers
 
     world = start_world(tensor=1)
@@ -60,7 +60,7 @@ def trained(config, base, graphed):
         graph_layers(engine._engine.module, Rerun)
     found = [losses_of(engine, config, world, 0)]
     for name in ("duplicate", "random"):
-        growth = Growth(ZeroCheckpoint.open(base), PLANS[name], engine.topology)
+        growth = GrownState(ZeroCheckpoint.open(base), PLANS[name], engine.topology)
         engine.grow_from(growth)
         found.append(engine.evaluate([random_batches(config, world, 99)]))
         found.append(losses_of(engine, config, world, 10))

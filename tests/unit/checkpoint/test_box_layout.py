@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from lag_megatron.checkpoint.state.box import (
     Box,
     collapse,
+    full_box,
     interval_boxes,
     numel,
     strides_of,
-    whole,
 )
-from lag_megatron.checkpoint.state.layout import Container, Topology, make_layout, whole_parameters
-from lag_megatron.checkpoint.state.tensor_parallel import CUTS, local_shape, pieces, whole_shape
+from lag_megatron.checkpoint.state.layout import Container, Topology, make_layout, unsharded_layout
+from lag_megatron.checkpoint.state.tensor_parallel import CUTS, local_shape, pieces, unsharded_shape
 
 SHAPES = st.lists(st.integers(1, 6), max_size=4).map(tuple)
 GROUPS = st.lists(st.lists(SHAPES, min_size=1, max_size=6), min_size=1, max_size=3).map(
@@ -58,7 +58,7 @@ def test_boxes_meet_where_both_are(shape, data):
     assert (set(inside(array, met).flat) if met else set()) == common
     assert met == other.meet(one)
     assert array.flat[one.offset_in(shape)] == inside(array, one).flat[0]
-    assert one.meet(whole(shape)) == one
+    assert one.meet(full_box(shape)) == one
     assert one.move(one.low, other.low).low == other.low
 
 
@@ -166,7 +166,7 @@ def test_layouts_by_hand():
     assert lengths(1) == lengths(2) == [[6, 2], [6, 2]]
     assert lengths(1, 3) == [[4, 2], [4, 2], [4, 2]]
     assert lengths(3) == [[3, 3, 1], [3, 3, 1]]
-    assert list(whole_parameters(groups[0]).lengths.values()) == [6, 5]
+    assert list(unsharded_layout(groups[0]).lengths.values()) == [6, 5]
 
 
 CUT_SHAPES = (
@@ -186,7 +186,7 @@ CUT_SHAPES = (
 @pytest.mark.parametrize("gated", [False, True])
 def test_tensor_parallel_pieces_are_the_whole(name, shape, size, gated):
     local = local_shape(name, shape, tensor_size=size)
-    assert whole_shape(name, local, tensor_size=size) == shape
+    assert unsharded_shape(name, local, tensor_size=size) == shape
     seen = np.zeros(shape, int)
     for rank in range(size):
         held = np.zeros(local, int)

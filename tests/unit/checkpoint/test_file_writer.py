@@ -13,12 +13,12 @@ import xxhash
 
 from lag_megatron.checkpoint.state.layout import Container, Segment
 from lag_megatron.checkpoint.state.region import Region
-from lag_megatron.checkpoint.state.spec import Room
+from lag_megatron.checkpoint.state.spec import PlaceholderTensors
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer import file_writer
-from lag_megatron.checkpoint.writer.file_template import Moulds
-from lag_megatron.checkpoint.writer.file_writer import Crew, Span, write_spans
-from lag_megatron.checkpoint.writer.ordered_pool import Relay
+from lag_megatron.checkpoint.writer.file_template import FileTemplateCache
+from lag_megatron.checkpoint.writer.file_writer import Span, WriteContext, write_spans
+from lag_megatron.checkpoint.writer.ordered_pool import OrderedPool
 from lag_megatron.checkpoint.zero.writer import write_objects
 from lag_megatron.errors import CheckpointError
 
@@ -51,7 +51,7 @@ def region(length, state="fp32"):
 
 
 def test_pieces_are_finished_in_order_by_whoever_is_there():
-    relay, finished, second = Relay(iter(range(200))), [], threading.Event()
+    relay, finished, second = OrderedPool(iter(range(200))), [], threading.Event()
 
     def work(number):
         if number == 0:
@@ -68,7 +68,7 @@ def test_pieces_are_finished_in_order_by_whoever_is_there():
 
 def test_a_thread_comes_back_when_what_it_took_is_finished():
     """Until then its buffers are read, by whoever is about the finishing."""
-    relay, finished, taker, at_back = Relay(iter(range(2))), [], [], []
+    relay, finished, taker, at_back = OrderedPool(iter(range(2))), [], [], []
     begun, left, may_finish = (threading.Event() for _ in range(3))
 
     def slow(number):
@@ -98,7 +98,7 @@ def test_a_thread_comes_back_when_what_it_took_is_finished():
 
 
 def test_one_thread_fails_and_the_others_end():
-    relay, finished, failures = Relay(iter(range(10**9))), [], []
+    relay, finished, failures = OrderedPool(iter(range(10**9))), [], []
 
     def work(number):
         if number == 50:
@@ -120,7 +120,7 @@ def test_one_thread_fails_and_the_others_end():
 
 def test_a_thread_that_waits_comes_back_when_another_fails():
     """What it took will never be finished: the disk was full one piece before."""
-    relay, begun, left = Relay(iter(range(2))), threading.Event(), threading.Event()
+    relay, begun, left = OrderedPool(iter(range(2))), threading.Event(), threading.Event()
 
     def slow(number):
         begun.set()
@@ -158,7 +158,7 @@ def test_rows_that_lie_as_columns(block, dtype, tmp_path, monkeypatch):
         at = spans[-1].end + 5
     file, told = tmp_path / "file", []
     file.write_bytes(b"\xaa" * (at + 3))
-    entry = write_spans(file, spans, Numbers(), Crew(told.append, join=joined))
+    entry = write_spans(file, spans, Numbers(), WriteContext(told.append, join=joined))
     data = file.read_bytes()
     assert entry == {"size": at + 3, "xxh3_128": xxhash.xxh3_128(data).hexdigest()}
     assert sum(told) == 3 * (rows * width + 7) * size
@@ -193,18 +193,18 @@ def test_each_state_has_a_checksum_of_its_own(tmp_path):
 
 def test_a_mould_gives_the_bytes_that_torch_gives(tmp_path):
     shapes = [(3, 5), (3, 5), (5, 3), (3, 5), (0,), (0,), (150, 150), (150, 150)]
-    moulds = Moulds()
+    moulds = FileTemplateCache()
     for number, shape in enumerate(shapes):
         for extra in ({}, {"cat_dim": 0}, {"cat_dim": 1}, {"vocab_tensor": True}):
             written = []
             for folder, kept in ((f"a{number}", None), (f"b{number}", moulds)):
                 place = tmp_path / f"{folder}{sorted(extra.items())}"
                 place.mkdir()
-                room = Room()
+                room = PlaceholderTensors()
                 values = room(region(torch.Size(shape).numel()), shape)
                 objects = {**extra, "param": values}
                 told = []
-                crew = Crew(told.append)
+                crew = WriteContext(told.append)
                 entry = write_objects(place / "fp32.pt", objects, room, Numbers(), crew, kept)
                 assert sum(told) == 4 * values.numel()
                 written.append((entry, (place / "fp32.pt").read_bytes()))
@@ -216,11 +216,13 @@ def test_a_mould_gives_the_bytes_that_torch_gives(tmp_path):
 
 
 def test_a_mould_is_of_one_step(tmp_path):
-    moulds, found = Moulds(), []
+    moulds, found = FileTemplateCache(), []
     for step in (3.0, 4.0, 3.0):
         (tmp_path / str(len(found))).mkdir()
         file = tmp_path / str(len(found)) / "step.pt"
-        write_objects(file, torch.tensor(step), Room(), Numbers(), Crew(), moulds)
+        write_objects(
+            file, torch.tensor(step), PlaceholderTensors(), Numbers(), WriteContext(), moulds
+        )
         found.append(torch.load(file, weights_only=True))
     assert found == [3.0, 4.0, 3.0]
 
@@ -229,9 +231,9 @@ SMALL, LONGER = (3, 5), (150, 150)  # put together in memory, or too long for th
 
 
 def write_moulded(file, shape, moulds):
-    room = Room()
+    room = PlaceholderTensors()
     values = room(region(torch.Size(shape).numel()), shape)
-    write_objects(file, {"param": values}, room, Numbers(), Crew(), moulds)
+    write_objects(file, {"param": values}, room, Numbers(), WriteContext(), moulds)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +244,7 @@ def write_moulded(file, shape, moulds):
     ],
 )
 def test_a_disk_that_fails_leaves_nothing_of_a_moulded_file(shape, call, tmp_path, monkeypatch):
-    moulds, file = Moulds(), tmp_path / "fp32.pt"
+    moulds, file = FileTemplateCache(), tmp_path / "fp32.pt"
     write_moulded(file, shape, moulds)
     opened = len(os.listdir("/proc/self/fd"))
 
@@ -260,7 +262,11 @@ def test_a_disk_that_fails_leaves_nothing_of_a_moulded_file(shape, call, tmp_pat
 @pytest.mark.parametrize("shape", [SMALL, LONGER])
 def test_a_moulded_file_replaces_what_a_kill_left(shape, tmp_path):
     """Its mode is the one that any new file has."""
-    moulds, first, second = Moulds(), tmp_path / "a" / "fp32.pt", tmp_path / "b" / "fp32.pt"
+    moulds, first, second = (
+        FileTemplateCache(),
+        tmp_path / "a" / "fp32.pt",
+        tmp_path / "b" / "fp32.pt",
+    )
     for file in (first, second):
         file.parent.mkdir()
     write_moulded(first, shape, moulds)

@@ -282,9 +282,9 @@ def test_the_tables_lead_back(architecture):
         shape = (out,) if row.megatron.endswith("bias") or "norm" in row.megatron else (out, 6)
         whole = torch.randn(shape, generator=draw)
         parts = tensor_map.to_transformers(row, whole, heads)
-        assert [tuple(p.shape) for p in parts] == tensor_map.shape_of(row, shape, heads)
+        assert [tuple(p.shape) for p in parts] == tensor_map.transformers_shapes(row, shape, heads)
         turned = [tensor_map.as_rows(part, row) for part in parts]
-        found = tensor_map.runs(row, len(whole), heads)
+        found = tensor_map.row_runs(row, len(whole), heads)
         assert [run.low for run in found] == sorted(run.low for run in found)
         back = [turned[run.part][run.start : run.start + run.count] for run in found]
         assert torch.equal(torch.cat(back), whole)

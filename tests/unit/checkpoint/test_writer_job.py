@@ -8,11 +8,11 @@ import pytest
 
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer import job
-from lag_megatron.checkpoint.writer.job import Order, Part
+from lag_megatron.checkpoint.writer.job import Part, WriteJob
 
 
 def order(target, works):
-    return Order(
+    return WriteJob(
         target=target,
         parts=[Part(name, work) for name, work in works.items()],
         about={},

@@ -30,7 +30,7 @@ def test_grows_a_tag_and_points_latest_to_it(checkpoint, tmp_path, capsys):
     (history,) = grown.client_state["growth_history"]
     assert history["target_layers"] == 3
     assert history["init_std"] == 0.02
-    assert list(manifest.damages(tmp_path / "out" / "step3")) == []
+    assert list(manifest.find_corrupted_files(tmp_path / "out" / "step3")) == []
 
 
 def test_takes_the_folder_with_latest_and_grows_again(checkpoint, tmp_path):
@@ -142,7 +142,7 @@ def test_wrong_paths_exit_2(checkpoint, tmp_path, capsys):
     assert "not a DeepSpeed checkpoint" in capsys.readouterr().err
     assert grow(checkpoint, checkpoint.parent, *LAG, "--layers", 3) == 2
     assert "exists already" in capsys.readouterr().err
-    assert list(manifest.damages(checkpoint)) == []
+    assert list(manifest.find_corrupted_files(checkpoint)) == []
     for path in (tmp_path / "none", tmp_path):
         assert inspect(path) == 2
     with pytest.raises(SystemExit) as caught:

@@ -191,9 +191,9 @@ def test_flipped_bits_in_a_zero_checkpoint_without_a_manifest(checkpoint, tmp_pa
 
 def test_a_manifest_speaks_for_other_formats_too(copied, tmp_path, look):
     path = copied("gpt2")
-    files = {p.name: manifest.seal(p) for p in path.iterdir()}
+    files = {p.name: manifest.file_entry(p) for p in path.iterdir()}
     path.rename(manifest.temporary(path))
-    manifest.publish(path, files=files, about={})
+    manifest.commit(path, files=files, about={})
     assert look(path, "--verify")["sound"] is True
     flip(path / "model.safetensors", -1)
     assert look(path, "--verify")["problems"] == [

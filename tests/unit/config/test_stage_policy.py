@@ -43,12 +43,12 @@ def layers_and_steps(config: Any) -> list[tuple[int, int]]:
     ],
 )
 def test_fixed_policies_are_pools_of_one(policy: str, layers: list[int], drawn: str) -> None:
-    from lag_megatron.growth.operators.layer_map import draw
+    from lag_megatron.growth.operators.layer_map import format_layer_map
 
     config = config_of({"policy": policy, "layers": layers, "steps": 21})
     assert layers_and_steps(config) == [(layers[0], 10), (layers[1], 11)]
     (candidate,) = growth_pools(config)[1]
-    assert draw(candidate.plan.layer_map) == drawn
+    assert format_layer_map(candidate.plan.layer_map) == drawn
 
 
 def test_adaptive_is_the_papers_pools() -> None:

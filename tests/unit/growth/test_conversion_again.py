@@ -8,7 +8,7 @@ from converting import convert, refused, save_families
 
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer import job
-from lag_megatron.checkpoint.writer.progress_log import Record
+from lag_megatron.checkpoint.writer.progress_log import WriteProgress
 
 families = pytest.fixture(save_families, scope="module")
 
@@ -19,7 +19,7 @@ def test_goes_on_after_a_kill(checkpoint, tmp_path, monkeypatch):
     expected = manifest.read_manifest(tmp_path / "expected" / "step3_universal")["files"]
     target, pid = tmp_path / "out", os.fork()
     if pid == 0:
-        note, left = Record.note, [5]
+        note, left = WriteProgress.note, [5]
 
         def stop(self, name, files):
             note(self, name, files)
@@ -27,7 +27,7 @@ def test_goes_on_after_a_kill(checkpoint, tmp_path, monkeypatch):
             if not left[0]:
                 os._exit(9)
 
-        Record.note = stop
+        WriteProgress.note = stop
         convert(checkpoint, target, "--to", "universal", "--workers", 1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
@@ -38,9 +38,9 @@ def test_goes_on_after_a_kill(checkpoint, tmp_path, monkeypatch):
     assert len(done) == 5
     with (draft / ".parts.jsonl").open("a") as file:
         file.write('{"part": "torn')
-    written, note = [], Record.note
+    written, note = [], WriteProgress.note
     monkeypatch.setattr(
-        Record,
+        WriteProgress,
         "note",
         lambda self, name, files: written.append(name) or note(self, name, files),
     )
@@ -77,7 +77,7 @@ def test_a_pointer_that_cannot_be_written_is_told_as_such(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(job.Order, "point", full)
+        patch.setattr(job.WriteJob, "point", full)
         error = refused(capsys, 2, checkpoint, tmp_path / "out", "--to", "megatron")
     assert "is written, but latest_checkpointed_iteration.txt beside it is not" in error
     assert convert(checkpoint, tmp_path / "out", "--to", "megatron") == 0
@@ -94,7 +94,7 @@ def test_the_job_is_part_of_what_a_universal_checkpoint_is(checkpoint, tmp_path,
 
 def test_a_draft_of_other_files_is_not_gone_on_with(families, tmp_path, monkeypatch):
     _, source = families["gpt2"]
-    seal, left = manifest.seal, [2]
+    seal, left = manifest.file_entry, [2]
 
     def die(path):
         left[0] -= 1
@@ -102,7 +102,7 @@ def test_a_draft_of_other_files_is_not_gone_on_with(families, tmp_path, monkeypa
             raise KeyboardInterrupt
         return seal(path)
 
-    monkeypatch.setattr(manifest, "seal", die)
+    monkeypatch.setattr(manifest, "file_entry", die)
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "hf", "--to", "hf", "--max-shard-size", "10KB", "--workers", 1)
     assert list(tmp_path.glob("hf.tmp/*"))

@@ -8,9 +8,9 @@ import pytest
 from converting import convert, copy_llama, refused, save_families
 
 from lag_megatron.checkpoint import open
-from lag_megatron.checkpoint.open import open_source
+from lag_megatron.checkpoint.open import open_checkpoint
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.storage.integrity import Look
+from lag_megatron.checkpoint.storage.integrity import VerifyScope
 from lag_megatron.errors import CheckpointError
 
 families = pytest.fixture(save_families, scope="module")
@@ -128,15 +128,15 @@ def test_a_manifest_that_does_not_cover_what_is_read(known, resharded, tmp_path,
 def test_ranks_share_the_looking(form, checkpoint, tmp_path):
     """Of three ranks one finds a damage; together they look at every file."""
     assert convert(checkpoint, tmp_path / "out", "--to", form, "--world-size", 2) == 0
-    tag = open.resolve(tmp_path / "out")
+    tag = open.resolve_checkpoint(tmp_path / "out")
     for name in sorted(manifest.read_manifest(tag)["files"]):
         if (tag / name).suffix not in (".pt", ".distcp", ".safetensors"):
             continue
-        source, told = open_source(tag), []
+        source, told = open_checkpoint(tag), []
         flip(tag / name, (tag / name).stat().st_size // 2)
         for rank in range(3):
             try:
-                source.require_sound(Look(rank, 3))
+                source.require_sound(VerifyScope(rank, 3))
             except CheckpointError as error:
                 told.append(str(error))
         flip(tag / name, (tag / name).stat().st_size // 2)

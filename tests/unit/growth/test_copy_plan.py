@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lag_megatron.checkpoint.state.box import whole
+from lag_megatron.checkpoint.state.box import full_box
 from lag_megatron.checkpoint.state.layout import STATES, Topology, make_layout
 from lag_megatron.checkpoint.state.tensor_parallel import local_shape
 from lag_megatron.growth.apply.copy_plan import Move, Side, plan_rank
-from lag_megatron.growth.growth_map import Block, Copy, depth_map, identity_map
+from lag_megatron.growth.growth_map import Copy, ParamBlock, depth_map, identity_map
 from lag_megatron.growth.plan import GrowthPlan
 from lag_megatron.growth.weight_init import Normal, fill, megatron_init
 
@@ -217,7 +217,7 @@ def grown_tensors(groups, tensors, plan, state):
                 )
                 if is_output and isinstance(fresh, Normal):
                     fresh = dataclasses.replace(fresh, std=fresh.std * scale)
-                fill(value, fresh, shape=tuple(value.shape), box=whole(tuple(value.shape)))
+                fill(value, fresh, shape=tuple(value.shape), box=full_box(tuple(value.shape)))
             elif state == "fp32" and is_output:
                 value = value * scale
             elif origin.is_new and (
@@ -263,9 +263,11 @@ def test_depth_growth_from_any_topology_to_any_other(shape, source, target, stat
 def test_blocks_of_a_parameter_may_be_many_and_scaled():
     groups = [{"a": (4, 6)}]
     blocks = (
-        Block(dataclasses.replace(whole((2, 6))), {"fp32": Copy("a", (1, 0), 0.5)}),
-        Block(dataclasses.replace(whole((2, 3)), low=(2, 0)), {"fp32": Copy("a", (0, 2))}),
-        Block(dataclasses.replace(whole((2, 3)), low=(2, 3)), {"fp32": Copy("a", (2, 3), -2.0)}),
+        ParamBlock(dataclasses.replace(full_box((2, 6))), {"fp32": Copy("a", (1, 0), 0.5)}),
+        ParamBlock(dataclasses.replace(full_box((2, 3)), low=(2, 0)), {"fp32": Copy("a", (0, 2))}),
+        ParamBlock(
+            dataclasses.replace(full_box((2, 3)), low=(2, 3)), {"fp32": Copy("a", (2, 3), -2.0)}
+        ),
     )
     growth = dataclasses.replace(identity_map(groups), blocks={"a": blocks})
     tensors = dense(groups, 2)

@@ -13,7 +13,7 @@ from lag_megatron.checkpoint.writer import file_writer
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
-from lag_megatron.growth.apply.grown_state import Growth, resharding, retarget
+from lag_megatron.growth.apply.grown_state import GrownState, resharded, retarget
 from lag_megatron.growth.growth_map import grown_names
 from lag_megatron.growth.plan import GrowthPlan
 
@@ -31,7 +31,7 @@ def unpartitioned(checkpoint, tmp_path):
     """The same state under ZeRO-0, without a manifest."""
     source = ZeroCheckpoint.open(checkpoint)
     path = tmp_path / "zero0" / "step3"
-    growth = resharding(source, retarget(source.topology, zero_stage=0))
+    growth = resharded(source, retarget(source.topology, zero_stage=0))
     grow_checkpoint(checkpoint, path, growth.plan, topology=growth.topology)
     (path / manifest.MANIFEST).unlink()
     return path
@@ -155,7 +155,7 @@ def test_a_disk_that_fails_while_writing_leaves_nothing(checkpoint, tmp_path, mo
 
     pwrite = file_writer.os.pwrite
     monkeypatch.setattr(file_writer.os, "pwrite", failing)
-    growth = Growth(ZeroCheckpoint.open(checkpoint), plan())
+    growth = GrownState(ZeroCheckpoint.open(checkpoint), plan())
     with pytest.raises(CheckpointError, match="cannot write: Input/output error"):
         growth.write_rank(tmp_path, tensor_rank=0, data_rank=0)
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import torch
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero import file_names
-from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint, resolve
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint, resolve_tag
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
@@ -84,11 +84,11 @@ def test_a_missing_shard(copy, target, name):
 def test_no_checkpoint_at_all(tmp_path, target):
     refused(tmp_path / "nothing", target, "not a DeepSpeed checkpoint")
     with pytest.raises(CheckpointError, match="no such checkpoint directory"):
-        resolve(tmp_path / "nothing")
+        resolve_tag(tmp_path / "nothing")
     (tmp_path / "latest").write_text("step9")
     (tmp_path / "step3").mkdir()
     with pytest.raises(CheckpointError, match=r"'step9'.*does not exist.*Tags there: step3"):
-        resolve(tmp_path)
+        resolve_tag(tmp_path)
 
 
 def test_a_shard_of_another_step(copy, target):
@@ -212,8 +212,8 @@ def test_a_disk_that_is_really_full(copy, tmp_path, monkeypatch, size_kib):
 
 def test_sources_are_never_changed(checkpoint, target):
     grow_checkpoint(checkpoint, target, plan())
-    assert list(manifest.damages(checkpoint)) == []
-    assert list(manifest.damages(target)) == []
+    assert list(manifest.find_corrupted_files(checkpoint)) == []
+    assert list(manifest.find_corrupted_files(target)) == []
 
 
 def test_a_flipped_bit_is_found_by_the_checksums(checkpoint, target):
@@ -221,10 +221,12 @@ def test_a_flipped_bit_is_found_by_the_checksums(checkpoint, target):
     data = bytearray((target / SHARD).read_bytes())
     data[len(data) // 2] ^= 1
     (target / SHARD).write_bytes(data)
-    assert list(manifest.damages(target)) == [f"{SHARD}: content differs from its checksum"]
+    assert list(manifest.find_corrupted_files(target)) == [
+        f"{SHARD}: content differs from its checksum"
+    ]
     (target / MODEL).unlink()
     (target / SHARD).write_bytes(b"")
-    assert sorted(manifest.damages(target)) == [
+    assert sorted(manifest.find_corrupted_files(target)) == [
         f"{MODEL}: missing",
         f"{SHARD}: 0 bytes, expected {len(data)}",
     ]

@@ -46,7 +46,7 @@ def grow_until(source, target, last_call, *, publishing=False):
 
     def count(frame, event, argument):
         nonlocal calls, begun
-        begun = begun or frame.f_code is manifest.publish.__code__
+        begun = begun or frame.f_code is manifest.commit.__code__
         if begun and event in ("call", "c_call"):
             calls = next(number)
             if calls == last_call:
@@ -88,11 +88,11 @@ def test_killed_at_any_moment(checkpoint, tmp_path):
             moment = moment * 3 // 4
         latest = target.parent / "latest"
         if target.exists():
-            assert list(manifest.damages(target)) == []
+            assert list(manifest.find_corrupted_files(target)) == []
             assert manifest.read_manifest(target)["files"] == files
         else:
             assert not latest.exists()
-        assert manifest.committed(target.parent) == ([target] if target.exists() else [])
+        assert manifest.committed_tags(target.parent) == ([target] if target.exists() else [])
         outcomes.add((target.exists(), latest.exists(), manifest.temporary(target).exists()))
         grow_checkpoint(checkpoint, target, PLAN)
         assert manifest.read_manifest(target)["files"] == files
@@ -111,5 +111,5 @@ def test_removal_is_never_half_a_checkpoint(checkpoint, tmp_path, monkeypatch):
 
     monkeypatch.setattr(manifest.shutil, "rmtree", killed)
     with pytest.raises(InterruptedError):
-        manifest.remove(target)
+        manifest.remove_checkpoint(target)
     assert not manifest.is_committed(target)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lag_megatron.checkpoint.state.box import whole
+from lag_megatron.checkpoint.state.box import full_box
 from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.growth_map import (
@@ -50,7 +50,7 @@ def test_identity_keeps_everything_in_order():
     growth = identity_map(groups)
     assert growth.groups == groups
     for name, blocks in growth.blocks.items():
-        assert [b.box for b in blocks] == [whole(dict(groups[0] | groups[1])[name])]
+        assert [b.box for b in blocks] == [full_box(dict(groups[0] | groups[1])[name])]
         assert set(blocks[0].sources.values()) == {Copy(name, blocks[0].box.low)}
 
 

@@ -12,12 +12,12 @@ from foreign_checkpoints import torch_dist, universal
 from programs import grow, inspect
 
 from lag_megatron.checkpoint import open
-from lag_megatron.checkpoint.open import open_source
+from lag_megatron.checkpoint.open import open_checkpoint
 from lag_megatron.checkpoint.state.layout import STATES
-from lag_megatron.checkpoint.state.source import WHOLE
+from lag_megatron.checkpoint.state.source import UNSHARDED
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.growth.apply.conversion import whole_state
-from lag_megatron.growth.apply.grown_state import Growth, resharding
+from lag_megatron.growth.apply.conversion import unsharded_state
+from lag_megatron.growth.apply.grown_state import GrownState, resharded
 from lag_megatron.growth.plan import GrowthPlan
 
 PLANS = {
@@ -49,8 +49,8 @@ def link(source, target, operator, options, layers, *more):
 def require_grown(source, target, operator, options, layers):
     """Every element of the linked checkpoint is what the plan makes of the source."""
     plan = GrowthPlan(operator=operator, options=options, source_layers=2, target_layers=layers)
-    expected = whole_state(Growth(open_source(source), plan, WHOLE))
-    found = whole_state(resharding(open_source(target), WHOLE))
+    expected = unsharded_state(GrownState(open_checkpoint(source), plan, UNSHARDED))
+    found = unsharded_state(resharded(open_checkpoint(target), UNSHARDED))
     assert found.shapes == expected.shapes
     for name, shape in expected.shapes.items():
         size = torch.Size(shape).numel()
@@ -73,7 +73,7 @@ def test_what_is_linked_is_what_growing_makes(form, plan, layers, sources, tmp_p
     source, target = sources / form, tmp_path / "grown"
     assert link(source, target, "lag", options, layers) == 0
     require_grown(source, target, "lag", options, layers)
-    tag = open.resolve(target)
+    tag = open.resolve_checkpoint(target)
     for name in shared(tag):
         assert (tag / name).stat().st_nlink > 1
     capsys.readouterr()
@@ -87,7 +87,7 @@ def test_a_duplicate_writes_next_to_nothing(sources, tmp_path):
     for form in ("universal", "megatron"):
         target = tmp_path / form
         assert link(sources / form, target, "lag", PLANS["duplicate"]["options"], 3) == 0
-        tag = open.resolve(target)
+        tag = open.resolve_checkpoint(target)
         values = [
             path for path in tag.rglob("*") if path.suffix in (".pt", ".distcp")
             and path.name not in ("common.pt", "optimizer_state.pt")

@@ -7,7 +7,11 @@ from layer_maps import EVERY_LAG, lag_map
 
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.operators import OPERATORS, layer_map_of
-from lag_megatron.growth.operators.layer_map import draw, feasible_block_sizes, feasible_indices
+from lag_megatron.growth.operators.layer_map import (
+    feasible_block_sizes,
+    feasible_indices,
+    format_layer_map,
+)
 
 EVERY_GROWTH = sorted({(source, target) for source, target, _, _ in EVERY_LAG})
 
@@ -26,9 +30,9 @@ EVERY_GROWTH = sorted({(source, target) for source, target, _, _ in EVERY_LAG})
     ],
 )
 def test_worked_table_6_to_9(index, block_size, drawn):
-    assert draw(lag_map(6, 9, index, block_size)) == drawn
+    assert format_layer_map(lag_map(6, 9, index, block_size)) == drawn
     fresh = " ".join("R" if "*" in layer else layer for layer in drawn.split())
-    assert draw(lag_map(6, 9, index, block_size, "random")) == fresh
+    assert format_layer_map(lag_map(6, 9, index, block_size, "random")) == fresh
 
 
 @pytest.mark.parametrize(
@@ -40,7 +44,7 @@ def test_worked_table_6_to_9(index, block_size, drawn):
     ],
 )
 def test_worked_examples_12_to_16(index, block_size, drawn):
-    assert draw(lag_map(12, 16, index, block_size)) == drawn
+    assert format_layer_map(lag_map(12, 16, index, block_size)) == drawn
 
 
 @pytest.mark.parametrize("init", ["duplicate", "random"])

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.operators import OPERATORS, layer_map_of
-from lag_megatron.growth.operators.layer_map import LayerOrigin, draw
+from lag_megatron.growth.operators.layer_map import LayerOrigin, format_layer_map
 from lag_megatron.growth.plan import GrowthPlan
 
 LAG = {"index": 1, "block_size": 2, "init": "duplicate"}
 
 
 def drawn(operator, source, target, **options):
-    return draw(layer_map_of(operator, source, target, options))
+    return format_layer_map(layer_map_of(operator, source, target, options))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
-from lag_megatron.growth.apply.grown_state import resharding, retarget
+from lag_megatron.growth.apply.grown_state import resharded, retarget
 from lag_megatron.growth.plan import GrowthPlan
 
 TOPOLOGIES = st.builds(
@@ -45,7 +45,7 @@ def topology_of(source, choice):
 
 
 def move(source, target, topology):
-    growth = resharding(ZeroCheckpoint.open(source), topology)
+    growth = resharded(ZeroCheckpoint.open(source), topology)
     grow_checkpoint(source, target, growth.plan, topology=topology, workers=2)
 
 

@@ -11,7 +11,7 @@ from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig, PoolConfig
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.growth_map import depth_map
-from lag_megatron.growth.operators.layer_map import draw
+from lag_megatron.growth.operators.layer_map import format_layer_map
 from lag_megatron.growth.pool import build_pool
 
 
@@ -41,7 +41,7 @@ def test_a_pool_of_one():
     growth = GrowthConfig(pool=PoolConfig(operator="staged", options={"placement": "append"}))
     sizes = {"source_layers": 3, "seed": 1, "init_std": 0.02}
     (only,) = build_pool(growth, target_layers=6, **sizes)
-    assert (only.id, draw(only.plan.layer_map)) == ("staged", "1 2 3 I I I")
+    assert (only.id, format_layer_map(only.plan.layer_map)) == ("staged", "1 2 3 I I I")
     entry = json.loads(json.dumps(only.describe()))
     assert entry["placement"] == "append"
     assert entry["layer_map"][0] == {
@@ -58,7 +58,7 @@ def test_the_tool(checkpoint, tmp_path, capsys):
     staged = ("--operator", "staged", "--layers", 4)
     assert grow(checkpoint, tmp_path / "out", *staged, "--set", "placement=append") == 0
     assert "layers 2 -> 4: 1 2 I I\n" in capsys.readouterr().out
-    assert list(manifest.damages(tmp_path / "out" / "step3")) == []
+    assert list(manifest.find_corrupted_files(tmp_path / "out" / "step3")) == []
     (history,) = ZeroCheckpoint.open(tmp_path / "out" / "step3").client_state["growth_history"]
     assert history["options"] == {"placement": "append"}
     assert grow(checkpoint, tmp_path / "dry", *staged, "--dry-run") == 0

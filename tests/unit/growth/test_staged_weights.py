@@ -12,7 +12,7 @@ from staged_plans import SOURCE, VARIANTS, groups_of, grown_name, places, plan_o
 from test_copy_plan import TOPOLOGIES, check, dense
 from torch_models import grow_dense, random_stack, state_of
 
-from lag_megatron.checkpoint.state.box import Box, whole
+from lag_megatron.checkpoint.state.box import Box, full_box
 from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.growth.growth_map import depth_map, moment_policy
 from lag_megatron.growth.weight_init import Diagonals, Normal, fill, normal
@@ -93,7 +93,7 @@ def test_a_box_of_diagonals_is_that_of_the_whole(data):
     low = (data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1)))
     box = Box(low, (data.draw(st.integers(1, rows - low[0])),
                     data.draw(st.integers(1, columns - low[1]))))  # fmt: skip
-    for wanted in (box, whole((rows, columns))):
+    for wanted in (box, full_box((rows, columns))):
         part = torch.full(wanted.shape, math.nan)
         fill(part, Diagonals(runs, rest), shape=(rows, columns), box=wanted)
         (top, left), (height, width) = wanted.low, wanted.shape

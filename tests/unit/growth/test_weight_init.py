@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lag_megatron.checkpoint.state.box import Box, numel, whole
+from lag_megatron.checkpoint.state.box import Box, full_box, numel
 from lag_megatron.growth import weight_init
 from lag_megatron.growth.weight_init import Constant, Normal, fill, megatron_init, normal
 
@@ -23,7 +23,7 @@ def test_values_do_not_depend_on_the_cut(start, count):
 @given(st.lists(st.integers(1, 6), max_size=3).map(tuple), st.data(), st.sampled_from([3, 1 << 18]))
 def test_a_box_holds_the_values_of_the_whole(shape, data, chunk):
     everything = torch.empty(shape)
-    fill(everything, UNIT, shape=shape, box=whole(shape))
+    fill(everything, UNIT, shape=shape, box=full_box(shape))
     assert np.array_equal(everything.numpy().reshape(-1), normal(UNIT, 0, numel(shape)))
     low = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
     extent = tuple(data.draw(st.integers(1, n - a)) for a, n in zip(low, shape, strict=True))
@@ -63,7 +63,7 @@ def test_keys_give_unrelated_values():
 
 def test_narrow_types_are_rounded_from_the_same_values():
     target = torch.empty(64, dtype=torch.bfloat16)
-    fill(target, UNIT, shape=(64,), box=whole((64,)))
+    fill(target, UNIT, shape=(64,), box=full_box((64,)))
     assert torch.equal(target, torch.from_numpy(normal(UNIT, 0, 64)).bfloat16())
 
 

@@ -140,8 +140,8 @@ def test_a_checkpoint_is_gone_at_once_even_where_its_files_are_not(tmp_path, mon
     (tag / manifest.MANIFEST).write_text("{}")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
-        manifest.remove(tag)
+        manifest.remove_checkpoint(tag)
     assert not tag.exists()
-    assert manifest.committed(tmp_path) == []
-    manifest.remove(tmp_path / "step00000008")
+    assert manifest.committed_tags(tmp_path) == []
+    manifest.remove_checkpoint(tmp_path / "step00000008")
     assert list(tmp_path.iterdir()) == []
