@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint.state.param_names import LAYER
+from lag_megatron.checkpoint.megatron.param_names import LAYER
 from lag_megatron.engine.state import LiveState
 from lag_megatron.errors import RunError
 

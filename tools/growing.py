@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from lag_megatron.checkpoint.families.layer_stack import count_layers, find_layer_stack
 from lag_megatron.checkpoint.state.layout import Topology
-from lag_megatron.checkpoint.state.param_names import layers_in
-from lag_megatron.checkpoint.state.source import CheckpointSource
+from lag_megatron.checkpoint.state.source import CheckpointSource, whole_shapes
+from lag_megatron.config.param_names import read_param_names
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.grown_state import retarget
 from lag_megatron.growth.operators import OPERATORS
@@ -33,6 +34,8 @@ def add_growth_options(parser: argparse.ArgumentParser) -> None:
     add("--moments", choices=("auto", *MOMENT_POLICIES), help="Adam's moments of new layers")
     add("--seed", type=int, help="names the values of randomly initialised layers")
     add("--init-std", type=float, help="of them; the default is what the checkpoint says")
+    add("--names", type=Path, metavar="FILE", help="YAML: roles of parameters, and the list of "
+        "layers, where no table knows the model's names (README, Names and roles)")  # fmt: skip
     add("--plan", type=Path, metavar="FILE", help="a plan as JSON in place of all of the above")
     add("--world-size", type=int, metavar="N", help="ranks in all; the default is the source's")
     add("--tensor-parallel", type=int, metavar="N", help="ranks that share a layer's tensors")
@@ -70,14 +73,19 @@ def plan_of(options: argparse.Namespace, source: CheckpointSource, *, may_stay: 
     """
     given = {key: getattr(options, key) for key in _PLAN if getattr(options, key) is not None}
     if options.plan is not None:
-        if given or options.set:
+        if given or options.set or options.names is not None:
             raise PlanError("--plan says everything: leave out the options of the growth.")
         return GrowthPlan.read(options.plan)
-    layers = len(layers_in([*source.layout.shapes, *source.frozen.shapes]))
     if not given and may_stay:
         given = {"operator": "identity"}
+    names = None if options.names is None else read_param_names(options.names)
+    shapes = whole_shapes(source)
     if given.get("operator") == "identity":
+        layers = count_layers(shapes, names)
         given.setdefault("layers", layers)
+    else:
+        stack = find_layer_stack(shapes, names)
+        layers = len(stack.numbers) if stack else 0
     for needed in ("operator", "layers"):
         if needed not in given:
             raise PlanError(
@@ -90,6 +98,7 @@ def plan_of(options: argparse.Namespace, source: CheckpointSource, *, may_stay: 
         source_layers=layers,
         target_layers=target_layers,
         options=dict(_setting(text) for text in options.set),
+        names=names,
         **(defaults | given),
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lag_megatron.checkpoint import open
 from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.config.param_names import ParamNames, read_param_names
 from lag_megatron.errors import CheckpointError, LagError
 
 UNVERIFIED = "unverified: there is no manifest to compare with, so damage cannot be ruled out"
@@ -23,14 +24,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("path", type=Path, help="a checkpoint, or a folder that points to one")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--verify", action="store_true", help="read all files, compare checksums")
+    parser.add_argument("--names", type=Path, metavar="FILE", help="YAML: which list of modules "
+        "holds the layers, and roles of parameters (README, Names and roles)")  # fmt: skip
     options = parser.parse_args(arguments)
     try:
         path = open.resolve_checkpoint(options.path)
         open.detect(path)
+        names = None if options.names is None else read_param_names(options.names)
+        facts = _examine(path, verify=options.verify, names=names)
     except LagError as error:
         print(error, file=sys.stderr)
         return 2
-    facts = _examine(path, verify=options.verify)
     problems = facts["problems"]
     print(json.dumps(facts, indent=1) if options.json else "\n".join(_lines(facts)))
     for problem in problems:
@@ -38,10 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if problems else 0
 
 
-def _examine(path: Path, *, verify: bool) -> dict[str, Any]:
+def _examine(path: Path, *, verify: bool, names: ParamNames | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"path": str(path), "complete": False}
     try:
-        facts = open.describe_any(path)
+        facts = open.describe_any(path, names=names)
         problems = list(facts["problems"])
     except CheckpointError as error:
         problems = [str(error)]
@@ -67,7 +71,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     ]
     progress = [f"step {facts['step']}"] if facts["step"] is not None else []
     progress += [f"{facts['tokens']:,} tokens"] if facts["tokens"] is not None else []
-    model = [f"{facts['layers']} layers"] if facts["layers"] is not None else []
+    model = [_layers(facts)] if facts["layers"] is not None or facts["layer_stacks"] else []
     model += [f"{facts['parameters']:,} parameters"] if facts["parameters"] is not None else []
     marker = facts["marker"]
     by = "manifest" if marker == manifest.MANIFEST else marker
@@ -85,6 +89,15 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     lines += map(_group_line, facts["optimizer"])
     lines += [f"  note        {note}" for note in facts["notes"]]
     return lines + [_growth_line(plan) for plan in facts["growth_history"]]
+
+
+def _layers(facts: dict[str, Any]) -> str:
+    stacks = facts["layer_stacks"]
+    if len(stacks) > 1:
+        listed = " or ".join(f"{stack['layers']} ({stack['name']})" for stack in stacks)
+        return f"layers: {listed}; --names says which to grow"
+    names = [f" ({stack['name']})" for stack in stacks]
+    return f"{facts['layers']} layers{''.join(names)}"
 
 
 def _group_line(group: dict[str, Any]) -> str:

@@ -20,6 +20,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from lag_megatron.checkpoint.families.roles import megatron_role
+
 Kind = Literal["plain", "vocabulary", "qkv", "gate_up"]
 
 LAYER, PART = "{layer}", "{part}"
@@ -162,7 +164,9 @@ def expand(
             for row in group:
                 if row.megatron == "output_layer.weight" and tied_embeddings:
                     continue
-                has_bias = bias or "norm" in row.megatron
+                has_bias = (
+                    bias or megatron_role(row.megatron.replace(PART, "weight")) == "norm_weight"
+                )
                 parts = ("weight", "bias") if PART in row.megatron else ("",)
                 for part in parts if has_bias else parts[:1]:
                     yield _filled(row, layer, part)

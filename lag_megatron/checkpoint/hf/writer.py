@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from lag_megatron.checkpoint.families.layer_stack import count_layers
 from lag_megatron.checkpoint.hf.architecture import Architecture, architecture_of
 from lag_megatron.checkpoint.hf.safetensors_writer import INDEX, SafetensorsFile, lay_out
 from lag_megatron.checkpoint.hf.tensor_map import (
@@ -21,7 +22,6 @@ from lag_megatron.checkpoint.hf.tensor_map import (
 )
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile, save_transformers_tokenizer
 from lag_megatron.checkpoint.state.box import Shape, numel
-from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.state.spec import DTYPES
 from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest
@@ -147,7 +147,7 @@ class Export:
     @cached_property
     def num_layers(self) -> int:
         """Layers there are, which growth may have made more than the configuration began with."""
-        return len(layers_in(self.state.shapes))
+        return count_layers(self.state.shapes)
 
     @cached_property
     def rows(self) -> Sequence[TensorMapping]:

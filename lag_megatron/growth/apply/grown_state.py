@@ -9,6 +9,12 @@ from typing import Any
 import torch
 
 from lag_megatron import __version__
+from lag_megatron.checkpoint.families.layer_stack import (
+    LayerName,
+    LayerStack,
+    count_layers,
+    largest_stack,
+)
 from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.checkpoint.state.layout import (
     Layout,
@@ -17,8 +23,7 @@ from lag_megatron.checkpoint.state.layout import (
     frozen_layout,
     make_layout,
 )
-from lag_megatron.checkpoint.state.param_names import LAYER, layers_in
-from lag_megatron.checkpoint.state.source import CheckpointSource
+from lag_megatron.checkpoint.state.source import CheckpointSource, whole_shapes
 from lag_megatron.checkpoint.state.spec import CheckpointSpec
 from lag_megatron.checkpoint.state.tensor_parallel import (
     cut_dim,
@@ -60,8 +65,18 @@ class GrownState:
     @cached_property
     def growth_map(self) -> GrowthMap:
         """What each grown parameter is made of."""
-        frozen = self._whole(self.source.frozen.shapes)
-        return growth_map_of(self.plan, self._whole_groups, frozen, query_groups=self._query_groups)
+        return growth_map_of(
+            self.plan,
+            self._whole_groups,
+            self._whole(self.source.frozen.shapes),
+            query_groups=self._query_groups,
+            others=[name for name in self.source.header["module"] if isinstance(name, str)],
+        )
+
+    @cached_property
+    def stack(self) -> LayerStack | None:
+        """The layers of the source."""
+        return largest_stack(self._whole_shapes, self.plan.names)
 
     @cached_property
     def layout(self) -> Layout:
@@ -122,7 +137,10 @@ class GrownState:
         """What has to be written."""
         names = {name: name for name in self.source.header["module"]}
         if self.plan.operator != "identity":
-            names = {new: old for new, old, _ in grown_names(list(names), self.plan.layer_map)}
+            names = {
+                new: old
+                for new, old, _ in grown_names(list(names), self.plan.layer_map, self.stack)
+            }
         return CheckpointSpec(
             topology=self.topology,
             layout=self.layout,
@@ -144,7 +162,7 @@ class GrownState:
         }
         return {
             "step": self.source.step,
-            "plan": asdict(self.plan),
+            "plan": self.plan.to_dict(),
             "plan_digest": self.plan.digest,
             "growth_history": self.client_state["growth_history"],
             "topology": asdict(self.topology),
@@ -158,7 +176,7 @@ class GrownState:
         state = self.source.client_state
         history = list(state.get("growth_history", []))
         if self.plan.operator != "identity":
-            history.append(asdict(self.plan))
+            history.append(self.plan.to_dict())
         return {
             **state,
             "num_layers": self.plan.target_layers,
@@ -173,11 +191,11 @@ class GrownState:
             owner = self.source.aliases.get(old)
             if owner is None:
                 continue
-            here, there = LAYER.match(new), LAYER.match(owner)
-            if there is None:
+            here, before, there = map(self._layer_name, (new, old, owner))
+            if self.stack is None or there is None:
                 grown[new] = owner
-            elif here and LAYER.match(old)["layer"] == there["layer"]:  # type: ignore[index]
-                grown[new] = f"{there['head']}{here['layer']}{there['tail']}"
+            elif here and before and before.layer == there.layer:
+                grown[new] = self.stack.name(here.layer, there.tail)
             elif new == old and self.plan.operator == "identity":
                 grown[new] = owner
             else:
@@ -187,14 +205,16 @@ class GrownState:
                 )
         return grown
 
+    def _layer_name(self, name: str) -> LayerName | None:
+        return self.stack.match(name) if self.stack else None
+
     @cached_property
     def _whole_groups(self) -> list[ParamGroup]:
         return [self._whole(group) for group in self.source.groups]
 
     @cached_property
     def _whole_shapes(self) -> dict[str, Shape]:
-        old = [*self._whole_groups, self._whole(self.source.frozen.shapes)]
-        return {name: shape for group in old for name, shape in group.items()}
+        return whole_shapes(self.source)
 
     @cached_property
     def _gated(self) -> bool:
@@ -241,7 +261,7 @@ class GrownState:
     def _refuse_unknown_cuts(self, shapes: ParamGroup) -> None:
         """A matrix of a layer that no rule cuts may still have been cut, by other rules."""
         for name, shape in shapes.items():
-            if LAYER.match(name) and len(shape) > 1 and cut_dim(name) is None:
+            if self._layer_name(name) and len(shape) > 1 and cut_dim(name) is None:
                 raise PlanError(
                     f"{self.source.path}: it is not known how tensor parallelism cuts {name}, so "
                     f"the {self.source.topology.tensor_size} tensor-parallel ranks cannot become "
@@ -251,7 +271,7 @@ class GrownState:
 
 def resharded(source: CheckpointSource, target: Topology) -> GrownState:
     """The growth that changes nothing but where everything lies."""
-    layers = len(layers_in([*source.layout.shapes, *source.frozen.shapes]))
+    layers = count_layers(whole_shapes(source))
     plan = GrowthPlan(operator="identity", source_layers=layers, target_layers=layers)
     return GrownState(source, plan, target)
 

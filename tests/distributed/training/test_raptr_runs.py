@@ -191,6 +191,7 @@ def fetched(config, paths):
     """For each step, the layers whose weights ZeRO-3 gathered for it."""
 
     from lag_megatron.checkpoint.state.param_names import LAYER
+
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine.engine import Engine
 
