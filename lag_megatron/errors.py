@@ -32,3 +32,7 @@ class DataError(LagError):
 
 class RunError(LagError):
     """The run directory or the environment does not allow this run."""
+
+
+class DeepSpeedVersionError(LagError):
+    """The installed DeepSpeed lacks a private attribute that this project uses."""

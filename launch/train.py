@@ -95,9 +95,9 @@ def _hostfile_ranks(path: str | None) -> int | None:
 def _train(config, options) -> int:
     run_dir = options.run_dir or Path("runs") / Path(options.config).stem
     deepspeed_config(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    from lag_megatron.training.train import Request, train  # imports torch: seconds
+    from lag_megatron.training.train import TrainRequest, train  # imports torch: seconds
 
-    train(Request(config, Path(run_dir), options.resume))
+    train(TrainRequest(config, Path(run_dir), options.resume))
     return 0
 
 

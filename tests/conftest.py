@@ -180,7 +180,7 @@ def train_and_save(config, folder, *, steps=3, tag="step3", client_state=None):
     world.barrier()
     if world.is_coordinator:
         files = {path.name: manifest.file_entry(path) for path in draft.iterdir()}
-        manifest.commit(folder / tag, files=files, about={"step": steps})
+        manifest.commit(folder / tag, files=files, metadata={"step": steps})
     stop_world()
 
 

@@ -16,11 +16,11 @@ from lag_megatron.errors import LagError, RunError  # noqa: E402
 from lag_megatron.study import (  # noqa: E402
     StudyFolder,
     StudyPlan,
+    launch_runs,
     load_study,
     plan_study,
     plan_text,
-    prepare,
-    run_all,
+    prepare_study,
     write_study,
 )
 
@@ -67,8 +67,8 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _run(plan: StudyPlan, folder: StudyFolder, *, workers: int) -> int:
-    left = prepare(plan, folder, workers=workers)
-    ended = run_all(
+    left = prepare_study(plan, folder, workers=workers)
+    ended = launch_runs(
         left,
         folder,
         script=ROOT / "launch" / "train.py",

@@ -39,16 +39,16 @@ def main(arguments: list[str] | None = None) -> int:
         if options.non_homogeneous_layers and options.to != "megatron":
             raise PlanError(f"--non-homogeneous-layers: for --to megatron, not {options.to}.")
         conversion = _conversion(options, source)
-        target = conversion.place(options.target)
-        order = conversion.order(target)
+        target = conversion.target_dir(options.target)
+        job = conversion.job(target)
         print(f"{source.path} -> {target}")
         for note in source.notes if isinstance(source, UnshardedCheckpoint) else ():
             print(note)
-        print(f"to write: {order.needed / 2**20:.1f} MiB")
+        print(f"to write: {job.needed / 2**20:.1f} MiB")
         if options.dry_run:
             return 0
-        with progress(order.needed) as written:
-            is_new = write(order, workers=options.workers, written=written)
+        with progress(job.needed) as written:
+            is_new = write(job, workers=options.workers, written=written)
         done = "written" if is_new else "there already"
         print(f"{done}: {_FORMATS[options.to].format(options.target)}")
         return _verify(conversion, target) if options.verify else 0
@@ -86,7 +86,7 @@ def _conversion(options: argparse.Namespace, source: CheckpointSource) -> Conver
 def _tokenizer(file: Path | None) -> TokenizerFile | None:
     if file is None:
         return None
-    from lag_megatron.data.tokenizer import load_tokenizer  # brings Megatron: seconds
+    from lag_megatron.data.datasets.tokenizer import load_tokenizer  # brings Megatron: seconds
 
     return TokenizerFile(file, end_id=load_tokenizer(file).eod)
 

@@ -17,7 +17,8 @@ from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import UNSHARDED
 from lag_megatron.checkpoint.storage.integrity import is_verifiable
 from lag_megatron.checkpoint.writer.job import write
-from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint, resolve_tag
+from lag_megatron.checkpoint.zero.header import resolve_tag
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import LagError, PlanError
 from lag_megatron.growth.apply.estimate import estimate_growth
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
@@ -69,22 +70,22 @@ def _link(options: argparse.Namespace) -> int:
         raise PlanError("--link keeps the topology: leave out what would change it.")
     source = open_checkpoint(options.source)
     kind = open.detect(source.path)
-    orders = {open.UNIVERSAL: hardlink_universal, open.MEGATRON: hardlink_dcp}
-    if kind not in orders:
+    jobs = {open.UNIVERSAL: hardlink_universal, open.MEGATRON: hardlink_dcp}
+    if kind not in jobs:
         raise PlanError(
             f"{source.path}: a checkpoint of the kind {kind!r} has no file or entry for each "
             "tensor that could be shared. Convert it to universal or megatron first."
         )
     plan = plan_of(options, source, may_stay=False)
     target = options.target / source.path.resolve().name
-    order = orders[kind](GrownState(source, plan, UNSHARDED), target)
+    job = jobs[kind](GrownState(source, plan, UNSHARDED), target)
     print(f"{source.path} -> {target}")
     print(
         f"layers {plan.source_layers} -> {plan.target_layers}: {format_layer_map(plan.layer_map)}"
     )
-    print(f"to write: {order.needed / 2**20:.1f} MiB; all else is linked")
+    print(f"to write: {job.needed / 2**20:.1f} MiB; all else is linked")
     if not options.dry_run:
-        write(order, workers=options.workers)
+        write(job, workers=options.workers)
         print(f"written: {target} shares files with {source.path}; neither is ever changed")
     return 0
 
@@ -115,8 +116,10 @@ def _announce(growth: GrownState, target: Path, options: argparse.Namespace) -> 
         norm = (growth.source.client_state.get("model") or {}).get("norm_position", "pre")
         keeps = "yes" if plan.preserves_function(norm) else "no"
         print(f"memory of {options.workers} workers: {takes.memory / 2**20:.0f} MiB")
-        told = "unknown, it takes no file" if takes.seconds is None else f"{takes.seconds:.1f} s"
-        print(f"time at this disk's rate: {told}")
+        duration = (
+            "unknown, it takes no file" if takes.seconds is None else f"{takes.seconds:.1f} s"
+        )
+        print(f"time at this disk's rate: {duration}")
         print(f"preserves the function: {keeps}")
 
 

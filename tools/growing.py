@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lag_megatron.checkpoint.families.layer_stack import count_layers, find_layer_stack
 from lag_megatron.checkpoint.state.layout import Topology
-from lag_megatron.checkpoint.state.source import CheckpointSource, whole_shapes
+from lag_megatron.checkpoint.state.source import CheckpointSource, unsharded_shapes
 from lag_megatron.config.param_names import read_param_names
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.grown_state import retarget
@@ -79,7 +79,7 @@ def plan_of(options: argparse.Namespace, source: CheckpointSource, *, may_stay: 
     if not given and may_stay:
         given = {"operator": "identity"}
     names = None if options.names is None else read_param_names(options.names)
-    shapes = whole_shapes(source)
+    shapes = unsharded_shapes(source)
     if given.get("operator") == "identity":
         layers = count_layers(shapes, names)
         given.setdefault("layers", layers)

@@ -18,9 +18,9 @@ from lag_megatron.planning.staged_training.plan import (
     BEST,
     GROWTH_SLOPES,
     OPTIMAL_SLOPE,
-    Growth,
+    GrowthKind,
+    ModelShape,
     PlannedStage,
-    Shape,
     StagePlan,
     Threshold,
     plan_stages,
@@ -31,7 +31,7 @@ from lag_megatron.planning.staged_training.published import (
     FACTORS,
     LARGE,
     MEASURED_RATIOS,
-    checks,
+    compare_published,
     halved,
 )
 from lag_megatron.planning.staged_training.scaling_law import ScalingLaw, learning_rate
@@ -104,7 +104,7 @@ def _law(settings: list[str]) -> ScalingLaw:
     return ScalingLaw(**values)
 
 
-def _shapes(layers: list[int], hidden: list[int]) -> list[Shape]:
+def _shapes(layers: list[int], hidden: list[int]) -> list[ModelShape]:
     count = max(len(layers), len(hidden))
     if not layers or not hidden or {len(layers), len(hidden)} - {1, count}:
         raise ConfigError(
@@ -112,7 +112,7 @@ def _shapes(layers: list[int], hidden: list[int]) -> list[Shape]:
             f"value or one for each stage, e.g. --layers 4 8 16 --hidden 1024."
         )
     pairs = zip(layers * (count // len(layers)), hidden * (count // len(hidden)), strict=True)
-    return [Shape(*pair) for pair in pairs]
+    return [ModelShape(*pair) for pair in pairs]
 
 
 def _tokens_per_step(options: argparse.Namespace) -> int | None:
@@ -126,7 +126,7 @@ def _tokens_per_step(options: argparse.Namespace) -> int | None:
     return int(given[0] * given[1])
 
 
-def _plan(options: argparse.Namespace, shapes: list[Shape]) -> StagePlan:
+def _plan(options: argparse.Namespace, shapes: list[ModelShape]) -> StagePlan:
     return plan_stages(
         shapes,
         law=_law(options.set),
@@ -190,11 +190,13 @@ def _published(options: argparse.Namespace) -> dict[str, Any]:
         for growth in FACTORS:
             rows.append(_growth_data(options, growth, target))
     law = _law(options.set)
-    found = [asdict(check) for check in checks(law, log_base=_log_base(options))]
+    found = [asdict(check) for check in compare_published(law, log_base=_log_base(options))]
     return {"law": asdict(law), "growths": rows, "checks": found, "note": NO_WIDTH}
 
 
-def _growth_data(options: argparse.Namespace, growth: Growth, target: Shape) -> dict[str, Any]:
+def _growth_data(
+    options: argparse.Namespace, growth: GrowthKind, target: ModelShape
+) -> dict[str, Any]:
     plan = _plan(options, [halved(target, growth), target])
     small, large = plan.stages
     return {

@@ -10,14 +10,9 @@ from pathlib import Path
 
 from lag_megatron.errors import LagError, RunError
 from lag_megatron.report import report_data, write_report, write_search
+from lag_megatron.report.sections.rule_comparison_text import analysis_text, comparison_text
 from lag_megatron.report.stats.recorded_search import read_search, recorded_searches
-from lag_megatron.report.stats.rule_comparison import (
-    RULES,
-    analysis_text,
-    compare_rules,
-    comparison_text,
-    search_data,
-)
+from lag_megatron.report.stats.rule_comparison import RULES, compare_rules, search_data
 
 
 def main(arguments: list[str] | None = None) -> int:

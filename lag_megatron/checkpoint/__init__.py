@@ -1,1 +1,1 @@
-"""Checkpoint formats: where each parameter and its optimizer state lies; nothing of growth."""
+"""Reading and writing checkpoint formats; growth is built on this package, not the reverse."""

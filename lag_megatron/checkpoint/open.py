@@ -1,9 +1,8 @@
-"""Checkpoints of any kind: which one a directory holds, and what it says of itself.
+"""Checkpoints of any format: detecting, opening, describing and verifying a directory.
 
-Reading one runs none of its code.  Files of ``torch.save`` are read ``weights_only`` (``pickles``,
-``megatron``).  That is not possible for ``.metadata`` of Distributed Checkpoints, so an unpickler
-with a list of names reads it (``dcp``).  Of safetensors the header is read (``hf``), and a
-``pytorch_model.bin`` is not opened.
+Reading a checkpoint runs none of its code.  Files of ``torch.save`` are read ``weights_only``
+(``storage/torch_pickle``).  That is not possible for the ``.metadata`` of Distributed Checkpoints,
+which an unpickler with a list of allowed names reads (``megatron/dcp_metadata``).
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +19,8 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.universal import format as universal_format
 from lag_megatron.checkpoint.universal.reader import open_universal
 from lag_megatron.checkpoint.zero import describe
-from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint, resolve_tag
+from lag_megatron.checkpoint.zero.header import resolve_tag
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
 
@@ -50,10 +50,10 @@ _READERS: dict[str, Callable[[Path], CheckpointSource]] = {
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint's own directory: ``path``, or the one that a pointer in it names.
+    """The checkpoint's directory: ``path`` itself, or the one that a pointer file in it names.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if it does not exist.
     """
     if not path.is_dir() or (path / "latest").is_file():
         return resolve_tag(path)
@@ -68,10 +68,10 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def detect(path: Path) -> str:
-    """Which kind of checkpoint a directory holds, sound or not.
+    """The format of the checkpoint in a directory, which may be incomplete or damaged.
 
     Raises:
-        CheckpointError: if it holds none.
+        CheckpointError: if there is no checkpoint.
     """
     if universal_format.looks_universal(path):
         return UNIVERSAL
@@ -79,19 +79,19 @@ def detect(path: Path) -> str:
         return ZERO
     if (path / dcp_metadata.METADATA).is_file() or any(path.glob("*.distcp")):
         return MEGATRON if dist_checkpoint.is_megatron(path) else DCP
-    if dist_checkpoint.is_megatron(path):  # its data is gone
+    if dist_checkpoint.is_megatron(path):  # its data files are missing
         return MEGATRON
     if hf_format.looks_like_transformers(path):
         return HF
     if legacy_reader.looks_legacy(path):
         return LEGACY
-    if describe.looks_like_checkpoint(path):  # one of ours, of which only the manifest is left
+    if describe.looks_like_checkpoint(path):  # only the manifest is left
         return ZERO
     raise CheckpointError(f"{path}: holds no checkpoint. Give a tag directory.")
 
 
 def describe_any(path: Path, *, names: ParamNames | None = None) -> dict[str, Any]:
-    """Facts of a checkpoint of any kind; ``problems`` say why it is not complete.
+    """Facts about a checkpoint of any format; ``problems`` lists why it is not complete.
 
     Args:
         path: its own directory.
@@ -99,7 +99,7 @@ def describe_any(path: Path, *, names: ParamNames | None = None) -> dict[str, An
 
     Raises:
         PlanError: if the user's names do not fit the model.
-        CheckpointError: if it is too damaged to be read, or no checkpoint.
+        CheckpointError: if it is too damaged to be read, or there is no checkpoint.
     """
     kind = detect(path)
     if kind == ZERO:
@@ -114,7 +114,7 @@ def describe_any(path: Path, *, names: ParamNames | None = None) -> dict[str, An
         for file in sorted(path.rglob("*"))
         if file.is_file()
     }
-    notes = [*facts["notes"], *_sharing(path)]
+    notes = [*facts["notes"], *_hardlink_notes(path)]
     return {
         "path": str(path),
         **facts,
@@ -128,12 +128,12 @@ def describe_any(path: Path, *, names: ParamNames | None = None) -> dict[str, An
 def open_checkpoint(
     path: Path, *, vocab_size: int | None = None, weights_only: bool = False
 ) -> CheckpointSource:
-    """A checkpoint of any format that is read.
+    """Open a checkpoint of any format; tensors stay on disk.
 
     Args:
-        path: its directory, or one with a pointer to it.
-        vocab_size: rows of the vocabulary of a model of transformers.
-        weights_only: leave out a distributed checkpoint's optimizer states, whatever their form.
+        path: its directory, or one with a pointer file to it.
+        vocab_size: rows of the vocabulary of a transformers model.
+        weights_only: leave out the optimizer states of a distributed checkpoint.
 
     Raises:
         CheckpointError: if it is damaged or of no known format.
@@ -147,8 +147,8 @@ def open_checkpoint(
     return _READERS[kind](path)
 
 
-def _sharing(path: Path) -> Iterator[str]:
-    """Which files are another checkpoint's too."""
+def _hardlink_notes(path: Path) -> Iterator[str]:
+    """A note on files that are hard links to another checkpoint's."""
     if not manifest.is_committed(path):
         return
     read = manifest.read_manifest(path)
@@ -162,10 +162,10 @@ def _sharing(path: Path) -> Iterator[str]:
 
 
 def find_corruption(path: Path) -> Iterator[str]:
-    """All damage that checksums show: the manifest's, or without one those within the files.
+    """Yield all corruption that checksums show: the manifest's, or else those within the files.
 
     Raises:
-        CheckpointError: if there is too much of it to tell.
+        CheckpointError: if the files are too damaged to be read.
     """
     if manifest.is_committed(path):
         yield from manifest.find_corrupted_files(path)

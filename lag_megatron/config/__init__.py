@@ -1,16 +1,17 @@
 """Typed, strict configuration."""
 
-from lag_megatron.config.data import (
+from lag_megatron.config.load import dump_config, load_config, parse_config
+from lag_megatron.config.schema.data import (
     DataConfig,
     MlmConfig,
     SourceConfig,
     TokenizerConfig,
     Ul2Config,
 )
-from lag_megatron.config.load import dump_config, load_config, parse_config
-from lag_megatron.config.model import ModelConfig, ParallelConfig, padded_vocab_size
-from lag_megatron.config.optimizer import OptimizerConfig, ScheduleConfig
-from lag_megatron.config.schema import (
+from lag_megatron.config.schema.model import ModelConfig, padded_vocab_size
+from lag_megatron.config.schema.optimizer import OptimizerConfig, ScheduleConfig
+from lag_megatron.config.schema.parallel import ParallelConfig, data_parallel_size
+from lag_megatron.config.schema.run import (
     CheckpointConfig,
     GrowthConfig,
     PoolConfig,
@@ -18,7 +19,7 @@ from lag_megatron.config.schema import (
     StageConfig,
     TrackingConfig,
 )
-from lag_megatron.config.validation.run import data_parallel_size, require_groups
+from lag_megatron.config.validation.run import check_probe_groups
 
 __all__ = [
     "CheckpointConfig",
@@ -36,10 +37,10 @@ __all__ = [
     "TokenizerConfig",
     "TrackingConfig",
     "Ul2Config",
+    "check_probe_groups",
     "data_parallel_size",
     "dump_config",
     "load_config",
     "padded_vocab_size",
     "parse_config",
-    "require_groups",
 ]

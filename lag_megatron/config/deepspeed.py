@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.config.schema import RunConfig
-from lag_megatron.config.validation.run import data_parallel_size
+from lag_megatron.config.schema.parallel import data_parallel_size
+from lag_megatron.config.schema.run import RunConfig
 from lag_megatron.errors import ConfigError
 
 AUTO = "auto"

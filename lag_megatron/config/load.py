@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from lag_megatron.config.schema import RunConfig
+from lag_megatron.config.schema.run import RunConfig
+from lag_megatron.config.schema.stage_schedule import in_steps
 from lag_megatron.config.stage_policy import expand_stages
-from lag_megatron.config.stage_schedule import in_steps
-from lag_megatron.config.validation.messages import explain
-from lag_megatron.config.validation.run import problems_of
+from lag_megatron.config.validation.messages import describe_errors
+from lag_megatron.config.validation.run import find_problems
 from lag_megatron.config.validation.stages import length_problems
 from lag_megatron.errors import ConfigError
 
@@ -48,12 +48,12 @@ def parse_config(tree: Tree, *, source: str = "configuration") -> RunConfig:
     try:
         config = TypeAdapter(RunConfig).validate_python(tree)
     except ValidationError as error:
-        raise ConfigError(_block(source, [*wrong, *explain(error, tree)])) from None
+        raise ConfigError(_block(source, [*wrong, *describe_errors(error, tree)])) from None
     if wrong:
         raise ConfigError(_block(source, wrong))
     lines = list(length_problems(config))
     config = in_steps(config)
-    if lines := [*lines, *problems_of(config)]:
+    if lines := [*lines, *find_problems(config)]:
         raise ConfigError(_block(source, lines))
     return config
 

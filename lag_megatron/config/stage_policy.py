@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from lag_megatron.config.base import FORBID
-from lag_megatron.config.raptr import RaptrConfig, resolved
-from lag_megatron.config.validation.messages import explain
-from lag_megatron.planning.shares import shares
+from lag_megatron.config.schema.base import FORBID
+from lag_megatron.config.schema.raptr import RaptrConfig, fixed_layers
+from lag_megatron.config.schema.shares import shares
+from lag_megatron.config.validation.messages import describe_errors
 
 Tree = dict[str, Any]
 
@@ -77,7 +77,7 @@ def expand_stages(tree: Tree) -> tuple[Tree, list[str]]:
     try:
         stacking = TypeAdapter(StackingConfig).validate_python(short)
     except ValidationError as error:
-        lines = explain(error, short, schema=StackingConfig)
+        lines = describe_errors(error, short, schema=StackingConfig)
         return tree, [f"stages.{line}" for line in lines]
     least = _least(tree, max(1, *stacking.layers, 1))
     if lines := list(_problems(stacking, least)):
@@ -95,7 +95,7 @@ def _least(tree: Tree, layers: int) -> int:
         raptr = TypeAdapter(RaptrConfig).validate_python(tree.get("raptr") or {})
     except ValidationError:  # which is reported with everything else that is wrong
         raptr = RaptrConfig()
-    return max(1, len(resolved(raptr.fixed, layers)))
+    return max(1, len(fixed_layers(raptr.fixed, layers)))
 
 
 def _problems(stacking: StackingConfig, least: int) -> list[str]:

@@ -1,18 +1,19 @@
 """Text to batches: sources, tokenizer, Megatron's bin/idx files, and samples by step."""
 
-from lag_megatron.data.batches import Batch, TrainingData, ValidationData
-from lag_megatron.data.blended_dataset import Prepared, PreparedMixture
-from lag_megatron.data.loader import Feed
+from lag_megatron.data.batch import Batch
+from lag_megatron.data.datasets.blended_dataset import Prepared, PreparedMixture
+from lag_megatron.data.datasets.prepared_dataset import PreparedData
+from lag_megatron.data.datasets.tokenizer import Tokenizer, load_tokenizer
+from lag_megatron.data.global_batches import TrainingData, ValidationData
+from lag_megatron.data.loader import BatchLoader
 from lag_megatron.data.prepare.corpus import Corpus, open_corpus
 from lag_megatron.data.prepare.prepare import open_prepared, prepare_data
 from lag_megatron.data.prepare.train_tokenizer import train_bpe
-from lag_megatron.data.prepared_dataset import PreparedData
-from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "Batch",
+    "BatchLoader",
     "Corpus",
-    "Feed",
     "Prepared",
     "PreparedData",
     "PreparedMixture",

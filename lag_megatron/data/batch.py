@@ -6,7 +6,7 @@ from torch import Tensor
 Batch = dict[str, Tensor]
 
 
-def ready(batch: Batch) -> Batch:
+def normalize_batch(batch: Batch) -> Batch:
     """The same rows, so that no shape depends on values that lie on a device.
 
     ``padding_mask`` is left out where no row is padded.  Rows that begin with a prefix come last;
@@ -29,6 +29,6 @@ def ready(batch: Batch) -> Batch:
     return found | {"prefix_length": prefix_length[-count:]}
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     """A batch where it is computed with; from pinned memory nothing waits for it."""
-    return {name: t.to(device, non_blocking=True) for name, t in ready(batch).items()}
+    return {name: t.to(device, non_blocking=True) for name, t in normalize_batch(batch).items()}

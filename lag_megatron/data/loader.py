@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 from lag_megatron.config import ParallelConfig, RunConfig
-from lag_megatron.data.batch import ready
-from lag_megatron.data.batches import Batch, TrainingData, ValidationData
-from lag_megatron.data.blended_dataset import Prepared
-from lag_megatron.data.prefetch import Ahead
+from lag_megatron.data.batch import Batch, normalize_batch
+from lag_megatron.data.datasets.blended_dataset import Prepared
+from lag_megatron.data.global_batches import TrainingData, ValidationData
+from lag_megatron.data.prefetch import Prefetcher
 from lag_megatron.distributed.world import World
 
 
-class Feed:
+class BatchLoader:
     """Cuts global batches into the micro-batches of one data-parallel rank.
 
     Tensor-parallel ranks of a replica get the same rows.
@@ -22,11 +22,11 @@ class Feed:
         prepared: tokens and tokenizer.
         config: of the run.
         world: says which rows are this rank's.
-        ahead: make batches by a thread, in pinned memory, before they are asked for.
+        prefetch: make batches in a thread and in pinned memory, one step before they are used.
     """
 
     def __init__(
-        self, prepared: Prepared, config: RunConfig, world: World, *, ahead: bool = False
+        self, prepared: Prepared, config: RunConfig, world: World, *, prefetch: bool = False
     ) -> None:
         model, data, batch = config.model, config.data, config.parallel.global_batch
         self._training = TrainingData(
@@ -43,10 +43,10 @@ class Feed:
         self._seq_length = model.seq_length
         self._validation_tokens = self._validation.num_batches * batch * model.seq_length
         self._parallel = config.parallel
-        self._is_ahead = ahead
+        self._prefetches = prefetch
         self._cut_for(world)
 
-    def on(self, world: World) -> "Feed":
+    def for_world(self, world: World) -> "BatchLoader":
         """The same global batches, cut for the ranks of another world."""
         other = copy.copy(self)
         other._cut_for(world)
@@ -78,8 +78,10 @@ class Feed:
 
     def _cut_for(self, world: World) -> None:
         self._rows = _rows_of(self._parallel, world)
-        self._steps = Ahead(self._pinned(self._training_parts)) if self._is_ahead else None
-        self._evaluations = Ahead(self._pinned(self._validation_parts)) if self._is_ahead else None
+        self._steps = Prefetcher(self._pinned(self._training_parts)) if self._prefetches else None
+        self._evaluations = (
+            Prefetcher(self._pinned(self._validation_parts)) if self._prefetches else None
+        )
 
     def _training_parts(self, step: int) -> list[Batch]:
         return [self._training.batch(step, rows) for rows in self._rows]
@@ -93,7 +95,7 @@ class Feed:
         if not torch.cuda.is_available():
             return make
         return lambda number: [
-            {name: tensor.pin_memory() for name, tensor in ready(part).items()}
+            {name: tensor.pin_memory() for name, tensor in normalize_batch(part).items()}
             for part in make(number)
         ]
 

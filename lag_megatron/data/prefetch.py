@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Calls ``make`` in a thread of its own, one number before it is asked for.
 
     ``make`` must depend on the number alone; what it raises comes where its result would.

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 import torch
 
 from lag_megatron.config import RunConfig
-from lag_megatron.data.batches import Batch, TrainingData
-from lag_megatron.data.blended_dataset import Prepared
-from lag_megatron.data.tokenizer import Tokenizer
+from lag_megatron.data.batch import Batch
+from lag_megatron.data.datasets.blended_dataset import Prepared
+from lag_megatron.data.datasets.tokenizer import Tokenizer
+from lag_megatron.data.global_batches import TrainingData
 
 _MEASURED_SAMPLES = 2000
 

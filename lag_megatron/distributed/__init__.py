@@ -1,1 +1,1 @@
-"""Process groups, rendezvous, heartbeat and watchdog."""
+"""Process groups, rendezvous, connections between ranks, heartbeat and watchdog."""

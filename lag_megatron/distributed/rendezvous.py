@@ -1,4 +1,4 @@
-"""Where ranks find each other at the start, and what they leave behind at the end."""
+"""The store that ranks meet at when they start, and shared memory to remove when they end."""
 
 import datetime
 import os
@@ -12,11 +12,11 @@ from lag_megatron.errors import RunError
 _TIMEOUT = datetime.timedelta(minutes=10)
 
 
-def meet(rank: int, size: int, local_rank: int) -> dist.Store:
-    """The store over which the ranks find each other, once all have come to it.
+def open_store(rank: int, size: int, local_rank: int) -> dist.Store:
+    """The store for the rendezvous of all ranks, once all have connected to it.
 
     Raises:
-        RunError: on rank 0, if they do not come, or its port is taken.
+        RunError: on rank 0, if not all ranks connect, or its port is taken.
     """
     if size == 1:
         # A world of one needs no launcher, but DeepSpeed asks for what launchers set.
@@ -27,7 +27,7 @@ def meet(rank: int, size: int, local_rank: int) -> dist.Store:
         store, *_ = next(dist.rendezvous("env://", rank, size, timeout=_TIMEOUT))
     except dist.DistError as error:
         if rank != 0:
-            raise  # rank 0 may be on another host, whose output says something else, or nothing
+            raise  # what rank 0 prints, perhaps on another host, may be about another error
         raise RunError(
             f"the {size} ranks did not meet at {os.environ.get('MASTER_ADDR')}, port "
             f"{os.environ.get('MASTER_PORT')}: {error}. See that every host starts its ranks, that "
@@ -37,7 +37,7 @@ def meet(rank: int, size: int, local_rank: int) -> dist.Store:
 
 
 def remove_shared_memory() -> None:
-    """DeepSpeed's CPU collectives leave 66 MiB a rank in /dev/shm for every port they used."""
+    """Remove the 66 MiB a rank that DeepSpeed's CPU collectives leave in /dev/shm."""
     port, local_rank = os.environ.get("MASTER_PORT"), os.environ.get("LOCAL_RANK")
     for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_{local_rank}"):
         left.unlink(missing_ok=True)

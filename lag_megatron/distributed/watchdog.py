@@ -1,4 +1,4 @@
-"""A time limit for work that can hang where no exception reaches it."""
+"""A watchdog: a time limit for work that can hang where no exception reaches it."""
 
 import contextlib
 import faulthandler
@@ -12,27 +12,27 @@ _STDERR = 2
 _WRITING_SECONDS = 20.0
 
 
-class Watch:
-    """Ends this process, stacks written first, when nobody touches it for some time.
+class Watchdog:
+    """Writes the stacks of all threads and ends this process, unless it is reset in time.
 
     Args:
-        seconds: the time.
-        stacks: the file for the stacks of all threads; they go to standard error too.
-        on_expiry: called before the end, to leave word; says what to tell the user.
+        seconds: from the start, or the last reset, to the end of the process.
+        stacks: the file for the stacks; they go to standard error too.
+        on_expiry: called before the process ends; returns the message for the user.
     """
 
     def __init__(self, seconds: float, *, stacks: Path, on_expiry: Callable[[], str]) -> None:
         self._seconds, self._stacks, self._on_expiry = seconds, stacks, on_expiry
         self._changed = threading.Condition()
         self._deadline: float | None = time.monotonic() + seconds
-        threading.Thread(target=self._run, daemon=True, name="watch").start()
+        threading.Thread(target=self._run, daemon=True, name="watchdog").start()
 
-    def touch(self) -> None:
-        """There was progress: the time begins anew."""
+    def reset(self) -> None:
+        """Start the time again: there was progress."""
         self._set(time.monotonic() + self._seconds)
 
-    def end(self) -> None:
-        """The work is done."""
+    def stop(self) -> None:
+        """Let the process live: the work is done."""
         self._set(None)
 
     def _set(self, deadline: float | None) -> None:
@@ -49,10 +49,10 @@ class Watch:
                 self._changed.wait(left)
             else:
                 return
-        self._end()
+        self._expire()
 
-    def _end(self) -> None:
-        """Leave word and end, even where the file system is what hangs."""
+    def _expire(self) -> None:
+        """Write the stacks and the message, and end even if the file system is what hangs."""
         threading.Timer(_WRITING_SECONDS, os._exit, (1,)).start()
         try:
             faulthandler.dump_traceback(_STDERR, all_threads=True)
@@ -68,12 +68,12 @@ class Watch:
 def watched(
     seconds: float | None, *, stacks: Path, on_expiry: Callable[[], str]
 ) -> Iterator[Callable[[], None]]:
-    """A watch over a block, or none; gives what to call at each progress."""
+    """A watchdog over a block, or none without ``seconds``; yields what to call at progress."""
     if seconds is None:
         yield lambda: None
         return
-    watch = Watch(seconds, stacks=stacks, on_expiry=on_expiry)
+    watchdog = Watchdog(seconds, stacks=stacks, on_expiry=on_expiry)
     try:
-        yield watch.touch
+        yield watchdog.reset
     finally:
-        watch.end()
+        watchdog.stop()

@@ -1,6 +1,7 @@
-"""Processes and their groups: who computes what, and over which wires.
+"""The ranks that train one model, and their process groups.
 
-NCCL where CUDA is, gloo elsewhere.  Tensor-parallel ranks are neighbours, as in Megatron.
+They are NCCL groups with CUDA and gloo groups without.  Tensor-parallel ranks are neighbours, as in
+Megatron.
 """
 
 import datetime
@@ -20,15 +21,16 @@ from lag_megatron.checkpoint.state.layout import DEFAULT_SUB_GROUP_SIZE, Rank, T
 from lag_megatron.config import RunConfig
 from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.distributed import heartbeat
-from lag_megatron.distributed.rendezvous import meet, remove_shared_memory
+from lag_megatron.distributed.rendezvous import open_store, remove_shared_memory
 from lag_megatron.errors import LagError, RunError
 
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT = 300.0
-# The heartbeat says which rank is lost; a collective knows only that it waited, so it waits longer.
-HEAD_START = datetime.timedelta(seconds=10)
-# Ranks wait here while rank 0 tokenizes a corpus; the heartbeat ends them when a rank is lost.
+# A collective waits longer than the heartbeat, whose error names the lost rank.
+COLLECTIVE_TIMEOUT_MARGIN = datetime.timedelta(seconds=10)
+# Of the control group: ranks wait while rank 0 tokenizes a corpus, and the heartbeat ends them when
+# a rank is lost.
 CONTROL_TIMEOUT = datetime.timedelta(days=30)
 
 
@@ -37,13 +39,13 @@ _PEAK_FLOPS = (("A100", 312e12), ("H100", 989e12), ("H200", 989e12))
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among those that train one model: all of the run, or those of a probe group.
+    """This rank and its process groups, over all ranks of the run or over those of a probe group.
 
     Attributes:
-        rank: index of this process, 0 is the coordinator, or a probe group's leader.
+        rank: index of this process; 0 is the coordinator, or the leader of a probe group.
         size: number of processes.
         device: where this process computes.
-        control: all ranks over gloo, for messages; it waits as long as the coordinator works.
+        control: gloo group of all ranks, for Python objects; calls wait as long as rank 0 works.
         data_group: the ranks that hold the same part of each tensor.
         data_rank: index among the data-parallel replicas.
         data_size: number of data-parallel replicas.
@@ -63,11 +65,11 @@ class World:
 
     @property
     def is_coordinator(self) -> bool:
-        """Whether this process decides, writes and talks for all."""
+        """Whether this is rank 0, which decides, writes files and prints for all ranks."""
         return self.rank == 0
 
     @property
-    def place(self) -> Rank:
+    def coords(self) -> Rank:
         """This process's tensor-parallel and data-parallel rank."""
         return {"tensor_rank": self.tensor_rank, "data_rank": self.data_rank}
 
@@ -86,7 +88,7 @@ class World:
         dist.barrier(group=self.control)
 
     def broadcast(self, value: Any) -> Any:
-        """The coordinator's picklable ``value``, on every rank."""
+        """Rank 0's picklable ``value``, on every rank."""
         box = [value if self.is_coordinator else None]
         dist.broadcast_object_list(box, group=self.control, group_src=0)
         return box[0]
@@ -97,22 +99,22 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def from_coordinator(self, make: Callable[[], T]) -> T:
-        """What the coordinator makes, on every rank; what it raises is raised on every rank.
+    def run_on_rank0(self, make: Callable[[], T]) -> T:
+        """Call ``make`` on rank 0; return its result, or raise its error, on every rank.
 
         Raises:
             LagError: the one that ``make`` raised.
-            RankError: for anything else that it raised.
+            RankError: for any other exception.
         """
         outcome = _attempt(make) if self.is_coordinator else None
         return self._value(self.broadcast(outcome), rank=0)
 
-    def from_each(self, make: Callable[[], T]) -> list[T]:
-        """What each rank makes, by rank, on every rank.
+    def run_on_all_ranks(self, make: Callable[[], T]) -> list[T]:
+        """Call ``make`` on every rank; return all results, by rank, on every rank.
 
         Raises:
-            LagError: the first one that a rank's ``make`` raised, on every rank.
-            RankError: for anything else that a rank's ``make`` raised, on every rank.
+            LagError: on every rank, that of the first rank whose ``make`` raised one.
+            RankError: on every rank, for any other exception of that rank.
         """
         outcomes = self.gather(_attempt(make))
         return [self._value(outcome, rank=rank) for rank, outcome in enumerate(outcomes)]
@@ -122,8 +124,8 @@ class World:
         if isinstance(error, str):
             raise RankError(f"rank {rank} failed:\n{error}")
         if error is not None:
-            # Lost on the way: exceptions are pickled without attributes.  Of a part of the ranks
-            # the first one tells; of all, rank 0.
+            # Set here, since exceptions are pickled without attributes.  False on the leader of a
+            # probe group, which reports the error for its ranks.
             error.on_all_ranks = self.size == dist.get_world_size() or not self.is_coordinator
             raise error
         return value
@@ -141,7 +143,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 class RankError(RuntimeError):
-    """A bug, or the machine's failure, on one rank, raised on all so that none waits for it."""
+    """An unexpected error of one rank, raised on all ranks so that none waits for it."""
 
 
 def _attempt(make: Callable[[], Any]) -> tuple[Any, LagError | str | None]:
@@ -157,7 +159,7 @@ def environment() -> tuple[int, int, int]:
     """Rank, world size and local rank that the launcher set; (0, 1, 0) without one.
 
     Raises:
-        RunError: if ranks were started without a word on which of a host's devices is whose.
+        RunError: if ``WORLD_SIZE`` is set and ``LOCAL_RANK`` is not.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" not in os.environ:
         raise RunError(
@@ -170,36 +172,35 @@ def environment() -> tuple[int, int, int]:
 _LAUNCHER_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
-def local_ranks(size: int) -> int:
-    """How many of the world's ranks are on this host, as far as the launcher says."""
+def local_world_size(size: int) -> int:
+    """The number of ranks on this host; ``size`` where the launcher does not set it."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or size)
 
 
 def start_world(*, tensor: int, timeout: float = DEFAULT_TIMEOUT) -> World:
     """Join the process groups that the launcher's environment describes.
 
-    Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a world of one).  A rank that is
-    silent for ``timeout`` seconds ends all others; so does one that is alive but does not come to
-    a collective.
+    Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a world of one).  All ranks end
+    when one does not respond for ``timeout`` seconds, or does not enter a collective for as long.
 
     Raises:
-        RunError: if the ranks do not divide into tensor-parallel groups, or do not all come.
+        RunError: if the ranks do not divide into tensor-parallel groups, or do not all connect.
     """
     rank, size, local_rank = environment()
-    if size % tensor or local_ranks(size) % tensor:
+    if size % tensor or local_world_size(size) % tensor:
         raise RunError(
             f"parallel.tensor: {tensor} does not divide the world of {size} ranks, or the "
-            f"{local_ranks(size)} of this host: its groups must not lie across hosts. Start a "
+            f"{local_world_size(size)} of this host: its groups must not lie across hosts. Start a "
             f"multiple of {tensor} ranks on each."
         )
     device = _device(local_rank)
-    wait = datetime.timedelta(seconds=timeout) + HEAD_START
+    wait = datetime.timedelta(seconds=timeout) + COLLECTIVE_TIMEOUT_MARGIN
     # DeepSpeed makes its groups without a time-out; torch then takes these two.
     c10d.default_pg_timeout = wait
     vars(c10d)["default_pg_nccl_timeout"] = wait
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        store = meet(rank, size, local_rank)
+        store = open_store(rank, size, local_rank)
         store.set_timeout(wait)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     if not parallel_state.model_parallel_is_initialized():
@@ -225,10 +226,10 @@ def start_world(*, tensor: int, timeout: float = DEFAULT_TIMEOUT) -> World:
 
 
 def stop_world() -> None:
-    """Leave the process groups; the barrier keeps fast ranks from tearing slow ones down."""
+    """Destroy the process groups."""
     if dist.is_initialized():
         heartbeat.stop()
-        dist.barrier()
+        dist.barrier()  # no rank may destroy a group that another one still uses
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         remove_shared_memory()
@@ -242,9 +243,10 @@ def _device(local_rank: int) -> torch.device:
 
 
 class DeepSpeedGroups:
-    """The groups of a world under the names that DeepSpeed asks its ``mpu`` for.
+    """A world's process groups under the names that DeepSpeed calls on its ``mpu``.
 
     Megatron-Core 0.16 says ``tensor_model_parallel`` where DeepSpeed says ``model_parallel``.
+    Everything that is not defined here is Megatron-Core's.
     """
 
     get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
@@ -258,19 +260,19 @@ class DeepSpeedGroups:
         self._world = world
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks that reduce their gradients together."""
+        """The group whose ranks reduce their gradients together."""
         return self._world.data_group
 
     def get_data_parallel_rank(self) -> int:
-        """This rank's index among them."""
+        """This rank's index in the data-parallel group."""
         return self._world.data_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Their number."""
+        """The size of the data-parallel group."""
         return self._world.data_size
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """Their indices among all processes."""
+        """The global ranks of the data-parallel group."""
         return dist.get_process_group_ranks(self._world.data_group)
 
     def __getattr__(self, name: str) -> Any:
@@ -278,7 +280,7 @@ class DeepSpeedGroups:
 
 
 def topology_of(config: RunConfig, world: World) -> Topology:
-    """How DeepSpeed spreads a state of this configuration over the ranks."""
+    """How DeepSpeed shards the training state of this configuration."""
     zero = deepspeed_config(config, world_size=world.size)["zero_optimization"]
     return Topology(
         zero_stage=config.parallel.zero_stage,

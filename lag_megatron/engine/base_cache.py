@@ -1,7 +1,8 @@
-"""The state that an event's candidates grow from, kept where the device reads it.
+"""The base state of a growth event, cached in memory that the device reads.
 
-Candidates share their base.  From the second on, what a rank needs of it is read from the shards
-once, and each candidate is written from there by one launch.
+All candidates of an event grow from one base.  The first is written from the base's shards.  For
+the second, what a rank needs of the base is read into the cache, and each candidate is written from
+there by one kernel launch.
 """
 
 import itertools
@@ -24,7 +25,7 @@ from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.weight_init import Constant, fill
 from lag_megatron.kernels.runs import Run
 
-# Elements that are read and kept together.
+# Elements that are read and cached together.
 PAGE = 1 << 20
 # Pages begin at multiples of so many, so that the kernel loads four at a time.
 _ALIGNED = 4
@@ -44,52 +45,65 @@ class _Buffer(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Store:
-    """Memory that the device reads.
+class MemoryTier:
+    """Memory that the device reads, of which a cache may take a part.
 
     Attributes:
-        name: as it is called in the log.
+        name: for the log.
         free: bytes that may still be taken.
-        take: makes a flat fp32 tensor of so many elements.
+        allocate: makes a flat fp32 tensor of so many elements.
     """
 
     name: str
     free: Callable[[], float]
-    take: Callable[[int], Tensor]
+    allocate: Callable[[int], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A live buffer: what it holds, its values, and the model's weights that follow them."""
+    """A buffer of the engine's state that a growth overwrites.
+
+    Attributes:
+        region: what it holds.
+        values: flat.
+        weights: the model's weights that its values are cast to, flat; None where there are none.
+    """
 
     region: Region
     values: Tensor
     weights: Tensor | None
 
 
-class KeptBase:
+class BaseCache:
     """One rank's part of the base state of an event.
 
     Args:
-        stores: where it may be kept, the best first.
+        tiers: where it may be cached, the fastest first.
         page: elements that are read together.
-        talks: whether it says where the base is kept; that it is not, it always says.
+        verbose: whether to log where the base is cached.  That it is not is always logged.
     """
 
-    def __init__(self, stores: Sequence[Store], *, page: int = PAGE, talks: bool = False) -> None:
-        self._stores, self._page, self._talks = stores, page, talks
+    def __init__(
+        self, tiers: Sequence[MemoryTier], *, page: int = PAGE, verbose: bool = False
+    ) -> None:
+        self._tiers, self._page, self._verbose = tiers, page, verbose
         self._path: Path | None = None
         self._pages: dict[tuple[_Buffer, int], Tensor] = {}
-        self._given_up = False
+        self._disabled = False
 
     @classmethod
-    def on(
-        cls, device: torch.device, *, local_ranks: int, talks: bool = False, spare: bool = True
-    ) -> "KeptBase | None":
-        """In the device's memory, and pinned in the host's; None where neither is needed.
+    def for_device(
+        cls,
+        device: torch.device,
+        *,
+        local_ranks: int,
+        verbose: bool = False,
+        on_device: bool = True,
+    ) -> "BaseCache | None":
+        """A cache in the device's memory or pinned in the host's; None on a CPU.
 
-        On a CPU the mapped shards are in memory already.  Without ``spare`` room on the device,
-        as where a later step may need more than the first ones did, it is in the host's alone.
+        On a CPU the mapped shards are in memory already.  Without ``on_device`` it is in the host's
+        memory alone: a later step may need more of the device's than the first ones did.
         """
         if device.type != "cuda":
             return None
@@ -98,44 +112,45 @@ class KeptBase:
             unused, total = torch.cuda.mem_get_info(device)
             return unused - _DEVICE_MARGIN * total
 
-        host = Store(
+        pinned = MemoryTier(
             "pinned host memory",
             lambda: _available() * _HOST_SHARE / local_ranks,
             lambda n: torch.empty(n, pin_memory=True),
         )
-        there = Store("device memory", free, lambda n: torch.empty(n, device=device))
-        return cls([there, host] if spare else [host], talks=talks)
+        local = MemoryTier("device memory", free, lambda n: torch.empty(n, device=device))
+        return cls([local, pinned] if on_device else [pinned], verbose=verbose)
 
     @torch.no_grad()
     def runs(self, growth: GrownState, fill: Filler, targets: Sequence[Target]) -> list[Run] | None:
-        """What one launch has to write; values that are drawn are in their places afterwards.
+        """What one kernel launch has to write; drawn values are in their places afterwards.
 
-        None when the state has to be taken from the shards: at the first growth from a base, when
-        no step has yet shown how much memory is left, and when there is not enough.
+        Returns:
+            None when the state has to be read from the shards: at the first growth from a base,
+            when no step has yet shown how much memory is left, and when there is not enough.
         """
         if growth.source.path != self._path:
-            self._path, self._given_up = growth.source.path, False
+            self._path, self._disabled = growth.source.path, False
             self._pages.clear()
             return None
-        if self._given_up:
+        if self._disabled:
             return None
         plans = [(target, fill.plan(target.region)) for target in targets]
         moves = [(t.region, s) for t, plan in plans for s in plan if isinstance(s, Move)]
         spans = sum(_count(step) for _, step in moves)
         if spans > MAX_RUNS:
-            self._give_up(f"its copies are {spans} runs, more than {MAX_RUNS}")
+            self._disable(f"its copies are {spans} runs, more than {MAX_RUNS}")
             return None
         if not self._read(fill, moves):
             return None
         return [run for target, plan in plans for run in self._write(target, plan)]
 
-    def _give_up(self, why: str) -> None:
-        self._given_up = True
+    def _disable(self, why: str) -> None:
+        self._disabled = True
         self._pages.clear()
-        _tell(f"the base of this event is read from its shards for each candidate: {why}.")
+        _log(f"the base of this event is read from its shards for each candidate: {why}.")
 
     def _read(self, fill: Filler, moves: Sequence[tuple[Region, Move]]) -> bool:
-        """Have every page that is needed; whether there was room."""
+        """Read the pages that are needed and not cached; whether there was memory for them."""
         missing: dict[tuple[_Buffer, int], Region] = {}
         for region, move in moves:
             buffer = _Buffer(move.tensor_rank, move.source.container, region.state)
@@ -149,24 +164,24 @@ class KeptBase:
             return True
         lengths = [self._length(fill, region, *key) for key, region in missing.items()]
         ends = list(itertools.accumulate(-(-length // _ALIGNED) * _ALIGNED for length in lengths))
-        store = self._store_for(4 * ends[-1])
-        if store is None:
+        tier = self._tier_for(4 * ends[-1])
+        if tier is None:
             return False
-        slab = store.take(ends[-1])
+        slab = tier.allocate(ends[-1])
         for (key, region), begin, length in zip(missing.items(), [0, *ends], lengths, strict=False):
             self._pages[key] = self._filled(slab[begin : begin + length], fill, region, *key)
         return True
 
-    def _store_for(self, wanted: int) -> Store | None:
-        """Where so many bytes go; None, and said, where nothing has room."""
-        room = {store.name: store.free() for store in self._stores}
-        store = next((s for s in self._stores if room[s.name] >= wanted), None)
-        if store is None:
-            found = ", ".join(f"{free / 2**20:.0f} MiB of {name}" for name, free in room.items())
-            self._give_up(f"it takes {wanted / 2**20:.0f} MiB more, and there are {found}")
-        elif self._talks:
-            _tell(f"{wanted / 2**20:.0f} MiB of this event's base are kept in {store.name}.")
-        return store
+    def _tier_for(self, wanted: int) -> MemoryTier | None:
+        """The first tier with so many free bytes; None, which is logged, if there is none."""
+        free = {tier.name: tier.free() for tier in self._tiers}
+        tier = next((t for t in self._tiers if free[t.name] >= wanted), None)
+        if tier is None:
+            found = ", ".join(f"{size / 2**20:.0f} MiB of {name}" for name, size in free.items())
+            self._disable(f"it takes {wanted / 2**20:.0f} MiB more, and there are {found}")
+        elif self._verbose:
+            _log(f"{wanted / 2**20:.0f} MiB of this event's base are kept in {tier.name}.")
+        return tier
 
     def _length(self, fill: Filler, region: Region, buffer: _Buffer, number: int) -> int:
         """Elements of a page: fewer where its buffer ends."""
@@ -179,7 +194,7 @@ class KeptBase:
         """A page with its values."""
         there = fill.elements(region, buffer.tensor_rank, buffer.container)
         values = there.strided((len(page),), (1,), number * self._page)
-        assert values.dtype is torch.float32, f"{buffer.state} is kept as {values.dtype}"
+        assert values.dtype is torch.float32, f"{buffer.state} is cached as {values.dtype}"
         return page.copy_(values)
 
     def _write(self, target: Target, plan: Sequence[Move | Draw]) -> Iterator[Run]:
@@ -188,9 +203,9 @@ class KeptBase:
         for step in plan:
             if isinstance(step, Move):
                 yield from self._copies(target, step)
-            elif isinstance(step.fresh, Constant):
+            elif isinstance(step.init, Constant):
                 for start, _, count in _spans(step.shape, step.target.strides, step.target.strides):
-                    yield _run(target, step.target.offset + start, None, count, step.fresh.value)
+                    yield _run(target, step.target.offset + start, None, count, step.init.value)
             else:
                 yield from _drawn(target, step)
 
@@ -218,7 +233,7 @@ def _drawn(target: Target, step: Draw) -> Iterator[Run]:
     values = target.values
     start = values.storage_offset() + step.target.offset
     view = values.as_strided(step.shape, step.target.strides, start)
-    fill(view, step.fresh, shape=step.whole, box=step.box)
+    fill(view, step.init, shape=step.full_shape, box=step.box)
     if target.weights is None:
         return
     for start, _, count in _spans(step.shape, step.target.strides, step.target.strides):
@@ -263,7 +278,7 @@ def _dot(place: Sequence[int], strides: Shape) -> int:
     return sum(a * b for a, b in zip(place, strides, strict=False))
 
 
-def _tell(message: str) -> None:
+def _log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""An exponential moving average of a live engine's sharded weights, to be evaluated in their place.
+"""An exponential moving average of an engine's sharded weights, to be evaluated in their place.
 
 Each rank averages the fp32 masters that it holds; no weight is gathered.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.engine.state import LiveState
+from lag_megatron.engine.protocol import ShardedState
 from lag_megatron.errors import CheckpointError
 
 # Karras et al. 2024 (EDM2), section 3.1: the average's width is 10 % of the steps averaged over.
@@ -25,18 +25,18 @@ class WeightAverage:
     2024, equation 2): its window grows with t, so no decay has to be chosen for a lag.
 
     Args:
-        live: the state of an engine; its buffers must stay where they are.
+        state: that of an engine; its buffers must stay where they are.
     """
 
-    def __init__(self, live: LiveState) -> None:
-        self._live = live
-        self._averages = [master.detach().clone() for master in live.masters]
+    def __init__(self, state: ShardedState) -> None:
+        self._state = state
+        self._averages = [master.detach().clone() for master in state.masters]
 
     @torch.no_grad()
-    def update(self, taken: int) -> None:
-        """Take in the masters after ``taken`` optimizer steps, from 1."""
-        weight = 1.0 - (1.0 - 1.0 / taken) ** (GAMMA + 1.0)
-        for average, master in zip(self._averages, self._live.masters, strict=True):
+    def update(self, steps: int) -> None:
+        """Average in the masters after ``steps`` optimizer steps, from 1."""
+        weight = 1.0 - (1.0 - 1.0 / steps) ** (GAMMA + 1.0)
+        for average, master in zip(self._averages, self._state.masters, strict=True):
             average.lerp_(master.detach(), weight)
 
     @contextlib.contextmanager
@@ -67,19 +67,19 @@ class WeightAverage:
     @torch.no_grad()
     def load(self, folder: Path, *, rank: int, size: int) -> None:
         """Go on from a part that the same rank of as many wrote."""
-        kept = torch.load(
+        saved = torch.load(
             folder / file_name(rank, size), mmap=True, map_location="cpu", weights_only=True
         )
-        for average, value in zip(self._averages, kept, strict=True):
+        for average, value in zip(self._averages, saved, strict=True):
             average.copy_(value)
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for average, master in zip(self._averages, self._live.masters, strict=True):
+        for average, master in zip(self._averages, self._state.masters, strict=True):
             weights = master.detach().clone()
             master.detach().copy_(average)
             average.copy_(weights)
-        self._live.refresh()
+        self._state.sync_weights()
 
 
 def file_name(rank: int, size: int) -> str:
@@ -87,6 +87,6 @@ def file_name(rank: int, size: int) -> str:
     return f"weight_average_{rank:03d}_of_{size:03d}.pt"
 
 
-def fits(folder: Path, *, size: int) -> bool:
+def has_weight_average(folder: Path, *, size: int) -> bool:
     """Whether a checkpoint holds an average of this many ranks."""
     return (folder / file_name(size - 1, size)).is_file()

@@ -11,15 +11,15 @@ from lag_megatron.distributed.world import World
 from lag_megatron.model.parameter_groups import gradient_squares
 
 
-def doubles(values: Sequence[float], device: torch.device) -> Tensor:
-    """Numbers in double precision on a device, on their way there if it is not the host."""
+def float64_tensor(values: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers in double precision on a device; a copy to a GPU is not waited for."""
     made = torch.tensor(values, dtype=torch.float64)
     if device.type == "cuda":
         return made.pin_memory().to(device, non_blocking=True)
     return made
 
 
-def over_data(values: Tensor, world: World) -> Tensor:
+def sum_over_data_parallel(values: Tensor, world: World) -> Tensor:
     """Elementwise sum over the data-parallel replicas, in place of ``values``."""
     dist.all_reduce(values, group=world.data_group)
     return values
@@ -32,7 +32,7 @@ def gradient_norm(model: torch.nn.Module) -> Tensor:
     return (whole + cut).sqrt()
 
 
-def read(*tensors: Tensor) -> list[list[float]]:
+def to_host(*tensors: Tensor) -> list[list[float]]:
     """The numbers of each tensor, brought to the host by one transfer."""
     flat = torch.cat([tensor.double().view(-1) for tensor in tensors])
     return [part.tolist() for part in flat.cpu().split([t.numel() for t in tensors])]

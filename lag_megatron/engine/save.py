@@ -1,4 +1,4 @@
-"""Committed checkpoints of a live engine."""
+"""Committed checkpoints of an engine's state."""
 
 import os
 import sys
@@ -13,17 +13,17 @@ from lag_megatron import __version__
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero.file_names import files_of_rank
-from lag_megatron.config import RunConfig
+from lag_megatron.config import ModelConfig
 from lag_megatron.distributed.world import World
 from lag_megatron.engine.ema import WeightAverage
-from lag_megatron.engine.engine import Engine
+from lag_megatron.engine.protocol import SaveableEngine
 from lag_megatron.growth.apply.grown_state import GrownState
 
 VERSIONS = {"lag_megatron": __version__, "torch": torch.__version__}
 
 
 def save_engine(
-    engine: Engine,
+    engine: SaveableEngine,
     path: Path,
     *,
     step: int,
@@ -32,10 +32,10 @@ def save_engine(
     growth: GrownState | None = None,
     average: WeightAverage | None = None,
 ) -> None:
-    """Save the engine's state as the tag directory ``path``, whole or not at all.
+    """Save the engine's state as the tag directory ``path``, atomically.
 
     Args:
-        engine: every rank calls with its own.
+        engine: every rank of its world calls with its own.
         path: the tag directory to come.
         step: optimizer steps taken in the whole run.
         tokens: tokens seen in the whole run.
@@ -45,10 +45,10 @@ def save_engine(
         average: to be saved with a state that was grown in place.
 
     Raises:
-        CheckpointError: if there is no room; where writing fails all the same, the rank ends with
-            its message and exit code 2.
+        CheckpointError: if there is too little space.  If a write by DeepSpeed fails all the same,
+            the rank ends with a message and exit code 2.
     """
-    world, config = engine.world, engine.config
+    world = engine.world
     draft = manifest.temporary(path)
 
     def prepare() -> bool:
@@ -60,46 +60,46 @@ def save_engine(
         manifest.require_space(path.parent, needed=engine.bytes_on_disk, what="a checkpoint")
         return True
 
-    if not world.from_coordinator(prepare):
+    if not world.run_on_rank0(prepare):
         return
-    state = _client_state(config, step=step, tokens=tokens, history=history)
+    state = _client_state(engine.model_config, step=step, tokens=tokens, history=history)
     if growth is None:
-        world.from_each(lambda: _written(engine, draft, state))
-        parts = world.from_each(lambda: _sealed(world, draft, engine.topology))
+        world.run_on_all_ranks(lambda: _write_with_deepspeed(engine, draft, state))
+        parts = world.run_on_all_ranks(lambda: _file_entries(world, draft, engine.topology))
     else:
-        world.from_coordinator(lambda: draft.mkdir())
-        parts = world.from_each(lambda: _written_live(engine, draft, growth, state, average))
+        world.run_on_rank0(lambda: draft.mkdir())
+        parts = world.run_on_all_ranks(lambda: _write_grown(engine, draft, growth, state, average))
     files = {name: entry for part in parts for name, entry in part.items()}
-    about = {"step": step, "growth_history": list(history), "versions": VERSIONS}
-    world.from_coordinator(lambda: manifest.commit(path, files=files, about=about))
+    metadata = {"step": step, "growth_history": list(history), "versions": VERSIONS}
+    world.run_on_rank0(lambda: manifest.commit(path, files=files, metadata=metadata))
 
 
-def _written_live(
-    engine: Engine,
+def _write_grown(
+    engine: SaveableEngine,
     draft: Path,
     growth: GrownState,
     state: Mapping[str, Any],
     average: WeightAverage | None,
 ) -> dict[str, Any]:
-    """Manifest entries of this rank's files."""
-    entries = engine.live.write(draft, growth, client_state=state)
+    """Write this rank's files of a state that was grown in place; returns manifest entries."""
+    entries = engine.state.write(draft, growth, client_state=state)
     if average is not None:
         entries |= average.save(draft, rank=engine.world.rank, size=engine.world.size)
     return entries
 
 
 def _client_state(
-    config: RunConfig, *, step: int, tokens: int, history: list[Mapping[str, Any]]
+    model: ModelConfig, *, step: int, tokens: int, history: list[Mapping[str, Any]]
 ) -> dict[str, Any]:
     return {
         "step": step,
         "tokens": tokens,
-        "model": asdict(config.model),
+        "model": asdict(model),
         "growth_history": list(history),
     }
 
 
-def _written(engine: Engine, draft: Path, state: Mapping[str, Any]) -> None:
+def _write_with_deepspeed(engine: SaveableEngine, draft: Path, state: Mapping[str, Any]) -> None:
     try:
         engine.save(draft.parent, draft.name, client_state=state)
     except (OSError, RuntimeError) as error:
@@ -114,7 +114,7 @@ def _written(engine: Engine, draft: Path, state: Mapping[str, Any]) -> None:
         os._exit(2)
 
 
-def _sealed(world: World, folder: Path, topology: Topology) -> dict[str, Any]:
+def _file_entries(world: World, folder: Path, topology: Topology) -> dict[str, Any]:
     """Manifest entries of this rank's files; it hashes its own, which others may not see yet."""
-    mine = files_of_rank(topology, **world.place)
+    mine = files_of_rank(topology, **world.coords)
     return {name: manifest.file_entry(folder / name) for name in mine}

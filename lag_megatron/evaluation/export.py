@@ -91,7 +91,7 @@ def as_transformers(path: Path, options: ExportOptions) -> Iterator[Path]:
             tokenizer=tokenizer_of(path, options.tokenizer),
             dtype=options.dtype,
         )
-        write(conversion.order(folder))
+        write(conversion.job(folder))
         yield folder
 
 
@@ -101,7 +101,7 @@ def tokenizer_of(path: Path, given: Path | None) -> TokenizerFile:
     Raises:
         DataError: if neither can be found or read.
     """
-    from lag_megatron.data.tokenizer import load_tokenizer  # brings Megatron: seconds
+    from lag_megatron.data.datasets.tokenizer import load_tokenizer  # brings Megatron: seconds
 
     file = given or _tokenizer_of_run(path)
     return TokenizerFile(file, end_id=load_tokenizer(file).eod)

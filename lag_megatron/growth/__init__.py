@@ -1,1 +1,1 @@
-"""Growth: operators, plans and their execution on sharded training states."""
+"""Growth: operators, plans and growth maps; ``apply`` executes them on training states."""

@@ -1,9 +1,16 @@
-"""What each element of a grown training state is made of, as data.
+"""Growth maps: the source of every value in a grown training state, as data.
 
-A growth map covers every parameter of the grown model by disjoint boxes.  Each box says, for the
-weights, for the mean of the gradient and for that of its square, whether it is copied from a box of
-an old parameter, a constant, or freshly drawn.  Names and shapes are those of whole parameters,
-whatever the topology.
+A growth map covers every grown parameter by disjoint boxes.  Each box has a source for the weights
+and for both moments: a box of an old parameter, a constant, or a random init.  Names and shapes are
+those of unsharded parameters, whatever the topology.  For example, of some parameters::
+
+    parameter of the grown model          fp32                       exp_avg     exp_avg_sq
+    last, scale 0.5, 2 to 3 layers
+    layers.1.mlp.linear_fc2.weight        Copy(layers.1)             Copy        Copy
+    layers.2.mlp.linear_fc1.weight        Copy(layers.1)             Copy        Copy
+    layers.2.mlp.linear_fc2.weight        Copy(layers.1, scale 0.5)  Copy        Copy
+    random_top, 2 to 3 layers
+    layers.2.mlp.linear_fc2.weight        Normal(std 0.00816)        Constant 0  Copy(layers.1)
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +24,7 @@ from lag_megatron.checkpoint.families.layer_stack import (
 )
 from lag_megatron.checkpoint.families.roles import ModelRoles
 from lag_megatron.checkpoint.state.box import Box, Shape, full_box
-from lag_megatron.checkpoint.state.optimizer_states import STATES, Role
+from lag_megatron.checkpoint.state.optimizer_states import STATES, AdamState
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.identity_init import IdentityInit, identity_init_of
 from lag_megatron.growth.operators.layer_map import LayerMap, LayerOrigin
@@ -29,7 +36,7 @@ from lag_megatron.growth.weight_init import Constant, Normal, WeightInit, initia
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Elements of an old parameter, from corner ``low``, times ``scale``."""
+    """Elements of an old parameter, from the corner ``low`` on, times ``scale``."""
 
     parameter: str
     low: Shape
@@ -41,10 +48,10 @@ ValueSource = Copy | WeightInit
 
 @dataclass(frozen=True, slots=True)
 class ParamBlock:
-    """A box of a grown parameter and where its values come from."""
+    """A box of a grown parameter, and the source of its values by role."""
 
     box: Box
-    sources: Mapping[Role, ValueSource]
+    sources: Mapping[AdamState, ValueSource]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +61,8 @@ class GrowthMap:
     Attributes:
         groups: names and shapes of the grown parameters by parameter group, in flat order.
         blocks: by grown parameter, frozen ones included; they cover it and do not overlap.
-        frozen: names and shapes of the grown parameters that are not trained; of their blocks only
-            ``fp32`` is ever asked for.
+        frozen: names and shapes of the grown parameters that are not trained; only ``fp32`` of
+            their blocks is used.
     """
 
     groups: Sequence[Mapping[str, Shape]]
@@ -74,8 +81,8 @@ def growth_map_of(
     """The map of any plan.
 
     Args:
-        plan: what to do; ``identity`` takes models without layers, and layers that differ.
-        groups: names and whole shapes of the old trained parameters by parameter group.
+        plan: the growth plan; ``identity`` allows models without layers, or with unequal ones.
+        groups: names and unsharded shapes of the old trained parameters by parameter group.
         frozen: those of the old parameters that are not trained.
         query_groups: of the model's attention, if known.
         others: names of buffers and further names of parameters, which the plan's names may match.
@@ -95,7 +102,7 @@ def growth_map_of(
 def identity_map(
     groups: Sequence[Mapping[str, Shape]], *, frozen: Mapping[str, Shape] | None = None
 ) -> GrowthMap:
-    """The map that keeps everything: what saving under another topology needs."""
+    """The map that copies every parameter, as resharding does."""
     shapes = _all_shapes(groups, frozen or {})
     blocks = {name: (_copy_all(name, shape),) for name, shape in shapes.items()}
     return GrowthMap(groups, blocks, frozen or {})
@@ -112,30 +119,32 @@ def depth_map(
     """The map of a plan that changes the list of layers.
 
     Args:
-        plan: what to do.
-        groups: names and whole shapes of the old trained parameters by parameter group.
+        plan: the growth plan.
+        groups: names and unsharded shapes of the old trained parameters by parameter group.
         frozen: those of the old parameters that are not trained; a new layer's are frozen where its
             source's are.
         query_groups: of the model's attention, if known.
         others: names of buffers and further names of parameters, which the plan's names may match.
 
     Raises:
-        PlanError: if the old model has another number of layers, layers that differ, parameters
-            whose roles the plan asks for and that are not known, or none of those it changes.
+        PlanError: if the old model has another number of layers, unequal layers, unknown roles that
+            the plan asks for, or none of the parameters that it changes.
     """
-    whole = _all_shapes(groups, frozen or {})
-    stack = find_layer_stack(whole, plan.names)
-    layer = check_layers(plan, whole, stack)
-    roles = roles_for(plan, whole, stack, untrained=frozen or (), others=others)
-    making = _LayerBlocks(plan, roles, identity_init_of(plan, layer, roles, query_groups))
+    shapes_of_all = _all_shapes(groups, frozen or {})
+    stack = find_layer_stack(shapes_of_all, plan.names)
+    layer = check_layers(plan, shapes_of_all, stack)
+    roles = roles_for(plan, shapes_of_all, stack, untrained=frozen or (), others=others)
+    layer_blocks = _LayerBlocks(plan, roles, identity_init_of(plan, layer, roles, query_groups))
     blocks: dict[str, tuple[ParamBlock, ...]] = {}
 
     def grow(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         grown: dict[str, Shape] = {}
         for name, old, origin in grown_names(list(shapes), plan.layer_map, stack):
             grown[name] = shapes[old]
-            kept = _copy_all(old, shapes[old])
-            blocks[name] = (kept if origin is None else making.block(name, kept, old, origin),)
+            block = _copy_all(old, shapes[old])
+            if origin is not None:
+                block = layer_blocks.block(name, block, old, origin)
+            blocks[name] = (block,)
         return grown
 
     grown_groups = [grow(group) for group in groups]
@@ -147,7 +156,7 @@ def grown_names(
 ) -> Iterator[tuple[str, str, LayerOrigin | None]]:
     """The grown model's names in order, each with the old name it continues and its layer's origin.
 
-    Names of layers have to stand together, as they do in a model's registration order.
+    Parameters of layers have to be contiguous, as they are in a model's registration order.
     """
     matches = [stack.match(name) if stack else None for name in names]
     inside = [i for i, match in enumerate(matches) if match]
@@ -170,39 +179,39 @@ def grown_names(
 def moment_policy(plan: GrowthPlan, origin: LayerOrigin) -> MomentPolicy:
     """The moment policy of a new layer.
 
-    ``auto`` copies for duplicates and borrows where the weights, or what their branches put out,
-    are not the source layer's: its gradients' direction means nothing there, their size does.
-    It is ``zero`` for the silent layers of staged training, as in its paper (Shen et al. 2022,
-    arXiv 2203.06211), whose schedule warms the rate up again: without that, v = 0 under a large
-    step count makes their first updates (1 - beta1) / sqrt(1 - beta2) times the rate.
-    Adafactor knows no direction, so for it ``copy`` and ``borrow`` are the same.  After ``zero``
-    its first update is not too large, as AdamW's would be: it is clipped to the usual size.
+    ``auto`` copies for duplicates.  It borrows (second moments alone) where weights or outputs of
+    branches are not the source layer's: the direction of its gradients means nothing there, but
+    their size does.  It is ``zero`` for the layers of staged training with ``zero_norms``, as in
+    the paper (Shen et al. 2022, arXiv 2203.06211), whose schedule warms the rate up again: without
+    that, v = 0 under a large step count makes the first updates (1 - beta1) / sqrt(1 - beta2) times
+    the rate.  Adafactor has no first moment, so ``copy`` and ``borrow`` are the same for it; after
+    ``zero`` its first update is clipped to the usual size.
     """
     if plan.moments != "auto":
         return plan.moments
-    if origin.silent:
+    if origin.zero_norms:
         return "zero"
     return "copy" if origin.init == "duplicate" and origin.branch_scale > 0 else "borrow"
 
 
 @dataclass(frozen=True)
 class _LayerBlocks:
-    """What the parameters of the grown model's layers are made of."""
+    """The blocks of the parameters of the grown model's layers."""
 
     plan: GrowthPlan
     roles: ModelRoles
-    silence: IdentityInit | None
+    identity_init: IdentityInit | None
 
     def block(self, name: str, kept: ParamBlock, old: str, origin: LayerOrigin) -> ParamBlock:
         """The block of a parameter, given the copy of the old one that it continues."""
         norm = self.roles.post_norm_branch(self._tail(old))
-        if norm in origin.plain_norms:
+        if norm in origin.identity_norms:
             one = 0.0 if self.roles.of(old) == "norm_weight_zero_centred" else 1.0
             plain: ValueSource = Constant(0.0 if self.roles.of(old) == "bias" else one)
             return ParamBlock(kept.box, dict.fromkeys(STATES, Constant(0.0)) | {"fp32": plain})
         weights = self._weights(name, kept.box.shape, old, origin)
-        sources: dict[Role, ValueSource] = {**kept.sources, "fp32": weights}
-        is_handed_over = norm is not None and bool(origin.plain_norms)
+        sources: dict[AdamState, ValueSource] = {**kept.sources, "fp32": weights}
+        is_handed_over = norm is not None and bool(origin.identity_norms)
         if origin.is_new and not is_handed_over:
             policy = moment_policy(self.plan, origin)
             if policy in ("zero", "borrow"):
@@ -213,8 +222,9 @@ class _LayerBlocks:
 
     def _weights(self, name: str, shape: Shape, old: str, origin: LayerOrigin) -> ValueSource:
         source: Copy | Normal | Constant = Copy(old, (0,) * len(shape))
-        if self.silence and origin.silent:
-            return self.silence.weights(self._tail(old), self._drawn(name, shape, old)) or source
+        if self.identity_init and origin.zero_norms:
+            drawn = self._drawn(name, shape, old)
+            return self.identity_init.weights(self._tail(old), drawn) or source
         if origin.is_new and origin.init == "random":
             source = self._drawn(name, shape, old) or source
         return _scaled(source, origin.branch_scale) if self.roles.is_branch_output(old) else source

@@ -1,15 +1,15 @@
-"""Weights of a layer that computes nothing because it hears nothing (staged training).
+"""Initial weights of new layers that are the identity because their norms are 0 (staged training).
 
-Shen et al. 2022 (arXiv 2203.06211) insert pre-LN layers whose norms have weight and bias 0.  Both
-branches then see zeros and, without biases, put out zeros, whatever their matrices are.  The
-paper's are identities.  Two things differ here, for a layer has to learn:
+Shen et al. 2022 (arXiv 2203.06211) insert pre-LN layers whose norms have weight and bias 0.  The
+inputs of both branches are then 0, and without biases so are their outputs, whatever their matrices
+are.  The paper's matrices are identities.  Two things differ here, so that the layer can learn:
 
 - fc1 has more rows than the model has features.  If those beyond the identity were 0, and with them
   the columns of fc2 that read them, neither would ever get a gradient.  So they are drawn, as
-  Megatron-Core initialises them; what the MLP computes stays the same.
-- A gated MLP multiplies two things that are both 0 behind a silent norm: no gradient would ever
-  reach anything in it.  There fc2 is 0 instead, as in LLaMA Pro (Wu et al. 2024, arXiv 2401.02415),
-  and the norm is a fresh one beside identities, the source layer's beside copies.
+  Megatron-Core initialises them; the function of the MLP stays the same.
+- A gated MLP multiplies two activations that are both 0 after a zero norm, so nothing in it would
+  ever get a gradient.  There fc2 is 0 instead, as in LLaMA Pro (Wu et al. 2024, arXiv 2401.02415),
+  and the norm is 1 beside identity matrices, or the source layer's beside copies.
 """
 
 from collections.abc import Mapping
@@ -34,12 +34,14 @@ _ZEROED: Mapping[Role, float] = {
 
 @dataclass(frozen=True, slots=True)
 class IdentityInit:
-    """How the new layers of a plan are silenced; parameters by what follows the layer's number.
+    """The initial weights of a plan's new layers with ``zero_norms``.
+
+    Parameters are given by the part of the name after the layer's number.
 
     Attributes:
         constants: values of parameters that are one value everywhere.
         fresh: parameters that start as in a new model.
-        identities: where the ones of the matrices are; empty where matrices are copies.
+        identities: the runs of ones in identity matrices; empty if matrices are copies.
         readers: matrices of ``identities`` whose other rows are drawn.
         transposed: whether matrices are (in, out).
     """
@@ -51,7 +53,12 @@ class IdentityInit:
     transposed: bool
 
     def weights(self, tail: str, drawn: Normal | Constant | None) -> WeightInit | None:
-        """Weights of a new layer's parameter, given fresh ones; None are the source layer's."""
+        """Initial weights of a new layer's parameter; None for a copy of the source layer's.
+
+        Args:
+            tail: the part of its name after the layer's number.
+            drawn: the initial weights of a new model.
+        """
         if tail in self.fresh:
             return drawn
         if tail in self.constants:
@@ -65,19 +72,19 @@ class IdentityInit:
 def identity_init_of(
     plan: GrowthPlan, layer: Mapping[str, Shape], roles: ModelRoles, query_groups: int | None
 ) -> IdentityInit | None:
-    """How a plan silences new layers, or None if it does not.
+    """The initial weights of a plan's layers with ``zero_norms``; None if it has no such layers.
 
     Args:
-        plan: what to do.
-        layer: whole shapes of a layer's parameters by what follows its number in their names.
+        plan: the growth plan.
+        layer: unsharded shapes of a layer's parameters, by the part of the name after its number.
         roles: of the model's parameters.
         query_groups: of the model's attention, if known.
 
     Raises:
-        PlanError: if such layers of the plan would not be the identity, or would not be known to be
-            what the plan says.
+        PlanError: if the layers would not be the identity in this model, or it has parameters that
+            are not known.
     """
-    new = [origin for origin in plan.layer_map if origin.silent]
+    new = [origin for origin in plan.layer_map if origin.zero_norms]
     if not new or roles.stack is None:
         return None
     assert roles.family, "the plan's roles have been looked for"
@@ -151,7 +158,7 @@ def _require_pre_norms(plan: GrowthPlan, layer: Mapping[str, Shape], table: Laye
 def _groups(
     plan: GrowthPlan, layer: Mapping[str, Shape], table: LayerTable, known: int | None
 ) -> int:
-    """Query groups: the checkpoint's, or the option's where it does not tell."""
+    """Query groups: the checkpoint's, or the option's if it does not record them."""
     asked = plan.options.get("query_groups")
     if known is None and asked is None:
         raise PlanError(

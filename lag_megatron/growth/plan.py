@@ -1,4 +1,4 @@
-"""Growth plans: what to do to a training state, as a small value with a digest."""
+"""Growth plans: an operator with its options and layer counts, as a small value with a digest."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ class GrowthPlan:
         source_layers: layers before.
         target_layers: layers after.
         moments: what the Adam moments of new layers become; ``auto`` copies those of duplicates
-            and borrows for random layers and for those whose branches put out zeros, so that no
+            and borrows for random layers and for those whose branches output zeros, so that no
             first update is taken with v = 0 under a large step (it would be
             (1 - beta1) / sqrt(1 - beta2) times the learning rate).  For ``staged`` it is zero, as
             in its paper, whose schedule warms the rate up again after growing.
@@ -69,19 +69,19 @@ class GrowthPlan:
         return frozenset(i for i, origin in enumerate(self.layer_map) if origin.is_new)
 
     def preserves_function(self, norm_position: str = "pre") -> bool:
-        """Whether the grown model computes what the old one did, read off the layer map.
+        """Whether the grown model computes the old function, by its layer map.
 
-        Under pre-LN a new layer whose branches put out zeros is the identity, be it by its output
+        Under pre-LN a new layer whose branches output zeros is the identity, be it by its output
         projections (Gesmundo and Maile 2023, arXiv 2308.06103, "layer addition"; Wu et al. 2024,
         arXiv 2401.02415) or by its norms (Shen et al. 2022, arXiv 2203.06211).  Under post-LN
-        (``norm_position="post"``) it is one if its projections are zero and besides the affine
-        part of the norm before it is handed on (``post_ln_identity``).
+        (``norm_position="post"``) its projections have to be zero, and the affine part of the norm
+        before it has to move to its own second norm (``post_ln_identity``).
         """
         layer_map = self.layer_map
         kept = [o for o in layer_map if not o.is_new]
         return (
             [o.source for o in kept] == list(range(self.source_layers))
-            and all(o.puts_out_zeros if o.is_new else o.branch_scale == 1 for o in layer_map)
+            and all(o.is_identity_branch if o.is_new else o.branch_scale == 1 for o in layer_map)
             and (
                 moves_second_norm(layer_map)
                 if norm_position == "post"

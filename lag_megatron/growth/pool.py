@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lag_megatron.config import GrowthConfig, PoolConfig
-from lag_megatron.config.raptr import Lengths
+from lag_megatron.config import GrowthConfig, PoolConfig, RunConfig
+from lag_megatron.config.schema.raptr import Lengths
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.operators.layer_map import feasible_block_sizes, feasible_indices
 from lag_megatron.growth.plan import GrowthPlan
@@ -14,10 +14,12 @@ from lag_megatron.growth.plan import GrowthPlan
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One growth plan of a pool; ``id`` names its folder and its curves.
+    """One growth plan of a pool.
 
-    ``path_length`` is that of the stage that follows (Random Path Training), if it is the
-    candidate's to say.
+    Attributes:
+        id: names its folder and its curves.
+        plan: the growth plan.
+        path_length: of the stage that follows (Random Path Training), if candidates differ in it.
     """
 
     id: str
@@ -36,12 +38,40 @@ class Candidate:
             "target_layers": plan.target_layers,
             "layer_map": [
                 {"source": o.source, "new": o.is_new, "init": o.init, "scale": o.branch_scale}
-                | ({"silent": True} if o.silent else {})
+                | ({"silent": True} if o.zero_norms else {})
                 for o in plan.layer_map
             ],
             **({} if self.path_length is None else {"path_length": self.path_length}),
             "digest": plan.digest,
         }
+
+
+def growth_pools(config: RunConfig) -> dict[int, tuple[Candidate, ...]]:
+    """The pool before each stage that grows, by the stage's number.
+
+    Raises:
+        PlanError: if a growth is impossible.
+    """
+    return {
+        stage: growth_pool(config, stage)
+        for stage in range(1, len(config.stages))
+        if config.has_event(stage)
+    }
+
+
+def growth_pool(config: RunConfig, stage: int) -> tuple[Candidate, ...]:
+    """The pool of the growth event before ``stage``.
+
+    Raises:
+        PlanError: if the growth is impossible.
+    """
+    return build_pool(
+        config.growth_before(stage),
+        source_layers=config.layers_of(stage - 1),
+        target_layers=config.layers_of(stage),
+        seed=config.seed,
+        init_std=config.model.init_std,
+    )
 
 
 def build_pool(
@@ -94,7 +124,7 @@ def _format_length(length: Lengths) -> str:
 def _lag_options(
     pool: PoolConfig, source_layers: int, target_layers: int
 ) -> Iterator[tuple[str, dict[str, object]]]:
-    """Ids and options of the product; a scale of 1 is the default and stays unsaid."""
+    """Ids and options of the product; a scale of 1 is the default and is left out."""
     indices = _chosen(pool.index, feasible_indices(source_layers, target_layers))
     sizes = _chosen(pool.block_size, feasible_block_sizes(source_layers, target_layers))
     inits, scales = dict.fromkeys(pool.init), dict.fromkeys(pool.scale)

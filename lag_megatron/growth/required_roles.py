@@ -17,8 +17,8 @@ def needs_roles(plan: GrowthPlan) -> bool:
     return any(
         (origin.is_new and origin.init == "random")
         or origin.branch_scale != 1
-        or origin.plain_norms
-        or origin.silent
+        or origin.identity_norms
+        or origin.zero_norms
         for origin in plan.layer_map
     )
 
@@ -47,7 +47,7 @@ def roles_for(
     roles = find_roles(shapes, stack, plan.names, untrained=untrained, others=others)
     if stack is None or not needs_roles(plan):
         return roles
-    if any(origin.plain_norms or origin.silent for origin in plan.layer_map):
+    if any(origin.identity_norms or origin.zero_norms for origin in plan.layer_map):
         _require_table(plan, roles, stack)
     inside = [name for name in shapes if stack.match(name)]
     if unknown := [name for name in inside if roles.of(name) is None]:
@@ -59,7 +59,7 @@ def roles_for(
             f"of the layers ({stack.title}) has the role branch_output. Give it in the names file, "
             "or take another operator."
         )
-    if any(origin.plain_norms for origin in plan.layer_map):
+    if any(origin.identity_norms for origin in plan.layer_map):
         _require_post_norms(plan, roles, stack, inside)
     return roles
 

@@ -1,4 +1,4 @@
-"""Whether a plan fits a model, from the names and shapes of its parameters."""
+"""Checks that a plan fits a model, by the names and shapes of its parameters."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from lag_megatron.growth.plan import GrowthPlan
 
 
 def layers_of(shapes: Mapping[str, Shape], stack: LayerStack | None) -> dict[int, dict[str, Shape]]:
-    """Shapes of each layer's parameters, by what follows the layer's number in their names."""
+    """Shapes of each layer's parameters, by the part of the name after the layer's number."""
     layers: dict[int, dict[str, Shape]] = {}
     for name, shape in shapes.items():
         if stack and (match := stack.match(name)):
@@ -18,10 +18,10 @@ def layers_of(shapes: Mapping[str, Shape], stack: LayerStack | None) -> dict[int
 
 
 def check_number(plan: GrowthPlan, layers: Mapping[int, object]) -> None:
-    """Refuse a model of another number of layers.
+    """Check that a model has the plan's number of layers.
 
     Raises:
-        PlanError: if it has.
+        PlanError: if it has not.
     """
     if sorted(layers) != list(range(plan.source_layers)):
         raise PlanError(
@@ -33,7 +33,7 @@ def check_number(plan: GrowthPlan, layers: Mapping[int, object]) -> None:
 def check_layers(
     plan: GrowthPlan, shapes: Mapping[str, Shape], stack: LayerStack | None
 ) -> Mapping[str, Shape]:
-    """Shapes of a layer, whichever, by what follows the layer's number in their names.
+    """Shapes of any layer's parameters, by the part of the name after the layer's number.
 
     Raises:
         PlanError: if there is another number of layers, or they are not alike.

@@ -1,7 +1,7 @@
-"""Freshly drawn weights that depend on (seed, parameter, position) and on nothing else.
+"""Initial weights that depend on (seed, parameter, position) and on nothing else.
 
 A counter-based generator (Philox, Salmon et al. 2011) gives element ``i`` of a parameter the same
-value on whichever rank, in whichever shard it is drawn.
+value on any rank and in any shard.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _CHUNK = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Normal:
-    """Independent normal values of mean 0, named by ``key``."""
+    """Independent normal values of mean 0, from the generator of ``key``."""
 
     std: float
     key: str
@@ -40,8 +40,8 @@ class Diagonals:
 
     Attributes:
         runs: (row, column, length), ones at (row + i, column + i); no two runs share a row.
-        rest: rows without a run are drawn from it, or 0.
-        transposed: whether all this is said of the transposed matrix.
+        rest: of rows without a run; 0 if None.
+        transposed: whether runs and rows are those of the transposed matrix.
     """
 
     runs: tuple[tuple[int, int, int], ...]
@@ -55,7 +55,7 @@ WeightInit = Normal | Constant | Diagonals
 def initial_weights(
     role: Role, name: str, shape: Shape, *, num_layers: int, init_std: float, key: str
 ) -> Normal | Constant | None:
-    """How a parameter of a new layer starts, as Megatron-Core initialises one of its role.
+    """Megatron-Core's initial weights of a parameter, by its role.
 
     Norms are the identity, biases 0, weights normal; the projections back into the residual stream
     are scaled by ``1 / sqrt(2 num_layers)`` (Radford et al. 2019, section 2.3), and their biases,
@@ -83,21 +83,21 @@ def initial_weights(
     return Normal(float(std), f"{key}/{name}")
 
 
-def fill(target: Tensor, fresh: WeightInit, *, shape: Shape, box: Box) -> None:
+def fill(target: Tensor, init: WeightInit, *, shape: Shape, box: Box) -> None:
     """Write the values of ``box`` of a parameter of ``shape`` into ``target``, which has its shape.
 
     Memory stays at a few megabytes whatever the size.
     """
-    if isinstance(fresh, Constant):
-        target.fill_(fresh.value)
+    if isinstance(init, Constant):
+        target.fill_(init.value)
         return
-    if isinstance(fresh, Diagonals):
-        _fill_diagonals(target, fresh, shape, box)
+    if isinstance(init, Diagonals):
+        _fill_diagonals(target, init, shape, box)
         return
     for part, start, length in _runs(shape, box):
         for begin in range(0, length, _CHUNK):
             count = min(_CHUNK, length - begin)
-            values = torch.from_numpy(normal(fresh, start + begin, count))
+            values = torch.from_numpy(normal(init, start + begin, count))
             for piece in interval_boxes(part.shape, begin, count):
                 size = int(np.prod(piece.shape))
                 low = tuple(a + b for a, b in zip(part.low, piece.low, strict=True))
@@ -106,12 +106,12 @@ def fill(target: Tensor, fresh: WeightInit, *, shape: Shape, box: Box) -> None:
                 values = values[size:]
 
 
-def _fill_diagonals(target: Tensor, fresh: Diagonals, shape: Shape, box: Box) -> None:
-    if fresh.transposed:
+def _fill_diagonals(target: Tensor, init: Diagonals, shape: Shape, box: Box) -> None:
+    if init.transposed:
         target, shape, box = target.t(), shape[::-1], Box(box.low[::-1], box.shape[::-1])
-    fill(target, fresh.rest or Constant(0.0), shape=shape, box=box)
+    fill(target, init.rest or Constant(0.0), shape=shape, box=box)
     (top, left), (rows, columns) = box.low, box.shape
-    for row, column, length in fresh.runs:
+    for row, column, length in init.runs:
         first, last = max(row - top, 0), min(row + length - top, rows)
         if first >= last:
             continue
@@ -122,21 +122,21 @@ def _fill_diagonals(target: Tensor, fresh: Diagonals, shape: Shape, box: Box) ->
             target[first:last, first + shift : last + shift].diagonal().fill_(1.0)
 
 
-def normal(fresh: Normal, start: int, count: int) -> np.ndarray:
+def normal(init: Normal, start: int, count: int) -> np.ndarray:
     """Elements ``start .. start + count`` of a parameter's values, fp32.
 
     Box and Muller's transform of the two halves of one 64-bit word per element.
     """
-    key = np.frombuffer(hashlib.blake2b(fresh.key.encode(), digest_size=16).digest(), np.uint64)
+    key = np.frombuffer(hashlib.blake2b(init.key.encode(), digest_size=16).digest(), np.uint64)
     counter, skip = divmod(start, _WORDS_PER_COUNT)
     words = np.random.Philox(counter=counter, key=key).random_raw(skip + count)[skip:]
     radius = ((words >> np.uint64(32)) + np.uint64(1)).astype(np.float64) * 2.0**-32
     angle = (words & np.uint64(0xFFFFFFFF)).astype(np.float64) * (2.0 * np.pi * 2.0**-32)
-    return (np.sqrt(-2.0 * np.log(radius)) * np.cos(angle) * fresh.std).astype(np.float32)
+    return (np.sqrt(-2.0 * np.log(radius)) * np.cos(angle) * init.std).astype(np.float32)
 
 
 def _runs(shape: Shape, box: Box) -> Iterator[tuple[Box, int, int]]:
-    """Contiguous stretches of a box: its part (in the box), global start and length."""
+    """Contiguous runs of a box: part of the box, start and length in the whole array."""
     inner = len(shape)
     while inner > 1 and box.shape[inner - 1] == shape[inner - 1]:
         inner -= 1

@@ -1,5 +1,7 @@
 """Which parameters decay, and the optimizer that is told so."""
 
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -8,21 +10,31 @@ from torch import Tensor
 from lag_megatron.config import OptimizerConfig
 from lag_megatron.model.adafactor import Adafactor
 
+ShapeOf = Callable[[Tensor], Sequence[int]]
 
-def decay_split(model: torch.nn.Module) -> tuple[list[Any], list[Any]]:
-    """Matrices, which decay, and vectors (biases and norms), which do not."""
+
+def decay_split(
+    model: torch.nn.Module, *, shape_of: ShapeOf = attrgetter("shape")
+) -> tuple[list[Any], list[Any]]:
+    """Matrices, which decay, and vectors (biases and norms), which do not.
+
+    ``shape_of`` gives the whole shape of a parameter of which a rank holds a part.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
-    others = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    decayed = [p for p in trained if len(shape_of(p)) > 1]
+    others = [p for p in trained if len(shape_of(p)) <= 1]
     return decayed, others
 
 
-def make_optimizer(model: torch.nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: torch.nn.Module, options: OptimizerConfig, *, shape_of: ShapeOf = attrgetter("shape")
+) -> torch.optim.Optimizer:
     """The optimizer, which decays matrices alone; its learning rate is 0 until a step sets it.
 
     AdamW is torch's fused one, a single pass over the partition on a CPU too; Adafactor has none.
+    See :func:`decay_split` for ``shape_of``.
     """
-    decayed, others = decay_split(model)
+    decayed, others = decay_split(model, shape_of=shape_of)
     groups = [
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": others, "weight_decay": 0.0},

@@ -1,38 +1,12 @@
-"""Stages, and what a run costs in parameters, tokens and FLOPs.  Pure arithmetic."""
-
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+"""What a run costs in parameters, tokens, memory and FLOPs, by arithmetic on its configuration."""
 
 from lag_megatron.config import (
     ModelConfig,
     ParallelConfig,
     RunConfig,
 )
-from lag_megatron.config.stage_schedule import stage_ranges
-from lag_megatron.planning.random_paths import layers_run, with_path_length
-
-
-def as_journalled(config: RunConfig, events: Iterable[Mapping[str, Any]]) -> RunConfig:
-    """``config`` with what the run found out about its stages.
-
-    Those that a measured slope ended are as long as they were, and those that begin with a
-    candidate that has paths have its paths.
-
-    Args:
-        config: as the run was asked for.
-        events: all lines of the journal.
-    """
-    for event in events:
-        if event["event"] == "stage_cut":
-            stages = list(config.stages)
-            stages[event["stage"]] = replace(stages[event["stage"]], steps=event["steps"])
-            config = replace(config, stages=tuple(stages))
-        elif event["event"] == "decision" and "path_length" in event:
-            length = event["path_length"]
-            length = tuple(length) if isinstance(length, list) else length
-            config = with_path_length(config, event["growth"], length)
-    return config
+from lag_megatron.config.schema.stage_schedule import stage_ranges
+from lag_megatron.planning.random_paths import layers_run
 
 
 def tokens_per_step(config: RunConfig) -> int:
@@ -131,6 +105,12 @@ def steps_flops(config: RunConfig, steps: range, *, vocab_size: int) -> int:
 def stage_flops(config: RunConfig, stage: int, *, vocab_size: int) -> int:
     """Floating-point operations of the optimizer steps of one stage, without validation."""
     return steps_flops(config, stage_ranges(config.stages)[stage], vocab_size=vocab_size)
+
+
+def training_flops(config: RunConfig, *, vocab_size: int) -> int:
+    """Floating-point operations of a run's own steps, all stages together."""
+    stages = range(len(config.stages))
+    return sum(stage_flops(config, stage, vocab_size=vocab_size) for stage in stages)
 
 
 def _qkv_size(model: ModelConfig) -> int:

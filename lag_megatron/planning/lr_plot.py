@@ -4,14 +4,14 @@ import textwrap
 from collections.abc import Iterator
 
 from lag_megatron.config import RunConfig
-from lag_megatron.config.stage_schedule import last_growth, stage_ranges, start_positions
-from lag_megatron.planning.lr_schedule import Rate, position_of, rate_at
+from lag_megatron.config.schema.stage_schedule import last_growth, stage_ranges, start_positions
+from lag_megatron.planning.lr_schedule import Rate, rate_at, schedule_position
 
 WIDTH = 72
 HEIGHT = 8
 
 
-def rate_curve(config: RunConfig) -> Iterator[str]:
+def plot_lr(config: RunConfig) -> Iterator[str]:
     """Lines of the plot, with a mark where each stage starts, then what happens there in words.
 
     ``#`` is the rate of all parameters; where those of new layers have less, ``#`` is theirs and
@@ -34,13 +34,13 @@ def rate_curve(config: RunConfig) -> Iterator[str]:
     yield f"{'0':>9} +{'-' * width}"
     yield f"{'stage':>9}  {''.join(marks)}".rstrip()
     starts = ", ".join(f"{stage} at {steps.start:,}" for stage, steps in enumerate(ranges))
-    yield from _told(f"steps 0 to {total - 1:,}; stages start: {starts}")
+    yield from _wrapped(f"steps 0 to {total - 1:,}; stages start: {starts}")
     for stage, steps in enumerate(ranges):
         if events := list(_events(config, stage, steps)):
-            yield from _told(f"stage {stage}: {'; '.join(events)}")
+            yield from _wrapped(f"stage {stage}: {'; '.join(events)}")
 
 
-def _told(text: str) -> list[str]:
+def _wrapped(text: str) -> list[str]:
     """A sentence under the plot, in as many lines as it takes."""
     return textwrap.wrap(text, 98, initial_indent=" " * 11, subsequent_indent=" " * 13)
 
@@ -55,7 +55,7 @@ def _events(config: RunConfig, stage: int, steps: range) -> Iterator[str]:
     """What else than the schedule's own course happens to the rate in a stage."""
     schedule = config.optimizer.schedule
     position = start_positions(config)[stage]
-    before = position_of(steps.start - 1, config) + 1 if stage else 0
+    before = schedule_position(steps.start - 1, config) + 1 if stage else 0
     if position != before:
         yield f"the schedule goes on from position {position:,} instead of {before:,}"
     if last_growth(config, steps.start) == steps.start and schedule.growth_warmup_steps:

@@ -4,7 +4,12 @@ import math
 from dataclasses import dataclass
 
 from lag_megatron.config import RunConfig
-from lag_megatron.config.stage_schedule import decay_end, decay_start, last_growth, start_positions
+from lag_megatron.config.schema.stage_schedule import (
+    decay_end,
+    decay_start,
+    last_growth,
+    start_positions,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +33,14 @@ def rate_at(step: int, config: RunConfig) -> Rate:
     for all parameters, or with ``growth_warmup: new`` for those of the new layers.
     """
     schedule = config.optimizer.schedule
-    lr, rise = scheduled(position_of(step, config), config), 1.0
+    lr, rise = scheduled_lr(schedule_position(step, config), config), 1.0
     grown_at = last_growth(config, step)
     if grown_at is not None and step - grown_at < schedule.growth_warmup_steps:
         rise = (step - grown_at + 1) / schedule.growth_warmup_steps
     return Rate(lr, rise) if schedule.growth_warmup == "new" else Rate(lr * rise)
 
 
-def position_of(step: int, config: RunConfig) -> int:
+def schedule_position(step: int, config: RunConfig) -> int:
     """Where step ``step`` of the run stands in the schedule, in steps from 0."""
     position = first = 0
     for start, stage in zip(start_positions(config), config.stages, strict=True):
@@ -45,7 +50,7 @@ def position_of(step: int, config: RunConfig) -> int:
     return position
 
 
-def scheduled(position: int, config: RunConfig) -> float:
+def scheduled_lr(position: int, config: RunConfig) -> float:
     """What the schedule says at a position.
 
     Warm-up is linear in all: position 0 takes ``lr / warmup_steps``, position ``warmup_steps - 1``

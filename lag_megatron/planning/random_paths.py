@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lag_megatron.config import RunConfig
-from lag_megatron.config.raptr import Lengths, PathRule, path_rules, resolved
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.raptr import Lengths, PathRule, fixed_layers, path_rules
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 
 _CHUNK_STEPS = 1 << 14
 # Constants of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
@@ -127,7 +127,7 @@ def _scale(config: RunConfig, ratio: float) -> float:
 
 def _draw(config: RunConfig, rule: PathRule, steps: range, num_layers: int) -> NDArray[np.bool_]:
     """Whether each layer runs in each step, shape (steps, layers)."""
-    fixed = list(resolved(config.raptr.fixed, num_layers))
+    fixed = list(fixed_layers(config.raptr.fixed, num_layers))
     free = [layer for layer in range(num_layers) if layer not in fixed]
     runs = np.zeros((len(steps), num_layers), dtype=np.bool_)
     runs[:, fixed] = True

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from lag_megatron.config import RunConfig
-from lag_megatron.config.stage_schedule import stage_ranges
-from lag_megatron.planning.cost import stage_flops, steps_flops, validation_flops_per_token
+from lag_megatron.config.schema.stage_schedule import stage_ranges
+from lag_megatron.planning.cost import steps_flops, validation_flops_per_token
 from lag_megatron.planning.random_paths import with_path_length
 from lag_megatron.selection import planned
 
@@ -91,12 +91,6 @@ def _flops_per_step(config: RunConfig, stage: int, *, steps: int, vocab_size: in
     ] or [config]
     spent = sum(steps_flops(one, begun, vocab_size=vocab_size) for one in tried)
     return spent // (len(begun) * len(tried))
-
-
-def training_flops(config: RunConfig, *, vocab_size: int) -> int:
-    """Floating-point operations of a run's own steps, all stages together."""
-    stages = range(len(config.stages))
-    return sum(stage_flops(config, stage, vocab_size=vocab_size) for stage in stages)
 
 
 def _probe_steps(config: RunConfig, stage: int, *, candidates: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from lag_megatron.config import RunConfig, padded_vocab_size
-from lag_megatron.config.span_corruption import MODES
+from lag_megatron.config.schema.span_corruption import MODES
 from lag_megatron.errors import ConfigError
 
 

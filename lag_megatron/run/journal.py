@@ -12,7 +12,7 @@ from typing import Any
 
 from lag_megatron.errors import RunError
 
-Event = dict[str, Any]
+JournalEvent = dict[str, Any]
 
 
 class Journal:
@@ -23,7 +23,7 @@ class Journal:
         self._events = _replay(path)
 
     @property
-    def events(self) -> list[Event]:
+    def events(self) -> list[JournalEvent]:
         """All events, oldest first."""
         return list(self._events)
 
@@ -49,7 +49,7 @@ class Journal:
             ) from error
         self._events.append(entry)
 
-    def find(self, event: str, **fields: Any) -> Event | None:
+    def find(self, event: str, **fields: Any) -> JournalEvent | None:
         """The last event of this kind whose fields have these values."""
         for entry in reversed(self._events):
             if entry["event"] == event and all(entry.get(k) == v for k, v in fields.items()):
@@ -57,7 +57,7 @@ class Journal:
         return None
 
 
-def _replay(path: Path) -> list[Event]:
+def _replay(path: Path) -> list[JournalEvent]:
     """Read all events; a torn last line is cut off the file, so that the next one starts clean."""
     if not path.exists():
         return []

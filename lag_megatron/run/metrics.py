@@ -2,13 +2,17 @@
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lag_megatron.atomic_io import flush_to_disk, write_atomically
 
-Row = Mapping[str, float | int | str]
+MetricRow = dict[str, float | int | str]
+
+
+def validation_row(step: int, *, tokens: int, stage: int, loss: float) -> MetricRow:
+    """The line of an evaluation after ``step`` steps and ``tokens`` tokens of the run."""
+    return {"step": step, "tokens": tokens, "stage": stage, "val/loss": loss}
 
 
 class MetricsLog:
@@ -17,10 +21,10 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def append(self, *rows: Row) -> None:
+    def append(self, *rows: MetricRow) -> None:
         """Add lines."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(dict(row), allow_nan=False) + "\n" for row in rows)
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
     def rows(self) -> list[dict[str, Any]]:
         """All lines."""
@@ -64,7 +68,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 class Console:
     """Lines for the person who watches."""
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print one line at once."""
         print(text, flush=True)
 
@@ -72,7 +76,7 @@ class Console:
         """Print one line to standard error."""
         print(text, file=sys.stderr, flush=True)
 
-    def step(self, row: Row, *, total_steps: int, mfu: float | None) -> None:
+    def step(self, row: MetricRow, *, total_steps: int, mfu: float | None) -> None:
         """The line of a training step."""
         parts = [
             f"stage {row['stage']}  step {row['step']:>6}/{total_steps}",
@@ -85,4 +89,4 @@ class Console:
         parts.append(f"{row['train/tokens_per_second']:>9,.0f} tokens/s")
         if mfu is not None:
             parts.append(f"MFU {mfu:5.1%}")
-        self.say("  ".join(parts))
+        self.print("  ".join(parts))

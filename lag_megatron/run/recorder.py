@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lag_megatron.engine.training_context import MetricRow
 from lag_megatron.run.journal import Journal
-from lag_megatron.run.metrics import Console, MetricsLog
+from lag_megatron.run.metrics import Console, MetricRow, MetricsLog
 from lag_megatron.run.wandb_logger import Wandb
 
 
 @dataclass(frozen=True, slots=True)
-class Books:
+class RunLogs:
     """The journal, the metrics and who watches them."""
 
     journal: Journal
@@ -22,33 +21,33 @@ class Books:
 class Recorder:
     """Writes on the coordinator and does nothing elsewhere, so that all ranks run one code."""
 
-    def __init__(self, books: Books | None) -> None:
-        self._books = books
+    def __init__(self, logs: RunLogs | None) -> None:
+        self._logs = logs
 
     @property
-    def books(self) -> Books:
-        """The coordinator's books, for work that only the coordinator does."""
-        assert self._books is not None, "only the coordinator has books"
-        return self._books
+    def logs(self) -> RunLogs:
+        """The coordinator's logs, for work that only the coordinator does."""
+        assert self._logs is not None, "only the coordinator has logs"
+        return self._logs
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line for the person who watches."""
-        if self._books is not None:
-            self._books.console.say(text)
+        if self._logs is not None:
+            self._logs.console.print(text)
 
-    def measured(self, *rows: MetricRow) -> None:
+    def log_metrics(self, *rows: MetricRow) -> None:
         """Record metrics and mirror them to W&B."""
-        if self._books is not None:
-            self._books.metrics.append(*rows)
+        if self._logs is not None:
+            self._logs.metrics.append(*rows)
             for row in rows:
-                self._books.wandb.log(row)
+                self._logs.wandb.log(row)
 
-    def happened(self, event: str, *, once: dict[str, Any], **fields: Any) -> None:
+    def log_event(self, event: str, *, once: dict[str, Any], **fields: Any) -> None:
         """Write an event, unless the journal has one with the same ``once`` fields already."""
-        if self._books is not None and self._books.journal.find(event, **once) is None:
-            self._books.journal.append(event, **once, **fields)
+        if self._logs is not None and self._logs.journal.find(event, **once) is None:
+            self._logs.journal.append(event, **once, **fields)
 
-    def about_to_save(self) -> None:
+    def flush_metrics(self) -> None:
         """Make what was measured outlive a power cut, as the checkpoint that follows will."""
-        if self._books is not None:
-            self._books.metrics.flush_to_disk()
+        if self._logs is not None:
+            self._logs.metrics.flush_to_disk()

@@ -11,7 +11,7 @@ from lag_megatron.run.directory import RunDirectory
 from lag_megatron.run.journal import Journal
 
 
-def rewind(run: RunDirectory, tag: str) -> None:
+def roll_back(run: RunDirectory, tag: str) -> None:
     """Make the run directory stand where it stood when checkpoint ``tag`` had been saved.
 
     Later checkpoints, stages, growth events and the journal's later part go to ``rewound/<n>/``.

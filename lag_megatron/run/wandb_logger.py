@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lag_megatron.config import TrackingConfig
-from lag_megatron.run.metrics import Console, Row
+from lag_megatron.run.metrics import Console, MetricRow
 from lag_megatron.run.wandb_runs import Runs
 
 _QUEUE_LIMIT = 100_000
@@ -41,12 +41,12 @@ class Wandb:
         self._runs = Runs(tracking.wandb.project, mode, folder, config, console)
         if mode == "offline":
             why = " (no API key)" if tracking.wandb.mode == "auto" else ""
-            console.say(
+            console.print(
                 f"W&B is offline{why}. To upload later: "
                 f"wandb sync {shlex.quote(str(folder))}/wandb/offline-*"
             )
 
-    def log(self, row: Row) -> None:
+    def log(self, row: MetricRow) -> None:
         """Mirror one line of metrics to the run of its stage; ``tokens`` is the x-axis."""
         self._later(partial(self._runs.log, dict(row)))
 
@@ -54,7 +54,7 @@ class Wandb:
         self,
         growth: int,
         candidate: str,
-        rows: Sequence[Row],
+        rows: Sequence[MetricRow],
         *,
         summary: Mapping[str, Any] | None = None,
     ) -> None:

@@ -17,7 +17,7 @@ _HUNG = "hung.jsonl"
 _ATTEMPTS = 2
 
 
-class CandidateFolder:
+class CandidateDir:
     """``growthNN/<id>``; its group's leader writes, the coordinator reads when none does.
 
     Args:

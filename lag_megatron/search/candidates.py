@@ -8,32 +8,36 @@ from typing import Any, Literal
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.run.directory import RunDirectory
 from lag_megatron.run.journal import Journal
-from lag_megatron.search.candidate_dir import CandidateFolder
-from lag_megatron.search.event import Event, Progress
+from lag_megatron.search.candidate_dir import CandidateDir
+from lag_megatron.search.event import GrowthEvent, ProbeResult
 from lag_megatron.selection import Evaluation, Verdict
 
 
 @dataclass(slots=True)
-class Entry:
-    """One candidate.
+class CandidateState:
+    """How far one candidate has come.
 
     Attributes:
+        index: in the pool.
         reached: the last rung that it has finished; -1 before the first.
         steps: optimizer steps taken since growth.
-        state: the newest saved state that the journal knows.
-        group: the probe group that is at work on it.
+        attempts: how often a group has started to train it.
+        seconds: wall time of its probes.
+        saved_state: the newest state that the journal knows.
+        group: the probe group that trains it now.
+        curve: evaluations by steps after growth.
     """
 
     index: int
     id: str
-    folder: CandidateFolder
+    dir: CandidateDir
     status: Literal["alive", "finished", "stopped", "failed"] = "alive"
     reason: str = ""
     reached: int = -1
     steps: int = 0
     attempts: int = 0
     seconds: float = 0.0
-    state: Path | None = None
+    saved_state: Path | None = None
     group: int | None = None
     curve: dict[int, Evaluation] = field(default_factory=dict)
 
@@ -42,97 +46,109 @@ class Entry:
         """The curve in order of steps."""
         return tuple(self.curve[step] for step in sorted(self.curve))
 
-    def take_in(self, rows: Iterable[dict[str, Any]]) -> None:
+    def add_curve(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add lines of a curve."""
         self.curve |= {row["step"]: Evaluation.of_row(row) for row in rows}
 
     @property
-    def has_state(self) -> bool:
-        """Whether the state at the last finished rung can be gone on from."""
-        return self.state is not None and manifest.is_committed(self.state)
+    def has_saved_state(self) -> bool:
+        """Whether training can go on from the state at the last finished rung."""
+        return self.saved_state is not None and manifest.is_committed(self.saved_state)
 
 
-class Ledger:
+class CandidateTable:
     """All candidates in the order of the pool, and the verdicts so far."""
 
-    def __init__(self, run: RunDirectory, journal: Journal, event: Event) -> None:
+    def __init__(self, run: RunDirectory, journal: Journal, event: GrowthEvent) -> None:
         self._journal, self._event = journal, event
-        self.entries = [
-            Entry(index, candidate.id, _folder(run, event, candidate.id))
+        self.candidates = [
+            CandidateState(index, candidate.id, _candidate_dir(run, event, candidate.id))
             for index, candidate in enumerate(event.pool)
         ]
         self.verdicts: list[Verdict] = []
         for line in journal.events:
             if line.get("growth") == event.number:
                 self._replay(line)
-        for entry in self.entries:
-            entry.take_in(entry.folder.curve())
-            if entry.reached not in entry.curve:
-                entry.reached = -1  # its files are gone: it is begun again
+        for candidate in self.candidates:
+            candidate.add_curve(candidate.dir.curve())
+            if candidate.reached not in candidate.curve:
+                candidate.reached = -1  # its files are gone: it starts again
 
     @property
-    def alive(self) -> list[Entry]:
-        """Those that have neither lost nor been stopped."""
-        return [entry for entry in self.entries if entry.status in ("alive", "finished")]
+    def alive(self) -> list[CandidateState]:
+        """Candidates that have neither failed nor been stopped."""
+        return [
+            candidate for candidate in self.candidates if candidate.status in ("alive", "finished")
+        ]
 
-    def entry(self, id_: str) -> Entry:
-        """The candidate of that name."""
-        return next(entry for entry in self.entries if entry.id == id_)
+    @property
+    def decided(self) -> bool:
+        """Whether the last verdict names the winner."""
+        return bool(self.verdicts) and self.verdicts[-1].decided
 
-    def started(self, entry: Entry, *, group: int, rung: int) -> None:
-        """A group begins to train a candidate."""
-        entry.group = group
-        entry.attempts += 1
-        self._write("probe_started", entry, rung=rung, group=group)
+    @property
+    def winner(self) -> CandidateState:
+        """The first candidate that the last verdict lets go on."""
+        return self.by_id(self.verdicts[-1].goes_on[0])
 
-    def progressed(self, progress: Progress, *, group: int) -> Entry:
-        """A group has brought a candidate to a rung, or it has failed on the way."""
-        entry = self.entries[progress.candidate]
-        entry.group = None
-        entry.steps = progress.steps
-        entry.seconds += progress.seconds
-        for row in progress.evaluations:
-            last = row["step"] == progress.rung and not progress.failure
-            if row["step"] > entry.reached and not last:
-                self._write("probe_eval", entry, step=row["step"], val_loss=row["val_loss"])
-        entry.take_in(progress.evaluations)
-        if progress.failure:
-            self.failed(entry, progress.failure, seconds=progress.seconds)
-            return entry
-        entry.reached = progress.rung
-        entry.state = entry.folder.path / progress.state if progress.state else None
+    def by_id(self, id_: str) -> CandidateState:
+        """The candidate with that id."""
+        return next(candidate for candidate in self.candidates if candidate.id == id_)
+
+    def start(self, candidate: CandidateState, *, group: int, rung: int) -> None:
+        """Note that a group begins to train a candidate."""
+        candidate.group = group
+        candidate.attempts += 1
+        self._write("probe_started", candidate, rung=rung, group=group)
+
+    def add_result(self, result: ProbeResult, *, group: int) -> CandidateState:
+        """Note that a group has trained a candidate to a rung, or that it failed on the way."""
+        candidate = self.candidates[result.candidate]
+        candidate.group = None
+        candidate.steps = result.steps
+        candidate.seconds += result.seconds
+        for row in result.evaluations:
+            last = row["step"] == result.rung and not result.failure
+            if row["step"] > candidate.reached and not last:
+                self._write("probe_eval", candidate, step=row["step"], val_loss=row["val_loss"])
+        candidate.add_curve(result.evaluations)
+        if result.failure:
+            self.fail(candidate, result.failure, seconds=result.seconds)
+            return candidate
+        candidate.reached = result.rung
+        candidate.saved_state = candidate.dir.path / result.state if result.state else None
         self._write(
             "probe_eval",
-            entry,
-            step=progress.rung,
-            val_loss=entry.curve[progress.rung].loss,
-            rung=progress.rung,
-            state=progress.state,
-            seconds=progress.seconds,
+            candidate,
+            step=result.rung,
+            val_loss=candidate.curve[result.rung].loss,
+            rung=result.rung,
+            state=result.state,
+            seconds=result.seconds,
             group=group,
         )
-        return entry
+        return candidate
 
-    def failed(self, entry: Entry, reason: str, *, seconds: float = 0.0) -> None:
-        """A candidate has lost."""
-        entry.status, entry.reason = "failed", reason
-        self._write("probe_failed", entry, step=entry.steps, reason=reason, seconds=seconds)
+    def fail(self, candidate: CandidateState, reason: str, *, seconds: float = 0.0) -> None:
+        """Note that a candidate has lost."""
+        candidate.status, candidate.reason = "failed", reason
+        self._write("probe_failed", candidate, step=candidate.steps, reason=reason, seconds=seconds)
 
-    def finished(self, entry: Entry) -> None:
-        """A candidate has come to the last rung."""
-        if entry.status == "alive":
-            entry.status = "finished"
+    def finish(self, candidate: CandidateState) -> None:
+        """Note that a candidate has reached the last rung."""
+        if candidate.status == "alive":
+            candidate.status = "finished"
             self._write(
                 "probe_finished",
-                entry,
-                step=entry.reached,
-                val_loss=entry.curve[entry.reached].loss,
-                seconds=entry.seconds,
-                state=entry.state.name if entry.state else None,
+                candidate,
+                step=candidate.reached,
+                val_loss=candidate.curve[candidate.reached].loss,
+                seconds=candidate.seconds,
+                state=candidate.saved_state.name if candidate.saved_state else None,
             )
 
-    def decided(self, verdict: Verdict) -> None:
-        """The rule has spoken at a rung."""
+    def add_verdict(self, verdict: Verdict) -> None:
+        """Note what the rule decided at a rung, and stop those that do not go on."""
         self._journal.append(
             "rung_decided",
             growth=self._event.number,
@@ -146,21 +162,21 @@ class Ledger:
         self.verdicts.append(verdict)
         self.stop_losers()
 
-    def retract(self) -> None:
-        """Forget the last verdict, whose winner has failed since; the next one replaces it."""
+    def remove_last_verdict(self) -> None:
+        """Remove a verdict whose winner has failed since; the next one replaces it."""
         self.verdicts.pop()
 
     def stop_losers(self) -> None:
-        """Note everyone that a verdict has stopped and that is not noted yet."""
+        """Mark the candidates that a verdict has stopped and that are not marked yet."""
         for verdict in self.verdicts:
             for id_, reason in verdict.stopped.items():
-                entry = self.entry(id_)
-                if entry.status == "alive":
-                    entry.status, entry.reason = "stopped", reason
-                    self._write("probe_stopped", entry, step=entry.reached, reason=reason)
+                candidate = self.by_id(id_)
+                if candidate.status == "alive":
+                    candidate.status, candidate.reason = "stopped", reason
+                    self._write("probe_stopped", candidate, step=candidate.reached, reason=reason)
 
-    def _write(self, event: str, entry: Entry, **fields: Any) -> None:
-        self._journal.append(event, growth=self._event.number, id=entry.id, **fields)
+    def _write(self, event: str, candidate: CandidateState, **fields: Any) -> None:
+        self._journal.append(event, growth=self._event.number, id=candidate.id, **fields)
 
     def _replay(self, line: dict[str, Any]) -> None:
         event = line["event"]
@@ -168,30 +184,30 @@ class Ledger:
             fields = ("rung", "stopped", "decided", "rank_correlation", "transition")
             verdict = Verdict(goes_on=tuple(line["goes_on"]), **{key: line[key] for key in fields})
             if self.verdicts and self.verdicts[-1].rung == verdict.rung:
-                self.retract()
+                self.remove_last_verdict()
             self.verdicts.append(verdict)
             return
-        for entry in self.entries:
-            if entry.id == line.get("id"):
-                _take_in(entry, line)
+        for candidate in self.candidates:
+            if candidate.id == line.get("id"):
+                _apply(candidate, line)
 
 
-def _take_in(entry: Entry, line: dict[str, Any]) -> None:
+def _apply(candidate: CandidateState, line: dict[str, Any]) -> None:
     event = line["event"]
     if event == "probe_started":
-        entry.attempts += 1
+        candidate.attempts += 1
     elif event == "probe_eval" and "rung" in line:
-        entry.reached = entry.steps = line["rung"]
-        entry.seconds += line["seconds"]
-        entry.state = entry.folder.path / line["state"] if line["state"] else None
+        candidate.reached = candidate.steps = line["rung"]
+        candidate.seconds += line["seconds"]
+        candidate.saved_state = candidate.dir.path / line["state"] if line["state"] else None
     elif event == "probe_failed":
-        entry.status, entry.reason, entry.steps = "failed", line["reason"], line["step"]
-        entry.seconds += line["seconds"]
+        candidate.status, candidate.reason, candidate.steps = "failed", line["reason"], line["step"]
+        candidate.seconds += line["seconds"]
     elif event == "probe_stopped":
-        entry.status, entry.reason = "stopped", line["reason"]
+        candidate.status, candidate.reason = "stopped", line["reason"]
     elif event == "probe_finished":
-        entry.status = "finished"
+        candidate.status = "finished"
 
 
-def _folder(run: RunDirectory, event: Event, id_: str) -> CandidateFolder:
-    return CandidateFolder(run.probe(event.number, id_), event.base_step)
+def _candidate_dir(run: RunDirectory, event: GrowthEvent, id_: str) -> CandidateDir:
+    return CandidateDir(run.probe(event.number, id_), event.base_step)

@@ -1,8 +1,18 @@
-"""The coordinator of a growth event: who trains what next, who goes on, who has won.
+"""The coordinator of a growth event: it hands out probes, drops candidates and decides.
 
-It lives on rank 0 and serves all probe groups; a lock makes their questions take turns.  Everything
-it knows it can read again from the journal and the candidates' files, so a kill costs at most what
-was being trained.
+One is on rank 0 and serves all probe groups, one call at a time.  Everything it knows it can read
+again from the journal and the candidates' files, so a kill costs at most what was being trained.
+
+Two groups, candidates A to D, rungs at steps 4 and 8, and a rule that keeps two at the first rung::
+
+    group 0: ask -> A to 4, record;  ask -> C to 4, record;  ask -> waits for group 1
+    group 1: ask -> B to 4, record;  ask -> D to 4, record;  ask -> all are at 4: B and D go on
+    group 1: ask -> D to 8, which is in its engine;  record;  ask -> waits for group 0
+    group 0: ask -> B to 8, from its saved state;    record;  ask -> all are at 8: B wins
+    group 0 and group 1 get an assignment without a candidate: nothing is left to do
+
+A and C lose their saved states when the first rung is decided.  Of B and D, the one with the higher
+loss at the last rung is not saved, or loses its state as soon as the other one is better.
 """
 
 import importlib
@@ -13,41 +23,55 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.engine.training_context import Job, MetricRow
-from lag_megatron.run.directory import write_json
+from lag_megatron.run.directory import RunDirectory, write_json
 from lag_megatron.run.journal import Journal
-from lag_megatron.search.candidates import Entry, Ledger
-from lag_megatron.search.decision import conclude, drop_losers, metrics_of
-from lag_megatron.search.event import Event, Progress, Turn
+from lag_megatron.run.metrics import MetricRow
+from lag_megatron.search.candidates import CandidateState, CandidateTable
+from lag_megatron.search.cost_model import CostModel
+from lag_megatron.search.decision import drop_losers, search_decision, winner_metrics
+from lag_megatron.search.event import Assignment, GrowthEvent, ProbeResult
 from lag_megatron.selection import can_still_win, judge, rung_value
 
 _POLL_SECONDS = 0.5
-Told = Callable[[Entry, Progress, int], object]
+OnResult = Callable[[CandidateState, ProbeResult, int], object]
 
 
 class Coordinator:
-    """Replays, hands out and records the probes of one event.
+    """Hands out and records the probes of one event; its methods may be called by many threads.
 
     Args:
-        told: called after each progress with the candidate, the progress and the group.
+        run: directory of the run.
+        journal: of the run; what it says of the event already is not done again.
+        event: what is searched.
+        costs: of the event's steps and evaluations, for the decision.
+        on_result: called after each result with the candidate, the result and the group.
     """
 
-    def __init__(self, job: Job, journal: Journal, event: Event, told: Told) -> None:
-        self._job, self._journal, self._event, self._told = job, journal, event, told
-        self._ledger = Ledger(job.run, journal, event)
+    def __init__(
+        self,
+        run: RunDirectory,
+        journal: Journal,
+        event: GrowthEvent,
+        *,
+        costs: CostModel,
+        on_result: OnResult,
+    ) -> None:
+        self._run, self._journal, self._event = run, journal, event
+        self._costs, self._on_result = costs, on_result
+        self._table = CandidateTable(run, journal, event)
         self._changed = threading.Condition()
         self._busy = 0.0
         self.on_stop: Callable[[str], object] = lambda reason: None
         self._stop = ""
         self._winner_needs_state = ""
-        self._held: dict[int, int | None] = {}  # by group
-        # It takes a second to come, which no group need wait for at the first rung.
+        self._loaded: dict[int, int | None] = {}  # by group
+        # The import takes a second, which the first rung's decision need not wait for.
         threading.Thread(target=importlib.import_module, args=("scipy.stats",)).start()
 
     def begin(self) -> None:
-        """Announce the event, once, and tidy up what a kill left half done."""
+        """Write the event to the journal, once, and finish what a kill interrupted."""
         event, growth = self._event, self._event.growth
-        folder = self._job.run.growth(event.number)
+        folder = self._run.growth(event.number)
         folder.mkdir(exist_ok=True)
         write_json(folder / "pool.json", [c.describe() for c in event.pool])
         if self._journal.find("growth_started", growth=event.number) is None:
@@ -56,7 +80,7 @@ class Coordinator:
                 growth=event.number,
                 stage=event.number,
                 step=event.base_step,
-                base=self._job.run.relative(event.base),
+                base=self._run.relative(event.base),
                 base_val_loss=event.base_val_loss,
                 source_layers=event.source_layers,
                 target_layers=event.target_layers,
@@ -65,62 +89,64 @@ class Coordinator:
                 rungs=list(event.rungs),
                 pool=[c.id for c in event.pool],
             )
-        self._ledger.stop_losers()
-        for entry in self._ledger.alive:
-            if reason := entry.folder.failure():
-                self._ledger.failed(entry, reason)
+        self._table.stop_losers()
+        for candidate in self._table.alive:
+            if reason := candidate.dir.failure():
+                self._table.fail(candidate, reason)
         if not self._over:
             self._drop_states()
 
-    def ask(self, group: int, holds: int | None, *, stopped: Callable[[], str]) -> Turn:
-        """The next turn of a group; waits while all work is being done by others.
+    def ask(
+        self, group: int, loaded_candidate: int | None, *, stopped: Callable[[], str]
+    ) -> Assignment:
+        """The next assignment of a group; waits while all work is being done by others.
 
         Args:
             group: who asks.
-            holds: the candidate whose state the group has, and so can go on with at once.
-            stopped: looked at while waiting: why this process is to end, or nothing.
+            loaded_candidate: index of the candidate whose state the group has in memory.
+            stopped: called while waiting; why the group's process is to end, or empty.
         """
-        with self._attention():
+        with self._locked():
             while True:
                 if self._stop and not self._over:  # an end that all groups see alike
-                    return Turn(stop=self._stop)
-                turn = self._next_turn(group, holds)
-                if turn is not None:
-                    return turn
+                    return Assignment(stop=self._stop)
+                assignment = self._next_assignment(group, loaded_candidate)
+                if assignment is not None:
+                    return assignment
                 waiting = time.perf_counter()
                 self._changed.wait(_POLL_SECONDS)
                 self._busy -= time.perf_counter() - waiting
                 if reason := stopped():
                     self._end(reason)
 
-    def may_win(self, progress: Progress) -> bool:
-        """Whether the state of a candidate that has just come to a rung can be needed."""
-        with self._attention():
-            growth, rung, alive = self._event.growth, progress.rung, self._ledger.alive
-            mine = self._ledger.entries[progress.candidate]
+    def needs_checkpoint(self, result: ProbeResult) -> bool:
+        """Whether the candidate of a result can still win, so that its state has to be saved."""
+        with self._locked():
+            growth, rung, alive = self._event.growth, result.rung, self._table.alive
+            mine = self._table.candidates[result.candidate]
             if growth.exhaustive or mine.id == self._winner_needs_state:
                 return True
-            mine.take_in(progress.evaluations)
+            mine.add_curve(result.evaluations)
             values = {
-                entry.id: rung_value(growth.compared_by, entry.evaluations, rung)
-                for entry in alive
-                if entry.reached >= rung or entry is mine
+                candidate.id: rung_value(growth.compared_by, candidate.evaluations, rung)
+                for candidate in alive
+                if candidate.reached >= rung or candidate is mine
             }
-            pool = [entry.id for entry in alive]
+            pool = [candidate.id for candidate in alive]
             return can_still_win(growth, rung, values, mine.id, pool=pool, alive=len(alive))
 
-    def record(self, group: int, progress: Progress) -> None:
-        """Write down how far a candidate has come, and delete the states that it beat."""
-        with self._attention():
-            entry = self._ledger.progressed(progress, group=group)
-            if not progress.failure and progress.rung == self._event.decides_at:
-                self._ledger.finished(entry)
+    def record(self, group: int, result: ProbeResult) -> None:
+        """Journal a result, and delete the saved states that cannot win any more."""
+        with self._locked():
+            candidate = self._table.add_result(result, group=group)
+            if not result.failure and result.rung == self._event.decides_at:
+                self._table.finish(candidate)
                 self._drop_states()
-            self._told(entry, progress, group)
+            self._on_result(candidate, result, group)
 
     def stop(self, reason: str) -> None:
-        """Every group saves what it has and ends."""
-        with self._attention():
+        """Let every group save what it has and end at its next step."""
+        with self._locked():
             self._end(reason)
 
     def decide(self) -> tuple[dict[str, Any], list[MetricRow]]:
@@ -129,135 +155,139 @@ class Coordinator:
         Raises:
             RunError: when every candidate failed.
         """
-        decision = conclude(self._job, self._event, self._ledger, coordinator_seconds=self._busy)
-        write_json(self._job.run.growth(self._event.number) / "decision.json", decision)
-        winner = self._ledger.entry(decision["chosen"])
-        return decision, metrics_of(self._job, self._event, winner)
+        decision = search_decision(
+            self._event, self._table, costs=self._costs, coordinator_seconds=self._busy
+        )
+        write_json(self._run.growth(self._event.number) / "decision.json", decision)
+        winner = self._table.by_id(decision["chosen"])
+        tokens_per_step = self._costs.tokens_per_step
+        return decision, winner_metrics(self._event, winner, tokens_per_step=tokens_per_step)
 
     def announce(self, decision: dict[str, Any]) -> Path:
         """Journal the decision, after which it stands; returns the winner's state."""
-        winner = self._ledger.entry(decision["chosen"])
-        assert winner.state is not None, f"{winner.id} has won, but its state was not kept"
-        state = self._job.run.relative(winner.state)
+        winner = self._table.by_id(decision["chosen"])
+        assert winner.saved_state is not None, f"{winner.id} has won, but its state was not kept"
+        state = self._run.relative(winner.saved_state)
         number = self._event.number
         if self._journal.find("decision", growth=number) is None:
             length = self._event.pool[winner.index].path_length
             paths = {} if length is None else {"path_length": length}
             self._journal.append("decision", growth=number, chosen=winner.id, state=state, **paths)
         if not self._event.growth.exhaustive:
-            drop_losers(self._job.run, number, winner=winner.state)
-        return winner.state
+            drop_losers(self._run, number, winner=winner.saved_state)
+        return winner.saved_state
 
     def _end(self, reason: str) -> None:
         if not self._stop:
             self._stop = reason
             self.on_stop(reason)
 
-    # Handing out
+    # Assignments
 
-    def _next_turn(self, group: int, holds: int | None) -> Turn | None:
+    def _next_assignment(self, group: int, loaded_candidate: int | None) -> Assignment | None:
         """None while there is nothing to do but wait for other groups."""
         while not self._over:
             rung = self._rung
-            waiting = [e for e in self._ledger.alive if e.reached < rung]
-            free = [e for e in waiting if e.group is None]
+            waiting = [c for c in self._table.alive if c.reached < rung]
+            free = [c for c in waiting if c.group is None]
             if free:
-                entry = self._choice(free, group, holds)
-                self._ledger.started(entry, group=group, rung=rung)
-                return Turn(entry.index, rung, max(entry.reached, 0), entry.attempts)
+                candidate = self._choice(free, group, loaded_candidate)
+                self._table.start(candidate, group=group, rung=rung)
+                return Assignment(
+                    candidate.index, rung, max(candidate.reached, 0), candidate.attempts
+                )
             if waiting:
                 return None
             self._finish_rung(rung)
-        return Turn()
+        return Assignment()
 
-    def _choice(self, free: list[Entry], group: int, holds: int | None) -> Entry:
-        """What the group holds; else what nobody does; else the first."""
-        self._held[group] = holds
-        elsewhere = set(self._held.values()) - {holds}
-        mine = [entry for entry in free if entry.index == holds]
-        others = [entry for entry in free if entry.index not in elsewhere]
-        entry = (mine or others or free)[0]
-        self._held[group] = entry.index
-        return entry
+    def _choice(
+        self, free: list[CandidateState], group: int, loaded_candidate: int | None
+    ) -> CandidateState:
+        """What this group has loaded; else what no group has loaded; else the first."""
+        self._loaded[group] = loaded_candidate
+        elsewhere = set(self._loaded.values()) - {loaded_candidate}
+        mine = [candidate for candidate in free if candidate.index == loaded_candidate]
+        others = [candidate for candidate in free if candidate.index not in elsewhere]
+        candidate = (mine or others or free)[0]
+        self._loaded[group] = candidate.index
+        return candidate
 
     def _finish_rung(self, rung: int) -> None:
-        """All that are left have come to the rung: who goes on?"""
-        alive = self._ledger.alive
+        """All candidates that are left have reached the rung: decide which of them go on."""
+        alive = self._table.alive
         self._winner_needs_state = ""
         if self._event.growth.exhaustive:
-            for entry in alive:
-                if not entry.has_state:
-                    entry.reached = -1  # deleted since; it is trained again
+            for candidate in alive:
+                if not candidate.has_saved_state:
+                    candidate.reached = -1  # deleted since; it is trained again
             return
-        if self._decided and self._winner not in alive:
-            self._ledger.retract()
-        if not self._decided:
-            curves = {e.id: e.evaluations for e in self._ledger.entries}
-            ids = [entry.id for entry in alive]
-            self._ledger.decided(judge(self._event.growth, rung, curves, alive=ids))
-        if self._decided:
-            winner = self._winner
-            if not winner.has_state:  # lost with a group that died, or deleted
+        if self._table.decided and self._table.winner not in alive:
+            self._table.remove_last_verdict()
+        if not self._table.decided:
+            curves = {c.id: c.evaluations for c in self._table.candidates}
+            ids = [candidate.id for candidate in alive]
+            self._table.add_verdict(judge(self._event.growth, rung, curves, alive=ids))
+        if self._table.decided:
+            winner = self._table.winner
+            if not winner.has_saved_state:  # lost with a group that died, or deleted
                 winner.reached, self._winner_needs_state = -1, winner.id
                 return
-            for entry in alive:
-                self._ledger.finished(entry)
+            for candidate in alive:
+                self._table.finish(candidate)
         self._drop_states()
-
-    @property
-    def _winner(self) -> Entry:
-        return self._ledger.entry(self._ledger.verdicts[-1].goes_on[0])
-
-    @property
-    def _decided(self) -> bool:
-        verdicts = self._ledger.verdicts
-        return bool(verdicts) and verdicts[-1].decided
 
     @property
     def _rung(self) -> int:
         """The rung that candidates are being brought to."""
-        if self._decided:
-            return self._ledger.verdicts[-1].rung
-        return self._event.rungs[len(self._ledger.verdicts)]
+        if self._table.decided:
+            return self._table.verdicts[-1].rung
+        return self._event.rungs[len(self._table.verdicts)]
 
     @property
     def _over(self) -> bool:
         """Whether nothing is left to train."""
-        alive = self._ledger.alive
+        alive = self._table.alive
         if not alive:
             return True
         if self._event.growth.exhaustive:
-            return all(e.reached >= self._rung and e.has_state for e in alive)
+            return all(c.reached >= self._rung and c.has_saved_state for c in alive)
         return (
-            self._decided
-            and all(e.reached >= self._rung for e in alive)
-            and self._winner in alive
-            and self._winner.has_state
+            self._table.decided
+            and all(c.reached >= self._rung for c in alive)
+            and self._table.winner in alive
+            and self._table.winner.has_saved_state
         )
 
-    def _order(self, entry: Entry) -> tuple[float, int]:
+    def _order(self, candidate: CandidateState) -> tuple[float, int]:
         """By value at the deciding rung; earlier in the pool wins ties."""
         growth, rung = self._event.growth, self._event.decides_at
         assert rung is not None
-        value = rung_value(growth.compared_by, entry.evaluations, rung)
-        return (float("inf") if value is None else value, entry.index)
+        value = rung_value(growth.compared_by, candidate.evaluations, rung)
+        return (float("inf") if value is None else value, candidate.index)
 
     def _drop_states(self) -> None:
         """Delete what cannot win any more."""
         event = self._event
         if event.growth.exhaustive:
             return
-        at_end = [e for e in self._ledger.alive if e.reached == event.decides_at]
+        at_end = [c for c in self._table.alive if c.reached == event.decides_at]
         # A winner that was trained again stays it, whatever rounding did to its loss.
-        best = self._winner if self._decided else min(at_end, key=self._order, default=None)
-        for entry in self._ledger.entries:
-            lost = entry.status in ("stopped", "failed") or (entry in at_end and entry is not best)
-            if lost and entry.group is None:
-                entry.folder.keep_only(None)
+        best = (
+            self._table.winner
+            if self._table.decided
+            else min(at_end, key=self._order, default=None)
+        )
+        for candidate in self._table.candidates:
+            lost = candidate.status in ("stopped", "failed") or (
+                candidate in at_end and candidate is not best
+            )
+            if lost and candidate.group is None:
+                candidate.dir.keep_only(None)
 
     @contextmanager
-    def _attention(self) -> Iterator[None]:
-        """One question at a time; the time that answers take is part of the search's cost."""
+    def _locked(self) -> Iterator[None]:
+        """One call at a time; the time that calls take is part of the search's cost."""
         with self._changed:
             started = time.perf_counter()
             try:

@@ -1,273 +1,269 @@
-"""How probe groups talk to the coordinator: rank 0 answers each leader in a thread of its own.
+"""Questions of probe groups to the coordinator on rank 0, and its answers.
 
-Messages go over sockets of their own, opened with a secret of this event, so groups wait for nobody
-but the coordinator.  A group that dies, or loses rank 0, is noticed at once.
+Each group's leader has a connection of its own to rank 0, which answers it in a thread of its own,
+so a group waits for the coordinator but never for another group.  The death of a group, or of rank
+0, is noticed at once.  Messages are JSON objects with one key that says what they are:
+
+    leader to rank 0    {"call": name, "argument": ...}   a question
+                        {"signal": reason}                this process was asked to stop meanwhile
+    rank 0 to leader    {"answer": ..., "last": bool}     to the leader's question
+                        {"stop": reason}                  at any time: all groups end
 """
 
 import contextlib
-import os
+import json
 import queue
-import secrets
-import socket
 import threading
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
+from dataclasses import asdict
 from typing import Any, Protocol
 
-from lag_megatron.distributed.heartbeat import listen
+from lag_megatron.distributed import channel
+from lag_megatron.distributed.channel import Channel
 from lag_megatron.distributed.world import World
 from lag_megatron.errors import RunError
 from lag_megatron.run.signals import StopFlag, Stopped
 from lag_megatron.search.coordinator import Coordinator
-from lag_megatron.search.event import Progress, Turn
+from lag_megatron.search.event import Assignment, ProbeResult
 
 _POLL_SECONDS = 0.5
-_HELLO_SECONDS = 30.0
 
 
-class Desk(Protocol):
+class CoordinatorClient(Protocol):
     """What a group's leader asks of the coordinator."""
 
-    def ask(self, holds: int | None) -> Turn:
-        """The next turn."""
+    def ask(self, loaded_candidate: int | None) -> Assignment:
+        """The next assignment."""
 
-    def may_win(self, progress: Progress) -> bool:
-        """Whether a state has to be saved."""
+    def needs_checkpoint(self, result: ProbeResult) -> bool:
+        """Whether the state of the candidate has to be saved."""
 
-    def record(self, progress: Progress) -> None:
-        """Write down how far a candidate has come."""
+    def record(self, result: ProbeResult) -> None:
+        """Write a result to the journal."""
 
     def stop(self, reason: str) -> None:
         """End all groups."""
 
 
-class _Near:
-    """The coordinator in this process."""
+class LocalClient:
+    """A client of the coordinator in this process: the leader of group 0."""
 
     def __init__(self, coordinator: Coordinator, flag: StopFlag) -> None:
         self._coordinator, self._flag = coordinator, flag
 
-    def ask(self, holds: int | None) -> Turn:
-        return self._coordinator.ask(0, holds, stopped=lambda: _reason(self._flag))
+    def ask(self, loaded_candidate: int | None) -> Assignment:
+        """The next assignment."""
+        return self._coordinator.ask(0, loaded_candidate, stopped=lambda: _reason(self._flag))
 
-    def may_win(self, progress: Progress) -> bool:
-        return self._coordinator.may_win(progress)
+    def needs_checkpoint(self, result: ProbeResult) -> bool:
+        """Whether the state of the candidate has to be saved."""
+        return self._coordinator.needs_checkpoint(result)
 
-    def record(self, progress: Progress) -> None:
-        self._coordinator.record(0, progress)
+    def record(self, result: ProbeResult) -> None:
+        """Write a result to the journal."""
+        self._coordinator.record(0, result)
 
     def stop(self, reason: str) -> None:
+        """End all groups."""
         self._coordinator.stop(reason)
 
 
-class _Far:
-    """The coordinator on another rank."""
+class RemoteClient:
+    """A client of the coordinator on another rank.
 
-    def __init__(self, line: Connection, flag: StopFlag) -> None:
-        self._line, self._flag = line, flag
-        self._over = False
-        self._answers: queue.Queue[tuple[Any] | None] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True, name="desk").start()
+    Args:
+        connection: to a `CoordinatorServer`.
+        flag: set when the coordinator stops all groups, or is lost.
 
-    def ask(self, holds: int | None) -> Turn:
-        turn: Turn = self._call("ask", holds)
-        return turn
+    All calls raise a RunError when the coordinator is lost.
+    """
 
-    def may_win(self, progress: Progress) -> bool:
-        return bool(self._call("may_win", progress))
+    def __init__(self, connection: Channel, flag: StopFlag) -> None:
+        self._connection, self._flag = connection, flag
+        self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._receive, daemon=True, name="coordinator client").start()
 
-    def record(self, progress: Progress) -> None:
-        self._call("record", progress)
+    def ask(self, loaded_candidate: int | None) -> Assignment:
+        """The next assignment."""
+        return Assignment(**self._call("ask", loaded_candidate))
+
+    def needs_checkpoint(self, result: ProbeResult) -> bool:
+        """Whether the state of the candidate has to be saved."""
+        return bool(self._call("needs_checkpoint", asdict(result)))
+
+    def record(self, result: ProbeResult) -> None:
+        """Write a result to the journal."""
+        self._call("record", asdict(result))
 
     def stop(self, reason: str) -> None:
-        self._over = True
+        """End all groups."""
         self._call("stop", reason)
 
     def _call(self, name: str, argument: Any) -> Any:
-        answer, told = None, False
+        answer, signal_sent = None, False
         with contextlib.suppress(OSError):
-            self._line.send((name, argument))
+            _send(self._connection, {"call": name, "argument": argument})
             while True:
                 with contextlib.suppress(queue.Empty):
                     answer = self._answers.get(timeout=_POLL_SECONDS)
                     break
-                if name == "ask" and self._flag.asked and not told:
-                    told = True  # the coordinator then answers the question with the stop
-                    self._line.send(("signalled", _reason(self._flag)))
+                if name == "ask" and self._flag.asked and not signal_sent:
+                    signal_sent = True  # the coordinator then answers the question with the stop
+                    _send(self._connection, {"signal": _reason(self._flag)})
         if answer is None:
             raise RunError(
                 "the coordinator on rank 0 is gone. The same command goes on from what it has "
                 "written down."
             )
-        return answer[0]
+        return answer["answer"]
 
-    def _listen(self) -> None:
-        """Answers go to whoever waits; word of a stop goes to the flag at once."""
+    def _receive(self) -> None:
+        """Pass answers to the waiting call, and a stop to the flag, at once."""
         try:
             while True:
-                kind, value = self._line.recv()
-                if kind == "stop":
-                    self._flag.ask(value)
-                else:
-                    # After the last turn the other side closes.
-                    self._over |= isinstance(value, Turn) and value.candidate is None
-                    self._answers.put((value,))
+                message = json.loads(self._connection.receive())
+                if "stop" in message:
+                    self._flag.ask(message["stop"])
+                    continue
+                self._answers.put(message)
+                if message["last"]:
+                    return
         except (EOFError, OSError):
             self._answers.put(None)
-            if not self._over:
-                self._flag.ask("the coordinator on rank 0 is gone")
+            self._flag.ask("the coordinator on rank 0 is gone")
+        finally:
+            self._connection.close()
 
 
-class _Line:
-    """A connection that several threads may send on."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self._sending = threading.Lock()
-
-    def send(self, kind: str, value: Any) -> None:
-        with self._sending:
-            self.connection.send((kind, value))
-
-
-class _Counter:
-    """Rank 0's side: a listening socket and a thread for each other group's leader.
+class CoordinatorServer:
+    """Rank 0's side: answers the leaders of all other groups, each in a thread of its own.
 
     Attributes:
-        failure: what went wrong here while a group was answered; it ends the run.
+        failure: the first error of the coordinator while it answered a group; it ends the run.
     """
 
-    def __init__(self, coordinator: Coordinator, flag: StopFlag, secret: bytes) -> None:
-        self._coordinator, self._flag, self._secret = coordinator, flag, secret
-        self._socket = listen()
-        self._lines: list[_Line] = []
+    def __init__(self, coordinator: Coordinator, flag: StopFlag) -> None:
+        self._coordinator, self._flag = coordinator, flag
         self.failure: Exception | None = None
-        coordinator.on_stop = self._tell_all
-        threading.Thread(target=self._accept, daemon=True, name="desk").start()
+        self._server = channel.Server(self._serve)
+        coordinator.on_stop = self._stop_all
 
     @property
-    def port(self) -> int:
-        """Where leaders connect to."""
-        return int(self._socket.getsockname()[1])
+    def address(self) -> tuple[int, bytes]:
+        """The port and the secret that leaders connect with."""
+        return self._server.port, self._server.secret
 
     def close(self) -> None:
-        """Nobody else is expected."""
-        self._socket.close()
+        """Accept nobody else; those that are connected are still answered."""
+        self._server.close()
 
-    def _tell_all(self, reason: str) -> None:
+    def _stop_all(self, reason: str) -> None:
         """Let every group stop at its next step."""
         self._flag.ask(reason)
-        for line in self._lines:
-            with contextlib.suppress(OSError):  # a group that is gone needs no word
-                line.send("stop", reason)
+        for connection in self._server.channels:
+            with contextlib.suppress(OSError):  # a group that is gone has nothing to stop
+                _send(connection, {"stop": reason})
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
-                connection = Connection(self._socket.accept()[0].detach())
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: Connection) -> None:
+    def _serve(self, group: int, connection: Channel) -> None:
         """Answer one leader until its work is over."""
-        group: int | None = None
+        last = False
         try:
-            if not connection.poll(_HELLO_SECONDS) or (
-                connection.recv_bytes(len(self._secret)) != self._secret
-            ):
-                return  # somebody who knocks at ports
-            line = _Line(connection)
-            self._lines.append(line)
-            group = connection.recv()
-            line.send("answer", None)
-            self._answer_all(group, line)
+            while not last:
+                message = json.loads(connection.receive())
+                if "signal" in message:  # came after its question had been answered
+                    self._coordinator.stop(message["signal"])
+                    continue
+                try:
+                    answer, last = self._answer(group, message, connection)
+                except Exception as error:  # raised again on rank 0 when its own group ends
+                    self.failure = self.failure or error
+                    self._coordinator.stop(f"the coordinator failed: {error}")
+                    return
+                _send(connection, {"answer": answer, "last": last})
         except (EOFError, OSError):
-            if group is not None:
-                self._coordinator.stop(f"probe group {group} is gone")
+            self._coordinator.stop(_gone(group))
         finally:
             connection.close()
 
-    def _answer_all(self, group: int, line: _Line) -> None:
-        over = False
-        while not over:
-            name, argument = line.connection.recv()
-            if name == "signalled":  # came as the question was being answered
-                self._coordinator.stop(argument)
-                continue
-            try:
-                answer = self._answer(group, name, argument, line.connection)
-            except Exception as error:  # rank 0's own trouble, raised there when its group ends
-                self.failure = self.failure or error
-                self._coordinator.stop(f"the coordinator failed: {error}")
-                raise EOFError from error
-            over = name == "stop" or (name == "ask" and answer.candidate is None)
-            line.send("answer", answer)
+    def _answer(self, group: int, message: dict[str, Any], connection: Channel) -> tuple[Any, bool]:
+        """The answer to a question, and whether it is the last one for this group."""
 
-    def _answer(self, group: int, name: str, argument: Any, connection: Connection) -> Any:
         def signalled() -> str:
-            return str(connection.recv()[1]) if connection.poll() else ""
+            try:
+                return str(json.loads(connection.receive())["signal"]) if connection.poll() else ""
+            except (EOFError, OSError):
+                return _gone(group)
 
-        coordinator = self._coordinator
-        if name == "ask":
-            return coordinator.ask(group, argument, stopped=signalled)
-        if name == "record":
-            return coordinator.record(group, argument)
-        return coordinator.may_win(argument) if name == "may_win" else coordinator.stop(argument)
+        coordinator, argument = self._coordinator, message["argument"]
+        match message["call"]:
+            case "ask":
+                assignment = coordinator.ask(group, argument, stopped=signalled)
+                return asdict(assignment), assignment.candidate is None
+            case "needs_checkpoint":
+                return coordinator.needs_checkpoint(_probe_result(argument)), False
+            case "record":
+                coordinator.record(group, _probe_result(argument))
+                return None, False
+            case "stop":
+                coordinator.stop(argument)
+                return None, True
+            case unknown:
+                raise AssertionError(f"unknown call {unknown}")
 
 
 @contextlib.contextmanager
-def desk_of(
+def connect(
     world: World, group: World, coordinator: Coordinator | None, flag: StopFlag
-) -> Iterator[Desk | None]:
-    """The desk for this rank's group: None on ranks that are no leader.  Collective.
+) -> Iterator[CoordinatorClient | None]:
+    """The client of this rank's group: None on ranks that do not lead one.  Collective.
 
     Args:
         world: all ranks.
         group: this rank's group.
         coordinator: on rank 0.
-        flag: set when the coordinator wants all groups to stop.
+        flag: set when the coordinator stops all groups.
 
     Raises:
         RunError: if a leader cannot reach rank 0.
         Exception: on rank 0, what went wrong while it answered another group.
     """
-    many = group.size < world.size
-    secret = world.broadcast(secrets.token_bytes(32))
-    counter = _Counter(coordinator, flag, secret) if coordinator and many else None
-    port = world.broadcast(counter.port if counter else None)
-    desks: list[Desk] = [_Near(coordinator, flag)] if coordinator else []
+    several = group.size < world.size
+    server = CoordinatorServer(coordinator, flag) if coordinator and several else None
+    address = world.broadcast(server.address if server else None)
 
-    def connect() -> None:
+    clients: list[CoordinatorClient] = [LocalClient(coordinator, flag)] if coordinator else []
+
+    def connect_leader() -> None:
         if group.is_coordinator and not coordinator:
-            line = _connected(port, secret, world.rank // group.size)
-            desks.append(_Far(line, flag))
+            number = world.rank // group.size
+            port, secret = address
+            opened = channel.connect(port, secret, index=number, source=f"probe group {number}")
+            clients.append(RemoteClient(opened, flag))
 
     try:
-        world.from_each(connect)  # rank 0 listens until the last one has come
-        yield desks[0] if desks else None
+        world.run_on_all_ranks(connect_leader)  # rank 0 accepts until the last one has connected
+        yield clients[0] if clients else None
     except Stopped:
-        if counter and counter.failure:
-            raise counter.failure from None
+        if server and server.failure:
+            raise server.failure from None
         raise
     finally:
-        if counter:
-            counter.close()
+        if server:
+            server.close()
 
 
-def _connected(port: int, secret: bytes, group: int) -> Connection:
-    address = os.environ["MASTER_ADDR"], port
-    try:
-        opened = socket.create_connection(address, timeout=_HELLO_SECONDS)
-        opened.settimeout(None)  # from here on an answer may take as long as it takes
-        line = Connection(opened.detach())
-        line.send_bytes(secret)
-        line.send(group)
-        line.recv()
-    except (OSError, EOFError) as error:
-        raise RunError(
-            f"probe group {group} cannot reach rank 0 at {address[0]}, port {port}: {error}. Ranks "
-            "need each other's ports above 1024 open."
-        ) from None
-    return line
+def _send(connection: Channel, message: dict[str, Any]) -> None:
+    connection.send(json.dumps(message).encode())
+
+
+def _probe_result(fields: dict[str, Any]) -> ProbeResult:
+    """From JSON, which has lists where the dataclass has tuples."""
+    tuples: dict[str, Any] = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+    return ProbeResult(**fields | tuples)
+
+
+def _gone(group: int) -> str:
+    return f"probe group {group} is gone"
 
 
 def _reason(flag: StopFlag) -> str:

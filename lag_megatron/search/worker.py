@@ -1,71 +1,79 @@
-"""A probe group: one live engine that takes one candidate after another some steps further."""
+"""A probe worker: one engine on the ranks of a probe group, which trains assigned candidates."""
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import require_sound
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config import GrowthConfig
-from lag_megatron.distributed.watchdog import watched
-from lag_megatron.distributed.world import World, local_ranks
-from lag_megatron.engine.base_cache import KeptBase
-from lag_megatron.engine.ema import WeightAverage, fits
-from lag_megatron.engine.engine import Engine
+from lag_megatron.distributed.world import World, local_world_size
+from lag_megatron.engine.base_cache import BaseCache
+from lag_megatron.engine.ema import WeightAverage, has_weight_average
 from lag_megatron.engine.save import save_engine
 from lag_megatron.engine.step_result import mean
-from lag_megatron.engine.training_context import Job, MetricRow
-from lag_megatron.errors import RunError
 from lag_megatron.growth.apply.grown_state import GrownState, resharded
 from lag_megatron.growth.pool import Candidate
-from lag_megatron.planning.cost import tokens_per_step
+from lag_megatron.run.metrics import MetricRow
 from lag_megatron.run.signals import Stopped
-from lag_megatron.search.candidate_dir import CURVE, TRAINING, CandidateFolder
-from lag_megatron.search.event import Event, Progress, Turn
+from lag_megatron.search.candidate_dir import CURVE, TRAINING, CandidateDir
+from lag_megatron.search.context import ProbeTrainer, SearchContext
+from lag_megatron.search.event import Assignment, GrowthEvent, ProbeResult
+from lag_megatron.search.limits import memory_limit, time_limit
 
-MayWin = Callable[[Progress], bool]
+NeedsCheckpointFn = Callable[[ProbeResult], bool]
 
 
 @dataclass(slots=True)
-class _Held:
-    """The candidate whose state is in the engine."""
+class _LoadedCandidate:
+    """The candidate whose state is in the engine.
+
+    Attributes:
+        index: in the pool.
+        steps: optimizer steps taken since growth.
+        growth: what its state began as.
+        average: of its weights, where candidates are compared by it.
+    """
 
     index: int
+    candidate: Candidate
+    dir: CandidateDir
     steps: int
-    job: Job
     growth: GrownState
     average: WeightAverage | None
 
 
-class ProbeGroup:
-    """The ranks of one engine; each has one of these and they call its methods together.
+class ProbeWorker:
+    """Trains one candidate after another; every rank of the group has one and calls with it.
 
     Args:
-        job: with the feed of this group's world.
-        engine: of the event's target depth.
+        context: of the run.
+        trainer: with an engine of the event's target depth on the ranks of this group.
         event: what is probed.
         count: how many groups there are.
     """
 
-    def __init__(self, job: Job, engine: Engine, event: Event, *, count: int) -> None:
-        self.job, self.engine, self.event, self.count = job, engine, event, count
-        self._held: _Held | None = None
-        world, talks = engine.world, engine.world.is_coordinator
-        ranks, spare = local_ranks(world.size), not job.config.has_paths  # later ones may be longer
-        self._base = KeptBase.on(world.device, local_ranks=ranks, talks=talks, spare=spare)
-        self._fits = False  # a step of this engine has not run out of memory
+    def __init__(
+        self, context: SearchContext, trainer: ProbeTrainer, event: GrowthEvent, *, count: int
+    ) -> None:
+        self.context, self.event, self.count = context, event, count
+        self._trainer, self.engine = trainer, trainer.engine
+        self._loaded: _LoadedCandidate | None = None
+        self._base = BaseCache.for_device(
+            self.world.device,
+            local_ranks=local_world_size(self.world.size),
+            verbose=self.world.is_coordinator,
+            on_device=context.equal_memory,
+        )
+        self._step_fits = False  # a step of this engine has not run out of memory
 
     def release(self) -> None:
-        """Let go of the engine, which is about to be destroyed."""
-        self._held = self._base = None
+        """Drop all references to the engine's tensors, before it is destroyed."""
+        self._loaded = self._base = None
 
     @property
     def world(self) -> World:
@@ -73,72 +81,78 @@ class ProbeGroup:
         return self.engine.world
 
     @property
-    def holds(self) -> int | None:
-        """The candidate whose state need not be loaded."""
-        return self._held.index if self._held else None
+    def loaded_candidate(self) -> int | None:
+        """Index of the candidate whose state is in the engine."""
+        return self._loaded.index if self._loaded else None
 
-    def advance(self, turn: Turn, may_win: MayWin) -> Progress:
+    def advance(self, assignment: Assignment, needs_checkpoint: NeedsCheckpointFn) -> ProbeResult:
         """Train a candidate to a rung, evaluate it on the way, and save it if it may still win.
 
-        ``may_win`` is asked on the group's leader alone.
+        ``needs_checkpoint`` is called on the group's leader alone.
 
         Raises:
-            Stopped: when a signal asked for it; what was trained is saved.
+            Stopped: when the run is asked to end; what was trained is saved.
             RunError: when the candidate ran out of memory: it has lost, and this process ends.
         """
-        assert turn.candidate is not None
+        assert assignment.candidate is not None
         started = time.perf_counter()
-        candidate = self.event.pool[turn.candidate]
-        folder = self._folder(candidate)
-        with self._limits(folder, candidate, turn) as progressed:
-            held = self._take_over(turn, candidate, folder)
-            trained, failure = self._train(held, turn.rung, folder, progressed)
-            progress = Progress(
-                candidate=turn.candidate,
-                rung=turn.rung,
-                steps=held.steps,
-                evaluations=tuple(self.world.from_coordinator(folder.curve)),
-                trained=tuple(trained),
+        candidate_dir = self._candidate_dir(self.event.pool[assignment.candidate])
+        limit = time_limit(
+            candidate_dir,
+            attempt=assignment.attempt,
+            seconds=self.event.growth.rung_timeout,
+            stacks=self.context.run.root / "stacks",
+        )
+        with memory_limit(candidate_dir, step_fits=lambda: self._step_fits), limit as progressed:
+            loaded = self._load_candidate(assignment)
+            train_rows, failure = self._train(loaded, assignment.rung, progressed)
+            result = ProbeResult(
+                candidate=assignment.candidate,
+                rung=assignment.rung,
+                steps=loaded.steps,
+                evaluations=tuple(self.world.run_on_rank0(candidate_dir.curve)),
+                train_rows=tuple(train_rows),
                 failure=failure,
             )
             state = None
             if failure:
-                self._held = None  # its state is of no use
-            elif self.world.from_coordinator(lambda: may_win(progress)):
-                state = self._save(held, folder)
-        self.world.from_coordinator(folder.flush)
+                self._loaded = None  # its state is of no use
+            elif self.world.run_on_rank0(lambda: needs_checkpoint(result)):
+                state = self._save(loaded)
+        self.world.run_on_rank0(candidate_dir.flush)
         name = state.name if state else None
-        return replace(progress, state=name, seconds=time.perf_counter() - started)
+        return replace(result, state=name, seconds=time.perf_counter() - started)
 
-    def _folder(self, candidate: Candidate) -> CandidateFolder:
-        path = self.job.run.probe(self.event.number, candidate.id)
-        return CandidateFolder(path, self.event.base_step)
+    def _candidate_dir(self, candidate: Candidate) -> CandidateDir:
+        path = self.context.run.probe(self.event.number, candidate.id)
+        return CandidateDir(path, self.event.base_step)
 
-    # Taking over a state
+    # Loading a state
 
-    def _take_over(self, turn: Turn, candidate: Candidate, folder: CandidateFolder) -> _Held:
-        """Have the candidate in the engine, as far trained as it is anywhere."""
-        held = self._held
-        if held is not None and (held.index, held.steps) == (turn.candidate, turn.trained):
-            return held
-        self._held = None
-        steps = self.world.from_coordinator(
-            lambda: folder.resume(rung=turn.rung, usable=self._usable)
+    def _load_candidate(self, assignment: Assignment) -> _LoadedCandidate:
+        """Have the candidate in the engine, from memory, from its newest state or from the base."""
+        loaded, index = self._loaded, assignment.candidate
+        assert index is not None
+        if loaded is not None and (loaded.index, loaded.steps) == (index, assignment.trained_steps):
+            return loaded
+        self._loaded = None
+        candidate = self.event.pool[index]
+        candidate_dir = self._candidate_dir(candidate)
+        steps = self.world.run_on_rank0(
+            lambda: candidate_dir.resume(rung=assignment.rung, usable=self._usable)
         )
-        growth = self._growth(candidate, folder.state_at(steps) if steps else None)
+        growth = self._growth(candidate, candidate_dir.state_at(steps) if steps else None)
         self.engine.grow_from(growth, None if steps else self._base)
-        average = WeightAverage(self.engine.live) if self._averages else None
+        average = WeightAverage(self.engine.state) if self._averages else None
         if average and steps:
-            average.load(folder.state_at(steps), rank=self.world.rank, size=self.world.size)
-        assert turn.candidate is not None
-        job = self.job.with_paths(self.event.number, candidate.path_length)
-        self._held = _Held(turn.candidate, steps, job, growth, average)
-        return self._held
+            average.load(candidate_dir.state_at(steps), rank=self.world.rank, size=self.world.size)
+        self._loaded = _LoadedCandidate(index, candidate, candidate_dir, steps, growth, average)
+        return self._loaded
 
     def _usable(self, state: Path) -> bool:
-        """Whether an average that goes with a state is spread as this engine is."""
+        """Whether the weight average that is saved with a state is sharded as this engine is."""
         return not self._averages or (
-            fits(state, size=self.world.size)
+            has_weight_average(state, size=self.world.size)
             and ZeroCheckpoint.open(state).topology == self.engine.topology
         )
 
@@ -155,7 +169,9 @@ class ProbeGroup:
             require_sound(state, names[self.world.rank :: self.world.size])
             opened.append(resharded(ZeroCheckpoint.open(state), self.engine.topology))
 
-        self.world.from_each(open_source)  # a rank that failed alone would leave the others waiting
+        self.world.run_on_all_ranks(
+            open_source
+        )  # a rank that failed alone would leave the others waiting
         return opened[0]
 
     @property
@@ -165,122 +181,81 @@ class ProbeGroup:
     # Training
 
     def _train(
-        self, held: _Held, rung: int, folder: CandidateFolder, progressed: Callable[[], None]
+        self, loaded: _LoadedCandidate, rung: int, progressed: Callable[[], None]
     ) -> tuple[list[MetricRow], str]:
         """The metrics of the steps taken and the reason of a failure."""
-        trained: list[MetricRow] = []
-        known = {row["step"] for row in self.world.from_coordinator(folder.curve)}
+        rows: list[MetricRow] = []
+        known = {row["step"] for row in self.world.run_on_rank0(loaded.dir.curve)}
         for point in (step for step in self.event.evaluations if step <= rung):
-            while held.steps < point:
-                row, failure = self._step(held, folder)
+            while loaded.steps < point:
+                row, failure = self._step(loaded)
                 if failure:
-                    return trained, failure
-                trained.append(row)
-                self._fits = True
+                    return rows, failure
+                rows.append(row)
+                self._step_fits = True
                 progressed()
-            if held.steps == point and point not in known:
-                evaluation, failure = self._evaluate(held)
+            if loaded.steps == point and point not in known:
+                evaluation, failure = self._evaluate(loaded)
                 if failure:
-                    return trained, failure
-                self._note(folder, CURVE, evaluation)
+                    return rows, failure
+                self._add_row(loaded, CURVE, evaluation)
             progressed()
-        return trained, ""
+        return rows, ""
 
-    def _step(self, held: _Held, folder: CandidateFolder) -> tuple[MetricRow, str]:
-        growth, event = self.event.growth, self.event
-        row, stop = held.job.step(self.engine, event.base_step + held.steps, stage=event.number)
-        held.steps += 1
-        failure = _failure(float(row["train/loss"]), growth, "training", held.steps)
+    def _step(self, loaded: _LoadedCandidate) -> tuple[MetricRow, str]:
+        """One optimizer step: its metrics and the reason of a failure."""
+        step = self.event.base_step + loaded.steps
+        row, stop = self._trainer.train_step(loaded.candidate, step)
+        loaded.steps += 1
+        failure = _failure(float(row["train/loss"]), self.event.growth, "training", loaded.steps)
         if not math.isfinite(float(row.get("train/grad_norm", 0.0))):
-            failure = f"gradient norm is {row['train/grad_norm']} at step {held.steps}"
+            failure = f"gradient norm is {row['train/grad_norm']} at step {loaded.steps}"
         if failure:
             return row, failure
-        if held.average:
-            held.average.update(held.steps)
-        self._note(folder, TRAINING, row)
-        if stop or held.steps % self.job.config.checkpoint.interval == 0:
-            self._save(held, folder)
+        if loaded.average:
+            loaded.average.update(loaded.steps)
+        self._add_row(loaded, TRAINING, row)
+        if stop or loaded.steps % self.context.checkpoint_interval == 0:
+            self._save(loaded)
         if stop:
-            raise Stopped(self.job.stop.why)
+            raise Stopped(self.context.stop.why)
         return row, ""
 
-    def _evaluate(self, held: _Held) -> tuple[dict[str, Any], str]:
+    def _evaluate(self, loaded: _LoadedCandidate) -> tuple[dict[str, Any], str]:
         """A line of the curve and the reason of a failure."""
-        growth, batches = self.event.growth, self.job.evaluate(self.engine)
+        growth, batches = self.event.growth, self._trainer.evaluate()
         loss = mean(batches)
-        line: dict[str, Any] = {"step": held.steps, "val_loss": loss, "val_loss_batches": batches}
-        failure = _failure(loss, growth, "validation", held.steps)
-        if held.average and not failure:
-            if held.steps:
-                with held.average.in_place():
-                    batches = self.job.evaluate(self.engine)
+        line: dict[str, Any] = {"step": loaded.steps, "val_loss": loss, "val_loss_batches": batches}
+        failure = _failure(loss, growth, "validation", loaded.steps)
+        if loaded.average and not failure:
+            if loaded.steps:  # right after growth the average is the weights
+                with loaded.average.in_place():
+                    batches = self._trainer.evaluate()
                 loss = mean(batches)
             line |= {"ema_val_loss": loss, "ema_val_loss_batches": batches}
-            failure = _failure(loss, growth, "averaged weights' validation", held.steps)
+            failure = _failure(loss, growth, "averaged weights' validation", loaded.steps)
         return line, failure
 
-    def _note(self, folder: CandidateFolder, name: str, line: dict[str, Any]) -> None:
+    def _add_row(self, loaded: _LoadedCandidate, name: str, row: dict[str, Any]) -> None:
         if self.world.is_coordinator:
-            folder.add(name, [line])
+            loaded.dir.add(name, [row])
 
-    def _save(self, held: _Held, folder: CandidateFolder) -> Path:
-        """Save the state and forget the candidate's earlier ones."""
-        state, world = folder.state_at(held.steps), self.world
-        step = self.event.base_step + held.steps
-        world.from_coordinator(folder.flush)
+    def _save(self, loaded: _LoadedCandidate) -> Path:
+        """Save the state and delete the candidate's earlier ones."""
+        state, world = loaded.dir.state_at(loaded.steps), self.world
+        step = self.event.base_step + loaded.steps
+        world.run_on_rank0(loaded.dir.flush)
         save_engine(
             self.engine,
             state,
             step=step,
-            tokens=step * tokens_per_step(self.job.config),
-            history=held.growth.client_state["growth_history"],
-            growth=held.growth,
-            average=held.average,
+            tokens=step * self.context.costs.tokens_per_step,
+            history=loaded.growth.client_state["growth_history"],
+            growth=loaded.growth,
+            average=loaded.average,
         )
-        world.from_coordinator(lambda: folder.keep_only(state))
+        world.run_on_rank0(lambda: loaded.dir.keep_only(state))
         return state
-
-    # Limits
-
-    @contextlib.contextmanager
-    def _limits(
-        self, folder: CandidateFolder, candidate: Candidate, turn: Turn
-    ) -> Iterator[Callable[[], None]]:
-        """Lack of time and of memory: a word is left, this process ends, and with it the job.
-
-        The other ranks of the group wait in a collective call and cannot be asked to go on.
-        """
-        seconds = self.event.growth.rung_timeout
-        rank = dist.get_rank()
-        stacks = self.job.run.root / "stacks" / f"{candidate.id}-rank{rank}.txt"
-
-        def expired() -> str:
-            folder.mark_hung(attempt=turn.attempt, seconds=float(seconds or 0))
-            return (
-                f"[rank {rank}] {candidate.id}: no progress for growth.rung_timeout = {seconds:g} "
-                f"s; all stacks are in {stacks.parent}. The same command goes on from the last "
-                "saved states; after two such attempts the candidate has lost."
-            )
-
-        try:
-            with watched(seconds, stacks=stacks, on_expiry=expired) as progressed:
-                yield progressed
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            what = str(error).splitlines()[0] if str(error) else type(error).__name__
-            # All candidates have one shape: if the first step did not fit, no other will.
-            if self._fits:
-                folder.mark_failed(f"out of memory on rank {rank}: {what}", rank=rank)
-            remedy = (
-                "The candidate has lost; the same command goes on without it."
-                if self._fits
-                else "Not one step of the grown model fits: lower parallel.micro_batch or "
-                "growth.probe_groups and run the same command again."
-            )
-            raise RunError(
-                f"{candidate.id}: out of memory on rank {rank}: {what} {remedy}"
-            ) from error
 
 
 def _failure(loss: float, growth: GrowthConfig, what: str, step: int) -> str:
@@ -289,11 +264,3 @@ def _failure(loss: float, growth: GrowthConfig, what: str, step: int) -> str:
     if loss > growth.max_loss:
         return f"{what} loss {loss:.4g} is above growth.max_loss {growth.max_loss} at step {step}"
     return ""
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # On a CPU torch raises a plain RuntimeError.
-    words = ("allocate memory", "OutOfMemoryError")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        word in str(error) for word in words
-    )

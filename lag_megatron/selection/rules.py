@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lag_megatron.config import GrowthConfig
-from lag_megatron.config.schema import GUARD_SHARE
+from lag_megatron.config.schema.run import GUARD_SHARE
 from lag_megatron.selection.curve import Curves, rung_value
 from lag_megatron.selection.evidence import spearman
 from lag_megatron.selection.ranking import Losses, rank

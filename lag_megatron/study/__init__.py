@@ -7,26 +7,26 @@ from lag_megatron.atomic_io import write_atomically
 from lag_megatron.report.render.html import to_html
 from lag_megatron.report.render.markdown import to_markdown
 from lag_megatron.report.sections.matplotlib_figures import plots_available
-from lag_megatron.study.content import study_blocks
-from lag_megatron.study.figures import draw_study
-from lag_megatron.study.findings import findings
-from lag_megatron.study.launch import Ended, StudyFolder, prepare, run_all
+from lag_megatron.study.findings import finding_sentences
+from lag_megatron.study.launch import LaunchResult, StudyFolder, launch_runs, prepare_study
 from lag_megatron.study.plan import PlannedRun, StudyPlan, plan_study
+from lag_megatron.study.plan_table import plan_text
+from lag_megatron.study.plots import draw_study
+from lag_megatron.study.report import study_blocks
 from lag_megatron.study.results import study_results
 from lag_megatron.study.schema import Study, load_study
-from lag_megatron.study.table import plan_text
 
 __all__ = [
-    "Ended",
+    "LaunchResult",
     "PlannedRun",
     "Study",
     "StudyFolder",
     "StudyPlan",
+    "launch_runs",
     "load_study",
     "plan_study",
     "plan_text",
-    "prepare",
-    "run_all",
+    "prepare_study",
     "write_study",
 ]
 
@@ -41,7 +41,7 @@ def write_study(plan: StudyPlan, folder: StudyFolder) -> Path:
     folder.root.mkdir(parents=True, exist_ok=True)
     pictures = draw_study(results, folder.root / "figures") if plots_available() else None
     content = list(study_blocks(results, pictures))
-    results["findings"] = findings(results)
+    results["finding_sentences"] = finding_sentences(results)
     write_atomically(
         folder.root / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n"
     )

@@ -4,9 +4,10 @@ import bisect
 from dataclasses import dataclass, replace
 
 from lag_megatron.config import RunConfig
-from lag_megatron.planning.search_cost import search_cost, training_flops
+from lag_megatron.growth.pool import growth_pools
+from lag_megatron.planning.cost import training_flops
+from lag_megatron.planning.search_cost import search_cost
 from lag_megatron.planning.vocab_size import estimate_vocab_size
-from lag_megatron.training.dry_run import growth_pools
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class PlannedCost:
         return self.training + self.search
 
 
-class Price:
+class CostModel:
     """The planned cost of a configuration as a function of the length of its last stage.
 
     The size of the vocabulary is the dry run's: an estimate where the tokenizer is not there yet.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from lag_megatron.report.formatting import plural
+from lag_megatron.report.render.formatting import plural
 from lag_megatron.report.stats.run_files import Json
 from lag_megatron.study.results import LAST
 
@@ -10,7 +10,7 @@ from lag_megatron.study.results import LAST
 _NEAR = 0.01
 
 
-def findings(results: Json) -> list[str]:
+def finding_sentences(results: Json) -> list[str]:
     """The sentences in the order of importance."""
     return [
         *_missing(results),

@@ -59,7 +59,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class LaunchResult:
     """How a study's processes ended; ``signal`` is the number of the one that ended them."""
 
     failures: tuple[Failure, ...]
@@ -74,7 +74,7 @@ class _Child:
     started: float = field(default_factory=time.monotonic)
 
 
-def prepare(plan: StudyPlan, folder: StudyFolder, *, workers: int) -> list[PlannedRun]:
+def prepare_study(plan: StudyPlan, folder: StudyFolder, *, workers: int) -> list[PlannedRun]:
     """Write the configurations, and return the runs that have not finished.
 
     Raises:
@@ -99,7 +99,7 @@ def _require_same(folder: StudyFolder, run: PlannedRun) -> None:
         raise RunError(f"{run.name}: {error} For a changed study, give another --out.") from None
 
 
-def run_all(
+def launch_runs(
     runs: Sequence[PlannedRun],
     folder: StudyFolder,
     *,
@@ -107,7 +107,7 @@ def run_all(
     launcher: Sequence[str],
     workers: int,
     say: Callable[[str], None],
-) -> Ended:
+) -> LaunchResult:
     """Start the runs, ``workers`` at a time, and wait for all of them.
 
     SIGINT and SIGTERM are passed on: runs save, end, and go on with the next call.  A second
@@ -135,7 +135,7 @@ def run_all(
                 time.sleep(_POLL_SECONDS)
         finally:
             _stop(active, received, say)
-    return Ended(tuple(failures), received[0] if received else None)
+    return LaunchResult(tuple(failures), received[0] if received else None)
 
 
 def _ended(child: _Child, folder: StudyFolder, say: Callable[[str], None]) -> Iterator[Failure]:

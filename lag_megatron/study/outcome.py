@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lag_megatron.config import RunConfig
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.errors import RunError
 from lag_megatron.planning.cost import steps_flops, tokens_per_step
 from lag_megatron.report.stats.run import SPEED, TRAIN, VAL, last_event, series
@@ -13,7 +13,7 @@ from lag_megatron.report.stats.run_files import Json, RunFiles, finite, read_run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
+class CurvePoint:
     """A validation of the run, and what everything up to it has cost.
 
     Right after a search there is a second point of the same step and loss, with its costs.
@@ -38,7 +38,7 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class RunOutcome:
     """A finished run.
 
     Attributes:
@@ -52,17 +52,17 @@ class Outcome:
     layers: tuple[int, ...]
     vocab_size: int
     final_loss: float
-    curve: tuple[Point, ...]
+    curve: tuple[CurvePoint, ...]
     search_flops: float
 
     @property
-    def end(self) -> Point:
+    def end(self) -> CurvePoint:
         """The last validation, with the whole run's costs."""
         return self.curve[-1]
 
 
 @dataclass(frozen=True, slots=True)
-class _Search:
+class _ChargedSearch:
     """What one growth event took beyond the winner's own steps, charged from ``step`` on."""
 
     step: int
@@ -71,7 +71,7 @@ class _Search:
     seconds: float
 
 
-def read_outcome(run_dir: Path) -> Outcome:
+def read_outcome(run_dir: Path) -> RunOutcome:
     """The outcome of a finished run.
 
     A search is charged at its growth: what its ``decision.json`` counts, evaluations included,
@@ -98,7 +98,7 @@ def read_outcome(run_dir: Path) -> Outcome:
     if not isinstance(vocab_size, int):
         raise RunError(f"{run_dir / 'run.json'}: has no vocab_size, which FLOPs depend on.")
     searches = _searches(files, vocab_size)
-    return Outcome(
+    return RunOutcome(
         layers=tuple(files.config.layers_of(s) for s in range(len(files.config.stages))),
         vocab_size=vocab_size,
         final_loss=loss,
@@ -115,9 +115,9 @@ def _how_far(files: RunFiles) -> str:
 def _points(
     files: RunFiles,
     validations: Sequence[Sequence[float]],
-    searches: Sequence[_Search],
+    searches: Sequence[_ChargedSearch],
     vocab_size: int,
-) -> list[Point]:
+) -> list[CurvePoint]:
     per_step = tokens_per_step(files.config)
     seconds = _training_seconds(files)
     points = []
@@ -128,7 +128,7 @@ def _points(
         for count in range(charged, sum(search.step <= step for search in searches) + 1):
             before = searches[:count]
             points.append(
-                Point(
+                CurvePoint(
                     step=step,
                     searches=count,
                     loss=loss,
@@ -163,7 +163,7 @@ def _until(seconds: Sequence[tuple[int, float]], step: int) -> float:
     return sum(spent for number, spent in seconds if number <= step)
 
 
-def _searches(files: RunFiles, vocab_size: int) -> list[_Search]:
+def _searches(files: RunFiles, vocab_size: int) -> list[_ChargedSearch]:
     """In the order of growths; a pool of one is none."""
     return [
         _search(files, growth.decision, stage=growth.growth, vocab_size=vocab_size)
@@ -172,7 +172,9 @@ def _searches(files: RunFiles, vocab_size: int) -> list[_Search]:
     ]
 
 
-def _search(files: RunFiles, decision: Json | None, *, stage: int, vocab_size: int) -> _Search:
+def _search(
+    files: RunFiles, decision: Json | None, *, stage: int, vocab_size: int
+) -> _ChargedSearch:
     where = files.path / f"growth{stage:02d}" / "decision.json"
     if decision is None:
         raise RunError(f"{where}: is missing, although the run has finished.")
@@ -182,7 +184,7 @@ def _search(files: RunFiles, decision: Json | None, *, stage: int, vocab_size: i
         own = next(c["steps"] for c in candidates if c["id"] == decision["chosen"])
         seconds = _training_seconds(files)
         own_seconds = _until(seconds, start + own) - _until(seconds, start)
-        return _Search(
+        return _ChargedSearch(
             start,
             flops=cost["flops"]
             - steps_flops(files.config, range(start, start + own), vocab_size=vocab_size),

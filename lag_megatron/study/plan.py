@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lag_megatron.config import RunConfig, parse_config, require_groups
+from lag_megatron.config import RunConfig, check_probe_groups, parse_config
 from lag_megatron.config.load import Tree, merge
-from lag_megatron.config.validation.run import problems_of
+from lag_megatron.config.validation.run import find_problems
 from lag_megatron.errors import ConfigError, PlanError
-from lag_megatron.study.budget import PlannedCost, Price, with_last_steps
-from lag_megatron.study.schema import Study, refusal
+from lag_megatron.study.budget import CostModel, PlannedCost, with_last_steps
+from lag_megatron.study.schema import Study, study_error
 
 _ENDLESS = ("constant", "inverse_sqrt")
 
@@ -62,7 +62,7 @@ def plan_study(study: Study) -> StudyPlan:
     settings = study.config
     configs = _configs(study)
     if lines := list(_incomparable(study, configs)):
-        raise refusal(study.path, lines)
+        raise study_error(study.path, lines)
     prices = _prices(study, configs)
     budget = _budget(study, configs, prices)
     fitted, lines = {}, []
@@ -71,7 +71,7 @@ def plan_study(study: Study) -> StudyPlan:
         fitted[arm, rate] = with_last_steps(config, steps)
         lines += _too_short(fitted[arm, rate], arm, budget, prices[arm], steps)
     if lines:
-        raise refusal(study.path, list(dict.fromkeys(lines)))
+        raise study_error(study.path, list(dict.fromkeys(lines)))
     return StudyPlan(
         study=study,
         budget=budget,
@@ -106,7 +106,7 @@ def _configs(study: Study) -> dict[tuple[str, str], RunConfig]:
                 texts = [line.strip() for line in str(error).splitlines()[1:]]
                 problems += [(arm, rate, text) for text in texts]
     if problems:
-        raise refusal(study.path, list(_where_each(problems)))
+        raise study_error(study.path, list(_where_each(problems)))
     return found
 
 
@@ -143,7 +143,7 @@ def _incomparable(study: Study, configs: Mapping[tuple[str, str], RunConfig]) ->
         yield from _unplannable(config, f"{arm}-{rate}")
         if not settings.launcher:
             try:
-                require_groups(config, world_size=1)
+                check_probe_groups(config, world_size=1)
             except ConfigError as error:
                 yield f"{arm}-{rate}: without a launcher there is one rank. {error}"
 
@@ -174,22 +174,22 @@ def _unplannable(config: RunConfig, name: str) -> Iterator[str]:
             )
 
 
-def _prices(study: Study, configs: Mapping[tuple[str, str], RunConfig]) -> dict[str, Price]:
+def _prices(study: Study, configs: Mapping[tuple[str, str], RunConfig]) -> dict[str, CostModel]:
     """Of each arm; learning rates do not change what a run costs."""
     prices, lines = {}, []
     rate = next(iter(study.config.learning_rates))
     for arm in study.config.arms:
         try:
-            prices[arm] = Price(configs[arm, rate])
+            prices[arm] = CostModel(configs[arm, rate])
         except PlanError as error:
             lines.append(f"arms.{arm}: {error}")
     if lines:
-        raise refusal(study.path, lines)
+        raise study_error(study.path, lines)
     return prices
 
 
 def _budget(
-    study: Study, configs: Mapping[tuple[str, str], RunConfig], prices: Mapping[str, Price]
+    study: Study, configs: Mapping[tuple[str, str], RunConfig], prices: Mapping[str, CostModel]
 ) -> int:
     budget = study.config.budget
     if budget.of is None:
@@ -199,7 +199,9 @@ def _budget(
     return prices[budget.of].of(config.stages[-1].steps).total
 
 
-def _too_short(config: RunConfig, arm: str, budget: int, price: Price, steps: int) -> Iterator[str]:
+def _too_short(
+    config: RunConfig, arm: str, budget: int, price: CostModel, steps: int
+) -> Iterator[str]:
     """What the budget makes impossible: no last stage, or one shorter than its settings need."""
     if steps == 0:
         yield (
@@ -208,5 +210,5 @@ def _too_short(config: RunConfig, arm: str, budget: int, price: Price, steps: in
             "stages, search less, or raise the budget."
         )
         return
-    for line in problems_of(config):
+    for line in find_problems(config):
         yield f"arms.{arm}, with the {steps:,} steps that the budget leaves its last stage: {line}"

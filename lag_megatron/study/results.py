@@ -6,16 +6,16 @@ from dataclasses import asdict
 from lag_megatron.errors import LagError, RunError
 from lag_megatron.report.stats.run_files import Json
 from lag_megatron.run.directory import claim
+from lag_megatron.study.intervals import CONFIDENCE, MeanInterval, mean_interval, paired_difference
 from lag_megatron.study.launch import StudyFolder
-from lag_megatron.study.outcome import Outcome, Point, read_outcome
+from lag_megatron.study.outcome import CurvePoint, RunOutcome, read_outcome
 from lag_megatron.study.plan import PlannedRun, StudyPlan
-from lag_megatron.study.statistics import CONFIDENCE, Estimate, estimate, paired
-from lag_megatron.study.table import layers_in_words
+from lag_megatron.study.plan_table import layers_text
 
 LAST = "last"
 AXES = ("flops", "tokens", "all_tokens", "seconds")
 
-Group = Mapping[int, Outcome]  # by seed
+OutcomesBySeed = Mapping[int, RunOutcome]  # by seed
 
 
 def study_results(plan: StudyPlan, folder: StudyFolder) -> Json:
@@ -23,7 +23,7 @@ def study_results(plan: StudyPlan, folder: StudyFolder) -> Json:
 
     Runs that have not finished, or cannot be read, are listed as missing with the reason.
     """
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, RunOutcome] = {}
     missing: dict[str, str] = {}
     for run in plan.runs:
         try:
@@ -52,7 +52,7 @@ def study_results(plan: StudyPlan, folder: StudyFolder) -> Json:
     }
 
 
-def flops_to_reach(curve: Sequence[Point], loss: float) -> float | None:
+def flops_to_reach(curve: Sequence[CurvePoint], loss: float) -> float | None:
     """Where a curve first comes to a loss, straight between validations; None if it never does."""
     for number, point in enumerate(curve):
         if point.loss <= loss:
@@ -64,7 +64,7 @@ def flops_to_reach(curve: Sequence[Point], loss: float) -> float | None:
     return None
 
 
-def _read(run: PlannedRun, folder: StudyFolder) -> Outcome:
+def _read(run: PlannedRun, folder: StudyFolder) -> RunOutcome:
     directory = folder.run(run)
     if not directory.root.exists():
         raise RunError("not begun")
@@ -74,8 +74,8 @@ def _read(run: PlannedRun, folder: StudyFolder) -> Outcome:
 
 
 def _groups(
-    plan: StudyPlan, outcomes: Mapping[str, Outcome]
-) -> dict[tuple[str, str], dict[int, Outcome]]:
+    plan: StudyPlan, outcomes: Mapping[str, RunOutcome]
+) -> dict[tuple[str, str], dict[int, RunOutcome]]:
     settings = plan.study.config
     return {
         (arm, rate): {
@@ -88,7 +88,7 @@ def _groups(
     }
 
 
-def _run(run: PlannedRun, outcome: Outcome | None, missing: Mapping[str, str]) -> Json:
+def _run(run: PlannedRun, outcome: RunOutcome | None, missing: Mapping[str, str]) -> Json:
     known: Json = {
         "name": run.name,
         "arm": run.arm,
@@ -111,7 +111,9 @@ def _run(run: PlannedRun, outcome: Outcome | None, missing: Mapping[str, str]) -
     }
 
 
-def _arm(plan: StudyPlan, arm: str, rate: str, group: Group, reference: Group) -> Json:
+def _arm(
+    plan: StudyPlan, arm: str, rate: str, group: OutcomesBySeed, reference: OutcomesBySeed
+) -> Json:
     run = next(r for r in plan.runs if (r.arm, r.learning_rate) == (arm, rate))
     config = run.config
     compared = arm != plan.study.config.reference
@@ -120,21 +122,23 @@ def _arm(plan: StudyPlan, arm: str, rate: str, group: Group, reference: Group) -
         "learning_rate": rate,
         "seeds": list(group),
         "layers": [config.layers_of(stage) for stage in range(len(config.stages))],
-        "layers_run": list(layers_in_words(config)),
+        "layers_run": list(layers_text(config)),
         "stage_steps": [stage.steps for stage in config.stages],
         "steps": config.total_steps,
         "planned_flops": run.cost.total,
         "planned_search_share": run.cost.search / run.cost.total,
         **{axis: _mean([getattr(o.end, axis) for o in group.values()]) for axis in AXES},
         "search_share": _mean([o.search_flops / o.end.flops for o in group.values()]),
-        "val_loss": _json(estimate(list(_final(group).values()))),
-        "against_reference": _json(paired(_final(group), _final(reference))) if compared else None,
+        "val_loss": _json(mean_interval(list(_final(group).values()))),
+        "against_reference": _json(paired_difference(_final(group), _final(reference)))
+        if compared
+        else None,
         "to_reference": _to_reference(group, reference) if compared else None,
         "curve": _mean_curve(list(group.values())),
     }
 
 
-def _to_reference(group: Group, reference: Group) -> Json:
+def _to_reference(group: OutcomesBySeed, reference: OutcomesBySeed) -> Json:
     """Operations to the reference's final loss, seed by seed, and what that saves of its own."""
     seeds = [seed for seed in group if seed in reference]
     reached = {
@@ -148,18 +152,18 @@ def _to_reference(group: Group, reference: Group) -> Json:
         "reached": len(reached),
         "of": len(seeds),
         "flops": _mean(list(reached.values())) if every else None,
-        "saving": _json(estimate(saved)) if every else None,
+        "saving": _json(mean_interval(saved)) if every else None,
     }
 
 
-def _mean_curve(outcomes: Sequence[Outcome]) -> list[Json]:
+def _mean_curve(outcomes: Sequence[RunOutcome]) -> list[Json]:
     """The mean over seeds at each point that all of them have."""
     by_place = [{(p.step, p.searches): p for p in outcome.curve} for outcome in outcomes]
     places = sorted(set.intersection(*map(set, by_place))) if by_place else []
     found = []
     for place in places:
         points = [curve[place] for curve in by_place]
-        loss = estimate([point.loss for point in points])
+        loss = mean_interval([point.loss for point in points])
         assert loss is not None
         costs = {axis: _mean([getattr(point, axis) for point in points]) for axis in AXES}
         found.append(
@@ -168,7 +172,9 @@ def _mean_curve(outcomes: Sequence[Outcome]) -> list[Json]:
     return found
 
 
-def _best_against_last(plan: StudyPlan, groups: Mapping[tuple[str, str], Group]) -> list[Json]:
+def _best_against_last(
+    plan: StudyPlan, groups: Mapping[tuple[str, str], OutcomesBySeed]
+) -> list[Json]:
     """For each learning rate, the arm with the lowest mean loss against the arm ``last``."""
     settings = plan.study.config
     if LAST not in settings.arms:
@@ -178,12 +184,12 @@ def _best_against_last(plan: StudyPlan, groups: Mapping[tuple[str, str], Group])
         losses = {arm: _final(groups[arm, rate]) for arm in settings.arms if groups[arm, rate]}
         if LAST in losses:
             best = min(losses, key=lambda arm: sum(losses[arm].values()) / len(losses[arm]))
-            difference = None if best == LAST else paired(losses[best], losses[LAST])
+            difference = None if best == LAST else paired_difference(losses[best], losses[LAST])
             found.append({"learning_rate": rate, "best": best, "difference": _json(difference)})
     return found
 
 
-def _own_best(plan: StudyPlan, groups: Mapping[tuple[str, str], Group]) -> list[Json]:
+def _own_best(plan: StudyPlan, groups: Mapping[tuple[str, str], OutcomesBySeed]) -> list[Json]:
     """Each arm at the learning rate that suits it best, against the reference at its best."""
     settings = plan.study.config
     rates: dict[str, str] = {}
@@ -191,7 +197,7 @@ def _own_best(plan: StudyPlan, groups: Mapping[tuple[str, str], Group]) -> list[
         means = {
             rate: found.mean
             for rate in settings.learning_rates
-            if (found := estimate(list(_final(groups[arm, rate]).values()))) is not None
+            if (found := mean_interval(list(_final(groups[arm, rate]).values()))) is not None
         }
         if means:
             rates[arm] = min(means, key=means.__getitem__)
@@ -203,21 +209,21 @@ def _own_best(plan: StudyPlan, groups: Mapping[tuple[str, str], Group]) -> list[
             "arm": arm,
             "learning_rate": rate,
             "reference_learning_rate": rates[settings.reference],
-            "difference": _json(paired(_final(groups[arm, rate]), theirs)),
+            "difference": _json(paired_difference(_final(groups[arm, rate]), theirs)),
         }
         for arm, rate in rates.items()
         if arm != settings.reference
     ]
 
 
-def _final(group: Group) -> dict[int, float]:
+def _final(group: OutcomesBySeed) -> dict[int, float]:
     return {seed: outcome.final_loss for seed, outcome in group.items()}
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    found = estimate(values)
+    found = mean_interval(values)
     return None if found is None else found.mean
 
 
-def _json(found: Estimate | None) -> Json | None:
+def _json(found: MeanInterval | None) -> Json | None:
     return None if found is None else {**asdict(found), "holds_zero": found.holds_zero}

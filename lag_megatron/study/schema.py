@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lag_megatron.config.base import FORBID
 from lag_megatron.config.load import Tree, read_tree
-from lag_megatron.config.validation.messages import explain
+from lag_megatron.config.schema.base import FORBID
+from lag_megatron.config.validation.messages import describe_errors
 from lag_megatron.errors import ConfigError
 
 
@@ -69,14 +69,14 @@ def load_study(path: Path) -> Study:
     try:
         config = TypeAdapter(StudyConfig).validate_python(tree)
     except ValidationError as error:
-        raise refusal(path, explain(error, tree, schema=StudyConfig)) from None
+        raise study_error(path, describe_errors(error, tree, schema=StudyConfig)) from None
     if lines := list(_problems(config)):
-        raise refusal(path, lines)
+        raise study_error(path, lines)
     base = read_tree(path.resolve().parent / config.base)
     return Study(name=path.stem, path=path, config=config, base=base)
 
 
-def refusal(source: Path, lines: list[str]) -> ConfigError:
+def study_error(source: Path, lines: list[str]) -> ConfigError:
     """One error for all problems of a file."""
     count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
     return ConfigError(f"{count} in {source}\n" + "\n".join(f"  {line}" for line in lines))

@@ -5,23 +5,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from lag_megatron.config import (
     ParallelConfig,
     RunConfig,
+    check_probe_groups,
     data_parallel_size,
     dump_config,
-    require_groups,
 )
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.growth.operators.layer_map import format_layer_map
-from lag_megatron.growth.pool import Candidate, build_pool
+from lag_megatron.growth.pool import Candidate, growth_pools
 from lag_megatron.planning.cost import (
     parameter_count,
     stage_flops,
     state_bytes_per_parameter,
     tokens_per_step,
+    training_flops,
     training_flops_per_token,
 )
-from lag_megatron.planning.lr_plot import rate_curve
+from lag_megatron.planning.lr_plot import plot_lr
 from lag_megatron.planning.random_paths import mean_layers_run, with_longest_paths
-from lag_megatron.planning.search_cost import SearchCost, search_cost, training_flops
+from lag_megatron.planning.search_cost import SearchCost, search_cost
 from lag_megatron.planning.vocab_size import estimate_vocab_size
 from lag_megatron.selection import planned
 
@@ -35,7 +36,7 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
         ConfigError: if the ranks or the batch do not divide.
         PlanError: if a growth of the configuration is impossible.
     """
-    require_groups(config, world_size=world_size)
+    check_probe_groups(config, world_size=world_size)
     replicas = data_parallel_size(config.parallel, world_size=world_size)
     vocab_size, origin = estimate_vocab_size(config)
     pools = growth_pools(config)
@@ -53,28 +54,9 @@ def describe_run(config: RunConfig, *, world_size: int) -> str:
             for stage, pool in pools.items()
         ),
         *([("whole schedule", schedule)] if schedule else []),
-        ("learning rate", rate_curve(config)),
+        ("learning rate", plot_lr(config)),
     ]
     return "\n\n".join("\n".join((f"== {title} ==", *lines)) for title, lines in sections) + "\n"
-
-
-def growth_pools(config: RunConfig) -> dict[int, tuple[Candidate, ...]]:
-    """The pool before each stage that grows, by the stage's number.
-
-    Raises:
-        PlanError: if a growth is impossible.
-    """
-    return {
-        stage: build_pool(
-            config.growth_before(stage),
-            source_layers=config.layers_of(stage - 1),
-            target_layers=config.layers_of(stage),
-            seed=config.seed,
-            init_std=config.model.init_std,
-        )
-        for stage in range(1, len(config.stages))
-        if config.has_event(stage)
-    }
 
 
 def _stages(config: RunConfig, *, vocab_size: int, origin: str) -> Iterator[str]:

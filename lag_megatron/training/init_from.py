@@ -34,16 +34,16 @@ def start_from(engine: Engine, path: Path, *, vocab_size: int) -> str:
         CheckpointError: if it is damaged, or of another model; the differences are named.
     """
     opened: list[CheckpointSource] = []  # each rank's own: files are not sent
-    engine.world.from_each(lambda: opened.append(_opened(engine, path, vocab_size)))
+    engine.world.run_on_all_ranks(lambda: opened.append(_opened(engine, path, vocab_size)))
     (source,) = opened
     world = engine.world
     look = VerifyScope(world.rank, world.size, states=("fp32",))
-    world.from_each(lambda: source.require_sound(look))
+    world.run_on_all_ranks(lambda: source.require_sound(look))
     growth = resharded(source, engine.topology)
-    live = engine.live
-    engine.world.from_each(lambda: live.require(growth, weights_only=True))
-    engine.world.from_each(lambda: live.take_weights(growth))
-    live.refresh()
+    state = engine.state
+    engine.world.run_on_all_ranks(lambda: state.require_compatible(growth, weights_only=True))
+    engine.world.run_on_all_ranks(lambda: state.overwrite_weights(growth))
+    state.sync_weights()
     if "model" not in source.client_state:
         return "it does not say what model it is, so names and shapes alone were compared"
     return "the optimizer and the text begin anew"

@@ -6,26 +6,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lag_megatron import __version__
-from lag_megatron.config import RunConfig, padded_vocab_size, require_groups
-from lag_megatron.data import Feed, Prepared, open_prepared, prepare_data
+from lag_megatron.config import RunConfig, check_probe_groups, padded_vocab_size
+from lag_megatron.data import BatchLoader, Prepared, open_prepared, prepare_data
 from lag_megatron.distributed.world import World, environment, start_world, stop_world
-from lag_megatron.engine.training_context import Job
 from lag_megatron.errors import ConfigError, RunError
-from lag_megatron.planning.cost import as_journalled, parameter_count
+from lag_megatron.growth.pool import growth_pools
+from lag_megatron.planning.cost import parameter_count
 from lag_megatron.report import write_report
 from lag_megatron.run.directory import RunDirectory, acquire, claim, write_json
 from lag_megatron.run.journal import Journal
 from lag_megatron.run.metrics import Console, MetricsLog, read_rows
-from lag_megatron.run.recorder import Books, Recorder
-from lag_megatron.run.rollback import rewind
+from lag_megatron.run.recorder import Recorder, RunLogs
+from lag_megatron.run.resolved_config import as_journalled
+from lag_megatron.run.rollback import roll_back
 from lag_megatron.run.signals import StopFlag, Stopped
 from lag_megatron.run.wandb_logger import Wandb
-from lag_megatron.training.dry_run import growth_pools
 from lag_megatron.training.trainer import Trainer
+from lag_megatron.training.training_context import TrainingContext
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class TrainRequest:
     """What the user asked for.
 
     Attributes:
@@ -40,31 +41,31 @@ class Request:
     resume: str = "auto"
 
 
-def train(request: Request) -> None:
+def train(request: TrainRequest) -> None:
     """Train a run from wherever it stands to its end; every rank calls this.
 
     Raises:
         LagError: for a mistake of the user or of the machine, before anything is damaged.
     """
     config = request.config
-    require_groups(config, world_size=environment()[1])
+    check_probe_groups(config, world_size=environment()[1])
     growth_pools(config)  # an impossible growth is refused before anything starts
     stop = StopFlag()
     world = start_world(tensor=config.parallel.tensor, timeout=config.parallel.timeout)
     run = RunDirectory(request.run_dir.resolve())
     with contextlib.ExitStack() as held:
-        finished = world.from_coordinator(lambda: _take(run, request, held))
+        finished = world.run_on_rank0(lambda: _take(run, request, held))
         if not finished:
             _require_shared(world, run)
             _train(world, run, request, stop)
         elif world.is_coordinator:
-            Console().say(f"{run.root}: this run has finished.")
-            Console().say(f"report: {write_report(run.root)}")
+            Console().print(f"{run.root}: this run has finished.")
+            Console().print(f"report: {write_report(run.root)}")
     world.barrier()  # the report, and W&B's last words, may take longer than parallel.timeout
     stop_world()
 
 
-def _take(run: RunDirectory, request: Request, held: contextlib.ExitStack) -> bool:
+def _take(run: RunDirectory, request: TrainRequest, held: contextlib.ExitStack) -> bool:
     """Make the run directory ours and say whether its run has finished (coordinator only)."""
     if request.resume == "never" and run.journal.exists():
         raise RunError(
@@ -78,7 +79,7 @@ def _take(run: RunDirectory, request: Request, held: contextlib.ExitStack) -> bo
     held.callback(acquire(run).close)
     claim(run, request.config)
     if request.resume not in ("auto", "never"):
-        rewind(run, request.resume)
+        roll_back(run, request.resume)
     return Journal(run.journal).find("run_finished") is not None
 
 
@@ -90,37 +91,37 @@ def _require_shared(world: World, run: RunDirectory) -> None:
                 "directory on a file system that all hosts share."
             )
 
-    world.from_each(look)
+    world.run_on_all_ranks(look)
 
 
-def _train(world: World, run: RunDirectory, request: Request, stop: StopFlag) -> None:
+def _train(world: World, run: RunDirectory, request: TrainRequest, stop: StopFlag) -> None:
     config = request.config
     console = Console()
     if world.is_coordinator:
-        console.say(_introduction(run, config, world))
-    data = world.from_coordinator(lambda: prepare_data(config.data, cache_dir=run.data_cache))
-    world.from_each(lambda: open_prepared(data.folder))
-    vocab_size = world.from_coordinator(lambda: _vocab_size(config, data))
-    begun = world.from_coordinator(lambda: as_journalled(config, Journal(run.journal).events))
+        console.print(_introduction(run, config, world))
+    data = world.run_on_rank0(lambda: prepare_data(config.data, cache_dir=run.data_cache))
+    world.run_on_all_ranks(lambda: open_prepared(data.folder))
+    vocab_size = world.run_on_rank0(lambda: _vocab_size(config, data))
+    begun = world.run_on_rank0(lambda: as_journalled(config, Journal(run.journal).events))
     # On a CPU a thread would take its time from the training.
-    feed = Feed(data, config, world, ahead=world.device.type == "cuda")
-    job = Job(begun, run, feed, stop, vocab_size)
-    world.from_coordinator(lambda: _note_facts(world, run, config, data, vocab_size))
-    books = _books(world, run, config, data, console) if world.is_coordinator else None
-    recorder = Recorder(books)
+    feed = BatchLoader(data, config, world, prefetch=world.device.type == "cuda")
+    context = TrainingContext(begun, run, feed, stop, vocab_size)
+    world.run_on_rank0(lambda: _note_facts(world, run, config, data, vocab_size))
+    logs = _logs(world, run, config, data, console) if world.is_coordinator else None
+    recorder = Recorder(logs)
     try:
-        Trainer(job, world, recorder).run()
+        Trainer(context, world, recorder).run()
         stopped = ""
     except Stopped as reason:
         stopped = str(reason)
-    if books is not None:
-        books.wandb.finish(exit_code=1 if stopped else 0)
+    if logs is not None:
+        logs.wandb.finish(exit_code=1 if stopped else 0)
         last = (
             f"stopped ({stopped}). The same command goes on from here."
             if stopped
             else f"report: {write_report(run.root)}"
         )
-        console.say(last)
+        console.print(last)
 
 
 def _introduction(run: RunDirectory, config: RunConfig, world: World) -> str:
@@ -178,9 +179,9 @@ def _note_facts(
     write_json(path, facts)
 
 
-def _books(
+def _logs(
     world: World, run: RunDirectory, config: RunConfig, data: Prepared, console: Console
-) -> Books:
+) -> RunLogs:
     journal = Journal(run.journal)
     mixture = {source.name: source.weight for source in data.sources if source.name}
     journal.append(
@@ -190,4 +191,4 @@ def _books(
         **({"sources": mixture} if mixture else {}),
     )
     wandb = Wandb(config.tracking, folder=run.root, config=asdict(config), console=console)
-    return Books(journal, MetricsLog(run.metrics), wandb, console)
+    return RunLogs(journal, MetricsLog(run.metrics), wandb, console)

@@ -1,29 +1,37 @@
 """The stage loop: train, grow, probe, decide, go on, and survive anything in between."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.distributed.world import World, topology_of
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.save import save_engine
-from lag_megatron.engine.training_context import Job
 from lag_megatron.errors import CheckpointError
-from lag_megatron.growth.pool import build_pool
-from lag_megatron.planning.cost import as_journalled, tokens_per_step
+from lag_megatron.growth.pool import growth_pool
+from lag_megatron.planning.cost import tokens_per_step
 from lag_megatron.run.directory import step_of, tag_of
 from lag_megatron.run.recorder import Recorder
+from lag_megatron.run.resolved_config import as_journalled
 from lag_megatron.run.signals import Stopped
 from lag_megatron.search.decision import drop_losers
-from lag_megatron.search.event import Event
-from lag_megatron.search.partition import count_groups, part_of
+from lag_megatron.search.event import GrowthEvent
+from lag_megatron.search.partition import count_groups, probe_group
 from lag_megatron.search.search import search
-from lag_megatron.search.worker import ProbeGroup
+from lag_megatron.search.worker import ProbeWorker
 from lag_megatron.training.init_from import growth_history, start_from
-from lag_megatron.training.stage_monitor import Meter
+from lag_megatron.training.probe_trainer import (
+    DeepSpeedProbeTrainer,
+    build_group_trainer,
+    search_context,
+)
+from lag_megatron.training.search_costs import state_bytes
+from lag_megatron.training.stage_monitor import StageMonitor
+from lag_megatron.training.training_context import TrainingContext
 from lag_megatron.training.wandb_event import show_event
 
 
@@ -43,10 +51,10 @@ class Position:
 class Trainer:
     """Takes a run from wherever it stands to its end; every rank has one."""
 
-    def __init__(self, job: Job, world: World, recorder: Recorder) -> None:
+    def __init__(self, context: TrainingContext, world: World, recorder: Recorder) -> None:
         self.world, self.recorder = world, recorder
         self._engine: Engine | None = None
-        self._take(job)
+        self._set_context(context)
 
     def run(self) -> None:
         """Train all stages.
@@ -55,25 +63,27 @@ class Trainer:
             Stopped: when asked to stop; everything needed to go on is saved.
             LagError: for a mistake of the user or the machine.
         """
-        position = self.world.from_coordinator(self._find_position)
-        self.world.from_coordinator(lambda: self._resume_metrics(position))
+        position = self.world.run_on_rank0(self._find_position)
+        self.world.run_on_rank0(lambda: self._resume_metrics(position))
         for stage in range(position.stage, len(self.config.stages)):
             if stage > position.stage:
                 position = Position(stage, self._next_start(stage))
             self._train_stage(position)
-        loss = self.world.from_coordinator(self._meter.last_validation_loss)
-        self.recorder.happened("run_finished", once={}, step=self.config.total_steps, val_loss=loss)
+        loss = self.world.run_on_rank0(self._monitor.last_validation_loss)
+        self.recorder.log_event(
+            "run_finished", once={}, step=self.config.total_steps, val_loss=loss
+        )
 
-    def _take(self, job: Job) -> None:
-        self.job, self.config = job, job.config
+    def _set_context(self, context: TrainingContext) -> None:
+        self.context, self.config = context, context.config
         self._ranges = stage_ranges(self.config.stages)
-        self._meter = Meter(job, self.world, self.recorder)
+        self._monitor = StageMonitor(context, self.world, self.recorder)
 
-    # Finding the place
+    # Where the run stands
 
     def _find_position(self) -> Position:
         """The newest committed state (coordinator only)."""
-        run, journal = self.job.run, self.recorder.books.journal
+        run, journal = self.context.run, self.recorder.logs.journal
         self._refuse_lost_checkpoint()
         for stage in reversed(range(len(self.config.stages))):
             if tags := manifest.committed_tags(run.stage(stage)):
@@ -90,60 +100,74 @@ class Trainer:
         return Position(0, None)
 
     def _refuse_lost_checkpoint(self) -> None:
-        """A run that silently began anew because its newest state is gone would lie."""
-        newest = self.recorder.books.journal.find("checkpoint")
-        if newest is not None and not manifest.is_committed(self.job.run.root / newest["path"]):
+        """Refuse to start again from an older state because the newest one is gone."""
+        newest = self.recorder.logs.journal.find("checkpoint")
+        if newest is None:
+            return
+        path = self.context.run.root / newest["path"]
+        if not manifest.is_committed(path):
             raise CheckpointError(
-                f"{self.job.run.root / newest['path']}: the journal says that this checkpoint was "
-                "saved, but it is not there, or not whole. Restore it, or name an older one with "
-                "--resume TAG."
+                f"{path}: the journal says that this checkpoint was saved, but it is "
+                "not there, or not whole. Restore it, or name an older one with --resume TAG."
             )
 
     def _resume_metrics(self, position: Position) -> None:
-        """Forget what comes after the position, and say where the run goes on (coordinator)."""
+        """Drop metrics after the position, and print where the run goes on (coordinator only)."""
         nothing_yet = position.checkpoint is None
-        self.recorder.books.metrics.drop_after(-1 if nothing_yet else position.step)
+        self.recorder.logs.metrics.drop_after(-1 if nothing_yet else position.step)
         if position.checkpoint is None:
-            self.recorder.say("fresh start: no checkpoint in the run directory")
+            self.recorder.print("fresh start: no checkpoint in the run directory")
             return
         tokens = position.step * tokens_per_step(self.config)
         before = ZeroCheckpoint.open(position.checkpoint).topology
         now = topology_of(self.config, self.world)
         if before != now:
-            self.recorder.say(f"spreading the state anew: {before} before, {now} now")
-        self.recorder.say(
-            f"resumed from {self.job.run.relative(position.checkpoint)}: stage {position.stage}, "
-            f"step {position.step}, {tokens:,} tokens"
+            self.recorder.print(f"spreading the state anew: {before} before, {now} now")
+        self.recorder.print(
+            f"resumed from {self.context.run.relative(position.checkpoint)}: "
+            f"stage {position.stage}, step {position.step}, {tokens:,} tokens"
         )
 
     def _next_start(self, stage: int) -> Path:
         """The state from which a stage starts when the one before has ended."""
-        base = self.job.run.stage(stage - 1) / tag_of(self._ranges[stage].start)
+        base = self.context.run.stage(stage - 1) / tag_of(self._ranges[stage].start)
         if not self.config.has_event(stage):
             return base
         event = self._event(stage, base)
         state = self._search(event)
-        self._take_findings()
-        self.world.from_coordinator(
-            lambda: show_event(self.recorder.books.wandb, self.job.run, event)
+        self._reload_config()
+        self.world.run_on_rank0(
+            lambda: show_event(self.recorder.logs.wandb, self.context.run, event)
         )
         return state
 
-    def _search(self, event: Event) -> Path:
+    def _search(self, event: GrowthEvent) -> Path:
         """The winner's state; groups of a part of the ranks have engines of their own."""
-        count = count_groups(self.job, self.world, event)
+        context, world = self.context, self.world
+        shape = {"vocab_size": context.vocab_size, "tensor": world.tensor_size}
+        on_rank = partial(state_bytes, self.config, event, **shape)
+        count = count_groups(world, event, state_bytes=on_rank)
+        given = search_context(context, event)
         if count == 1:
-            group = ProbeGroup(self.job, self._engine_of(event.number, None), event, count=1)
-            return search(self.world, group, self.recorder)
+            engine = self._engine_of(event.number, None)
+            trainer = DeepSpeedProbeTrainer(context, engine, event.number)
+            return search(world, ProbeWorker(given, trainer, event, count=1), self.recorder)
         self._drop_engine()
-        with part_of(self.job, self.world, event, count) as group:
-            return search(self.world, group, self.recorder)
+        with probe_group(
+            given,
+            world,
+            event,
+            count,
+            build_trainer=partial(build_group_trainer, context, event),
+            timeout=self.config.parallel.timeout,
+        ) as worker:
+            return search(world, worker, self.recorder)
 
     # Training a stage
 
     def _train_stage(self, position: Position) -> None:
         stage, end = position.stage, self._ranges[position.stage].stop
-        self.recorder.happened(
+        self.recorder.log_event(
             "stage_started",
             once={"stage": stage},
             step=position.step,
@@ -152,56 +176,58 @@ class Trainer:
         if position.checkpoint != self._tag(stage, end):
             engine = self._engine_of(stage, position.checkpoint)
             origin = position.checkpoint or self.config.checkpoint.initial
-            history = self.world.from_coordinator(
+            history = self.world.run_on_rank0(
                 lambda: [] if origin is None else growth_history(Path(origin))
             )
             if position.step == 0:
-                self._meter.validate(engine, 0, stage)
+                self._monitor.validate(engine, 0, stage)
             for step in range(position.step, end):
                 if self._train_step(engine, step, stage, history):
                     break
             end = self._ranges[stage].stop
             # Where the lag is as long as the stage, its end is the winner's probe state.
             self._save(engine, stage, end, history)
-        loss = self.world.from_coordinator(self._meter.last_validation_loss)
+        loss = self.world.run_on_rank0(self._monitor.last_validation_loss)
         facts: dict[str, Any] = {"val_loss": loss}
-        if sources := self.job.feed.tokens_by_source(end):
+        if sources := self.context.feed.tokens_by_source(end):
             facts["tokens_by_source"] = sources
-        self.recorder.happened("stage_finished", once={"stage": stage}, step=end, **facts)
+        self.recorder.log_event("stage_finished", once={"stage": stage}, step=end, **facts)
 
     def _train_step(self, engine: Engine, step: int, stage: int, history: list[Any]) -> bool:
-        """Take a step, and say whether it was the stage's last."""
-        row, stop = self.job.step(engine, step, stage=stage)
-        self._meter.refuse_divergence(row)
-        self._meter.note(row)
+        """Take a step; whether it was the stage's last."""
+        row, stop = self.context.step(engine, step, stage=stage)
+        self._monitor.refuse_divergence(row)
+        self._monitor.record_step(row)
         done = step + 1
         last = done == self._ranges[stage].stop
         if last or done % self.config.tracking.validation_interval == 0:
-            self._meter.validate(engine, done, stage)
-            last = last or self._ends_here(stage, done)
+            self._monitor.validate(engine, done, stage)
+            last = last or self._ends_stage(stage, done)
         if last or stop or done % self.config.checkpoint.interval == 0:
             self._save(engine, stage, done, history)
         if stop:
-            raise Stopped(self.job.stop.why)
+            raise Stopped(self.context.stop.why)
         return last
 
-    def _ends_here(self, stage: int, step: int) -> bool:
-        """Whether the measured slope ends the stage, which is then written down for good."""
-        slope = self._meter.flattened(stage)
+    def _ends_stage(self, stage: int, step: int) -> bool:
+        """Whether the measured slope ends the stage here, which the journal then says."""
+        slope = self._monitor.slope_that_ends(stage)
         if slope is None:
             return False
         event = {"stage": stage, "step": step, "steps": step - self._ranges[stage].start}
-        self.recorder.happened("stage_cut", once=event, slope=slope)
-        self.recorder.say(f"stage {stage}  step {step:>6}: slope {slope:.4f}, the stage ends here")
-        self._take_findings()
+        self.recorder.log_event("stage_cut", once=event, slope=slope)
+        self.recorder.print(
+            f"stage {stage}  step {step:>6}: slope {slope:.4f}, the stage ends here"
+        )
+        self._reload_config()
         return True
 
-    def _take_findings(self) -> None:
-        """Go on by what the journal says that the run found out."""
-        config = self.world.from_coordinator(
-            lambda: as_journalled(self.config, self.recorder.books.journal.events)
+    def _reload_config(self) -> None:
+        """Apply what the journal says about the stages: their lengths and the winners' paths."""
+        config = self.world.run_on_rank0(
+            lambda: as_journalled(self.config, self.recorder.logs.journal.events)
         )
-        self._take(replace(self.job, config=config))
+        self._set_context(replace(self.context, config=config))
 
     def _engine_of(self, stage: int, checkpoint: Path | None) -> Engine:
         """An engine of this stage's depth that holds the state ``checkpoint``."""
@@ -213,14 +239,14 @@ class Trainer:
                 self.config,
                 self.world,
                 num_layers=layers,
-                vocab_size=self.job.vocab_size,
+                vocab_size=self.context.vocab_size,
                 draw_weights=stage == 0 and checkpoint is None and initial is None,
             )
         if checkpoint is not None:
             self._engine.load(checkpoint)
         elif stage == 0 and initial is not None:
-            told = start_from(self._engine, Path(initial), vocab_size=self.job.vocab_size)
-            self.recorder.say(f"weights from {initial}: {told}")
+            note = start_from(self._engine, Path(initial), vocab_size=self.context.vocab_size)
+            self.recorder.print(f"weights from {initial}: {note}")
         return self._engine
 
     def _drop_engine(self) -> None:
@@ -231,41 +257,34 @@ class Trainer:
     def _save(self, engine: Engine, stage: int, step: int, history: list[Any]) -> None:
         """Commit a checkpoint, unless this step's is there already."""
         path = self._tag(stage, step)
-        self.recorder.about_to_save()
+        self.recorder.flush_metrics()
         tokens = step * tokens_per_step(self.config)
         save_engine(engine, path, step=step, tokens=tokens, history=history)
-        self.world.from_coordinator(lambda: self._saved(path, stage, step))
+        self.world.run_on_rank0(lambda: self._saved(path, stage, step))
 
     def _saved(self, path: Path, stage: int, step: int) -> None:
         manifest.point_latest(path)
-        relative = self.job.run.relative(path)
-        self.recorder.happened("checkpoint", once={"path": relative}, stage=stage, step=step)
+        relative = self.context.run.relative(path)
+        self.recorder.log_event("checkpoint", once={"path": relative}, stage=stage, step=step)
         for old in manifest.committed_tags(path.parent)[: -self.config.checkpoint.keep_last]:
             manifest.remove_checkpoint(old)
 
     # Growing
 
-    def _event(self, stage: int, base: Path) -> Event:
+    def _event(self, stage: int, base: Path) -> GrowthEvent:
         growth = self.config.growth_before(stage)
         source, target = self.config.layers_of(stage - 1), self.config.layers_of(stage)
-        pool = build_pool(
-            growth,
-            source_layers=source,
-            target_layers=target,
-            seed=self.config.seed,
-            init_std=self.config.model.init_std,
-        )
-        return Event(
+        return GrowthEvent(
             number=stage,
             base=base,
             base_step=self._ranges[stage].start,
-            base_val_loss=self.world.from_coordinator(self._meter.last_validation_loss),
+            base_val_loss=self.world.run_on_rank0(self._monitor.last_validation_loss),
             source_layers=source,
             target_layers=target,
             stage_steps=len(self._ranges[stage]),
             growth=growth,
-            pool=pool,
+            pool=growth_pool(self.config, stage),
         )
 
     def _tag(self, stage: int, step: int) -> Path:
-        return self.job.run.stage(stage) / tag_of(step)
+        return self.context.run.stage(stage) / tag_of(step)

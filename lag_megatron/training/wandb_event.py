@@ -8,12 +8,12 @@ from lag_megatron.growth.operators.layer_map import format_layer_map
 from lag_megatron.report import plots_available, write_figures
 from lag_megatron.run.directory import RunDirectory
 from lag_megatron.run.wandb_logger import Wandb
-from lag_megatron.search.event import Event
+from lag_megatron.search.event import GrowthEvent
 
 Json = dict[str, Any]
 
 
-def show_event(wandb: Wandb, run: RunDirectory, event: Event) -> None:
+def show_event(wandb: Wandb, run: RunDirectory, event: GrowthEvent) -> None:
     """Mirror a growth event from its files; returns at once, the figures are drawn later."""
     folder = run.growth(event.number)
     decision: Json = json.loads((folder / "decision.json").read_text())
@@ -44,7 +44,7 @@ def show_event(wandb: Wandb, run: RunDirectory, event: Event) -> None:
     )
 
 
-def candidate_table(event: Event, decision: Json) -> tuple[list[str], list[list[Any]]]:
+def candidate_table(event: GrowthEvent, decision: Json) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows: layer map, loss at 0 and at each rung, rank at the lag, status, chosen."""
     steps = sorted({0, *(rung["rung"] for rung in decision["rungs"])})
     losses = {c["id"]: dict(c["curve"]) for c in decision["candidates"]}

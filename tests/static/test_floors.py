@@ -4,158 +4,85 @@ import ast
 import graphlib
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+import tomllib
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-PACKAGE = "lag_megatron"
-FLOORS = (
-    ("errors", "config"),
-    (
-        "atomic_io",
-        "planning",
-        "run",
-        "files",
-        "caches",
-        "mixture",
-        "learning_rate",
-        "paths",
-        "vocabulary",
-        "rate_curve",
-        "scaling_law",
-        "slope",
-        "stage_plan",
-        "published_stages",
-        "step_result",
-        "schedule",
-        "search_cost",
-        "tracking",
-        "wandb_mirror",
-        "wandb_runs",
-        "rundir",
-        "stopping",
-        "watch",
-        "heartbeat",
-        "selection",
-    ),
-    ("checkpoint", "growth"),
-    (
-        "distributed",
-        "rendezvous",
-        "parallel",
-        "model",
-        "data",
-        "kernels",
-        "sums",
-        "kept",
-        "forward_weights",
-        "live",
-        "layer_rates",
-        "subnetwork",
-        "averaging",
-        "zero_step",
-        "engine",
-    ),
-    ("probe", "search"),
-    (
-        "training",
-        "trainer",
-        "initial",
-        "measuring",
-        "session",
-        "mirror",
-        "evaluation",
-        "report",
-        "dry_run",
-        "study",
-    ),
+from layers import (
+    GRAPH,
+    LAYER_OF,
+    LAYERS,
+    MODULES,
+    PACKAGE,
+    ROOT,
+    TABLE_FILE,
+    arrows,
+    imported_names,
+    is_package,
+    members,
+    package_of,
+    parse,
+    parts_within,
+    top_arrows,
+    with_table,
 )
-FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+SOURCES = sorted(
+    p for folder in (PACKAGE, "tools", "launch") for p in (ROOT / folder).rglob("*.py")
+)
+INSIDE = [module for module in MODULES if module != PACKAGE]
+WITH_SUB_PACKAGES = [
+    module
+    for module in INSIDE
+    if is_package(module) and any(is_package(member) for member in members(module))
+]
+LOOSE = {"errors", "atomic_io"}
+STRICT = {
+    *("errors", "atomic_io", "config", "planning", "selection", "checkpoint", "growth", "run"),
+    *("cli", "distributed.heartbeat", "distributed.watchdog", "distributed.channel"),
+}
+WITHOUT_TORCH = ["", "config", "planning", "selection", "run", "growth.plan", "growth.pool"]
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 50
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {module_name(path): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
-SOURCES = sorted(
-    p for folder in (PACKAGE, "tools", "launch") for p in (ROOT / folder).rglob("*.py")
-)
-
-
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-
-
-def imported_names(module: str) -> Iterator[str]:
-    """Everything a module imports, lazily or not, as absolute dotted names."""
-    path = MODULES[module]
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1]
-            prefix = ".".join([*above, node.module or ""]) if node.level else node.module
-            yield from (f"{prefix.rstrip('.')}.{alias.name}" for alias in node.names)
-
-
-def imported_modules(module: str) -> set[str]:
-    """The modules of this package that a module imports."""
-    found = set()
-    for name in imported_names(module):
-        candidates = (name, name.rpartition(".")[0])
-        found |= {next((c for c in candidates if c in MODULES), "")} - {"", module}
-    return found
-
-
-def room(module: str) -> str:
-    """The folder or file of the package that a module belongs to."""
-    return module.removeprefix(f"{PACKAGE}.").partition(".")[0]
-
-
-INSIDE = [module for module in MODULES if module != PACKAGE]
-
-
 @pytest.mark.parametrize("module", INSIDE)
-def test_every_module_stands_on_a_floor(module):
-    assert room(module) in FLOOR_OF, f"give {room(module)} a floor in {Path(__file__).name}"
+def test_every_package_has_a_layer(module):
+    assert package_of(module) in LAYER_OF, f"give {package_of(module)} a layer in layers.py"
+
+
+def test_every_layer_has_packages_that_exist():
+    assert {package_of(module) for module in INSIDE} == set(LAYER_OF)
+
+
+def test_few_modules_lie_at_the_root():
+    loose = {m.removeprefix(f"{PACKAGE}.") for m in members(PACKAGE) if not is_package(m)}
+    assert loose == LOOSE
 
 
 @pytest.mark.parametrize("module", INSIDE)
 def test_imports_go_down_or_sideways(module):
-    floor = FLOOR_OF.get(room(module), len(FLOORS))
-    above = [
-        name
-        for name in imported_modules(module)
-        if name != PACKAGE and FLOOR_OF.get(room(name), len(FLOORS)) > floor
-    ]
-    assert not above, f"{module} stands on floor {floor}"
+    layer = LAYER_OF[package_of(module)]
+    above = [name for name in GRAPH[module] - {PACKAGE} if LAYER_OF[package_of(name)] > layer]
+    assert not above, f"{module} stands on layer {layer}"
+
+
+def test_no_packages_import_each_other():
+    list(graphlib.TopologicalSorter(top_arrows()).static_order())  # raises CycleError, naming it
+
+
+@pytest.mark.parametrize("package", WITH_SUB_PACKAGES)
+def test_imports_within_a_package_go_one_way(package):
+    """Its own modules count as one part, beside its sub-packages."""
+    graph = arrows(parts_within(package))
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, naming the cycle
+
+
+def test_no_modules_import_each_other():
+    list(graphlib.TopologicalSorter(GRAPH).static_order())  # raises CycleError, naming the cycle
 
 
 def test_the_package_itself_imports_nothing():
     assert list(imported_names(PACKAGE)) == []
-
-
-def test_no_import_cycles():
-    graph = {module: imported_modules(module) for module in MODULES}
-    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, naming the cycle
-
-
-def test_checkpoints_know_nothing_of_growth():
-    offenders = [
-        (module, name)
-        for module in INSIDE
-        if room(module) == "checkpoint"
-        for name in imported_modules(module)
-        if room(name) == "growth"
-    ]
-    assert not offenders
 
 
 def test_only_the_engine_imports_deepspeed():
@@ -165,16 +92,38 @@ def test_only_the_engine_imports_deepspeed():
         for name in imported_names(module)
         if name.split(".")[0] == "deepspeed"
     }
-    assert importers <= {f"{PACKAGE}.engine.engine"}
+    assert {package_of(module) for module in importers} == {"engine"}
 
 
-@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.config", f"{PACKAGE}.growth.plan"])
-def test_imports_without_torch(module):
-    code = f"import sys, {module}; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_imports_without_torch(name):
+    module = f"{PACKAGE}.{name}".rstrip(".")
+    inner = [m for m in MODULES if m == module or m.startswith(f"{module}.")] if name else [module]
+    code = f"import sys, {', '.join(inner)}; print(*{{m.partition('.')[0] for m in sys.modules}})"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert not {"torch", "deepspeed", "megatron"} & set(result.stdout.split())
+
+
+def test_types_are_strict_where_the_layers_ask_for_it():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    (strict,) = [o for o in settings["overrides"] if o.get("disallow_untyped_defs")]
+    wanted = {
+        f"{PACKAGE}.{name}.*" if f"{PACKAGE}.{name}" in MODULES and is_package(f"{PACKAGE}.{name}")
+        else f"{PACKAGE}.{name}"
+        for name in STRICT
+    }  # fmt: skip
+    assert set(strict["module"]) == wanted
+
+
+def test_the_documents_show_the_layers():
+    text = TABLE_FILE.read_text(encoding="utf-8")
+    assert text == with_table(text), "run python tests/static/layers.py --write"
+
+
+def test_layers_name_each_package_once():
+    assert len(LAYER_OF) == sum(len(names) for names, _ in LAYERS)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

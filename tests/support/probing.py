@@ -7,7 +7,6 @@ import json
 import math
 import random
 from dataclasses import replace
-from types import SimpleNamespace
 
 from conftest import pico_config
 
@@ -16,9 +15,10 @@ from lag_megatron.config import GrowthConfig
 from lag_megatron.growth.pool import build_pool
 from lag_megatron.run.directory import RunDirectory, step_of
 from lag_megatron.run.journal import Journal
-from lag_megatron.search.candidate_dir import CURVE, TRAINING, CandidateFolder
+from lag_megatron.search.candidate_dir import CURVE, TRAINING, CandidateDir
 from lag_megatron.search.coordinator import Coordinator
-from lag_megatron.search.event import Event, Progress
+from lag_megatron.search.event import GrowthEvent, ProbeResult
+from lag_megatron.training.search_costs import cost_model
 
 BASE_STEP = 100
 
@@ -42,15 +42,13 @@ class Stand:
         pool = build_pool(settings, source_layers=4, target_layers=6, seed=1, init_std=0.02)
         self.run = RunDirectory(root)
         root.mkdir(exist_ok=True)
-        self.event = Event(
+        self.event = GrowthEvent(
             number=1, base=root / "stage00" / "step00000100", base_step=BASE_STEP,
             base_val_loss=6.0, source_layers=4, target_layers=6, stage_steps=stage_steps,
             growth=settings, pool=pool,
         )  # fmt: skip
-        feed = SimpleNamespace(validation_tokens=64)
         config = replace(pico_config(), growth=settings)
-        self.job = SimpleNamespace(config=config, run=self.run, feed=feed, vocab_size=64)
-        self.job.validation_row = lambda step, stage, loss: {"step": step, "val/loss": loss}
+        self.costs = cost_model(config, self.event, vocab_size=64, validation_tokens=64)
         self.losses = losses
         self._steps = []  # appended to by many threads
 
@@ -61,18 +59,22 @@ class Stand:
 
     def coordinator(self):
         journal = Journal(self.run.journal)
-        made = Coordinator(self.job, journal, self.event, lambda *told: None)
+        made = Coordinator(
+            self.run, journal, self.event, costs=self.costs, on_result=lambda *unused: None
+        )
         made.begin()
         return made
 
-    def advance(self, turn, may_win, *, point=lambda name: None, interval=8, held=None):
-        """What a group does with a turn; ``point`` may kill it at any named place."""
-        candidate = self.event.pool[turn.candidate]
-        folder = CandidateFolder(self.run.probe(1, candidate.id), BASE_STEP)
-        steps = held if held is not None else folder.resume(rung=turn.rung)
+    def advance(
+        self, assignment, needs_checkpoint, *, point=lambda name: None, interval=8, held=None
+    ):
+        """What a group does with an assignment; ``point`` may kill it at any named place."""
+        candidate = self.event.pool[assignment.candidate]
+        folder = CandidateDir(self.run.probe(1, candidate.id), BASE_STEP)
+        steps = held if held is not None else folder.resume(rung=assignment.rung)
         known = {row["step"] for row in folder.curve()}
         failure = ""
-        for at in (step for step in self.event.evaluations if step <= turn.rung):
+        for at in (step for step in self.event.evaluations if step <= assignment.rung):
             while steps < at:
                 point("step")
                 steps += 1
@@ -81,20 +83,22 @@ class Stand:
                 if steps % interval == 0:
                     self._save(folder, steps, point)
             if steps == at and at not in known:
-                loss = self.losses(turn.candidate, at)
+                loss = self.losses(assignment.candidate, at)
                 if not math.isfinite(loss):
                     failure = f"validation loss is {loss} at step {at}"
                     break
                 row = {"step": at, "val_loss": loss, "val_loss_batches": [loss - 0.1, loss + 0.1]}
                 folder.add(CURVE, [row])
         rows = tuple(folder.curve())
-        progress = Progress(turn.candidate, turn.rung, steps, rows, failure=failure, seconds=1.0)
+        result = ProbeResult(
+            assignment.candidate, assignment.rung, steps, rows, failure=failure, seconds=1.0
+        )
         point("trained")
-        if not failure and may_win(progress):
+        if not failure and needs_checkpoint(result):
             self._save(folder, steps, point)
-            progress = replace(progress, state=folder.state_at(steps).name)
+            result = replace(result, state=folder.state_at(steps).name)
         point("saved")
-        return progress
+        return result
 
     def _save(self, folder, steps, point):
         state = folder.state_at(steps)
@@ -106,7 +110,7 @@ class Stand:
         (draft / "shard").write_text(json.dumps(steps))
         point("saving")
         manifest.commit(
-            state, files={"shard": manifest.file_entry(draft / "shard")}, about={"step": steps}
+            state, files={"shard": manifest.file_entry(draft / "shard")}, metadata={"step": steps}
         )
         folder.keep_only(state)
 
@@ -115,15 +119,18 @@ class Stand:
         coordinator = self.coordinator()
         held = {}
         while True:
-            turn = coordinator.ask(group, next(iter(held), None), stopped=lambda: "")
+            assignment = coordinator.ask(group, next(iter(held), None), stopped=lambda: "")
             point("asked")
-            if turn.candidate is None:
+            if assignment.candidate is None:
                 break
-            progress = self.advance(
-                turn, coordinator.may_win, point=point, held=held.get(turn.candidate)
+            result = self.advance(
+                assignment,
+                coordinator.needs_checkpoint,
+                point=point,
+                held=held.get(assignment.candidate),
             )
-            held = {} if progress.failure else {turn.candidate: progress.steps}
-            coordinator.record(group, progress)
+            held = {} if result.failure else {assignment.candidate: result.steps}
+            coordinator.record(group, result)
             point("recorded")
         decision, rows = coordinator.decide()
         point("decided")

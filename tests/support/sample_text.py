@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from lag_megatron.data.tokenizer import Tokenizer
+from lag_megatron.data.datasets.tokenizer import Tokenizer
 
 WORDS = "growing layers stacked deeper trains faster than a model begun whole by half"
 

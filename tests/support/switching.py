@@ -1,4 +1,4 @@
-"""Candidates that a live engine switches between: ``from switching import PLANS, same_files``."""
+"""Candidates that an engine switches between: ``from switching import PLANS, same_files``."""
 
 import dataclasses
 
@@ -83,7 +83,7 @@ def switch_in_place(config, base, folder):
         written = folder / f"{name}-written"
         written.mkdir(exist_ok=True)
         world.barrier()
-        files = engine.live.write(written, growth, client_state={})
+        files = engine.state.write(written, growth, client_state={})
         assert all((written / file).stat().st_size == e["size"] for file, e in files.items())
         losses[name] = ([r.loss for r in loaded], [r.loss for r in grown])
         next_loss = probe(engine, config, world, 5, 1)[0].loss
@@ -95,28 +95,28 @@ def switch_in_place(config, base, folder):
     return losses
 
 
-def kept_here(limit=float("inf")):
-    from lag_megatron.engine.base_cache import KeptBase, Store
+def small_cache(limit=float("inf")):
+    from lag_megatron.engine.base_cache import BaseCache, MemoryTier
 
-    return KeptBase([Store("memory", lambda: limit, torch.empty)], page=PAGE)
+    return BaseCache([MemoryTier("memory", lambda: limit, torch.empty)], page=PAGE)
 
 
-def switch_from_kept(config, base, folder, plans):
+def switch_from_cache(config, base, folder, plans):
     """On each rank: losses after both ways of switching, and what of the second was written."""
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine import state as live_module
-    from lag_megatron.engine.base_cache import KeptBase
+    from lag_megatron.engine import state as state_module
+    from lag_megatron.engine.base_cache import BaseCache
     from lag_megatron.engine.engine import Engine
     from lag_megatron.growth.apply.grown_state import GrownState
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)
-    kept, launches = KeptBase.on(world.device, local_ranks=1) or kept_here(), []
-    write_runs = live_module.write_runs
-    live_module.write_runs = lambda runs: (launches.append(len(runs)), write_runs(runs))
+    cache, launches = BaseCache.for_device(world.device, local_ranks=1) or small_cache(), []
+    write_runs = state_module.write_runs
+    state_module.write_runs = lambda runs: (launches.append(len(runs)), write_runs(runs))
     engine.grow_from(
-        GrownState(ZeroCheckpoint.open(base), PLANS["duplicate"], engine.topology), kept
+        GrownState(ZeroCheckpoint.open(base), PLANS["duplicate"], engine.topology), cache
     )
     assert launches == []  # the first is taken from the shards
     losses = {}
@@ -125,8 +125,8 @@ def switch_from_kept(config, base, folder, plans):
         engine.grow_from(growth)
         engine.save(folder, f"{name}-shards", client_state={})
         there = [result.loss for result in probe(engine, config, world)]
-        engine.grow_from(growth, kept)  # over a state that has moved on
-        engine.save(folder, f"{name}-kept", client_state={})
+        engine.grow_from(growth, cache)  # over a state that has moved on
+        engine.save(folder, f"{name}-cached", client_state={})
         losses[name] = there, [result.loss for result in probe(engine, config, world)]
     assert len(launches) == len(plans)
     assert all(launches)

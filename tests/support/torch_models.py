@@ -158,7 +158,7 @@ def grow_dense(plan, tensors, state="fp32"):
         if isinstance(step, Move):
             view.copy_(_view(old[step.source.container], step.source, step.shape) * step.scale)
         else:
-            fill(view, step.fresh, shape=step.whole, box=step.box)
+            fill(view, step.init, shape=step.full_shape, box=step.box)
     return {name: new[part.container].view(shapes[name])
             for name, (part,) in target.layout.segments.items()}  # fmt: skip
 

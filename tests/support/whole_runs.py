@@ -8,11 +8,11 @@ from lag_megatron.config import load_config
 
 def train(config_path, run_dir, overrides=(), resume="auto", fault=None):
     """On each rank: a run, with DeepSpeed's real engine."""
-    from lag_megatron.training.train import Request, train
+    from lag_megatron.training.train import TrainRequest, train
 
     if fault is not None:
         fault()
-    train(Request(load_config(config_path, overrides=overrides), Path(run_dir), resume))
+    train(TrainRequest(load_config(config_path, overrides=overrides), Path(run_dir), resume))
 
 
 def lines_of(run_dir, name):

@@ -105,7 +105,7 @@ def _as_a_run_leaves_it(source: Path) -> None:
 def _convert(source: Path, form: Format, target: Path, workers: int) -> None:
     opened = ZeroCheckpoint.open(source)
     conversion = Conversion(source=opened, to=form, topology=opened.topology)
-    write(conversion.order(conversion.place(target)), workers=workers)
+    write(conversion.job(conversion.target_dir(target)), workers=workers)
 
 
 def _against_copy(source: Path, form: Format, scratch: Path, workers: int) -> dict[str, float]:

@@ -139,7 +139,7 @@ def _first_update(engine: Engine, plan: GrowthPlan, step: int) -> dict[str, floa
 
 
 def _weights(engine: Engine) -> dict[str, torch.Tensor]:
-    parameters = engine._engine.module.named_parameters()
+    parameters = engine.module.named_parameters()
     return {name: parameter.detach().double().clone() for name, parameter in parameters}
 
 

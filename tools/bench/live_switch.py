@@ -22,7 +22,7 @@ from figures import write_figures
 
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.distributed.world import World, start_world, stop_world
-from lag_megatron.engine.base_cache import KeptBase
+from lag_megatron.engine.base_cache import BaseCache
 from lag_megatron.engine.engine import Engine
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.apply.grown_state import GrownState
@@ -57,7 +57,7 @@ def switch_figures(world: World, scratch: Path, *, hidden: int = HIDDEN) -> dict
     base = synthetic.stack(seed, scratch / "base", layers=12, topology=topology)
     config = synthetic.config_of(LAYERS, hidden=hidden, vocabulary=VOCABULARY)
     engine = synthetic.engine_of(config, world)
-    source, kept = ZeroCheckpoint.open(base), KeptBase.on(world.device, local_ranks=1)
+    source, cache = ZeroCheckpoint.open(base), BaseCache.for_device(world.device, local_ranks=1)
     plans = [
         GrowthPlan(
             operator="lag",
@@ -70,7 +70,7 @@ def switch_figures(world: World, scratch: Path, *, hidden: int = HIDDEN) -> dict
     seconds: dict[str, list[float]] = {"step": [], "switch": [], "reload": []}
     for number, plan in enumerate(plans):
         _time(seconds["step"], synthetic.train_step, engine, number)
-        _time(seconds["switch"], engine.grow_from, GrownState(source, plan), kept)
+        _time(seconds["switch"], engine.grow_from, GrownState(source, plan), cache)
         grown = scratch / "grown" / synthetic.TAG
         grow_checkpoint(base, grown, plan)
         engine = _time(seconds["reload"], _reload, engine, grown, scratch / "saved")

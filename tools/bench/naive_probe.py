@@ -11,13 +11,13 @@ import json
 from pathlib import Path
 
 from lag_megatron.config import load_config, padded_vocab_size
-from lag_megatron.data import Feed, open_prepared, prepare_data
+from lag_megatron.data import BatchLoader, open_prepared, prepare_data
 from lag_megatron.distributed.world import start_world, stop_world
 from lag_megatron.engine.engine import Engine
 from lag_megatron.engine.step_result import mean
-from lag_megatron.engine.training_context import Job
 from lag_megatron.run.directory import RunDirectory, step_of
 from lag_megatron.run.signals import StopFlag
+from lag_megatron.training.training_context import TrainingContext
 
 
 def main() -> int:
@@ -25,10 +25,10 @@ def main() -> int:
     config = load_config(options.config)
     world = start_world(tensor=config.parallel.tensor)
     run = RunDirectory(options.folder)
-    data = world.from_coordinator(lambda: prepare_data(config.data, cache_dir=run.data_cache))
+    data = world.run_on_rank0(lambda: prepare_data(config.data, cache_dir=run.data_cache))
     data = open_prepared(data.folder)
     vocab_size = padded_vocab_size(data.vocab_size)
-    job = Job(config, run, Feed(data, config, world), StopFlag(), vocab_size)
+    context = TrainingContext(config, run, BatchLoader(data, config, world), StopFlag(), vocab_size)
     engine = Engine(
         config,
         world,
@@ -39,8 +39,8 @@ def main() -> int:
     engine.load(options.checkpoint)
     base_step = step_of(options.checkpoint.name)
     for step in range(config.growth_before(1).last_rung):
-        job.step(engine, base_step + step, stage=1)
-    loss = mean(job.evaluate(engine))
+        context.step(engine, base_step + step, stage=1)
+    loss = mean(context.evaluate(engine))
     if world.is_coordinator:
         (options.folder / "loss.json").write_text(json.dumps({"val_loss": loss}))
     stop_world()

@@ -70,7 +70,7 @@ def _engine(world: World, dtype: str, *, one_pass: bool) -> Engine:
 
 def _engines_step(world: World, dtype: str, *, one_pass: bool) -> Callable[[], float]:
     """A step after gradients of a small batch; only the step is timed."""
-    engine = _engine(world, dtype, one_pass=one_pass)._engine
+    engine = _engine(world, dtype, one_pass=one_pass).deepspeed_engine
     for group in engine.optimizer.param_groups:
         group["lr"] = LR
     tokens = torch.randint(SHAPES[SHAPE].vocabulary, (1, 16), generator=torch.Generator())
@@ -106,7 +106,7 @@ def _fused_and_cast(dtype: str, count: int) -> Callable[[], float]:
 
 
 def _count(world: World, dtype: str) -> int:
-    return sum(p.numel() for p in _engine(world, dtype, one_pass=True)._engine.module.parameters())
+    return sum(p.numel() for p in _engine(world, dtype, one_pass=True).module.parameters())
 
 
 if __name__ == "__main__":

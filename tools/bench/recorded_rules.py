@@ -10,7 +10,7 @@ from typing import Any
 
 from lag_megatron.config import GrowthConfig
 from lag_megatron.errors import RunError
-from lag_megatron.report.stats.recorded_search import Search, read_search
+from lag_megatron.report.stats.recorded_search import RecordedSearch, read_search
 from lag_megatron.report.stats.rule_comparison import compare_rules, loss_curves, settings_of
 from lag_megatron.selection import Evaluation, rung_value, spearman
 from lag_megatron.selection.analysis import ended_curves
@@ -87,7 +87,7 @@ def rules_figures(folder: Path) -> dict[str, float]:
     return figures
 
 
-def outcome_of(search: Search, rule: Rule) -> Outcome:
+def outcome_of(search: RecordedSearch, rule: Rule) -> Outcome:
     """What the rule would have done.
 
     Raises:
@@ -108,14 +108,14 @@ def outcome_of(search: Search, rule: Rule) -> Outcome:
     )
 
 
-def _lag(search: Search) -> int:
+def _lag(search: RecordedSearch) -> int:
     lag = search.config["lag"]
     if not isinstance(lag, int):
         raise RunError(f"{search.name}: its lag is {lag!r}; a number of steps is needed.")
     return lag
 
 
-def _default_against_lag(searches: Sequence[Search]) -> dict[str, float]:
+def _default_against_lag(searches: Sequence[RecordedSearch]) -> dict[str, float]:
     print(f"{len(searches)} recorded searches: {DEFAULT} against LAG@k; regrets in nats, then as")
     print("shares of the final spread")
     print(
@@ -153,7 +153,7 @@ def _no_worse(ours: Outcome, other: Outcome) -> bool:
     return ours.regret <= other.regret + ROUNDING
 
 
-def _print_predictions(searches: Sequence[Search]) -> None:
+def _print_predictions(searches: Sequence[RecordedSearch]) -> None:
     print("mean Spearman correlation of a rung's value with the final loss, by part of the lag")
     parts = (0.25, 0.5, 1.0)
     print(f"{'value':<6}" + "".join(f"{f'{part:g} k':>8}" for part in parts))
@@ -162,7 +162,7 @@ def _print_predictions(searches: Sequence[Search]) -> None:
         print(f"{value:<6}" + "".join(_cell(cell, 8) for cell in cells))
 
 
-def _correlation(search: Search, value: Any, part: float) -> float | None:
+def _correlation(search: RecordedSearch, value: Any, part: float) -> float | None:
     """Over the candidates that have both; only what the default would evaluate counts."""
     lag = _lag(search)
     planned = set(GrowthConfig(lag=lag).evaluation_steps())
@@ -192,7 +192,7 @@ def _variants() -> Iterator[Rule]:
         yield Rule("halving", rungs=(0.125, 0.25, 0.5, 1.0), eta=eta, guard=-1.0)
 
 
-def _print_rules(searches: Sequence[Search]) -> None:
+def _print_rules(searches: Sequence[RecordedSearch]) -> None:
     print("rules and rung values: means over the searches that recorded what each needs")
     print(
         f"{'rule':<56} {'searches':>8} {'of |G|k':>8} {'evals/|G|':>9} {'regret':>8} {'rel.':>6} "
@@ -221,7 +221,7 @@ def _print_rules(searches: Sequence[Search]) -> None:
     print(f"best at the default's steps (within 2 %): {best[2]}, relative regret {best[0]:.3f}")
 
 
-def _try(search: Search, rule: Rule) -> Outcome | None:
+def _try(search: RecordedSearch, rule: Rule) -> Outcome | None:
     try:
         return outcome_of(search, rule)
     except RunError:

@@ -30,10 +30,10 @@ from figures import write_figures
 
 from lag_megatron.config import GrowthConfig, RunConfig, load_config
 from lag_megatron.errors import ConfigError, LagError
+from lag_megatron.growth.pool import growth_pools
 from lag_megatron.planning.cost import parameter_count, training_flops_per_token
 from lag_megatron.planning.vocab_size import estimate_vocab_size
 from lag_megatron.selection import planned
-from lag_megatron.training.dry_run import growth_pools
 
 ROOT = Path(__file__).resolve().parents[2]
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)

@@ -1,5 +1,6 @@
 """What the trainers of step.py are given: a model, its weights and its batches."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,11 +172,12 @@ def write_weights(shape: str, file: Path, device: str) -> None:
 
 @torch.no_grad()
 def take_weights(engine: Engine, file: Path) -> None:
-    """Have this project's engine, under ZeRO-1, start from them."""
-    weights = torch.load(file, mmap=True)
-    for name, parameter in engine._engine.module.named_parameters():
-        parameter.copy_(weights[name])
-    engine._engine.optimizer.refresh_fp32_params()
+    """Have this project's engine, under ZeRO-1 on one rank, start from them."""
+    weights, state = torch.load(file, mmap=True), engine.state
+    for name, parameter in engine.module.named_parameters():
+        (masters,) = itertools.chain(*state.slices(name.__eq__).values())
+        masters.copy_(weights[name].to(parameter.dtype).view(-1))
+    state.sync_weights()
 
 
 def weights_for_transformers(job: Job) -> dict[str, Tensor]:
@@ -184,7 +186,7 @@ def weights_for_transformers(job: Job) -> dict[str, Tensor]:
     size = model.hidden_size // model.num_attention_heads
     heads = tensor_map.Heads(model.num_query_groups, size)
     rows = tensor_map.expand(
-        architecture_of(model).rows,
+        architecture_of(model).mappings,
         num_layers=model.num_layers,
         bias=model.bias,
         tied_embeddings=model.tied_embeddings,

@@ -1,1 +1,1 @@
-"""Directories of transformers: names, tensors, tokenizer files, reading and writing."""
+"""Hugging Face transformers directories: weights, configuration and tokenizer files."""

@@ -1,42 +1,45 @@
-"""Which architecture of transformers a model is, and its ``config.json``, both ways."""
+"""The transformers architecture of a model, and conversion of its ``config.json`` both ways."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
 
 from lag_megatron.checkpoint.hf.tensor_map import BERT, GPT2, LLAMA, TensorMapping
 from lag_megatron.config import ModelConfig
-from lag_megatron.errors import ConfigError
+from lag_megatron.errors import CheckpointError, ConfigError
 
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """A model of transformers that one of ours can be written as, and read from.
+    """A transformers model class that models can be exported to and imported from.
 
     Attributes:
-        name: its class.
-        model_type: what ``config.json`` calls it.
-        needs: by key of our configuration, the values that it can express; whatever is not named
-            here, it can express.
-        rows: which tensor is which.
-        names: keys of ``config.json`` with ours for the same value.
-        activation: the key of the activation's name there.
-        activations: ours, with the name there.
-        expects: what else ``config.json`` must say for ours to compute the same.
-        extra: entries of ``config.json`` that follow from others.
-        extra_model: our keys that are read from such entries.
+        name: the class.
+        model_type: its ``model_type`` in ``config.json``.
+        needs: for keys of ``ModelConfig``, the values that the class supports; all values of other
+            keys are supported.
+        mappings: of its tensors to Megatron-Core's.
+        names: keys of ``config.json`` with the ``ModelConfig`` key of the same value.
+        activation: the ``config.json`` key of the activation's name.
+        activations: names in ``ModelConfig`` with those in ``config.json``.
+        expects: further ``config.json`` entries that are required on import.
+        extra: ``config.json`` entries that are computed from the ``ModelConfig``.
+        extra_model: ``ModelConfig`` entries that are computed from ``config.json``.
         grouped_queries: whether several query heads may share a key head.
-        ignored: patterns of tensors that files have and the model does not use: buffers of older
-            versions, further names of tied weights, heads of other tasks.
-        prefix: what files of the bare model leave out of the names.
+        ignored: patterns of tensors that files may have and the model does not use: buffers of
+            older versions, further names of tied weights, heads of other tasks.
+        prefix: prefix of tensor names that files of the bare model leave out.
     """
 
     name: str
     model_type: str
     needs: Mapping[str, tuple[object, ...]]
-    rows: Sequence[TensorMapping]
+    mappings: Sequence[TensorMapping]
     names: Mapping[str, str]
     activation: str
     activations: Mapping[str, str]
@@ -48,7 +51,7 @@ class Architecture:
     prefix: str
 
     def misfits(self, model: ModelConfig) -> list[str]:
-        """What of a model it cannot express, each with its key."""
+        """The settings of a model that the class does not support, each with its key."""
         found = [
             f"model.{key}: {' or '.join(map(str, allowed))} (got {getattr(model, key)})"
             for key, allowed in self.needs.items()
@@ -62,20 +65,20 @@ class Architecture:
         return found
 
     def settings(self, model: ModelConfig, num_layers: int) -> Settings:
-        """Entries of ``config.json`` beside those that all models have."""
+        """Entries of ``config.json`` that depend on the architecture."""
         values = {theirs: getattr(model, ours) for theirs, ours in self.names.items()}
         layers = next(theirs for theirs, ours in self.names.items() if ours == "num_layers")
         values |= {layers: num_layers, self.activation: self.activations[model.activation]}
         return values | self.extra(model)
 
     def model(self, settings: Settings) -> Settings:
-        """Our configuration's entries.
+        """The ``ModelConfig`` entries of a ``config.json``.
 
         Args:
             settings: all of ``config.json``, with the defaults of its class.
 
         Raises:
-            ConfigError: naming every entry that ours does not compute.
+            ConfigError: naming every entry that is not supported.
         """
         problems = list(self._unreadable(settings))
         if problems:
@@ -107,7 +110,7 @@ class Architecture:
 
 
 def architecture_of(model: ModelConfig) -> Architecture:
-    """The architecture that computes what the model computes.
+    """The architecture that computes the same function as the model.
 
     Raises:
         ConfigError: if there is none, naming what each would need.
@@ -163,7 +166,7 @@ ARCHITECTURES = (
             "activation": ("gelu", "gelu_exact"),
             "bias": (True,),
         },
-        rows=GPT2,
+        mappings=GPT2,
         names={
             "n_positions": "seq_length",
             "n_embd": "hidden_size",
@@ -198,7 +201,7 @@ ARCHITECTURES = (
             "norm_position": ("pre",),
             "activation": ("swiglu",),
         },
-        rows=LLAMA,
+        mappings=LLAMA,
         names={
             "max_position_embeddings": "seq_length",
             "hidden_size": "hidden_size",
@@ -231,7 +234,7 @@ ARCHITECTURES = (
             "token_types": (1, 2),
             "sentence_head": (False,),
         },
-        rows=BERT,
+        mappings=BERT,
         names={
             "max_position_embeddings": "seq_length",
             "hidden_size": "hidden_size",
@@ -257,3 +260,21 @@ ARCHITECTURES = (
         prefix="bert.",
     ),
 )
+
+
+def read_config(path: Path) -> Settings:
+    """All entries of ``config.json`` with the defaults of its class.
+
+    Raises:
+        CheckpointError: if there is none, or it cannot be read.
+    """
+    import transformers  # takes seconds, which only describing a checkpoint should not
+
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path / 'config.json'}: missing. Restore it from a copy.")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        line = " ".join(str(error).split())
+        raise CheckpointError(f"{path / 'config.json'}: cannot be read: {line}") from None
+    return dict(config.to_dict())

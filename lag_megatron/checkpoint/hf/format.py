@@ -1,8 +1,8 @@
-"""Checkpoints of Hugging Face transformers: ``config.json`` and weights, without an optimizer.
+"""The files of a transformers directory: ``config.json`` and weights, without an optimizer.
 
 A safetensors file is eight bytes with the length of its header, the header as JSON, and the bytes
-of the tensors, so nothing in it can run code.  ``pytorch_model.bin`` is a pickle: it is named, but
-not opened; whoever reads it must do so ``weights_only``.
+of the tensors, so nothing in it can run code.  ``pytorch_model.bin`` is a pickle, which is listed
+here but not opened.
 """
 
 import json
@@ -31,7 +31,7 @@ _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsEntry:
-    """A tensor in a safetensors file: where its bytes lie, counted from the file's beginning."""
+    """A tensor in a safetensors file; ``begin`` and ``end`` are byte offsets in the file."""
 
     file: Path
     dtype: str
@@ -41,7 +41,7 @@ class SafetensorsEntry:
 
 
 def read_safetensors_header(file: Path) -> dict[str, SafetensorsEntry]:
-    """The tensors of a safetensors file, by name; the file's length is checked against them.
+    """The tensors of a safetensors file by name; the file's length is checked against them.
 
     Raises:
         CheckpointError: if it is missing, damaged or cut short.
@@ -82,7 +82,7 @@ def read_safetensors_header(file: Path) -> dict[str, SafetensorsEntry]:
 
 
 def looks_like_transformers(path: Path) -> bool:
-    """Whether a folder holds at least something of a transformers model, sound or not."""
+    """Whether a directory holds weights or a ``config.json`` of transformers, complete or not."""
     names = (_WEIGHTS, _INDEX, _PICKLED, _PICKLED_INDEX)
     if any((path / name).is_file() for name in names) or any(path.glob("model-*.safetensors")):
         return True
@@ -93,7 +93,7 @@ def looks_like_transformers(path: Path) -> bool:
 
 
 def describe_transformers(path: Path, names: ParamNames | None = None) -> dict[str, Any]:
-    """Facts of a model's folder, and its problems; of the weights, headers are read."""
+    """Facts about a model's directory, and its problems; only headers of weights are read."""
     problems: list[str] = []
     config, trainer = (_settings(path / name, problems) for name in (CONFIG, TRAINER))
     if not (path / CONFIG).is_file():
@@ -133,16 +133,16 @@ def describe_transformers(path: Path, names: ParamNames | None = None) -> dict[s
     }
 
 
-def find_transformers_corruption(path: Path, look: VerifyScope = EVERYTHING) -> Iterator[str]:
-    """Records of pickled weights that do not fit their checksums; safetensors has none."""
-    for file in look.share(sorted(path.glob("*.bin"))):
+def find_transformers_corruption(path: Path, scope: VerifyScope = EVERYTHING) -> Iterator[str]:
+    """Yield records of pickled weights that differ from their CRC32; safetensors has none."""
+    for file in scope.share(sorted(path.glob("*.bin"))):
         if is_zip(file):
             for record in damaged_records(file):
                 yield f"{file.name}: {record} differs from its checksum"
 
 
 def tensors_of(path: Path) -> tuple[dict[str, SafetensorsEntry], list[str]]:
-    """All tensors of the safetensors files, and what is wrong with those."""
+    """All tensors of the safetensors files by name, and the problems of those files."""
     index, problems = path / _INDEX, []
     placed: Mapping[str, str] = {}
     if index.is_file():
@@ -185,7 +185,7 @@ def _pickle_problems(path: Path, names: list[str]) -> Iterator[str]:
         file = path / name
         if not file.is_file():
             yield f"{file}: missing. Restore it from a copy."
-        elif is_zip(file):  # what it lists is looked at, not what it pickles
+        elif is_zip(file):  # only the zip directory is read, not the pickle
             try:
                 has_checksums(file)
             except CheckpointError as error:

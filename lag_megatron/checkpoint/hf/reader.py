@@ -1,4 +1,4 @@
-"""A directory of transformers as a source: weights become masters, and moments are 0."""
+"""Importing a transformers directory: weights become fp32 masters, and moments are 0."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from lag_megatron.checkpoint.families.roles import megatron_role
 from lag_megatron.checkpoint.hf import format as hf_format
-from lag_megatron.checkpoint.hf.architecture import ARCHITECTURES, Architecture
+from lag_megatron.checkpoint.hf.architecture import ARCHITECTURES, Architecture, read_config
 from lag_megatron.checkpoint.hf.tensor_map import (
     Heads,
     RowRun,
@@ -41,7 +40,7 @@ from lag_megatron.errors import CheckpointError, ConfigError
 
 
 def open_transformers(path: Path, *, vocab_size: int | None = None) -> UnshardedCheckpoint:
-    """Read a directory's settings and headers; tensors stay on disk.
+    """Open a directory by its configuration and headers; tensors stay on disk.
 
     Args:
         path: with ``config.json`` and weights as safetensors or ``pytorch_model.bin``.
@@ -50,10 +49,10 @@ def open_transformers(path: Path, *, vocab_size: int | None = None) -> Unsharded
             0.  The default is the number of tokens rounded up to a multiple of 128.
 
     Raises:
-        ConfigError: if it is no model that is known here.
-        CheckpointError: naming the tensor that is missing, left over, or of another shape.
+        ConfigError: if the model is not supported.
+        CheckpointError: naming a tensor that is missing, unexpected, or of another shape.
     """
-    settings = _settings(path)
+    settings = read_config(path)
     found = [a for a in ARCHITECTURES if a.model_type == settings["model_type"]]
     if not found:
         known = ", ".join(a.model_type for a in ARCHITECTURES)
@@ -77,15 +76,15 @@ def open_transformers(path: Path, *, vocab_size: int | None = None) -> Unsharded
 
 @dataclass(frozen=True)
 class Import:
-    """Everything about an import is known before a tensor is read.
+    """An import, checked before a tensor is read.
 
     Attributes:
         path: the directory.
-        architecture: what it holds.
-        model: what it becomes.
+        architecture: of the directory.
+        model: the imported model.
         tokens: rows of the directory's vocabulary.
-        special_tokens: entries of ``config.json`` that name some of them.
-        notes: what a person should know.
+        special_tokens: the ``*_token_id`` entries of ``config.json``.
+        notes: remarks for the user.
     """
 
     path: Path
@@ -97,11 +96,13 @@ class Import:
 
     @property
     def source(self) -> UnshardedCheckpoint:
-        """What growth and writers read."""
-        groups = decay_groups({name: self._shape(row) for name, row in self.rows.items()})
+        """The checkpoint as growth and writers read it."""
+        groups = decay_groups(
+            {name: self._shape(mapping) for name, mapping in self.mappings.items()}
+        )
         state = default_client_state(self.model, groups)
         state |= {"vocabulary": self.tokens, "special_tokens": self.special_tokens}
-        keys = module_keys(list(self.rows))
+        keys = module_keys(list(self.mappings))
         return UnshardedCheckpoint(
             path=self.path,
             header=default_header(keys, client_state=state, step=0),
@@ -113,31 +114,31 @@ class Import:
         )
 
     def read(self, name: str, state: State, start: int, length: int) -> Tensor:
-        """Elements of a Megatron parameter; moments are 0."""
+        """Elements ``start .. start + length`` of a Megatron parameter; moments are 0."""
         if state != "fp32":
             return torch.zeros(length)
-        row = self.rows[name]
-        width = numel(self._shape(row)[1:])
+        mapping = self.mappings[name]
+        width = numel(self._shape(mapping)[1:])
         first, last = start // width, -(-(start + length) // width)
-        found = list(self._rows(row, first, last))
+        found = list(self._rows(mapping, first, last))
         values = found[0] if len(found) == 1 else torch.cat(found)
         begin = start - first * width
         return values.reshape(-1)[begin : begin + length]
 
-    def check(self, look: VerifyScope) -> None:
-        """Refuse damaged files, and those that hold tied weights twice, with different values.
+    def check(self, scope: VerifyScope) -> None:
+        """Verify checksums, and that tied weights stored twice are equal.
 
         Raises:
             CheckpointError: naming the file, or both tensors.
         """
         committed = manifest.is_committed(self.path)
         if found := list(
-            look.damages(self.path)
+            scope.find_corrupted_files(self.path)
             if committed
-            else hf_format.find_transformers_corruption(self.path, look)
+            else hf_format.find_transformers_corruption(self.path, scope)
         ):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
-        for other, owner in look.share(self._tied):
+        for other, owner in scope.share(self._tied):
             there, here = self.tensors[other], self.tensors[owner]
             step = max(1, (1 << 20) // max(1, numel(there.shape[1:])))
             same = there.shape == here.shape and all(
@@ -159,31 +160,35 @@ class Import:
         return {_name(name, prefix if bare else ""): stored for name, stored in found.items()}
 
     @cached_property
-    def rows(self) -> dict[str, TensorMapping]:
-        """By Megatron's name, in the order of the model.
+    def mappings(self) -> dict[str, TensorMapping]:
+        """The mapping of each tensor by Megatron's name, in the order of the model.
 
         Raises:
-            CheckpointError: if tensors are missing, left over or of other shapes.
+            CheckpointError: if tensors are missing, unexpected or of other shapes.
         """
         expanded = expand(
-            self.architecture.rows,
+            self.architecture.mappings,
             num_layers=self.model.num_layers,
             bias=self.model.bias,
             tied_embeddings=self.model.tied_embeddings,
         )
-        rows = {row.megatron: row for row in expanded}
+        mappings = {mapping.megatron: mapping for mapping in expanded}
         expected: dict[str, Shape] = {}
-        for row in rows.values():
-            whole = self._whole_shape(row)
+        for mapping in mappings.values():
+            full = self._full_shape(mapping)
             expected.update(
-                zip(row.transformers, transformers_shapes(row, whole, self.heads), strict=True)
+                zip(
+                    mapping.transformers,
+                    transformers_shapes(mapping, full, self.heads),
+                    strict=True,
+                )
             )
         self._refuse_others(expected)
-        return rows
+        return mappings
 
     @cached_property
     def heads(self) -> Heads:
-        """How attention is cut."""
+        """The model's query groups and head size."""
         model = self.model
         return Heads(model.num_query_groups, model.hidden_size // model.num_attention_heads)
 
@@ -219,7 +224,7 @@ class Import:
 
     @cached_property
     def _tied(self) -> list[tuple[str, str]]:
-        """Names under which files repeat a tied tensor, each with its owner."""
+        """Names under which files repeat a tied tensor, with the name that owns the values."""
         pairs = [
             ("lm_head.weight", "transformer.wte.weight"),
             ("lm_head.weight", "model.embed_tokens.weight"),
@@ -233,25 +238,21 @@ class Import:
             if tied and other in self.tensors and owner in self.tensors
         ]
 
-    def _shape(self, row: TensorMapping) -> Shape:
-        """Of Megatron's parameter."""
-        shape = self._whole_shape(row)
-        if row.kind == "vocabulary":
+    def _shape(self, mapping: TensorMapping) -> Shape:
+        """Shape of Megatron's parameter."""
+        shape = self._full_shape(mapping)
+        if mapping.kind == "vocabulary":
             return (int(self.model.vocab_size), *shape[1:])
         return shape
 
-    def _whole_shape(self, row: TensorMapping) -> Shape:
-        """Of Megatron's parameter without padding, as the files' own tensors give it.
-
-        Raises:
-            CheckpointError: if one is missing.
-        """
+    def _full_shape(self, mapping: TensorMapping) -> Shape:
+        """Shape of Megatron's parameter without vocabulary padding."""
         model = self.model
         outs = {
             "linear_qkv": model.hidden_size + 2 * self.heads.groups * self.heads.head_size,
-            "linear_fc1": model.ffn_hidden_size * (2 if row.kind == "gate_up" else 1),
+            "linear_fc1": model.ffn_hidden_size * (2 if mapping.kind == "gate_up" else 1),
         }
-        kind = row.megatron.split(".")[-2]
+        kind = mapping.megatron.split(".")[-2]
         out = outs.get(kind, model.hidden_size)
         out = {
             "word_embeddings": self.tokens,
@@ -259,50 +260,34 @@ class Import:
             "position_embeddings": model.seq_length,
             "tokentype_embeddings": model.token_types,
         }.get(kind, out)
-        if megatron_role(row.megatron) in ("bias", "norm_weight"):
+        if megatron_role(mapping.megatron) in ("bias", "norm_weight"):
             return (out,)
         return (out, model.ffn_hidden_size if kind == "linear_fc2" else model.hidden_size)
 
-    def _rows(self, row: TensorMapping, first: int, last: int) -> Iterator[Tensor]:
-        """Rows of Megatron's parameter, piece by piece."""
-        known = self.tokens if row.kind == "vocabulary" else last
-        for run in _within(row_runs(row, self._whole_shape(row)[0], self.heads), first, last):
-            stored = self.tensors[row.transformers[run.part]]
-            yield stored.rows(run.start, run.start + run.count, transposed=row.transposed)
+    def _rows(self, mapping: TensorMapping, first: int, last: int) -> Iterator[Tensor]:
+        """Rows ``first .. last`` of Megatron's parameter, in several tensors."""
+        known = self.tokens if mapping.kind == "vocabulary" else last
+        for run in _within(
+            row_runs(mapping, self._full_shape(mapping)[0], self.heads), first, last
+        ):
+            stored = self.tensors[mapping.transformers[run.part]]
+            yield stored.rows(run.start, run.start + run.count, transposed=mapping.transposed)
         if last > known:
-            (name,) = row.transformers
+            (name,) = mapping.transformers
             padding = self.tensors[name].rows(known - 1, known)
             yield padding.expand(last - max(first, known), *padding.shape[1:])
 
 
 def _within(found: Sequence[RowRun], first: int, last: int) -> Iterator[RowRun]:
-    """The parts of runs that lie in rows ``first .. last``."""
+    """The parts of runs within rows ``first .. last``."""
     for run in found:
         low, high = max(run.low, first), min(run.low + run.count, last)
         if low < high:
             yield replace(run, low=low, count=high - low, start=run.start + low - run.low)
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """All entries of ``config.json`` with the defaults of its class.
-
-    Raises:
-        CheckpointError: if there is none, or it cannot be read.
-    """
-    import transformers  # seconds; what only describes a checkpoint does without
-
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path / 'config.json'}: missing. Restore it from a copy.")
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        line = " ".join(str(error).split())
-        raise CheckpointError(f"{path / 'config.json'}: cannot be read: {line}") from None
-    return dict(config.to_dict())
-
-
 def _name(name: str, prefix: str) -> str:
-    """A tensor's name in the whole model, where files have older names, or are of a bare model."""
+    """A tensor's name in the full model, for files with older names or of a bare model."""
     name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
     name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
     return name if name.startswith(("lm_head.", "cls.")) else prefix + name

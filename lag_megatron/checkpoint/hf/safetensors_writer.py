@@ -1,4 +1,4 @@
-"""Safetensors files laid out before any value; the library's own writer wants all at once."""
+"""Safetensors files that are created before their values; the library needs all values at once."""
 
 import json
 import os
@@ -18,12 +18,12 @@ _PATTERN = "model{suffix}.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsFile:
-    """A file to come.
+    """A safetensors file to write.
 
     Attributes:
         name: of the file.
-        shapes: of its tensors, in the order in which they lie.
-        dtype: of all of them.
+        shapes: of its tensors, in their order in the file.
+        dtype: of all tensors.
     """
 
     name: str
@@ -31,9 +31,10 @@ class SafetensorsFile:
     dtype: torch.dtype
 
     def create(self, folder: Path) -> dict[str, int]:
-        """Make the file of its final size, with its header, and say where each tensor begins.
+        """Create the file with its header in its final size, which is reserved on the disk.
 
-        The space is reserved: writing to a mapped hole on a full disk would kill the process.
+        Returns:
+            the byte offset of each tensor's values.
         """
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         begins, end = {}, 0
@@ -57,11 +58,11 @@ class SafetensorsFile:
 def lay_out(
     shapes: Mapping[str, Shape], *, dtype: torch.dtype, max_shard_size: int | str
 ) -> tuple[list[SafetensorsFile], str | None]:
-    """The files of a model, and the text of the index where there are several.
+    """Distribute a model's tensors over files, with the text of the index if there are several.
 
     Args:
-        shapes: of every tensor, in the order in which they are to lie.
-        dtype: of all of them.
+        shapes: of every tensor, in the order in which they are written.
+        dtype: of all tensors.
         max_shard_size: bytes of a file, or a text like ``5GB``.
     """
     split = split_state_dict_into_shards_factory(

@@ -1,7 +1,7 @@
-"""Which tensor of Megatron-Core is which of transformers, as data, and the way there and back.
+"""Tables that map Megatron-Core's tensors to those of transformers, and conversion both ways.
 
-A row names one tensor of Megatron's and what transformers keeps in its place; ``{layer}`` stands
-for a layer's number and ``{part}`` for ``weight`` or ``bias``.  The kinds:
+An entry names one of Megatron's tensors and those of transformers with the same values; ``{layer}``
+stands for a layer's number and ``{part}`` for ``weight`` or ``bias``.  The kinds:
 
 plain       the same values.
 vocabulary  rows belong to tokens; Megatron's may be padded at the end.
@@ -39,7 +39,7 @@ class TensorMapping:
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """How attention is cut: query groups (key-value heads) and the size of a head."""
+    """Query groups (key-value heads) of the attention, and the size of a head."""
 
     groups: int
     head_size: int
@@ -149,46 +149,45 @@ BERT: tuple[TensorMapping, ...] = (
 
 
 def expand(
-    rows: Sequence[TensorMapping], *, num_layers: int, bias: bool, tied_embeddings: bool
+    mappings: Sequence[TensorMapping], *, num_layers: int, bias: bool, tied_embeddings: bool
 ) -> Iterator[TensorMapping]:
-    """The rows of a model, one a tensor, in the order of the model's layers.
+    """The mappings of a model, one for each of Megatron's tensors, in the order of the model.
 
     Args:
-        rows: a table of this module.
+        mappings: a table of this module.
         num_layers: of the model.
-        bias: whether linear layers have one; norms have theirs wherever the table says so.
-        tied_embeddings: whether the output layer has no matrix of its own.
+        bias: whether linear layers have one; norms have one where the table says so.
+        tied_embeddings: whether the output layer shares the embedding's weight.
     """
-    for layered, group in _runs(rows):
+    for layered, group in _layer_runs(mappings):
         for layer in range(num_layers) if layered else (0,):
-            for row in group:
-                if row.megatron == "output_layer.weight" and tied_embeddings:
+            for mapping in group:
+                if mapping.megatron == "output_layer.weight" and tied_embeddings:
                     continue
-                has_bias = (
-                    bias or megatron_role(row.megatron.replace(PART, "weight")) == "norm_weight"
-                )
-                parts = ("weight", "bias") if PART in row.megatron else ("",)
+                role = megatron_role(mapping.megatron.replace(PART, "weight"))
+                has_bias = bias or role == "norm_weight"
+                parts = ("weight", "bias") if PART in mapping.megatron else ("",)
                 for part in parts if has_bias else parts[:1]:
-                    yield _filled(row, layer, part)
+                    yield _filled(mapping, layer, part)
 
 
 def transformers_shapes(
-    row: TensorMapping, shape: tuple[int, ...], heads: Heads
+    mapping: TensorMapping, shape: tuple[int, ...], heads: Heads
 ) -> list[tuple[int, ...]]:
-    """Shapes of the row's tensors in transformers, of Megatron's shape, padding included."""
+    """Shapes of the tensors in transformers, from the shape of Megatron's, padding included."""
     outs = [shape[0]]
-    if row.kind == "qkv" and len(row.transformers) == 3:
+    if mapping.kind == "qkv" and len(mapping.transformers) == 3:
         keys = heads.groups * heads.head_size
         outs = [shape[0] - 2 * keys, keys, keys]
-    elif row.kind == "gate_up":
+    elif mapping.kind == "gate_up":
         outs = [shape[0] // 2] * 2
     shapes = [(out, *shape[1:]) for out in outs]
-    return [s[::-1] if row.transposed else s for s in shapes]
+    return [s[::-1] if mapping.transposed else s for s in shapes]
 
 
 @dataclass(frozen=True, slots=True)
 class RowRun:
-    """Rows ``low .. low + count`` of Megatron's tensor: those from ``start`` of a part."""
+    """Rows ``low .. low + count`` of Megatron's tensor: those from ``start`` on of one ``part``."""
 
     low: int
     count: int
@@ -196,19 +195,19 @@ class RowRun:
     start: int
 
 
-def row_runs(row: TensorMapping, rows: int, heads: Heads) -> list[RowRun]:
-    """Where each of the ``rows`` of Megatron's tensor stands in the row's tensors, rising.
+def row_runs(mapping: TensorMapping, rows: int, heads: Heads) -> list[RowRun]:
+    """Where the rows of Megatron's tensor lie in those of transformers, in increasing order.
 
-    Of a ``transposed`` one the rows are transformers' columns.
+    In ``transposed`` matrices the rows are transformers' columns.
     """
-    if row.kind == "gate_up":
+    if mapping.kind == "gate_up":
         half = rows // 2
         return [RowRun(0, half, 0, 0), RowRun(half, rows - half, 1, 0)]
-    if row.kind != "qkv":
+    if mapping.kind != "qkv":
         return [RowRun(0, rows, 0, 0)]
     size = heads.head_size
     queries, keys = rows - 2 * heads.groups * size, heads.groups * size
-    lengths, joined = (queries // heads.groups, size, size), len(row.transformers) == 1
+    lengths, joined = (queries // heads.groups, size, size), len(mapping.transformers) == 1
     starts = (0, queries, queries + keys) if joined else (0, 0, 0)
     found, low = [], 0
     for group in range(heads.groups):
@@ -218,38 +217,41 @@ def row_runs(row: TensorMapping, rows: int, heads: Heads) -> list[RowRun]:
     return found
 
 
-def to_transformers(row: TensorMapping, whole: Tensor, heads: Heads) -> list[Tensor]:
-    """The row's tensors in transformers from all of Megatron's, vocabulary padding still there."""
+def to_transformers(mapping: TensorMapping, full: Tensor, heads: Heads) -> list[Tensor]:
+    """The tensors in transformers from Megatron's full tensor, vocabulary padding included."""
     parts = [
-        whole.new_empty(shape) for shape in transformers_shapes(row, tuple(whole.shape), heads)
+        full.new_empty(shape) for shape in transformers_shapes(mapping, tuple(full.shape), heads)
     ]
-    turned = [as_rows(part, row) for part in parts]
-    for run in row_runs(row, len(whole), heads):
-        turned[run.part][run.start : run.start + run.count] = whole[run.low : run.low + run.count]
+    turned = [as_rows(part, mapping) for part in parts]
+    for run in row_runs(mapping, len(full), heads):
+        turned[run.part][run.start : run.start + run.count] = full[run.low : run.low + run.count]
     return parts
 
 
-def as_rows(part: Tensor, row: TensorMapping) -> Tensor:
-    """A view of a tensor of transformers whose rows are Megatron's."""
-    return part.t() if row.transposed and part.dim() == 2 else part
+def as_rows(part: Tensor, mapping: TensorMapping) -> Tensor:
+    """A view of a tensor of transformers whose rows correspond to Megatron's."""
+    return part.t() if mapping.transposed and part.dim() == 2 else part
 
 
-def _runs(rows: Sequence[TensorMapping]) -> Iterator[tuple[bool, list[TensorMapping]]]:
-    """Neighbouring rows that all belong to layers, or all do not."""
+def _layer_runs(mappings: Sequence[TensorMapping]) -> Iterator[tuple[bool, list[TensorMapping]]]:
+    """Runs of mappings that all belong to layers, or all do not."""
     run: list[TensorMapping] = []
-    for row in rows:
-        if run and (LAYER in row.megatron) != (LAYER in run[0].megatron):
+    for mapping in mappings:
+        if run and (LAYER in mapping.megatron) != (LAYER in run[0].megatron):
             yield LAYER in run[0].megatron, run
             run = []
-        run.append(row)
+        run.append(mapping)
     if run:
         yield LAYER in run[0].megatron, run
 
 
-def _filled(row: TensorMapping, layer: int, part: str) -> TensorMapping:
+def _filled(mapping: TensorMapping, layer: int, part: str) -> TensorMapping:
     def fill(name: str) -> str:
         return name.replace(LAYER, str(layer)).replace(PART, part)
 
     return TensorMapping(
-        fill(row.megatron), tuple(map(fill, row.transformers)), row.kind, transposed=row.transposed
+        fill(mapping.megatron),
+        tuple(map(fill, mapping.transformers)),
+        mapping.kind,
+        transposed=mapping.transposed,
     )

@@ -17,13 +17,13 @@ FLOAT_DTYPES = ("F32", "BF16", "F16", "torch.float32", "torch.bfloat16", "torch.
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """One tensor.
+    """A tensor on disk, read a few rows at a time.
 
     Attributes:
-        file: where it lies.
-        shape: of all of it.
-        dtype: as the file calls it.
-        values: takes slices as a tensor does.
+        file: that holds it.
+        shape: of the whole tensor.
+        dtype: its name in the file.
+        values: supports slicing.
     """
 
     file: Path
@@ -32,7 +32,7 @@ class LazyTensor:
     values: Any
 
     def rows(self, first: int, last: int, *, transposed: bool = False) -> Tensor:
-        """Rows, or the columns of a ``transposed`` matrix as rows."""
+        """Rows ``first .. last``, or columns of a ``transposed`` matrix as rows."""
         if transposed and len(self.shape) == 2:
             columns: Tensor = self.values[:, first:last]
             return columns.t()
@@ -44,7 +44,7 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
     """Every tensor of a directory by its name; headers are read, values are not.
 
     Raises:
-        CheckpointError: if files are missing, damaged, or hold what is no weight.
+        CheckpointError: if files are missing or damaged, or hold something else than weights.
     """
     entries, problems = hf_format.tensors_of(path)
     if problems:

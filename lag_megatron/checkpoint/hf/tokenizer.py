@@ -1,4 +1,4 @@
-"""The tokenizer of a directory of transformers."""
+"""The tokenizer files of a transformers directory."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ class TokenizerFile:
     end_id: int
 
     def load(self) -> tokenizers.Tokenizer:
-        """The tokenizer, adding no tokens of its own: training text is encoded without any."""
+        """The tokenizer without its post-processor: training text gets no special tokens."""
         tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
         if tokenizer.num_special_tokens_to_add(False):
             tokenizer.post_processor = None
@@ -42,7 +42,7 @@ def tokenizer_files(path: Path) -> list[Path]:
 
 
 def save_transformers_tokenizer(file: TokenizerFile, folder: Path, model: ModelConfig) -> None:
-    """Write a tokenizer as transformers reads it; BERT's puts [CLS] and [SEP] around text."""
+    """Write a tokenizer as transformers loads it; BERT's adds [CLS] and [SEP] around text."""
     import transformers
 
     backend = file.load()
@@ -58,7 +58,7 @@ def save_transformers_tokenizer(file: TokenizerFile, folder: Path, model: ModelC
 
 
 def _for_bert(backend: tokenizers.Tokenizer) -> dict[str, str]:
-    """The names of BERT's tokens that a tokenizer has; it now puts [CLS] and [SEP] around text."""
+    """BERT's special tokens in a tokenizer, which is made to add [CLS] and [SEP] around text."""
     known = {name: f"[{name.upper()}]" for name in ("cls", "sep", "mask", "pad", "unk")}
     known = {name: token for name, token in known.items() if backend.token_to_id(token) is not None}
     if {"cls", "sep"} <= known.keys():

@@ -1,4 +1,4 @@
-"""A training state as a directory that transformers loads: weights, configuration, tokenizer."""
+"""Exporting a training state as a directory that transformers loads."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,8 +26,10 @@ from lag_megatron.checkpoint.state.spec import DTYPES
 from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import VerifyScope
-from lag_megatron.checkpoint.writer.file_writer import Span, WriteContext, write_spans
+from lag_megatron.checkpoint.writer.context import WriteContext
+from lag_megatron.checkpoint.writer.file_writer import write_spans
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
+from lag_megatron.checkpoint.writer.pieces import Span
 from lag_megatron.config import ModelConfig
 from lag_megatron.errors import CheckpointError
 
@@ -36,16 +38,16 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class Export:
-    """Everything about an export is known before a tensor is read.
+    """An export, checked before a tensor is read.
 
     Attributes:
-        state: what is written.
+        state: the training state.
         tokenizer: written beside the weights.
         dtype: of the weights, converted from the fp32 masters.
         max_shard_size: bytes of a file, or a text like ``5GB``.
-        carried: files of a tokenizer to copy where none is made.
-        vocabulary: rows of the vocabulary to keep, the others being padding; by default as many as
-            the tokenizer has tokens, and without one those of the model that was imported, or all.
+        carried: tokenizer files to copy if ``tokenizer`` is None.
+        vocabulary: rows of the vocabulary to keep, the others being padding.  The default is the
+            tokenizer's number of tokens, else that of the imported model, else all rows.
     """
 
     state: UnshardedState
@@ -55,13 +57,17 @@ class Export:
     carried: Sequence[Path] = ()
     vocabulary: int | None = None
 
-    def order(self, target: Path, *, about: Mapping[str, Any]) -> WriteJob:
-        """What has to be written as the directory ``target``.
+    def job(self, target: Path, *, metadata: Mapping[str, Any]) -> WriteJob:
+        """The job that writes the directory ``target``.
+
+        Args:
+            target: the directory to write.
+            metadata: entries of the manifest.
 
         Raises:
-            ConfigError: if no architecture of transformers computes what the model computes.
-            CheckpointError: if the state does not say what model it is, or is another, or if the
-                tokenizer has more tokens than it.
+            ConfigError: if no transformers architecture computes the same function.
+            CheckpointError: if the state lacks its model configuration or does not match it, or if
+                the tokenizer has more tokens than the model.
         """
         shapes = self.shapes
         try:
@@ -76,8 +82,8 @@ class Export:
                 Part("settings", lambda folder, _: self._write_settings(folder, index)),
                 *(Part(file.name, partial(self._write_file, file)) for file in files),
             ],
-            about={
-                **about,
+            metadata={
+                **metadata,
                 "written_as": "hf",
                 "dtype": self.dtype,
                 "vocabulary": self.vocab_size,
@@ -85,7 +91,7 @@ class Export:
                 "tokenizer": [manifest.file_checksum(file) for file in self._tokenizer_files],
             },
             needed=sum(map(numel, self.shapes.values())) * DTYPES[self.dtype].itemsize,
-            what="the exported model",
+            title="the exported model",
             check=partial(self.state.check, VerifyScope(states=("fp32",))),
             pointer=None,
         )
@@ -96,12 +102,12 @@ class Export:
 
     @cached_property
     def model(self) -> ModelConfig:
-        """The model's shape as the state tells it.
+        """The model configuration in the state.
 
         Raises:
-            CheckpointError: if it does not.
+            CheckpointError: if there is none.
         """
-        tree = self.state.draft.entries["lag"].get("model")
+        tree = self.state.spec.entries["lag"].get("model")
         try:
             return TypeAdapter(ModelConfig).validate_python(tree)
         except ValidationError as error:
@@ -112,12 +118,12 @@ class Export:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """What it becomes."""
+        """The transformers architecture of the model."""
         return architecture_of(self.model)
 
     @cached_property
     def heads(self) -> Heads:
-        """How attention is cut."""
+        """The model's query groups and head size."""
         model = self.model
         return Heads(model.num_query_groups, model.hidden_size // model.num_attention_heads)
 
@@ -139,81 +145,87 @@ class Export:
                     f"{self.state.path} only {rows}. Give the tokenizer that it was trained with."
                 )
         if wanted is None:
-            wanted = self.state.draft.entries["lag"].get("vocabulary")
+            wanted = self.state.spec.entries["lag"].get("vocabulary")
         if wanted is not None and not 0 < wanted <= rows:
             raise CheckpointError(f"{self.state.path}: has {rows} rows of tokens, not {wanted}.")
         return rows if wanted is None else wanted
 
     @cached_property
     def num_layers(self) -> int:
-        """Layers there are, which growth may have made more than the configuration began with."""
+        """Layers of the state; after growth more than the configuration has."""
         return count_layers(self.state.shapes)
 
     @cached_property
-    def rows(self) -> Sequence[TensorMapping]:
-        """One for each tensor of the state.
+    def mappings(self) -> Sequence[TensorMapping]:
+        """The mapping of each tensor of the state.
 
         Raises:
-            CheckpointError: if there are others, or some are missing.
+            CheckpointError: if the state has other tensors, or some are missing.
         """
-        rows = list(
+        mappings = list(
             expand(
-                self.architecture.rows,
+                self.architecture.mappings,
                 num_layers=self.num_layers,
                 bias=self.model.bias,
                 tied_embeddings=self.model.tied_embeddings,
             )
         )
-        expected, found = {row.megatron for row in rows}, set(self.state.shapes)
+        expected, found = {mapping.megatron for mapping in mappings}, set(self.state.shapes)
         for names, what in ((expected - found, "lacks"), (found - expected, "also has")):
             if names:
                 raise CheckpointError(
                     f"{self.state.path}: {what} {sorted(names)[0]} ({len(names)} tensors), "
                     f"so it is not what its configuration says: {self.architecture.name}."
                 )
-        return rows
+        return mappings
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
-        """Of every tensor that is written, by its name in transformers."""
+        """Shapes of all written tensors, by name in transformers."""
         shapes: dict[str, Shape] = {}
-        for row in self.rows:
-            whole = self._kept(row)
+        for mapping in self.mappings:
+            full = self._kept(mapping)
             shapes.update(
-                zip(row.transformers, transformers_shapes(row, whole, self.heads), strict=True)
+                zip(
+                    mapping.transformers,
+                    transformers_shapes(mapping, full, self.heads),
+                    strict=True,
+                )
             )
         return shapes
 
-    def _kept(self, row: TensorMapping) -> Shape:
+    def _kept(self, mapping: TensorMapping) -> Shape:
         """Shape of Megatron's tensor without padding."""
-        whole = self.state.shapes[row.megatron]
-        return (self.vocab_size, *whole[1:]) if row.kind == "vocabulary" else whole
+        full = self.state.shapes[mapping.megatron]
+        return (self.vocab_size, *full[1:]) if mapping.kind == "vocabulary" else full
 
     @cached_property
     def _places(self) -> dict[str, tuple[TensorMapping, int]]:
-        """By name in transformers: the row, and which of its parts the tensor is."""
+        """The mapping of each name in transformers, and which of its parts the tensor is."""
         return {
-            name: (row, part) for row in self.rows for part, name in enumerate(row.transformers)
+            name: (mapping, part)
+            for mapping in self.mappings
+            for part, name in enumerate(mapping.transformers)
         }
 
     def _write_file(
-        self, file: SafetensorsFile, folder: Path, crew: WriteContext
+        self, file: SafetensorsFile, folder: Path, context: WriteContext
     ) -> dict[str, Any]:
         spans = [self._span(name, begin, file.dtype) for name, begin in file.create(folder).items()]
-        entry = write_spans(folder / file.name, spans, self.state.fill, crew)
-        crew.flush(folder / file.name)
+        entry = write_spans(folder / file.name, spans, self.state.fill, context)
+        context.flush(folder / file.name)
         return {file.name: entry}
 
     def _span(self, name: str, begin: int, dtype: torch.dtype) -> Span:
-        """What a tensor of transformers is made of."""
-        row, part = self._places[name]
-        kept = self._kept(row)
+        """The bytes of a tensor in the file, and the runs of elements they are made of."""
+        mapping, part = self._places[name]
+        kept = self._kept(mapping)
         width = numel(kept[1:])
-        parts = [run for run in row_runs(row, kept[0], self.heads) if run.part == part]
+        parts = [run for run in row_runs(mapping, kept[0], self.heads) if run.part == part]
         parts.sort(key=lambda run: run.start)
         found = [(run.low * width, run.count * width) for run in parts]
-        is_turned = row.transposed and len(kept) == 2
-        region = self.state.region(row.megatron, "fp32", *found)
+        is_turned = mapping.transposed and len(kept) == 2
+        region = self.state.region(mapping.megatron, "fp32", *found)
         return Span(begin, dtype, region, width if is_turned else 0)
 
     def _write_settings(self, folder: Path, index: str | None) -> dict[str, Any]:
@@ -224,15 +236,15 @@ class Export:
             shutil.copy(file, folder)
         if index is not None:
             (folder / INDEX).write_text(index, encoding="utf-8")
-        # Weights are being written beside.
+        # Other threads are writing the weights into the same directory.
         written = [p for p in folder.iterdir() if p.suffix != ".safetensors" and p.name[0] != "."]
         return {path.name: manifest.file_entry(path) for path in written}
 
     def _save_config(self, folder: Path) -> None:
-        import transformers  # seconds; what only describes a checkpoint does without
+        import transformers  # takes seconds, which only describing a checkpoint should not
 
         is_decoder = self.model.family == "gpt"
-        special: dict[str, Any] = dict(self.state.draft.entries["lag"].get("special_tokens") or {})
+        special: dict[str, Any] = dict(self.state.spec.entries["lag"].get("special_tokens") or {})
         if is_decoder and (self.tokenizer is not None or not special):
             end_id = None if self.tokenizer is None else self.tokenizer.end_id
             special = {"bos_token_id": end_id, "eos_token_id": end_id}

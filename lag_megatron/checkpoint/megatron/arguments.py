@@ -1,4 +1,4 @@
-"""Megatron-LM's training arguments as a configuration of ours."""
+"""The ``ModelConfig`` of Megatron-LM's training arguments."""
 
 import argparse
 from dataclasses import asdict
@@ -6,16 +6,16 @@ from typing import Any
 
 from lag_megatron.config import ModelConfig
 
-# Arguments that change what is computed in ways that ours has not.
+# Arguments that change the function of the model in ways that are not supported here.
 _UNKNOWN = ("num_experts", "squared_relu", "apply_layernorm_1p", "qk_layernorm",
             "rotary_interleaved", "multi_latent_attention", "use_rope_scaling",
             "rotary_seq_len_interpolation_factor")  # fmt: skip
 
 
 def model_of(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """The model that a checkpoint's arguments describe; None where they leave it open.
+    """The ``ModelConfig`` entries of a checkpoint's arguments; None if they cannot be expressed.
 
-    Weights can be converted all the same; only a format that has to say what model it is needs it.
+    Only the export to transformers needs them.
     """
     given = vars(arguments)
     needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")

@@ -1,9 +1,9 @@
-"""What a torch Distributed Checkpoint says of itself: its ``.metadata``, and whether that holds.
+"""The ``.metadata`` of a torch Distributed Checkpoint (DCP), and checks of its data files.
 
-``.metadata`` is a bare pickle of torch's own classes.  ``torch.load(weights_only=True)`` reads only
-files of ``torch.save``, so an unpickler with an explicit list stands in: every class on it is
-replaced by a stand-in without behaviour, and any other name ends the reading before it is looked
-up.  Objects inside the data files were written by ``torch.save`` and are read ``weights_only``.
+``.metadata`` is a bare pickle of torch's own classes, which ``torch.load(weights_only=True)`` does
+not read.  The unpickler here allows an explicit list of names and replaces each class by a stand-in
+without behaviour; any other name is refused before it is imported.  Objects inside the data files
+were written by ``torch.save`` and are read ``weights_only``.
 """
 
 import io
@@ -22,11 +22,11 @@ from lag_megatron.checkpoint.storage.torch_zip import damaged_records
 from lag_megatron.errors import CheckpointError
 
 METADATA = ".metadata"
-_SMALL = 1 << 20  # objects above this are not settings
+_SMALL = 1 << 20  # bytes; larger objects are not settings
 
 
 class _StandIn:
-    """Keeps what an object was made of, and does nothing."""
+    """Keeps an object's arguments and state, without behaviour."""
 
     def __init__(self, *arguments: object) -> None:
         self.arguments = arguments
@@ -51,7 +51,7 @@ class _StorageInfo(_StandIn): ...
 
 
 _DCP = "torch.distributed.checkpoint"
-# Everything that torch's savers and Megatron-Core's write: `all_local_plans` is Megatron's cache.
+# All names that torch and Megatron-Core write; the planner's are in Megatron's `all_local_plans`.
 _ALLOWED: dict[tuple[str, str], Any] = {
     (f"{_DCP}.metadata", "Metadata"): _Metadata,
     (f"{_DCP}.metadata", "TensorStorageMetadata"): _Tensor,
@@ -82,7 +82,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _Refused(Exception):
-    """A name that is not on the list."""
+    """A pickle names a class that is not on the list."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -95,7 +95,7 @@ class _Unpickler(pickle.Unpickler):
 
 @dataclass(frozen=True, slots=True)
 class StorageLocation:
-    """Bytes of a data file; ``transformed`` if they are compressed or the like."""
+    """Bytes of a data file; ``transformed`` if they are compressed or otherwise encoded."""
 
     file: str
     offset: int
@@ -105,7 +105,7 @@ class StorageLocation:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A whole tensor and the boxes it was cut into, each with its place, None where it has none."""
+    """A tensor and the boxes it is stored in, each with its location if it has one."""
 
     dtype: torch.dtype
     shape: Shape
@@ -114,13 +114,13 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """All that a checkpoint holds, by name.
+    """The tensors and other values of a checkpoint, by name.
 
     Attributes:
         path: its directory.
         version: of the format, where it is recorded.
-        tensors: tensors.
-        objects: places of other values, each a file of ``torch.save`` inside a data file.
+        tensors: tensors with the locations of their boxes.
+        objects: locations of other values, each a ``torch.save`` file inside a data file.
     """
 
     path: Path
@@ -129,7 +129,7 @@ class Contents:
     objects: dict[str, StorageLocation | None] = field(repr=False)
 
     def places(self) -> Iterator[tuple[str, StorageLocation | None, int]]:
-        """Name, place and the least number of bytes it must have, of everything stored."""
+        """Name, location and least number of bytes of everything that is stored."""
         for name, tensor in self.tensors.items():
             for box, place in tensor.chunks:
                 yield name, place, numel(box.shape) * tensor.dtype.itemsize
@@ -147,7 +147,7 @@ class Contents:
                 data = io.BytesIO(file.read(place.length))
             return torch.load(data, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, LookupError):
-            return None  # what is wrong with the file is for `problems` and `damages` to say
+            return None  # `problems` and `find_dcp_corruption` report damaged files
 
 
 def read_metadata(path: Path) -> Contents:
@@ -180,7 +180,7 @@ def read_metadata(path: Path) -> Contents:
 
 
 def problems(contents: Contents) -> Iterator[str]:
-    """Data that is missing: tensors with holes, files that are gone or too short."""
+    """Yield what is missing: parts of tensors, data files, or the ends of data files."""
     for name, tensor in contents.tensors.items():
         if fault := _cover_fault([box for box, _ in tensor.chunks], tensor.shape):
             yield f"{METADATA}: {name}: {fault}"
@@ -203,9 +203,9 @@ def problems(contents: Contents) -> Iterator[str]:
             yield f"{file_name}: cut short: {size} bytes, expected {ends[file_name]}"
 
 
-def find_dcp_corruption(contents: Contents, look: VerifyScope = EVERYTHING) -> Iterator[str]:
-    """Everything stored whose bytes do not fit the checksum that ``torch.save`` left."""
-    for name, place, _ in look.share(contents.places()):
+def find_dcp_corruption(contents: Contents, scope: VerifyScope = EVERYTHING) -> Iterator[str]:
+    """Yield all stored values that differ from the CRC32 that ``torch.save`` wrote."""
+    for name, place, _ in scope.share(contents.places()):
         if place is None or place.transformed or not (contents.path / place.file).is_file():
             continue
         try:
@@ -253,7 +253,7 @@ def _dtype(properties: Any) -> torch.dtype:
 
 
 def _cover_fault(boxes: list[Box], shape: Shape) -> str:
-    """What keeps boxes from covering an array once, or nothing."""
+    """Why boxes do not cover an array exactly once, or an empty text."""
     for box in boxes:
         if len(box.low) != len(shape) or any(
             a < 0 or n < 0 or a + n > size

@@ -1,4 +1,4 @@
-"""The ``.metadata`` of a torch Distributed Checkpoint, written from what it is to say."""
+"""Writing the ``.metadata`` of a torch Distributed Checkpoint."""
 
 import pickle
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ _VERSION = "1.0.0"
 def write_metadata(
     folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, StorageLocation]
 ) -> None:
-    """Write a directory's ``.metadata``; several entries may name the same bytes.
+    """Write a directory's ``.metadata``; several entries may have the same location.
 
     Args:
         folder: the directory.
-        tensors: every stored tensor by its name, each of its boxes with a place.
-        objects: places of other values by name.
+        tensors: every stored tensor by its name, each box with a location.
+        objects: locations of other values by name.
     """
     entries: dict[str, metadata.STORAGE_TYPES] = {}
     places: dict[metadata.MetadataIndex, Any] = {}

@@ -1,8 +1,8 @@
 """Megatron-Core's ``torch_dist`` checkpoints, and torch's own Distributed Checkpoints.
 
-Both are ``.metadata`` and data files (``dcp``).  Megatron-Core adds ``common.pt``, with what is not
-a tensor, and ``metadata.json``, which it writes last.  ``common.pt`` is read ``weights_only`` with
-the few classes that training arguments hold; if there are others it is left unread.
+Both are ``.metadata`` and data files (``dcp_metadata``).  Megatron-Core adds ``common.pt``, with
+values that are not tensors, and ``metadata.json``, which it writes last.  ``common.pt`` is read
+``weights_only`` with the few classes that training arguments hold; with others it is not read.
 """
 
 import argparse
@@ -40,7 +40,7 @@ _WRITER = re.compile(r"__(\d+)_\d+\.distcp$")
 
 
 def is_megatron(path: Path) -> bool:
-    """Whether Megatron-Core wrote a directory, finished or not; else it is torch's format."""
+    """Whether Megatron-Core wrote a directory, complete or not; else it is torch's format."""
     if (path / COMMON).is_file():
         return True
     config = path / CONFIG
@@ -48,7 +48,7 @@ def is_megatron(path: Path) -> bool:
 
 
 def describe_dist_checkpoint(path: Path, names: ParamNames | None = None) -> dict[str, Any]:
-    """Facts of a directory, and its problems; no tensor is read.
+    """Facts about a directory, and its problems; no tensor is read.
 
     Raises:
         CheckpointError: if its metadata cannot be read, or another backend of Megatron wrote it.
@@ -86,7 +86,7 @@ def describe_dist_checkpoint(path: Path, names: ParamNames | None = None) -> dic
 
 
 def find_dist_checkpoint_corruption(path: Path) -> Iterator[str]:
-    """Stored values and records of ``common.pt`` that do not fit their checksums.
+    """Yield stored values and records of ``common.pt`` that differ from their CRC32.
 
     Raises:
         CheckpointError: if the metadata, or ``common.pt`` as a whole, cannot be read.
@@ -98,7 +98,7 @@ def find_dist_checkpoint_corruption(path: Path) -> Iterator[str]:
 
 
 def read_common(path: Path) -> tuple[Mapping[str, Any], str]:
-    """The values of ``common.pt``, or why they were left unread.
+    """The values of ``common.pt``, and a note if they could not be read.
 
     Raises:
         CheckpointError: if it is missing or damaged.
@@ -125,7 +125,7 @@ def read_common(path: Path) -> tuple[Mapping[str, Any], str]:
 
 
 def model_tensors(contents: Contents) -> dict[str, StoredTensor]:
-    """The tensors that are parameters, as far as names tell: neither optimizer nor extra state."""
+    """The tensors that are parameters, by their names: neither optimizer nor extra state."""
     return {
         name: tensor
         for name, tensor in contents.tensors.items()
@@ -134,7 +134,7 @@ def model_tensors(contents: Contents) -> dict[str, StoredTensor]:
 
 
 def client_state(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What our trainer stored among other programs' values; empty for others' checkpoints."""
+    """The entries of this program's trainer; empty for checkpoints of other programs."""
     found = values.get("lag")
     return dict(found) if isinstance(found, dict) else {}
 
@@ -173,7 +173,7 @@ def _format(path: Path, contents: Contents) -> str:
 def _topology(
     contents: Contents, parameters: Mapping[str, StoredTensor], arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Topology of the ranks that wrote it; None where nothing says."""
+    """Topology of the ranks that wrote it; None where it is not recorded."""
     precisions = {_PRECISION.get(t.dtype, str(t.dtype)) for t in parameters.values()}
     places = (place for _, place, _ in contents.places() if place is not None)
     ranks = {match[1] for place in places if (match := _WRITER.search(place.file))}
@@ -193,7 +193,7 @@ def _tokens(arguments: Mapping[str, Any]) -> int | None:
 
 
 def _states(contents: Contents) -> list[str]:
-    """Which optimizer state there is, in the order masters, first and second moments, others."""
+    """The optimizer states that are stored: masters, first and second moments, then others."""
     found = set()
     for name in contents.tensors:
         if not _OPTIMIZER.search(name):
@@ -220,12 +220,12 @@ def _groups(common: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def is_optimizer(name: str) -> bool:
-    """Whether a stored tensor belongs to an optimizer, as far as its name tells."""
+    """Whether a stored tensor belongs to an optimizer, by its name."""
     return _OPTIMIZER.search(name) is not None
 
 
 def recorded_step(contents: Contents) -> int | None:
-    """The step that torch's checkpoints keep as an object, if any does."""
+    """The step, where one of the stored objects is one."""
     for name in contents.objects:
         if name.rpartition(".")[2] in ("step", "global_step", "iteration"):
             value = contents.read_object(name)
@@ -235,7 +235,7 @@ def recorded_step(contents: Contents) -> int | None:
 
 
 def _recorded_groups(contents: Contents) -> list[dict[str, Any]]:
-    """Hyper-parameters of torch's parameter groups, which it stores one by one, as objects."""
+    """Hyper-parameters of torch's parameter groups, each of which is stored as an object."""
     found: dict[str, dict[str, Any]] = {}
     for name in contents.objects:
         if match := _GROUP_ENTRY.match(name):

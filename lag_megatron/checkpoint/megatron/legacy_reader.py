@@ -1,7 +1,7 @@
-"""Megatron-LM's older checkpoints: a file of ``torch.save`` for each tensor-parallel rank.
+"""Megatron-LM's legacy checkpoints: a ``torch.save`` file for each tensor-parallel rank.
 
-``mp_rank_00/model_optim_rng.pt`` and so on, with a model of Megatron-Core.  The weights are read;
-its optimizer keeps states by number, in an order that the file does not say, so they are left out.
+The files are ``mp_rank_00/model_optim_rng.pt`` and so on, with a model of Megatron-Core.  Only
+weights are read: the optimizer's states are numbered in an order that the files do not record.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from lag_megatron.errors import CheckpointError
 
 _FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d+)$")
-# What random states are pickled by: arrays of numpy.
+# Random states are pickled as numpy arrays.
 _NUMPY: list[Any] = [
     np.ndarray,
     np.dtype,
@@ -51,22 +51,22 @@ _NUMPY: list[Any] = [
 
 
 def looks_legacy(path: Path) -> bool:
-    """Whether a directory holds at least one rank's file."""
+    """Whether a directory holds the file of at least one rank."""
     return any(path.glob(f"mp_rank_*/{_FILE}"))
 
 
 def open_legacy(path: Path) -> UnshardedCheckpoint:
-    """Map every rank's file.
+    """Open every rank's file; tensors are mapped from disk.
 
     Raises:
-        CheckpointError: if a rank is missing or pipeline-parallel, a file damaged, or the model not
-            one of Megatron-Core.
+        CheckpointError: if a rank is missing, ranks are pipeline-parallel, a file is damaged, or
+            the model is not Megatron-Core's.
     """
     return _Reader(path).source
 
 
 def describe_legacy(path: Path, names: ParamNames | None = None) -> dict[str, Any]:
-    """Facts of a directory, and its problems; no tensor is read."""
+    """Facts about a directory, and its problems; no tensor is read."""
     facts: dict[str, Any] = {
         "format": "Megatron-LM, a file for each rank",
         "committed": None,
@@ -97,9 +97,9 @@ def describe_legacy(path: Path, names: ParamNames | None = None) -> dict[str, An
     }
 
 
-def find_legacy_corruption(path: Path, look: VerifyScope = EVERYTHING) -> Iterator[str]:
-    """Records that do not fit their checksums."""
-    for file in look.share(sorted(path.glob(f"mp_rank_*/{_FILE}"))):
+def find_legacy_corruption(path: Path, scope: VerifyScope = EVERYTHING) -> Iterator[str]:
+    """Yield records that differ from their CRC32."""
+    for file in scope.share(sorted(path.glob(f"mp_rank_*/{_FILE}"))):
         for record in damaged_records(file):
             yield f"{file.relative_to(path)}: {record} differs from its checksum"
 
@@ -172,7 +172,7 @@ class _Reader:
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
-        """Of whole parameters."""
+        """Shapes of unsharded parameters."""
         size = len(self.parts)
         return {
             name: unsharded_shape(name, tuple(part.shape), tensor_size=size)
@@ -180,7 +180,7 @@ class _Reader:
         }
 
     def read(self, name: str, state: State, start: int, length: int) -> Tensor:
-        """Elements of a parameter; moments are 0."""
+        """Elements ``start .. start + length`` of a parameter; moments are 0."""
         if state != "fp32":
             return torch.zeros(length)
         shape, size = self.shapes[name], len(self.parts)
@@ -205,14 +205,14 @@ class _Reader:
         begin = start - first * width
         return rows.view(-1)[begin : begin + length]
 
-    def check(self, look: VerifyScope) -> None:
-        """Refuse content that differs from its checksums."""
-        if found := list(find_legacy_corruption(self.path, look)):
+    def check(self, scope: VerifyScope) -> None:
+        """Verify the content against its checksums; raises ``CheckpointError``."""
+        if found := list(find_legacy_corruption(self.path, scope)):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
 
 
 def _load(file: Path) -> Mapping[str, Any]:
-    """A rank's objects, mapped, without running what they might bring.
+    """A rank's objects, mapped from disk and read ``weights_only``.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or holds no model.

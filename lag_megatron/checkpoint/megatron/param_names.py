@@ -1,7 +1,7 @@
-"""Parameters' names in Megatron-Core's distributed checkpoints, both ways.
+"""Conversion between parameters' names in a module and in Megatron-Core's distributed checkpoints.
 
-There a norm before a linear layer is stored under that layer, as Transformer Engine fuses them, and
-layers of one kind are stacked under one name along a first axis unless they are numbered.
+Checkpoints store a norm under the linear layer after it, as Transformer Engine fuses them, and
+stack the layers under one name along a first axis, unless they are numbered.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.errors import CheckpointError
 
-# (the module's own name, the name it is stored under): weight and bias follow.
+# (name in the module, name in checkpoints), each followed by weight or bias.
 _STORED = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
@@ -48,14 +48,14 @@ _PARTS = ("weight", "bias")
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """Where a parameter is stored: the name, and its layer's place on the first axis."""
+    """Where a parameter is stored: the tensor's name, and its layer's index on the first axis."""
 
     key: str
     layer: int | None
 
 
 def stored_as(name: str, *, stacked: bool = True) -> Stacked:
-    """The name under which a parameter is stored: layers are stacked, or keep their numbers."""
+    """Where a parameter is stored; with ``stacked=False`` layers keep their numbers."""
     match = LAYER.match(name)
     if match is None:
         return Stacked(name, None)
@@ -65,7 +65,7 @@ def stored_as(name: str, *, stacked: bool = True) -> Stacked:
 
 
 def parameters_in(shapes: Mapping[str, Shape]) -> dict[str, Stacked]:
-    """Every parameter, with its place, among tensors of these names and whole shapes."""
+    """Where each parameter is stored, from the names and full shapes of stored tensors."""
     found: dict[str, Stacked] = {}
     for key, shape in shapes.items():
         stacked, numbered = _STACKED.match(key), LAYER.match(key)
@@ -81,17 +81,17 @@ def parameters_in(shapes: Mapping[str, Shape]) -> dict[str, Stacked]:
 
 
 def own_name(name: str) -> str:
-    """A parameter's name in the module, of one that is stored under Transformer Engine's."""
+    """A parameter's name in the module, from its name in a checkpoint with numbered layers."""
     match = LAYER.match(name)
     return name if match is None else f"{match['head']}{match['layer']}.{_own(match['tail'][1:])}"
 
 
 def in_model_order(names: Iterable[str]) -> list[str]:
-    """Parameters as a model of Megatron-Core registers them.
+    """Sort parameters into the order in which a Megatron-Core model registers them.
 
     Raises:
-        CheckpointError: for one whose place is not known: flat buffers carry no names, so a guess
-            would load without a word.
+        CheckpointError: for an unknown parameter: flat buffers carry no names, so parameters in a
+            wrong order would load without an error.
     """
     return sorted(names, key=_place)
 

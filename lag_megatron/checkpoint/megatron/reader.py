@@ -1,4 +1,4 @@
-"""A distributed checkpoint of Megatron-Core, or of torch, as a source."""
+"""Reading a distributed checkpoint of Megatron-Core or torch."""
 
 import argparse
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from lag_megatron.checkpoint.storage.integrity import VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import tensor_records
 from lag_megatron.errors import CheckpointError
 
-# What the optimizer's states are called, by Megatron's optimizers and by torch's.
+# Name prefixes of the states of Megatron's and of torch's optimizers.
 _PREFIXES: Mapping[State, tuple[str, ...]] = {
     "fp32": ("optimizer.state.param.", "optimizer.state.fp32_param."),
     "exp_avg": ("optimizer.state.exp_avg.",),
@@ -39,17 +39,17 @@ _PREFIXES: Mapping[State, tuple[str, ...]] = {
 
 
 def open_megatron(path: Path, *, weights_only: bool = False) -> UnshardedCheckpoint:
-    """Read a directory's metadata and settings; tensors stay on disk.
+    """Open a directory by its metadata and settings; tensors stay on disk.
 
-    Weights are the masters where the optimizer's are there, and where no moments are they are 0.
+    Without an optimizer's states the weights become masters, and moments are 0.
 
     Args:
         path: the directory.
-        weights_only: leave the optimizer's states out, of whatever form they are.
+        weights_only: leave the optimizer's states out, even in an unknown form.
 
     Raises:
-        CheckpointError: if it is not finished, damaged, or holds parameters that are not known, or
-            an optimizer's states in a form that is not.
+        CheckpointError: if it is incomplete, damaged, or holds unknown parameters or optimizer
+            states in an unknown form.
     """
     if manifest.is_committed(path):
         manifest.check_sizes(path)
@@ -72,10 +72,10 @@ def open_megatron(path: Path, *, weights_only: bool = False) -> UnshardedCheckpo
 def _require_known_optimizer(
     path: Path, contents: Contents, optimizer: set[str], note: str
 ) -> None:
-    """Refuse states that would be taken for none, or for others.
+    """Check that all optimizer states have known names and the shapes of their weights.
 
     Raises:
-        CheckpointError: naming one of them.
+        CheckpointError: naming one that has not.
     """
     advice = "Convert with --weights-only, or save it as fully_reshardable."
     prefixes = [prefix for prefix, _ in prefixes_of(contents)]
@@ -100,7 +100,7 @@ def _require_known_optimizer(
 
 
 def prefixes_of(contents: Contents) -> list[tuple[str, State]]:
-    """The prefixes under which a checkpoint stores the optimizer's states, with which it is."""
+    """The name prefixes of the optimizer states in a checkpoint, each with its state."""
     return [
         (prefix, state)
         for state, prefixes in _PREFIXES.items()
@@ -155,30 +155,30 @@ class _Reader:
 
     @cached_property
     def groups(self) -> list[ParamGroup]:
-        """Parameters by group: as our trainer kept them, or matrices and vectors."""
+        """Shapes by parameter group: this program's groups, or else matrices and vectors."""
         known = dist_checkpoint.client_state(self.common).get("parameter_groups")
         if known is not None:
             return [{name: self._shape(name) for name in group} for group in known]
         return decay_groups({name: self._shape(name) for name in in_model_order(self.parameters)})
 
     def group_states(self, step: int) -> list[GroupState]:
-        """Hyper-parameters where there are as many groups as here; torch's otherwise."""
-        blank = default_group_states(self.groups, step=step if self._has("exp_avg") else 0)
+        """The checkpoint's hyper-parameters if it has as many groups, or else torch's defaults."""
+        defaults = default_group_states(self.groups, step=step if self._has("exp_avg") else 0)
         kept: Any = self.common.get("optimizer")
         while isinstance(kept, dict) and "param_groups" not in kept:
             kept = kept.get("optimizer")
         listed = kept["param_groups"] if isinstance(kept, dict) else []
-        if len(listed) != len(blank):
-            return blank
+        if len(listed) != len(defaults):
+            return defaults
         found = []
-        for group, other in zip(blank, listed, strict=True):
+        for group, other in zip(defaults, listed, strict=True):
             known = {key: other[key] for key in group.settings if key in other}
             steps = {"step": torch.tensor(float(other["step"]))} if "step" in other else {}
             found.append(GroupState({**group.settings, **known}, {**group.counters, **steps}))
         return found
 
     def read(self, name: str, state: State, start: int, length: int) -> Tensor:
-        """Elements of a parameter's state."""
+        """Elements ``start .. start + length`` of a parameter's state."""
         where = self.parameters[name]
         prefix = self._has(state)
         if prefix is None and state != "fp32":
@@ -189,19 +189,19 @@ class _Reader:
             start += where.layer * numel(shape)
         return self._elements(tensor, start, length)
 
-    def check(self, look: VerifyScope) -> None:
-        """Refuse content that differs from its checksums."""
+    def check(self, scope: VerifyScope) -> None:
+        """Verify the content against its checksums; raises ``CheckpointError``."""
         committed = manifest.is_committed(self.path)
         found = list(
-            look.damages(self.path)
+            scope.find_corrupted_files(self.path)
             if committed
-            else dcp_metadata.find_dcp_corruption(self.contents, look)
+            else dcp_metadata.find_dcp_corruption(self.contents, scope)
         )
         if found:
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
 
     def _has(self, state: State) -> str | None:
-        """The prefix under which a state is stored; None if it is not."""
+        """The name prefix of a state; None if it is not stored."""
         return next((p for p, kept in prefixes_of(self.contents) if kept == state), None)
 
     def _shape(self, name: str) -> Shape:
@@ -212,7 +212,7 @@ class _Reader:
         return shape if where.layer is None else shape[1:]
 
     def _elements(self, tensor: StoredTensor, start: int, length: int) -> Tensor:
-        """A row-major run of a stored tensor, from the boxes that it was cut into."""
+        """A row-major run of a stored tensor, put together from its boxes."""
         found = torch.empty(length, dtype=tensor.dtype)
         for wanted in interval_boxes(tensor.shape, start, length):
             for box, place in tensor.chunks:
@@ -242,10 +242,10 @@ def _slices(box: Box) -> tuple[slice, ...]:
 
 
 def _map(file: Path, place: StorageLocation, dtype: torch.dtype, shape: Shape) -> Tensor:
-    """The tensor that ``torch.save`` wrote into part of a file.
+    """Map the tensor that ``torch.save`` wrote into a part of a file.
 
     Raises:
-        CheckpointError: if it does not lie there as it should.
+        CheckpointError: if the file holds something else there, or it is compressed.
     """
     try:
         (record,) = tensor_records(file, offset=place.offset, length=place.length)

@@ -1,8 +1,8 @@
-"""A training state as a distributed checkpoint of Megatron-Core (``torch_dist``).
+"""Writing a training state as a distributed checkpoint of Megatron-Core (``torch_dist``).
 
-Weights under the names of ``sharded_state_dict``, layers stacked or each under its number, and
-the distributed optimizer's ``fully_reshardable`` form: masters and moments in the shapes of the
-weights.  Each parameter's tensors are files of their own, which a grown checkpoint can link to.
+Weights have the names of ``sharded_state_dict``, with layers stacked or numbered; the optimizer
+has the ``fully_reshardable`` form: masters and moments in the shapes of the weights.  Each tensor
+of a parameter is a file of its own, which a grown checkpoint can hard-link.
 """
 
 import json
@@ -24,13 +24,13 @@ from lag_megatron.checkpoint.state.spec import DTYPES, PlaceholderTensors
 from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING
-from lag_megatron.checkpoint.writer.file_writer import WriteContext
+from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.checkpoint.zero.writer import write_objects
 from lag_megatron.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
-# As Megatron's distributed optimizer calls the states.
+# Prefixes of the states of Megatron's distributed optimizer.
 STORED_STATES: Mapping[State, str] = {
     "fp32": "optimizer.state.param.",
     "exp_avg": "optimizer.state.exp_avg.",
@@ -46,23 +46,23 @@ def megatron_job(
     target: Path,
     *,
     precision: str,
-    about: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     stacked: bool = True,
 ) -> WriteJob:
-    """What has to be written as the directory ``target``, an ``iter_0000000``.
+    """The job that writes the directory ``target``, an ``iter_0000000``.
 
     Args:
-        state: what is written.
-        target: the directory to come.
+        state: the training state.
+        target: the directory to write.
         precision: of the weights; the optimizer's states are fp32.
-        about: entries of the manifest.
-        stacked: whether layers of one kind are one tensor, or each has keys with its number, which
-            Megatron-Core asks for under ``non_homogeneous_layers``.
+        metadata: entries of the manifest.
+        stacked: whether layers are stacked into one tensor, or numbered, which Megatron-Core reads
+            under ``non_homogeneous_layers``.
 
     Raises:
-        CheckpointError: for a state that the format does not hold.
+        CheckpointError: if the format cannot hold the state.
     """
-    if state.draft.layout.optimizer != "adamw" or state.draft.frozen.shapes:
+    if state.spec.layout.optimizer != "adamw" or state.spec.frozen.shapes:
         raise CheckpointError(
             f"{state.path}: Megatron's distributed optimizer keeps Adam's moments of every "
             "parameter, and this state has other ones. Convert to zero."
@@ -72,23 +72,23 @@ def megatron_job(
     return WriteJob(
         target=target,
         parts=[Part(name, partial(stored.write_parameter, name)) for name in state.shapes],
-        about={
-            **about,
+        metadata={
+            **metadata,
             "written_as": "megatron",
             "precision": precision,
             "layers": "stacked" if stacked else "numbered",
         },
         needed=size * (4 * len(STATES) + DTYPES[precision].itemsize),
-        what="Megatron's checkpoint",
+        title="Megatron's checkpoint",
         check=partial(state.check, EVERYTHING),
         finish=stored.write_rest,
         pointer=TRACKER,
-        says=str(state.draft.template.step),
+        pointer_text=str(state.spec.template.step),
     )
 
 
 class _CheckpointFiles:
-    """The files of a checkpoint, and what its metadata says of them."""
+    """The files of a checkpoint and their entries in its metadata."""
 
     def __init__(self, state: UnshardedState, weights: torch.dtype, *, stacked: bool) -> None:
         self._state, self._weights, self._stacked = state, weights, stacked
@@ -96,17 +96,19 @@ class _CheckpointFiles:
         # Numbered, since names may be longer than file systems allow.
         self._numbers = {name: number for number, name in enumerate(state.shapes)}
 
-    def write_parameter(self, name: str, folder: Path, crew: WriteContext) -> dict[str, Any]:
-        """The files of a parameter's weights, masters and moments."""
+    def write_parameter(self, name: str, folder: Path, context: WriteContext) -> dict[str, Any]:
+        """Write the files of a parameter's weights, masters and moments."""
         entries: dict[str, Any] = {}
         for prefix, kept, dtype in self._kinds():
-            room, file = PlaceholderTensors(), self._file(name, prefix)
-            objects = room(self._state.region(name, kept), self._box(name).shape, dtype)
-            entries[file] = write_objects(folder / file, objects, room, self._state.fill, crew)
+            placeholders, file = PlaceholderTensors(), self._file(name, prefix)
+            objects = placeholders(self._state.region(name, kept), self._box(name).shape, dtype)
+            entries[file] = write_objects(
+                folder / file, objects, placeholders, self._state.fill, context
+            )
         return entries
 
     def write_rest(self, folder: Path, files: Mapping[str, Any]) -> dict[str, Any]:
-        """The files that hold no parameter, the metadata of all that do among them."""
+        """Write the files without parameters: metadata and settings."""
         torch.save([None], folder / _NOTHING)  # one entry for each object, as Megatron groups them
         torch.save(self._common(), folder / COMMON)
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -120,7 +122,7 @@ class _CheckpointFiles:
         return {n: manifest.file_entry(folder / n) for n in (_NOTHING, COMMON, CONFIG, METADATA)}
 
     def _kinds(self) -> Iterator[tuple[str, State, torch.dtype]]:
-        """Prefix, values and precision of everything that is stored of a parameter."""
+        """Name prefix, state and precision of each tensor that is stored for a parameter."""
         yield "", "fp32", self._weights
         for kept, prefix in STORED_STATES.items():
             yield prefix, kept, torch.float32
@@ -139,7 +141,7 @@ class _CheckpointFiles:
         return Box(low, shape) if layer is None else Box((layer, *low), (1, *shape))
 
     def _tensors(self, lengths: Mapping[str, int]) -> dict[str, StoredTensor]:
-        """Every stored tensor with its boxes, from the lengths of their files."""
+        """Every stored tensor with its boxes, from the lengths of the files."""
         boxes: dict[str, list[tuple[Box, StorageLocation]]] = {}
         dtypes: dict[str, torch.dtype] = {}
         for name in self._state.shapes:
@@ -152,13 +154,13 @@ class _CheckpointFiles:
         for key, listed in boxes.items():
             shape = listed[0][0].shape
             is_layers = self._stacked and "layers." in key
-            whole = (self._layers, *shape[1:]) if is_layers else shape
-            found[key] = StoredTensor(dtypes[key], whole, tuple(listed))
+            full_shape = (self._layers, *shape[1:]) if is_layers else shape
+            found[key] = StoredTensor(dtypes[key], full_shape, tuple(listed))
         return found
 
     def _empty(self) -> Iterator[str]:
-        """Names of the extra state of Megatron's linear layers, of which there is none."""
-        for name in self._state.draft.names:
+        """Names of the extra state of Megatron's linear layers, which is empty."""
+        for name in self._state.spec.names:
             if name.endswith(_EXTRA) and not name.startswith("output_layer."):
                 where = self._where(name)
                 layers = self._layers if where.layer is not None else 1
@@ -167,10 +169,10 @@ class _CheckpointFiles:
                 yield f"{name}/shard_0_1"
 
     def _scheduler(self) -> dict[str, Any]:
-        """How far a schedule is, in samples; for its shape Megatron's command line has to stand."""
-        draft = self._state.draft
-        samples = int(draft.template.header.get("global_samples") or 0)
-        settings = draft.groups[0].settings
+        """Progress of the schedule in samples; Megatron's command line gives its shape."""
+        spec = self._state.spec
+        samples = int(spec.template.header.get("global_samples") or 0)
+        settings = spec.groups[0].settings
         rate, decay = float(settings.get("lr", 0.0)), float(settings.get("weight_decay", 0.0))
         return {
             "max_lr": rate, "min_lr": 0.0, "lr_warmup_steps": 0, "lr_decay_steps": samples,
@@ -179,18 +181,18 @@ class _CheckpointFiles:
         }  # fmt: skip
 
     def _common(self) -> dict[str, Any]:
-        """What is no tensor, as Megatron-LM keeps it."""
-        draft = self._state.draft
+        """The values that are not tensors, as Megatron-LM stores them."""
+        spec = self._state.spec
         groups = [
-            # By the last four Megatron tells its groups apart.
+            # The last four identify a group in Megatron.
             {**group.settings, "step": float(group.counters["step"]),
              "wd_mult": 1.0 if group.settings.get("weight_decay") else 0.0, "lr_mult": 1.0,
              "is_expert_parallel": False, "is_decoupled_lr": False}
-            for group in draft.groups
+            for group in spec.groups
         ]  # fmt: skip
         return {
             "checkpoint_version": 3.0,
-            "iteration": draft.template.step,
+            "iteration": spec.template.step,
             "optimizer": {
                 "optimizer": {"param_groups": groups},
                 "param_state_sharding_type": _SHARDING,
@@ -200,5 +202,5 @@ class _CheckpointFiles:
                 "distrib_optim_sharding_type": _SHARDING,
                 **({} if self._stacked else {"non_homogeneous_layers": True}),
             },
-            "lag": draft.entries["lag"],
+            "lag": spec.entries["lag"],
         }

@@ -1,1 +1,1 @@
-"""What a training state is: parameters, optimizer states, layouts over ranks, sources of values."""
+"""The training state that all formats share: parameters, optimizer states, layouts over ranks."""

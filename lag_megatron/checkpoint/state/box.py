@@ -28,7 +28,7 @@ class Box:
     shape: Shape
 
     def meet(self, other: "Box") -> "Box | None":
-        """What both boxes cover, or None."""
+        """The box that both cover, or None."""
         low = tuple(map(max, self.low, other.low))
         high = tuple(
             min(a + n, b + m)
@@ -39,7 +39,7 @@ class Box:
         return Box(low, tuple(h - a for a, h in zip(low, high, strict=True)))
 
     def move(self, old: Shape, new: Shape) -> "Box":
-        """The box seen from an array in which corner ``old`` lies at ``new``."""
+        """The same box in coordinates where the point ``old`` is ``new``."""
         low = tuple(a - o + n for a, o, n in zip(self.low, old, new, strict=True))
         return Box(low, self.shape)
 
@@ -48,7 +48,7 @@ class Box:
         return sum(a * s for a, s in zip(self.low, strides_of(shape), strict=True))
 
     def span_in(self, shape: Shape) -> tuple[int, int]:
-        """Row-major position of the first element, and how many there are up to the last one."""
+        """Row-major position of the first element, and the number of elements up to the last."""
         last = sum((n - 1) * s for n, s in zip(self.shape, strides_of(shape), strict=True))
         return self.offset_in(shape), last + 1
 
@@ -86,11 +86,14 @@ def _row(shape: Shape, row: int, start: int, length: int) -> Iterator[Box]:
 
 
 def collapse(shape: Shape, *strides: Shape) -> tuple[Shape, tuple[Shape, ...]]:
-    """The fewest dimensions that walk the same elements in the same order.
+    """Merge dimensions that can be walked as one, for all arrays alike.
 
     Args:
         shape: extents.
-        strides: one tuple of strides for each array that is walked together.
+        strides: one tuple of strides for each array.
+
+    Returns:
+        the merged extents, and the merged strides of each array.
     """
     dims: list[tuple[int, tuple[int, ...]]] = []
     for extent, *steps in zip(shape, *strides, strict=True):

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is one that a given model can take."""
+"""Checks that a given model can load a checkpoint."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,14 +13,14 @@ _SHOWN = 3
 def require_same_parameters(
     path: Path, found: Sequence[ParamGroup], expected: Sequence[ParamGroup]
 ) -> None:
-    """Refuse a checkpoint whose parameters differ in name, shape, group or order.
+    """Check that a checkpoint has a model's parameters: names, shapes, groups and order.
 
-    Flat shards carry no names, so DeepSpeed loads permuted ones without a word.
+    Flat shards carry no names, so DeepSpeed would load permuted ones without an error.
 
     Args:
         path: the checkpoint.
-        found: what it holds for one tensor rank, or will when it is grown or spread anew.
-        expected: what the model has.
+        found: the checkpoint's groups on one tensor-parallel rank, after growth or resharding.
+        expected: the model's groups.
 
     Raises:
         CheckpointError: naming the differences.
@@ -36,10 +36,10 @@ def require_same_parameters(
 
 
 def require_same_optimizer(path: Path, found: Layout, expected: Layout) -> None:
-    """Refuse a checkpoint of another optimizer, whose states DeepSpeed would take unseen.
+    """Check that a checkpoint is of the model's optimizer; DeepSpeed does not.
 
     Raises:
-        CheckpointError: naming both.
+        CheckpointError: naming both optimizers.
     """
     if found.optimizer != expected.optimizer:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What DeepSpeed and torch would say of a state that they have not written."""
+"""Default DeepSpeed entries and AdamW settings, for formats that hold weights alone."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -22,11 +22,11 @@ SETTINGS_NOTE = (
 def default_header(
     module: Sequence[str], *, client_state: Mapping[str, Any], step: int
 ) -> dict[str, Any]:
-    """The objects of a DeepSpeed model file without weights.
+    """The entries of a DeepSpeed model file, without weights.
 
     Args:
         module: keys of the module's state.
-        client_state: what our trainer keeps beside.
+        client_state: the entries of this program's trainer.
         step: optimizer steps taken.
     """
     return {
@@ -51,7 +51,7 @@ def default_header(
 def default_client_state(
     model: ModelConfig, groups: Sequence[ParamGroup], *, step: int = 0, tokens: int = 0
 ) -> dict[str, Any]:
-    """What our trainer would keep of a model of this shape."""
+    """The client state of this program's trainer for a model of this shape."""
     return {
         "step": step,
         "tokens": tokens,
@@ -63,7 +63,7 @@ def default_client_state(
 
 
 def default_group_states(groups: Sequence[ParamGroup], *, step: int = 0) -> list[GroupState]:
-    """torch's AdamW as it begins, without decay of vectors."""
+    """The initial settings of torch's AdamW by parameter group; vectors have no weight decay."""
     (settings,) = torch.optim.AdamW([torch.zeros(1)]).param_groups
     known = {key: value for key, value in settings.items() if key != "params"}
     return [
@@ -76,7 +76,7 @@ def default_group_states(groups: Sequence[ParamGroup], *, step: int = 0) -> list
 
 
 def decay_groups(shapes: Mapping[str, Shape]) -> list[ParamGroup]:
-    """Matrices, then vectors, as our trainer groups them; a group without members is left out."""
+    """Matrices, then vectors, as this program's trainer groups them; empty groups are left out."""
     matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
     vectors = {name: shape for name, shape in shapes.items() if len(shape) <= 1}
     return [group for group in (matrices, vectors) if group]
@@ -85,8 +85,8 @@ def decay_groups(shapes: Mapping[str, Shape]) -> list[ParamGroup]:
 def module_keys(names: Sequence[str]) -> list[str]:
     """Keys of a Megatron-Core module's state with these parameters, in order.
 
-    Its parallel linear layers each have an entry of extra state, which is empty, after their
-    parameters; so has the output layer, which may have no parameter.
+    Each parallel linear layer has an empty ``_extra_state`` entry after its parameters; so has the
+    output layer, even without a parameter.
 
     Args:
         names: parameters in the order of the model.

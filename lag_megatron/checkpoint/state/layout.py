@@ -1,8 +1,15 @@
-"""Where the optimizer state of each parameter lies, as flat intervals.
+"""Where the optimizer state of each parameter lies, as intervals of flat buffers.
 
-A ZeRO shard is a flat buffer without names, so the place of every parameter has to be derived from
-the same rules that DeepSpeed cut it by.  Shapes here are those of one tensor-parallel rank; all
+A ZeRO shard is a flat buffer without names, so the place of every parameter is derived from the
+rules by which DeepSpeed cuts it.  Shapes here are those of one tensor-parallel rank; all
 tensor-parallel ranks of a checkpoint share one layout.
+
+A group with parameters a (5 elements) and b (4) on two data-parallel ranks::
+
+    ZeRO-1, 2   one buffer of 9, padded to 12      rank 0: a0 a1 a2 a3 a4 b0
+                and cut into halves                rank 1: b1 b2 b3  0  0  0
+    ZeRO-3      each parameter is padded and       rank 0: a0 a1 a2 b0 b1
+                cut into halves                    rank 1: a3 a4  0 b2 b3
 """
 
 import bisect
@@ -29,14 +36,14 @@ _ALIGNMENT = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Topology:
-    """How a training state is spread over ranks.
+    """How a training state is sharded over ranks.
 
     Attributes:
         zero_stage: 0 to 3.
         data_size: data-parallel replicas.
         tensor_size: tensor-parallel ranks of a replica.
         precision: of the weights that the forward pass uses.
-        sub_group_size: elements a rank at which ZeRO-3 begins a new flat buffer.
+        sub_group_size: elements on a rank at which ZeRO-3 begins a new flat buffer.
     """
 
     zero_stage: int
@@ -47,7 +54,7 @@ class Topology:
 
 
 class Rank(TypedDict):
-    """Which rank of a topology."""
+    """A rank of a topology."""
 
     tensor_rank: int
     data_rank: int
@@ -64,7 +71,7 @@ class Layout:
         filled: elements of each buffer that belong to parameters; for ZeRO-3, whose padding lies
             between parameters, the same as ``lengths``.
         subgroups: ZeRO-3's buffers, as (parameter group, names) in the order of their keys.
-        optimizer: whose states these are.
+        optimizer: the optimizer whose states these are.
         shapes: of every parameter, all groups together.
     """
 
@@ -82,10 +89,10 @@ class Layout:
 
     @property
     def states(self) -> dict[State, "Layout"]:
-        """Every state that the optimizer keeps, with the layout of its own values.
+        """The layout of each state that the optimizer keeps.
 
-        AdamW's have the weights' shapes.  Adafactor's have their own, and a parameter has some of
-        them; the numbers of buffers stay the parameters'.
+        AdamW's states have the weights' shapes.  Adafactor's have shapes of their own, and each
+        parameter has some of them; buffers keep the parameters' numbers.
         """
         states = states_of(self.optimizer)
         return {state: self if state in STATES else self._reduced(state) for state in states}
@@ -135,7 +142,7 @@ class Layout:
             yield part
 
     def held(self, data_rank: int) -> dict[Container, tuple[tuple[str, Segment], ...]]:
-        """What each buffer of a data-parallel rank holds, in the order of its elements."""
+        """The segments in each buffer of a data-parallel rank, in the order of its elements."""
         held: dict[Container, list[tuple[str, Segment]]] = {}
         for name, segment in self.of_rank(data_rank):
             held.setdefault(segment.container, []).append((name, segment))
@@ -152,7 +159,7 @@ class GroupState:
 
     Attributes:
         settings: its hyper-parameters.
-        counters: entries of its state beside the moments: the number of steps taken.
+        counters: entries of its state that are not moments: the number of steps taken.
     """
 
     settings: Mapping[str, Any]
@@ -165,7 +172,7 @@ def make_layout(
     """The layout that DeepSpeed gives these parameter groups under this topology.
 
     Raises:
-        ValueError: for Adafactor's states on anything but whole parameters.
+        ValueError: for Adafactor's states on sharded parameters.
     """
     if optimizer == "adafactor" and (topology.zero_stage or topology.tensor_size > 1):
         raise ValueError(
@@ -181,14 +188,14 @@ def make_layout(
 
 
 def frozen_layout(shapes: ParamGroup, topology: Topology) -> Layout:
-    """Where parameters that are not trained lie: whole, or under ZeRO-3 each cut evenly."""
+    """The layout of parameters that are not trained; only ZeRO-3 shards them."""
     if topology.zero_stage != 3:
         return unsharded_layout(shapes)
     return _per_parameter([shapes], replace(topology, sub_group_size=1))
 
 
 def unsharded_layout(shapes: Mapping[str, Shape]) -> Layout:
-    """Every parameter in a buffer of its own, numbered in order."""
+    """Every parameter whole, in a buffer of its own; buffers are numbered in order."""
     return _unpartitioned([shapes])
 
 

@@ -1,4 +1,4 @@
-"""The loss scaling that a checkpoint carries, in each of DeepSpeed's two forms."""
+"""The loss scaling that a checkpoint holds, in each of DeepSpeed's two forms."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _MIN_SCALE = 1
 
 @dataclass(frozen=True, slots=True)
 class LossScale:
-    """What gradients are multiplied by against underflow, and when that factor changes."""
+    """The factor on the loss against fp16 underflow, and when it changes."""
 
     dynamic: bool = False
     scale: float = 1.0
@@ -32,7 +32,7 @@ class LossScale:
 
     @staticmethod
     def initial(config: Mapping[str, Any]) -> "LossScale":
-        """What DeepSpeed begins with under this ``fp16`` section of its configuration."""
+        """The initial state under this ``fp16`` section of DeepSpeed's configuration."""
         static = float(config.get("loss_scale") or 0)
         if static:
             return LossScale(scale=static)
@@ -48,7 +48,7 @@ class LossScale:
 
     @staticmethod
     def of_object(scaler: Any) -> "LossScale":
-        """As ZeRO 1 to 3 keep it."""
+        """From the loss scaler object that ZeRO 1 to 3 pickle."""
         kept = vars(scaler)
         if not kept.get("dynamic"):
             return LossScale(scale=kept.get("cur_scale", 1.0))
@@ -67,7 +67,7 @@ class LossScale:
 
     @staticmethod
     def of_entries(kept: Mapping[str, Any]) -> "LossScale":
-        """As the 16-bit optimizer without ZeRO keeps it: entries of its own state."""
+        """From the entries of the state of the 16-bit optimizer without ZeRO."""
         if not kept["dynamic_loss_scale"]:
             return LossScale(scale=kept["cur_scale"], iteration=kept["cur_iter"])
         return LossScale(
@@ -80,7 +80,7 @@ class LossScale:
         )
 
     def as_object(self) -> Any:
-        """For ZeRO 1 to 3."""
+        """The loss scaler object of ZeRO 1 to 3."""
         if not self.dynamic:
             scaler: Any = torch_pickle.LossScaler()
             vars(scaler).update(cur_scale=self.scale, dynamic=False)
@@ -103,7 +103,7 @@ class LossScale:
         return scaler
 
     def as_entries(self) -> dict[str, Any]:
-        """For the 16-bit optimizer without ZeRO."""
+        """The entries of the 16-bit optimizer without ZeRO."""
         entries: dict[str, Any] = {
             "dynamic_loss_scale": self.dynamic,
             "cur_scale": self.scale,

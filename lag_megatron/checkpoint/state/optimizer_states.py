@@ -1,4 +1,4 @@
-"""Which values an optimizer keeps of each parameter, and of what shapes."""
+"""Which states an optimizer keeps of each parameter, and their shapes."""
 
 from typing import Literal
 
@@ -6,11 +6,11 @@ from lag_megatron.checkpoint.state.box import Shape
 
 State = Literal["fp32", "exp_avg", "exp_avg_sq", "row_var", "col_var", "variance"]
 Optimizer = Literal["adamw", "adafactor"]
-Role = Literal["fp32", "exp_avg", "exp_avg_sq"]
+AdamState = Literal["fp32", "exp_avg", "exp_avg_sq"]
 
-# What a growth map speaks of, whatever the optimizer: weights, and the means of the gradient and of
-# its square.  They are also AdamW's states.
-STATES: tuple[Role, ...] = ("fp32", "exp_avg", "exp_avg_sq")
+# The roles in a growth map, whatever the optimizer: weights, mean of the gradient, mean of its
+# square.  They are also AdamW's states.
+STATES: tuple[AdamState, ...] = ("fp32", "exp_avg", "exp_avg_sq")
 _STATES_OF: dict[Optimizer, tuple[State, ...]] = {
     "adamw": STATES,
     "adafactor": ("fp32", "row_var", "col_var", "variance"),
@@ -20,7 +20,7 @@ MOMENTS: frozenset[str] = frozenset({"exp_avg", "exp_avg_sq", *_STATES_OF["adafa
 
 
 def states_of(optimizer: Optimizer, shape: Shape | None = None) -> tuple[State, ...]:
-    """The states of a parameter of ``shape``; without one, all that the optimizer ever keeps.
+    """The states of a parameter of ``shape``; without a shape, all states of the optimizer.
 
     Adafactor (Shazeer and Stern 2018, section 3) keeps the means of a matrix's squared gradients
     over its columns and over its rows, ``row_var`` and ``col_var``, and every element's
@@ -40,8 +40,8 @@ def state_shape(state: State, shape: Shape) -> Shape:
     return shape
 
 
-def role_of(state: State) -> Role:
-    """Which of a growth map's values a state is: Adafactor's all are squared gradients'."""
+def adam_state_of(state: State) -> AdamState:
+    """The role of a state in a growth map; all of Adafactor's are means of squared gradients."""
     if state in ("fp32", "exp_avg"):
         return state
     return "exp_avg_sq"

@@ -1,4 +1,4 @@
-"""What a writer asks for: runs of elements to be filled."""
+"""Regions: runs of elements for which a writer needs the values."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ class Region:
     """A run of elements to be filled: a buffer of optimizer state, a weight, or a part of one.
 
     Attributes:
-        state: which values; those of weights are the masters', in the precision of the buffer.
-        segments: what lies there, rising; ``offset`` counts from the beginning of the region.
-            Elements between them are padding and become 0.
+        state: which state; 16-bit weights are ``fp32`` in the precision of the target buffer.
+        segments: parameters' intervals in increasing order, with ``offset`` counted from the
+            beginning of the region.  Elements between them are padding and become 0.
         length: elements.
         trained: whether the optimizer has these parameters; the others have weights alone.
-        forward: whether these are the weights of the forward pass, which follow the masters.
+        forward: whether these are the weights of the forward pass, not the fp32 masters.
     """
 
     state: State
@@ -29,7 +29,7 @@ class Region:
     forward: bool = False
 
     def pieces(self, size: int) -> Iterator["Region"]:
-        """The region in parts of at most ``size`` elements, in order."""
+        """Cut the region into parts of at most ``size`` elements, in order."""
         first = 0
         for begin in range(0, self.length, size):
             end = min(begin + size, self.length)
@@ -49,10 +49,10 @@ class Region:
 
 
 class Fill(Protocol):
-    """Makes the values of regions."""
+    """Makes the values of regions: copied, scaled or drawn."""
 
-    def expect(self, region: Region) -> None:
-        """Told which region comes next, so that reading can begin."""
+    def prefetch(self, region: Region) -> None:
+        """Start to read what the region needs; it is filled soon."""
 
     def __call__(self, region: Region, buffer: Tensor) -> None:
         """Write the region's values into a flat buffer of its length, in any precision."""

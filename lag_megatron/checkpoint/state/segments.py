@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, order=True)
 class Container:
-    """A flat buffer of optimizer state: one for each state that the optimizer keeps.
+    """Which flat buffer of optimizer state; there is one such buffer for each state.
 
-    ``key`` is DeepSpeed's number of it: the parameter group (ZeRO-1 and 2), the sub-group
+    ``key`` is DeepSpeed's number of the buffer: the parameter group (ZeRO-1 and 2), the sub-group
     (ZeRO-3), or the parameter (ZeRO-0).
     """
 
@@ -18,7 +18,7 @@ class Container:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Elements ``start .. start + length`` of a flattened parameter, at ``offset`` of a buffer."""
+    """Elements ``start .. start + length`` of a flat parameter, at ``offset`` in a buffer."""
 
     start: int
     length: int
@@ -28,11 +28,12 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class EvenParts(Mapping[str, tuple[Segment, ...]]):
-    """ZeRO-3's segments, computed when asked for: a list would grow with the number of ranks.
+    """ZeRO-3's segments, computed on access: a list would grow with the number of ranks.
 
     Attributes:
-        data_size: ranks that each parameter is cut into.
-        slots: by parameter: its size, and the number and offset of its part in every rank's buffer.
+        data_size: ranks over which each parameter is sharded.
+        slots: by parameter: its size, its buffer's key, and its part's offset in that buffer, the
+            same on every rank.
     """
 
     data_size: int
@@ -56,7 +57,7 @@ class EvenParts(Mapping[str, tuple[Segment, ...]]):
                 yield segment
 
     def on_rank(self, name: str, rank: int) -> Segment | None:
-        """A rank's segment; the last ranks may have none."""
+        """A rank's segment; None on last ranks that have padding alone."""
         size, key, offset = self.slots[name]
         part = -(-size // self.data_size)
         start = rank * part

@@ -1,6 +1,6 @@
-"""What growth and writers ask of a checkpoint, whatever its format.
+"""The interface through which growth and writers read a checkpoint of any format.
 
-``ZeroCheckpoint`` answers for DeepSpeed's shards.  Formats that keep every parameter under its own
+``ZeroCheckpoint`` implements it for DeepSpeed's shards.  Formats that store every parameter under
 name answer through ``UnshardedCheckpoint``: they look like the state of one rank without ZeRO.
 """
 
@@ -29,18 +29,18 @@ from lag_megatron.checkpoint.state.tensor_parallel import unsharded_shape
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.page_cache import read_ahead
 
-# The layout of a state that nothing has cut.
+# One rank without ZeRO.
 UNSHARDED = Topology(zero_stage=0, data_size=1, tensor_size=1, precision="fp32")
 
 
 class Elements(Protocol):
-    """The flat values of one state in one container."""
+    """The flat values of one state in one buffer."""
 
     def strided(self, shape: Shape, strides: Shape, offset: int) -> Tensor:
-        """Elements ``offset + sum(i * stride)``; a view, or a tensor made for this call."""
+        """Elements ``offset + sum(i * stride)``, as a view or a new tensor."""
 
-    def expect(self, offset: int, count: int) -> None:
-        """Begin to read ``count`` elements from ``offset`` on."""
+    def prefetch(self, offset: int, count: int) -> None:
+        """Start to read ``count`` elements from ``offset`` on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,29 +53,29 @@ class MappedElements:
         """A view of the buffer."""
         return self.buffer.as_strided(shape, strides, self.buffer.storage_offset() + offset)
 
-    def expect(self, offset: int, count: int) -> None:
-        """Tell the kernel."""
+    def prefetch(self, offset: int, count: int) -> None:
+        """Start to read them into the page cache."""
         read_ahead(self.buffer, offset, count)
 
 
 class CheckpointSource(Protocol):
-    """A training state that can be grown, spread anew or written in another format."""
+    """A training state that can be grown, resharded or written in another format."""
 
     @property
     def path(self) -> Path:
-        """Where it lies."""
+        """The checkpoint's directory."""
 
     @property
     def topology(self) -> Topology:
-        """How it is spread."""
+        """How it is sharded."""
 
     @property
     def header(self) -> Mapping[str, Any]:
-        """The objects of a DeepSpeed model file: its own, or what one would say of this state."""
+        """The entries of a DeepSpeed model file: the checkpoint's own, or defaults."""
 
     @property
     def client_state(self) -> dict[str, Any]:
-        """What our trainer keeps; for others' checkpoints what is known of it."""
+        """The entries of this program's trainer; for other checkpoints, what is known of them."""
 
     @property
     def step(self) -> int:
@@ -83,30 +83,30 @@ class CheckpointSource(Protocol):
 
     @property
     def groups(self) -> list[ParamGroup]:
-        """Names and one tensor rank's shapes by parameter group, in flat order."""
+        """Names and one tensor-parallel rank's shapes by parameter group, in flat order."""
 
     @property
     def layout(self) -> Layout:
-        """Where trained parameters lie."""
+        """The layout of trained parameters."""
 
     @property
     def frozen(self) -> Layout:
-        """Where the others lie."""
+        """The layout of parameters that are not trained."""
 
     @property
     def optimizer(self) -> Optimizer:
-        """Whose states these are."""
+        """The optimizer whose states these are."""
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        """Further names of parameters, with the name of the owner."""
+        """Further names of shared parameters, with the name that owns the values."""
 
     @property
     def group_states(self) -> list[GroupState]:
         """What the optimizer keeps for each parameter group."""
 
     def loss_scale(self, precision: str) -> LossScale:
-        """What gradients are multiplied by when training goes on in a precision."""
+        """The loss scaling with which training continues in a precision."""
 
     def model_states(self, tensor_rank: int, data_rank: int) -> Any:
         """The objects of a model file."""
@@ -117,16 +117,16 @@ class CheckpointSource(Protocol):
     def elements(
         self, tensor_rank: int, container: Container, state: State, *, trained: bool
     ) -> Elements:
-        """The values of a state in a container."""
+        """The values of a state in a buffer."""
 
     def check_every_file(self) -> None:
-        """Refuse a checkpoint of which a file is missing or of another state."""
+        """Check that all files exist and are of one step; raises ``CheckpointError``."""
 
-    def require_sound(self, look: VerifyScope = EVERYTHING) -> None:
-        """Refuse a checkpoint whose content differs from its checksums, where it has any."""
+    def require_sound(self, scope: VerifyScope = EVERYTHING) -> None:
+        """Verify the content against its checksums; raises ``CheckpointError``."""
 
 
-def whole_shapes(source: CheckpointSource) -> dict[str, Shape]:
+def unsharded_shapes(source: CheckpointSource) -> dict[str, Shape]:
     """Shapes of a source's parameters without any cut, trained ones first."""
     size = source.topology.tensor_size
     parts = {**source.layout.shapes, **source.frozen.shapes}
@@ -147,25 +147,25 @@ class _Flat:
         span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         return self.read(offset, span).as_strided(shape, strides)
 
-    def expect(self, offset: int, count: int) -> None:
-        """Files that others laid out are read in the kernel's own way."""
+    def prefetch(self, offset: int, count: int) -> None:
+        """Nothing: these files keep the kernel's default readahead."""
 
 
 @dataclass(frozen=True)
 class UnshardedCheckpoint:
-    """A checkpoint that keeps every parameter whole, under its own name.
+    """A checkpoint that stores every parameter whole, under its own name.
 
     Attributes:
         path: its directory.
-        header: what a DeepSpeed model file would say.
+        header: entries of a DeepSpeed model file, or defaults.
         groups: names and shapes by parameter group.
         group_states: what the optimizer keeps for each.
-        read: gives elements ``start .. start + length`` of a parameter's state, flat and
+        read: returns elements ``start .. start + length`` of a parameter's state, flat and
             contiguous, in any floating-point precision.
         untrained: names and shapes of parameters that the optimizer does not train.
-        check: refuses damaged content.
-        aliases: further names of parameters, with the name of the owner.
-        notes: what a person should know of the reading.
+        check: verifies the content; raises ``CheckpointError``.
+        aliases: further names of shared parameters, with the name that owns the values.
+        notes: remarks for the user.
     """
 
     path: Path
@@ -174,7 +174,7 @@ class UnshardedCheckpoint:
     group_states: list[GroupState] = field(repr=False)
     read: ReadFn = field(repr=False)
     untrained: ParamGroup = field(default_factory=dict, repr=False)
-    check: CheckFn = field(default=lambda look: None, repr=False)
+    check: CheckFn = field(default=lambda scope: None, repr=False)
     aliases: Mapping[str, str] = field(default_factory=dict, repr=False)
     notes: Sequence[str] = ()
 
@@ -183,7 +183,7 @@ class UnshardedCheckpoint:
 
     @property
     def client_state(self) -> dict[str, Any]:
-        """What our trainer would have stored."""
+        """The entries of this program's trainer."""
         return dict(self.header.get("lag") or {})
 
     @property
@@ -193,7 +193,7 @@ class UnshardedCheckpoint:
 
     @cached_property
     def layout(self) -> Layout:
-        """Every parameter in a container of its own."""
+        """Every parameter in a buffer of its own."""
         return make_layout(self.groups, self.topology)
 
     @cached_property
@@ -202,15 +202,15 @@ class UnshardedCheckpoint:
         return frozen_layout(self.untrained, self.topology)
 
     def loss_scale(self, precision: str) -> LossScale:
-        """As DeepSpeed begins: these formats do not keep it."""
+        """DeepSpeed's initial state, since these formats do not store it."""
         return LossScale.initial({}) if precision == "fp16" else LossScale()
 
     def model_states(self, tensor_rank: int, data_rank: int) -> Any:
-        """The header: there is one file for all."""
+        """The header."""
         return self.header
 
     def optimizer_states(self, tensor_rank: int, data_rank: int) -> Any:
-        """Nothing: without ZeRO there are no optimizer files."""
+        """Raises ``LookupError``: without ZeRO there are no optimizer files."""
         raise LookupError(f"{self.path}: has no optimizer files")
 
     def elements(
@@ -221,8 +221,8 @@ class UnshardedCheckpoint:
         return _Flat(lambda start, length: self.read(name, state, start, length))
 
     def check_every_file(self) -> None:
-        """Nothing more: opening it has read every header."""
+        """Nothing: every header was read on opening."""
 
-    def require_sound(self, look: VerifyScope = EVERYTHING) -> None:
-        """Compare content with the checksums that the format has."""
-        self.check(look)
+    def require_sound(self, scope: VerifyScope = EVERYTHING) -> None:
+        """Verify the content against the format's checksums."""
+        self.check(scope)

@@ -1,6 +1,6 @@
-"""Which part of a parameter each tensor-parallel rank holds, by Megatron-Core's names.
+"""The part of each parameter that a tensor-parallel rank holds, by Megatron-Core's names.
 
-The dimensions are data of ``checkpoint/families``.
+The dimension along which a parameter is cut stands in the tables of ``checkpoint/families``.
 """
 
 import functools
@@ -11,7 +11,7 @@ from lag_megatron.checkpoint.families import bert, gpt, llama
 from lag_megatron.checkpoint.families.megatron_layer import MEGATRON_LAYER
 from lag_megatron.checkpoint.state.box import Box, Shape, full_box
 
-# Dimension that is cut, by the end of a parameter's name; what is not here is whole.
+# Dimension by the end of a parameter's name; other parameters are replicated.
 CUTS: Mapping[str, int] = {
     **{n: d for model in (gpt, bert, llama) for n, d in model.MEGATRON.cuts.items()},
     **MEGATRON_LAYER.cuts,
@@ -22,7 +22,7 @@ _FC1_MODULE = _FC1.removesuffix(".weight")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of the whole parameter and the corner at which a rank's part holds it."""
+    """A box of the unsharded parameter, and its corner in one rank's shard."""
 
     box: Box
     local: Shape
@@ -30,7 +30,7 @@ class Piece:
 
 @functools.cache
 def cut_dim(name: str) -> int | None:
-    """The dimension along which a parameter is cut, or None where every rank has all of it."""
+    """The dimension along which a parameter is sharded; None if every rank has all of it."""
     return next((dim for end, dim in CUTS.items() if _ends(name, end)), None)
 
 
@@ -40,7 +40,7 @@ def may_be_gated(name: str) -> bool:
 
 
 def unsharded_shape(name: str, local: Shape, *, tensor_size: int) -> Shape:
-    """Shape of the whole parameter from one rank's part."""
+    """Shape of the unsharded parameter, from that of one rank's shard."""
     dim = cut_dim(name)
     if dim is None:
         return local
@@ -48,7 +48,7 @@ def unsharded_shape(name: str, local: Shape, *, tensor_size: int) -> Shape:
 
 
 def is_gated(shapes: Mapping[str, Shape]) -> bool:
-    """Whether fc1 holds a gate and an up half: then it has twice the rows that fc2 has columns."""
+    """Whether fc1 holds a gate and an up half: it has twice as many rows as fc2 has columns."""
     for name, shape in shapes.items():
         if _ends(name, _FC1):
             return shape[0] == 2 * shapes[name.removesuffix(_FC1) + _FC2][1]
@@ -56,7 +56,7 @@ def is_gated(shapes: Mapping[str, Shape]) -> bool:
 
 
 def local_shape(name: str, shape: Shape, *, tensor_size: int, gated: bool = False) -> Shape:
-    """Shape of one rank's part of a whole parameter.
+    """Shape of one rank's shard of an unsharded parameter.
 
     Raises:
         ValueError: if the parameter cannot be cut into that many equal parts.
@@ -76,7 +76,7 @@ def local_shape(name: str, shape: Shape, *, tensor_size: int, gated: bool = Fals
 def pieces(
     name: str, shape: Shape, *, tensor_rank: int, tensor_size: int, gated: bool
 ) -> Iterator[Piece]:
-    """The boxes of a whole parameter of ``shape`` that one rank holds."""
+    """The boxes of an unsharded parameter of ``shape`` that one rank holds."""
     dim = cut_dim(name)
     if dim is None or tensor_size == 1:
         yield Piece(full_box(shape), (0,) * len(shape))

@@ -1,6 +1,6 @@
-"""A training state as if nothing had been cut, for formats with a name for each tensor.
+"""A training state with whole parameters, for formats that name each tensor.
 
-It is read a run of elements at a time, so no tensor need fit into memory.
+It is read a run of elements at a time, so no tensor has to fit into memory.
 """
 
 from dataclasses import dataclass
@@ -21,33 +21,33 @@ _HERE = Container(0, 0)  # a region's segments are found by their offsets
 
 @dataclass(frozen=True)
 class UnshardedState:
-    """What is to be written, under the topology of one rank without ZeRO.
+    """A state to write, under the topology of one rank without ZeRO.
 
     Attributes:
-        path: where it is read, for messages.
-        draft: everything beside values.
+        path: the checkpoint that is read, for messages.
+        spec: everything except the values.
         fill: makes the values.
-        check: refuses a source whose content is damaged.
+        check: verifies the source's content; raises ``CheckpointError``.
     """
 
     path: Path
-    draft: CheckpointSpec
+    spec: CheckpointSpec
     fill: Fill
     check: CheckFn
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
         """Of every parameter, trained ones first."""
-        return {**self.draft.layout.shapes, **self.draft.frozen.shapes}
+        return {**self.spec.layout.shapes, **self.spec.frozen.shapes}
 
     def is_trained(self, name: str) -> bool:
         """Whether the optimizer has a parameter."""
-        return name in self.draft.layout.shapes
+        return name in self.spec.layout.shapes
 
     def region(self, name: str, state: State = "fp32", *runs: tuple[int, int]) -> Region:
-        """Runs of a parameter's elements, (start, length) each, one behind the other.
+        """A region of runs (start, length) of a parameter's elements, one after the other.
 
-        Without runs, all of it.
+        Without runs it is the whole parameter.
         """
         found: list[tuple[str, Segment]] = []
         offset = 0
@@ -57,7 +57,7 @@ class UnshardedState:
         return Region(state, tuple(found), offset, trained=self.is_trained(name))
 
     def read(self, name: str, state: State, start: int, length: int) -> Tensor:
-        """A new flat tensor of some elements, in fp32."""
+        """Elements ``start .. start + length``, as a new flat fp32 tensor."""
         values = torch.empty(length)
         self.fill(self.region(name, state, (start, length)), values)
         return values

@@ -1,4 +1,4 @@
-"""Whether the content of a checkpoint's files is what was written."""
+"""Verification of a checkpoint's files against their checksums."""
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class VerifyScope:
-    """What of a checkpoint is compared with its checksums.
+    """Which part of a checkpoint this rank verifies.
 
     Attributes:
-        rank: who looks.
-        size: how many look, each at other files.
-        states: which values will be read; None for all.
+        rank: this rank.
+        size: ranks that verify, each other files.
+        states: the states that will be read; None for all.
     """
 
     rank: int = 0
@@ -27,11 +27,11 @@ class VerifyScope:
     states: Collection[str] | None = None
 
     def share(self, found: Iterable[T]) -> list[T]:
-        """Which of these are the rank's to look at."""
+        """The items that this rank verifies."""
         return list(found)[self.rank :: self.size]
 
-    def damages(self, path: Path) -> Iterator[str]:
-        """The damages that a committed directory's manifest shows, with the reason."""
+    def find_corrupted_files(self, path: Path) -> Iterator[str]:
+        """Yield this rank's files that differ from the directory's manifest, with reasons."""
         names = self.share(manifest.read_manifest(path)["files"])
         yield from manifest.find_corrupted_files(path, names, states=self.states)
 
@@ -42,19 +42,18 @@ EVERYTHING = VerifyScope()
 def require_sound(
     path: Path, names: Collection[str] | None = None, *, states: Collection[str] | None = None
 ) -> None:
-    """Refuse a tag directory with a file whose content is not what was written.
+    """Check the content of a tag directory's files.
 
-    Neither torch nor DeepSpeed compares content, so a flipped bit would load without a word.  Our
-    own files are compared with their manifest; others' with the checksums that ``torch.save``
-    keeps in each file.
+    Neither torch nor DeepSpeed does, so a flipped bit would load unnoticed.  Committed directories
+    are compared with their manifest, others with the CRC32 that ``torch.save`` keeps in each file.
 
     Args:
         path: the tag directory.
-        names: the files to look at; all of them by default.
-        states: the values to look at, where the manifest tells them apart; all by default.
+        names: the files to compare; all by default.
+        states: the states to compare, where the manifest has a checksum for each; all by default.
 
     Raises:
-        CheckpointError: naming every damaged file, or one that cannot be read.
+        CheckpointError: naming the corrupted files, or one that cannot be read.
     """
     try:
         found = list(_find_corruption(path, names, states))
@@ -71,7 +70,7 @@ def require_sound(
 
 
 def is_verifiable(path: Path) -> bool:
-    """Whether every byte of a tag directory has a checksum, so that no damage can hide."""
+    """Whether every byte of a tag directory has a checksum."""
     return manifest.is_committed(path) or all(map(has_checksums, path.glob("*.pt")))
 
 

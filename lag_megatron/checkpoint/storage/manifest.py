@@ -1,8 +1,8 @@
-"""Checkpoints that are either whole or absent.
+"""The manifest of a checkpoint, and commits that are atomic: a checkpoint is complete or absent.
 
-A tag is written as ``<tag>.tmp``; each file is flushed to disk and hashed; then the manifest, the
-rename to ``<tag>`` and the pointer ``latest``.  A kill at any point leaves the state before or the
-new one; only ``latest`` may then lag behind, and whoever goes on from the tag sets it.
+A tag is written as ``<tag>.tmp``; each file is flushed to disk and hashed; then come the manifest,
+the rename to ``<tag>`` and the pointer ``latest``.  A kill at any point leaves the old state or the
+new one.  Only ``latest`` may then still name the older tag; a run that resumes corrects it.
 """
 
 import json
@@ -19,8 +19,8 @@ from lag_megatron.atomic_io import flush_to_disk, write_atomically
 from lag_megatron.errors import CheckpointError
 
 MANIFEST, LATEST = "manifest.json", "latest"
-SHARED = "shared_with"  # of a file that is linked to one of the source: that one's name
-# Of a file that holds several states: runs of bytes and checksum of each, and of all the rest.
+SHARED = "shared_with"  # entry of a hard link: the name of the source's file
+# Entries of a file that holds several states: the byte runs and checksum of each, and of the rest.
 STATES_APART, NO_STATE = "states", "rest"
 MANIFEST_FORMAT = 1
 _CHUNK = 1 << 20
@@ -28,7 +28,7 @@ _REMOVED = ".removed-"
 
 
 def temporary(path: Path) -> Path:
-    """Where a tag is written before it is committed."""
+    """The staging directory of a tag, which ``commit`` renames."""
     return path.with_name(path.name + ".tmp")
 
 
@@ -40,15 +40,15 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 
 def file_checksum(path: Path, runs: Iterable[Sequence[int]] | None = None) -> str:
-    """The xxh3-128 checksum of a file, or of runs of its bytes (begin, end), as hex digits."""
+    """The xxh3-128 checksum, in hex, of a file or of runs (begin, end) of its bytes."""
     digest = xxhash.xxh3_128()
-    room = memoryview(bytearray(_CHUNK))
+    buffer = memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as file:
         for begin, end in [(0, path.stat().st_size)] if runs is None else runs:
             file.seek(begin)
             left = end - begin
-            while left and (count := file.readinto(room[:left])):
-                digest.update(room[:count])
+            while left and (count := file.readinto(buffer[:left])):
+                digest.update(buffer[:count])
                 left -= count
     return digest.hexdigest()
 
@@ -57,39 +57,42 @@ def commit(
     path: Path,
     *,
     files: Mapping[str, Any],
-    about: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     pointer: str | None = LATEST,
 ) -> None:
     """Commit the finished ``<tag>.tmp`` as ``path`` and point its folder's ``latest`` to it.
 
     Args:
-        path: the tag directory to come.
+        path: the tag directory.
         files: manifest entry of every file.
-        about: further entries: step, growth plan, source, versions.
-        pointer: the name of the file that points to it; None for none.
+        metadata: further entries: step, growth plan, source, versions.
+        pointer: name of the file beside it that will name it; None for none.
     """
-    draft = temporary(path)
-    manifest = {"format": MANIFEST_FORMAT, **about, "files": dict(sorted(files.items()))}
-    write_atomically(draft / MANIFEST, json.dumps(manifest, indent=1))
-    flush_to_disk(draft)
-    os.rename(draft, path)
+    staging = temporary(path)
+    manifest = {"format": MANIFEST_FORMAT, **metadata, "files": dict(sorted(files.items()))}
+    write_atomically(staging / MANIFEST, json.dumps(manifest, indent=1))
+    flush_to_disk(staging)
+    os.rename(staging, path)
     if pointer is None:
         flush_to_disk(path.parent)
     else:
         point_latest(path, pointer)
 
 
-def point_latest(path: Path, pointer: str = LATEST, says: str | None = None) -> None:
-    """Make ``latest`` of a tag's folder name it, which is where DeepSpeed looks.
+def point_latest(path: Path, pointer: str = LATEST, pointer_text: str | None = None) -> None:
+    """Write the tag's name into ``latest`` beside it, from which DeepSpeed loads.
 
-    Other programs look into another ``pointer``, which ``says`` something else.
+    Args:
+        path: the tag directory.
+        pointer: the file to write; Megatron reads another one than DeepSpeed.
+        pointer_text: what to write instead of the tag's name.
     """
-    write_atomically(path.parent / pointer, path.name if says is None else says)
+    write_atomically(path.parent / pointer, path.name if pointer_text is None else pointer_text)
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint, its manifest first: a half-deleted one is never taken for whole."""
-    for left in path.parent.glob(f"{_REMOVED}*"):  # of an earlier process
+    """Delete a checkpoint, its manifest first: a half-deleted one never counts as committed."""
+    for left in path.parent.glob(f"{_REMOVED}*"):  # left by an earlier process
         shutil.rmtree(left, ignore_errors=True)
     if not path.is_dir():
         return
@@ -114,7 +117,7 @@ def committed_tags(folder: Path) -> list[Path]:
 
 
 def is_committed(path: Path) -> bool:
-    """Whether a tag directory was published."""
+    """Whether a tag directory has a manifest."""
     return (path / MANIFEST).is_file()
 
 
@@ -144,10 +147,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_sizes(path: Path) -> dict[str, Any]:
-    """The manifest, after a look that each file is there and as long as when it was written.
+    """Check that each file of the manifest exists with the size it was written with.
+
+    Returns:
+        the manifest.
 
     Raises:
-        CheckpointError: naming the first file that is not.
+        CheckpointError: naming the first file that is missing or has another size.
     """
     manifest = read_manifest(path)
     for name, entry in manifest["files"].items():
@@ -166,13 +172,13 @@ def check_sizes(path: Path) -> dict[str, Any]:
 def find_corrupted_files(
     path: Path, names: Collection[str] | None = None, *, states: Collection[str] | None = None
 ) -> Iterator[str]:
-    """Every file whose content is not what the manifest says, with the reason.
+    """Compare files with the manifest, and yield each that differs with the reason.
 
     Args:
-        path: the directory.
-        names: the files to look at; all by default.
-        states: the values to look at in files whose manifest entry tells several apart; whatever
-            is no value is looked at always.
+        path: a committed directory.
+        names: the files to compare; all by default.
+        states: the states to compare in files with a checksum for each state, where zip records and
+            pickles are always compared; all by default.
     """
     manifest = read_manifest(path)
     yield from (f"{n}: not in the manifest" for n in names or () if n not in manifest["files"])
@@ -184,7 +190,7 @@ def find_corrupted_files(
             yield f"{name}: missing"
         elif file.stat().st_size != entry["size"]:
             yield f"{name}: {file.stat().st_size} bytes, expected {entry['size']}"
-        elif states is None or not _are_whole(entry):
+        elif states is None or not _cover_the_file(entry):
             if file_checksum(file) != entry["xxh3_128"]:
                 yield f"{name}: content differs from its checksum"
         else:
@@ -194,20 +200,20 @@ def find_corrupted_files(
                     yield f"{name}: {state}: content differs from its checksum"
 
 
-def _are_whole(entry: Mapping[str, Any]) -> bool:
-    """Whether the runs of all states that an entry tells apart are the whole file."""
+def _cover_the_file(entry: Mapping[str, Any]) -> bool:
+    """Whether the byte runs of an entry's states cover the whole file."""
     try:
         runs = sorted(run for there in entry[STATES_APART].values() for run in there["runs"])
         ends = [0, *(end for _, end in runs)]
         return [begin for begin, _ in runs] == ends[:-1] and ends[-1] == entry["size"]
     except (LookupError, TypeError, AttributeError, ValueError):
-        return False  # then the file's own checksum tells
+        return False  # then the checksum of the whole file is compared
 
 
 def digest_of(path: Path) -> str:
-    """One checksum that names the content of a tag directory, without reading it.
+    """One checksum for the content of a tag directory, without reading the files.
 
-    Over the manifest's checksums; without a manifest, over sizes and times of change.
+    It is taken of the manifest's checksums, or without a manifest, of sizes and modification times.
     """
     if is_committed(path):
         known: Any = read_manifest(path)["files"]
@@ -219,10 +225,10 @@ def digest_of(path: Path) -> str:
 
 
 def require_space(folder: Path, *, needed: int, what: str) -> None:
-    """Refuse to begin writing ``needed`` bytes where they do not fit.
+    """Check that a file system has ``needed`` free bytes.
 
     Raises:
-        CheckpointError: with the free and the needed space.
+        CheckpointError: if it has not.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -1,7 +1,7 @@
-"""When pages travel between files and the disk: what is read, and how soon it is written.
+"""Advice to the kernel's page cache: what to read ahead, and when to write back.
 
-Left alone, the kernel reads around each page that is touched: megabytes on disks set up for long
-reads, so that ranks which need neighbouring parts of a shard would each read the other's too.
+By default the kernel reads around each page that is touched, megabytes on disks set up for long
+reads.  Ranks that need neighbouring parts of a shard would then each read the other's part too.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ _SYNC_FILE_RANGE_WRITE = 2
 
 
 def disable_readahead(tensor: Tensor) -> Tensor:
-    """Turn the kernel's reading around off for the pages of a mapped tensor, and return it."""
+    """Turn readahead off for the pages of a mapped tensor, and return the tensor."""
     _advise(tensor.data_ptr(), tensor.numel() * tensor.element_size(), mmap.MADV_RANDOM)
     return tensor
 
@@ -28,12 +28,12 @@ def read_ahead(tensor: Tensor, offset: int, count: int) -> None:
 
 
 def start_writeback(file: int, offset: int, length: int) -> None:
-    """Begin to bring bytes of an open file to the disk, so that flushing it will not take long."""
+    """Start to write bytes of an open file to the disk, so that a later ``fsync`` is short."""
     _libc.sync_file_range(file, offset, length, _SYNC_FILE_RANGE_WRITE)
 
 
 def _advise(address: int, length: int, advice: int) -> None:
-    """Advice is that: where the kernel takes none, reading is slower and no less right."""
+    """Call ``madvise``; errors are ignored, since without the advice reading is only slower."""
     begin = address - address % mmap.PAGESIZE
     if length:
         _libc.madvise(begin, address + length - begin, advice)

@@ -1,8 +1,8 @@
-"""Reading and writing DeepSpeed's files without DeepSpeed, mapped into memory.
+"""Reading and writing DeepSpeed's ``torch.save`` files without DeepSpeed, through ``mmap``.
 
 The files pickle four DeepSpeed classes, and Megatron's settings two enumerations.  They are read as
-stand-ins under ``weights_only``, so a checkpoint cannot run code, and written back under the same
-global names.
+stand-ins under ``weights_only``, so that a checkpoint cannot run code, and written back under the
+same global names.
 """
 
 import enum
@@ -80,7 +80,7 @@ STAND_INS: dict[type, str] = {
 
 
 def _member(owner: object, name: str) -> ZeroStage:
-    """Stands for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle members of enumerations."""
+    """Stands for ``getattr``, with which Python 3.11.0 to 3.11.3 pickle members of enumerations."""
     if owner is not ZeroStage or name not in ZeroStage.__members__:
         raise pickle.UnpicklingError(f"getattr of {owner!r}, {name!r}")
     return ZeroStage[name]
@@ -92,7 +92,7 @@ _SAFE: list[Any] = [*STAND_INS.items(), (_member, "builtins.getattr")]
 _DAMAGE = (RuntimeError, ValueError, EOFError, OSError, LookupError, TypeError, AttributeError,
            AssertionError)  # fmt: skip
 
-# torch keeps what is safe, how to map and what to skip in globals, which threads would share.
+# torch keeps safe_globals, mmap options and skip_data in globals, which all threads share.
 _TORCH_SETTINGS = threading.RLock()
 
 
@@ -135,19 +135,19 @@ def load(path: Path, *, writable: bool = False) -> Any:
 
 
 def save(path: Path, objects: Any) -> None:
-    """Write objects that are small, stand-ins under the names of what they stand for."""
+    """Write small objects, with stand-ins under the names of the classes they stand for."""
     torch.save(objects, path, pickle_module=_Pickling)
 
 
 def create(path: Path, objects: Any) -> Any:
-    """Write ``objects`` with room for their tensors' data, and map the file for writing.
+    """Write ``objects`` without the values of their tensors, and map the file for writing.
 
-    The tensors of ``objects`` only give shapes: large ones may be unallocated.  The space is
-    reserved first, because writing to a mapped hole on a full disk kills the process.
+    The tensors of ``objects`` only give shapes and may be untouched memory.  Space is reserved
+    first, because writing to a mapped hole on a full disk kills the process.
 
     Returns:
-        the same objects with tensors that lie in the file; every one has to be written, small ones
-        through the tensor, large ones at their ``byte_offsets``.
+        the same objects with tensors that lie in the file.  The caller writes all of them: small
+        ones through the tensor, large ones at their ``byte_offsets``.
 
     Raises:
         CheckpointError: if the disk is full.
@@ -169,14 +169,14 @@ def create(path: Path, objects: Any) -> Any:
 
 
 def byte_offsets(path: Path, tensors: Iterable[Tensor]) -> list[int]:
-    """Where in a mapped file the values of its tensors begin.
+    """Offsets in a mapped file at which the values of its tensors begin.
 
     Args:
         path: the file.
-        tensors: all of those that it holds.
+        tensors: all tensors of the file.
 
     Raises:
-        CheckpointError: if the file's records are not those tensors'.
+        CheckpointError: if they do not match the records of the archive.
     """
     listed = list(tensors)
     storages = [t.untyped_storage() for t in listed]
@@ -193,7 +193,7 @@ def byte_offsets(path: Path, tensors: Iterable[Tensor]) -> list[int]:
 
 
 def cause(error: Exception) -> str:
-    """What torch says, without its advice to read the file unsafely."""
+    """The message of torch's error, without its advice to load with ``weights_only=False``."""
     text = error.strerror if isinstance(error, OSError) else None
     lines = [line.strip() for line in (text or str(error)).splitlines() if line.strip()]
     telling = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
@@ -222,7 +222,7 @@ class _Pickler(_PurePickler):  # type: ignore[misc]
 
 
 class _Pickling:
-    """What ``torch.save`` asks of a pickle module."""
+    """The part of the pickle module that ``torch.save`` uses."""
 
     Pickler = _Pickler
     __name__ = "pickle"

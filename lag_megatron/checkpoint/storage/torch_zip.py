@@ -1,7 +1,7 @@
-"""The checksums that ``torch.save`` leaves in its files, which no loader ever compares.
+"""The zip archives that ``torch.save`` writes: where tensors lie, and the CRC32 of each record.
 
-Its files are zip archives, so every record has a CRC32, unless it was written with ``skip_data`` or
-without ``set_crc32_options``: then 0 stands there, which means that nothing is known.
+No loader compares the CRC32.  It is 0, which means unknown, in files that were written with
+``skip_data`` or without ``set_crc32_options``.
 """
 
 import io
@@ -17,7 +17,7 @@ from typing import BinaryIO, cast
 from lag_megatron.errors import CheckpointError
 
 _CHUNK = 1 << 20
-# Whatever zipfile raises where a flipped bit hits its structures rather than the data.
+# What zipfile raises where a flipped bit hits its structures rather than the data.
 DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -31,7 +31,7 @@ DAMAGE = (
 
 @dataclass(frozen=True, slots=True)
 class ZipRecord:
-    """Bytes of a file that hold a tensor's values; ``packed`` if they are compressed."""
+    """The bytes of a file that hold a tensor's values; ``packed`` if they are compressed."""
 
     begin: int
     length: int
@@ -48,10 +48,10 @@ def is_plain_pickle(path: Path) -> bool:
 
 
 def damaged_records(path: Path, *, offset: int = 0, length: int | None = None) -> Iterator[str]:
-    """Names of the records whose bytes are not those that were written, in the file's order.
+    """Yield the names of the records that differ from their CRC32, in the file's order.
 
-    A record without a checksum is only looked up; a plain pickle has none.  Memory does not depend
-    on the file's size.
+    Records without a checksum are not read, and a plain pickle has none.  Memory does not depend on
+    the file's size.
 
     Args:
         path: a file that ``torch.save`` wrote.
@@ -59,7 +59,7 @@ def damaged_records(path: Path, *, offset: int = 0, length: int | None = None) -
         length: bytes of the archive; without it, up to the end of the file.
 
     Raises:
-        CheckpointError: if it is no zip archive, which a file that was cut short is not either.
+        CheckpointError: if it is no zip archive, which a file that was cut short is not.
     """
     if not offset and path.is_file() and is_plain_pickle(path):
         return
@@ -74,7 +74,7 @@ def damaged_records(path: Path, *, offset: int = 0, length: int | None = None) -
 
 
 def has_checksums(path: Path, *, offset: int = 0, length: int | None = None) -> bool:
-    """Whether every record that holds anything has a checksum, so that no damage can hide.
+    """Whether every record that holds anything has a checksum.
 
     Raises:
         CheckpointError: as ``damaged_records``.
@@ -88,7 +88,7 @@ def has_checksums(path: Path, *, offset: int = 0, length: int | None = None) -> 
 def tensor_records(
     path: Path, *, offset: int = 0, length: int | None = None
 ) -> Iterator[ZipRecord]:
-    """Where the values of each tensor of an archive lie, those without any left out.
+    """Where the values of each tensor of an archive lie; tensors without values are left out.
 
     Raises:
         CheckpointError: as ``damaged_records``.
@@ -106,7 +106,7 @@ def tensor_records(
 
 
 class _View(io.RawIOBase):
-    """A part of a file as a file of its own."""
+    """A part of a file, seen as a file."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
         self._file, self._offset, self._length = file, offset, length

@@ -1,9 +1,8 @@
-"""DeepSpeed's universal checkpoints: a folder of whole tensors for each parameter.
+"""The files of DeepSpeed's universal checkpoints: a folder of unsharded tensors per parameter.
 
-``zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt``, ``zero/optimizer_state.pt`` and copies of
-the model files.  From ZeRO-1 and 2 a state's file holds ``{"param": tensor, "cat_dim": ...}``, from
-ZeRO-3 a bare flat tensor, and there is no ``step.pt``.  All are read ``weights_only`` through
-``pickles``, with stand-ins for DeepSpeed's own classes, and mapped rather than loaded.
+They are ``zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt``, ``zero/optimizer_state.pt`` and
+copies of the model files.  Converted from ZeRO-1 and 2, a state's file holds ``{"param": tensor,
+"cat_dim": ...}``; from ZeRO-3 it is a bare flat tensor, and there is no ``step.pt``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -78,13 +77,13 @@ class Universal:
 
     @property
     def zero_stage(self) -> int | None:
-        """ZeRO stage of the ranks that wrote what was converted."""
+        """ZeRO stage of the checkpoint that was converted."""
         config = self.header.get("ds_config") or {}
         stage = (config.get("zero_optimization") or {}).get("stage")
         return stage if isinstance(stage, int) else None
 
     def state(self, name: str, state: str) -> Tensor:
-        """A parameter's whole ``fp32``, ``exp_avg``, ``exp_avg_sq`` or ``step``, mapped from disk.
+        """A parameter's ``fp32``, ``exp_avg``, ``exp_avg_sq`` or ``step``, mapped from disk.
 
         Raises:
             CheckpointError: if its file is missing, damaged or holds something else.
@@ -98,12 +97,12 @@ class Universal:
 
 
 def looks_universal(path: Path) -> bool:
-    """Whether a folder is a universal checkpoint's tag directory, sound or not."""
+    """Whether a folder is a universal checkpoint's tag directory, complete or not."""
     return (path / FOLDER).is_dir()
 
 
 def describe_universal(path: Path, names: ParamNames | None = None) -> dict[str, Any]:
-    """Facts of a tag directory, and its problems; every file is mapped, no tensor is read.
+    """Facts about a tag directory, and its problems; every file is mapped, no tensor is read.
 
     Raises:
         CheckpointError: if it has no header that can be read.
@@ -143,9 +142,9 @@ def describe_universal(path: Path, names: ParamNames | None = None) -> dict[str,
     }
 
 
-def find_universal_corruption(path: Path, look: VerifyScope = EVERYTHING) -> Iterator[str]:
-    """Records that do not fit their checksums, and files that are no archives."""
-    for file in look.share(sorted(path.rglob("*.pt"))):
+def find_universal_corruption(path: Path, scope: VerifyScope = EVERYTHING) -> Iterator[str]:
+    """Yield records that differ from their CRC32, and files that are no archives."""
+    for file in scope.share(sorted(path.rglob("*.pt"))):
         name = file.relative_to(path)
         try:
             for record in damaged_records(file):
@@ -155,7 +154,7 @@ def find_universal_corruption(path: Path, look: VerifyScope = EVERYTHING) -> Ite
 
 
 def _model_file_problems(checkpoint: Universal) -> Iterator[str]:
-    """Model files that are gone or damaged."""
+    """Model files that are missing or damaged."""
     names = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(checkpoint.model_ranks)]
     if checkpoint.zero_stage == 3:
         data_ranks = range(int(checkpoint.header.get("dp_world_size", 1)))
@@ -168,7 +167,7 @@ def _model_file_problems(checkpoint: Universal) -> Iterator[str]:
 
 
 def _groups(checkpoint: Universal) -> tuple[list[dict[str, Any]], list[str]]:
-    """Hyper-parameters of the parameter groups, and what keeps them from being read."""
+    """Hyper-parameters of the parameter groups, and the error if they cannot be read."""
     try:
         found = torch_pickle.load(checkpoint.path / FOLDER / OPTIMIZER)
     except CheckpointError as error:
@@ -185,11 +184,11 @@ def _groups(checkpoint: Universal) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _parameter_problems(checkpoint: Universal, counts: dict[str, int]) -> Iterator[str]:
-    """What is wrong with the parameters' folders; fills in each one's number of elements."""
+    """Yield problems of the parameters' folders; each one's element count is put in ``counts``."""
     for name in checkpoint.shapes:
         if name not in checkpoint.parameters:
             yield f"{FOLDER}/{name}: missing, but the model files list this parameter"
-    # Steps are not there after ZeRO-3, nor in files of older versions.
+    # There are no steps after ZeRO-3, nor in files of older versions.
     stepped = any((folder / "step.pt").is_file() for folder in checkpoint.parameters.values())
     states = (*STATES, "step") if stepped else STATES
     for name, folder in checkpoint.parameters.items():
@@ -210,7 +209,7 @@ def _parameter_problems(checkpoint: Universal, counts: dict[str, int]) -> Iterat
 
 
 def _was_trained(folder: Path) -> bool:
-    """Whether the conversion took weights from an optimizer; else it copied them from the model."""
+    """Whether the weights are an optimizer's masters, not copies from the model."""
     try:
         found = torch_pickle.load(folder / "fp32.pt")
     except CheckpointError:
@@ -224,7 +223,7 @@ def _size_problems(checkpoint: Universal, name: str, sizes: dict[str, int]) -> I
         found = ", ".join(f"{state} {count}" for state, count in states.items())
         yield f"{FOLDER}/{name}: its states differ in their numbers of elements: {found}"
     if checkpoint.model_ranks > 1 or name not in checkpoint.shapes or "fp32" not in states:
-        return  # a rank's shape says nothing of the whole
+        return  # the header has one rank's shape
     expected, found_elements = numel(checkpoint.shapes[name]), states["fp32"]
     # Rows that only pad the vocabulary are left out of a universal checkpoint.
     padded = "original_vocab_size" in (checkpoint.header.get("universal_checkpoint_info") or {})

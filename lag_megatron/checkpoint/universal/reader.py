@@ -1,4 +1,4 @@
-"""A universal checkpoint as a source."""
+"""Reading a universal checkpoint."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from lag_megatron.errors import CheckpointError
 
 
 def open_universal(path: Path) -> UnshardedCheckpoint:
-    """Read the headers of a tag directory; tensors stay on disk.
+    """Open a tag directory by its headers; tensors stay on disk.
 
     Raises:
         CheckpointError: naming the file that is missing, damaged or of another shape.
@@ -61,9 +61,9 @@ class _Reader:
 
     @cached_property
     def groups(self) -> list[ParamGroup]:
-        """Whole shapes by parameter group; ZeRO-3 lists them by sub-group."""
+        """Unsharded shapes by parameter group; ZeRO-3 lists them by sub-group."""
         listed: list[ParamGroup] = [
-            {name: self._whole(name, tuple(shape)) for name, shape in group.items()}
+            {name: self._unsharded_shape(name, tuple(shape)) for name, shape in group.items()}
             for group in self.checkpoint.header["param_shapes"]
         ]
         settings = self._optimizer["param_groups"]
@@ -78,32 +78,32 @@ class _Reader:
     def group_states(self) -> list[GroupState]:
         """Hyper-parameters and the number of steps."""
         found = []
-        for group, listed, blank in zip(
+        for group, listed, default in zip(
             self._optimizer["param_groups"],
             self.groups,
             default_group_states(self.groups),
             strict=True,
         ):
             known = {key: value for key, value in group.items() if key != "params"}
-            settings = {**blank.settings, **known}
+            settings = {**default.settings, **known}
             found.append(GroupState(settings, {"step": self._step(next(iter(listed)))}))
         return found
 
     def read(self, name: str, state: State, start: int, length: int) -> Tensor:
-        """Elements of a parameter's state; rows that padded the vocabulary are 0."""
+        """Elements of a parameter's state; vocabulary padding that is not stored is 0."""
         stored = self._stored(name, state).reshape(-1)
         part = stored[start : start + length]
         if len(part) == length:
             return part
         return torch.cat([part, torch.zeros(length - len(part))])
 
-    def check(self, look: VerifyScope) -> None:
-        """Refuse content that differs from its checksums."""
+    def check(self, scope: VerifyScope) -> None:
+        """Verify the content against its checksums; raises ``CheckpointError``."""
         committed = manifest.is_committed(self.path)
         if found := list(
-            look.damages(self.path)
+            scope.find_corrupted_files(self.path)
             if committed
-            else universal_format.find_universal_corruption(self.path, look)
+            else universal_format.find_universal_corruption(self.path, scope)
         ):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Convert again.")
 
@@ -121,8 +121,8 @@ class _Reader:
     def _opened(self) -> dict[tuple[str, str], Tensor]:
         return {}
 
-    def _whole(self, name: str, local: Shape) -> Shape:
-        """Shape of the whole parameter; its file may leave out rows that pad the vocabulary."""
+    def _unsharded_shape(self, name: str, local: Shape) -> Shape:
+        """Shape of the unsharded parameter; its file may lack rows that pad the vocabulary."""
         header = self.checkpoint.header
         degrees = header.get("checkpoint_parallel_dimensions") or {}
         size = degrees.get("tp_degree", self.checkpoint.model_ranks)
@@ -146,7 +146,7 @@ class _Reader:
         return shape
 
     def _require_halves(self, name: str) -> None:
-        """Refuse a gate and an up half that were merged as one: their shape does not show it."""
+        """Check that gate and up halves were merged separately, which the shape does not show."""
         file = self.path / FOLDER / name / "fp32.pt"
         kept = torch_pickle.load(file)
         if not isinstance(kept, dict) or kept.get("param_n_sub_params") != 2:
@@ -157,7 +157,7 @@ class _Reader:
             )
 
     def _step(self, name: str) -> Tensor:
-        """The steps that a parameter has taken; after ZeRO-3 one file says it for all."""
+        """The steps that a parameter has taken; after ZeRO-3 one file holds it for all."""
         file = self.path / FOLDER / name / "step.pt"
         if file.is_file():
             return torch.as_tensor(torch_pickle.load(file), dtype=torch.float32).reshape(())

@@ -1,9 +1,9 @@
-"""A training state as DeepSpeed's universal checkpoint, written directly.
+"""Writing a training state as DeepSpeed's universal checkpoint, without ``ds_to_universal``.
 
-``ds_to_universal`` stops at the empty entries of Megatron-Core's models, and merges tensor-parallel
-parts wrongly unless it is told by patterns how each was cut; here the table of cuts tells.  What is
-written loads under ZeRO 1, 2 and 3: a state's file is a dictionary as of ZeRO 1 and 2, which stage
-3 takes as well, and ``optimizer_state.pt`` holds the entries that either of them looks for.
+That tool fails on the empty entries of Megatron-Core's models, and needs patterns for the dimension
+along which each parameter is sharded, which are a table here.  The checkpoint loads under ZeRO 1, 2
+and 3: a state's file is a dictionary as from ZeRO 1 and 2, which stage 3 loads too, and
+``optimizer_state.pt`` holds the entries that any stage reads.
 """
 
 import itertools
@@ -29,8 +29,8 @@ from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING
 from lag_megatron.checkpoint.universal.format import FOLDER, OPTIMIZER, POINTER
+from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.file_template import FileTemplateCache
-from lag_megatron.checkpoint.writer.file_writer import WriteContext
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.checkpoint.zero.file_names import model_file
 from lag_megatron.checkpoint.zero.writer import write_objects
@@ -41,48 +41,55 @@ _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def universal_job(
-    state: UnshardedState, target: Path, topology: Topology, *, about: Mapping[str, Any]
+    state: UnshardedState, target: Path, topology: Topology, *, metadata: Mapping[str, Any]
 ) -> WriteJob:
-    """What has to be written as the tag directory ``target``.
+    """The job that writes the tag directory ``target``.
 
     Args:
-        state: what is written.
-        target: the directory to come.
-        topology: of the job that will load it: DeepSpeed takes counters from model files of the
-            loading rank's name, which ZeRO-3 has one of for each rank.
-        about: entries of the manifest.
+        state: the training state.
+        target: the directory to write.
+        topology: of the training that will load it: DeepSpeed loads counters from a model file
+            named after the loading rank, and ZeRO-3 has such a file for each rank.
+        metadata: entries of the manifest.
 
     Raises:
-        CheckpointError: for a state that the format does not hold.
+        CheckpointError: if the format cannot hold the state.
     """
-    if state.draft.layout.optimizer != "adamw":
+    if state.spec.layout.optimizer != "adamw":
         raise CheckpointError(
             f"{state.path}: the universal format holds Adam's moments, and this is the state of "
-            f"{state.draft.layout.optimizer}. Convert to zero."
+            f"{state.spec.layout.optimizer}. Convert to zero."
         )
-    draft, moulds = replace(state.draft, topology=topology), FileTemplateCache()
-    moments = sum(map(numel, state.draft.layout.shapes.values())) * 4 * len(STATES)
-    weights = sum(map(numel, state.draft.frozen.shapes.values())) * 4
+    spec, templates = replace(state.spec, topology=topology), FileTemplateCache()
+    moments = sum(map(numel, state.spec.layout.shapes.values())) * 4 * len(STATES)
+    weights = sum(map(numel, state.spec.frozen.shapes.values())) * 4
     return WriteJob(
         target=target,
         parts=[
-            *(Part(name, partial(_write_parameter, state, moulds, name)) for name in state.shapes),
-            Part("optimizer", partial(_write_optimizer, draft)),
-            Part("model", partial(_write_models, state, draft)),
+            *(
+                Part(name, partial(_write_parameter, state, templates, name))
+                for name in state.shapes
+            ),
+            Part("optimizer", partial(_write_optimizer, spec)),
+            Part("model", partial(_write_models, state, spec)),
         ],
-        about={**about, "written_as": "universal", "topology": asdict(topology)},
+        metadata={**metadata, "written_as": "universal", "topology": asdict(topology)},
         needed=moments + weights,
-        what="the universal checkpoint",
+        title="the universal checkpoint",
         check=partial(state.check, EVERYTHING),
         pointer=POINTER,
     )
 
 
 def _write_parameter(
-    state: UnshardedState, moulds: FileTemplateCache, name: str, folder: Path, crew: WriteContext
+    state: UnshardedState,
+    templates: FileTemplateCache,
+    name: str,
+    folder: Path,
+    context: WriteContext,
 ) -> dict[str, Any]:
-    """A parameter's folder."""
-    return write_states(state, name, (*STATES, "step"), folder, crew, moulds)
+    """Write a parameter's folder."""
+    return write_states(state, name, (*STATES, "step"), folder, context, templates)
 
 
 def write_states(
@@ -90,39 +97,41 @@ def write_states(
     name: str,
     kinds: Collection[str],
     folder: Path,
-    crew: WriteContext,
-    moulds: FileTemplateCache,
+    context: WriteContext,
+    templates: FileTemplateCache,
 ) -> dict[str, Any]:
-    """Some of the files of a parameter's folder, and their manifest entries.
+    """Write some files of a parameter's folder, and return their manifest entries.
 
     Args:
-        state: what is written.
+        state: the training state.
         name: of the parameter.
-        kinds: states, and ``step``; of a parameter that is not trained there are only weights.
+        kinds: states and ``step``; a parameter that is not trained has only ``fp32``.
         folder: of the checkpoint.
-        crew: told of each piece, and of each finished file.
-        moulds: of the files of a checkpoint.
+        context: callbacks and buffers.
+        templates: of the checkpoint's files.
     """
     (folder / FOLDER / name).mkdir(parents=True, exist_ok=True)
     shape, trained = state.shapes[name], state.is_trained(name)
     entries: dict[str, Any] = {}
 
-    def write(what: str, objects: Any, room: PlaceholderTensors) -> None:
+    def write(what: str, objects: Any, placeholders: PlaceholderTensors) -> None:
         file = f"{FOLDER}/{name}/{what}.pt"
-        entries[file] = write_objects(folder / file, objects, room, state.fill, crew, moulds)
+        entries[file] = write_objects(
+            folder / file, objects, placeholders, state.fill, context, templates
+        )
 
     for kept in (s for s in (STATES if trained else STATES[:1]) if s in kinds):
-        room = PlaceholderTensors()
-        values = room(state.region(name, kept), shape)
+        placeholders = PlaceholderTensors()
+        values = placeholders(state.region(name, kept), shape)
         cut = _cut(state, name) if trained else {}
-        write(kept, {**cut, "param": values}, room)
+        write(kept, {**cut, "param": values}, placeholders)
     if trained and "step" in kinds:
-        write("step", _step(state.draft, name), PlaceholderTensors())
+        write("step", _step(state.spec, name), PlaceholderTensors())
     return entries
 
 
 def _cut(state: UnshardedState, name: str) -> dict[str, Any]:
-    """How tensor parallelism cuts a parameter, in DeepSpeed's words."""
+    """DeepSpeed's entries for how tensor parallelism shards a parameter."""
     dim = cut_dim(name)
     if dim is None:
         return {}
@@ -134,52 +143,52 @@ def _cut(state: UnshardedState, name: str) -> dict[str, Any]:
     return found
 
 
-def _step(draft: CheckpointSpec, name: str) -> torch.Tensor:
-    (number,) = (n for n, group in enumerate(draft.layout.groups) if name in group)
-    return torch.as_tensor(draft.groups[number].counters["step"]).clone()
+def _step(spec: CheckpointSpec, name: str) -> torch.Tensor:
+    (number,) = (n for n, group in enumerate(spec.layout.groups) if name in group)
+    return torch.as_tensor(spec.groups[number].counters["step"]).clone()
 
 
-def _write_optimizer(draft: CheckpointSpec, folder: Path, crew: WriteContext) -> dict[str, Any]:
-    """What the optimizer keeps beside the parameters' states."""
+def _write_optimizer(spec: CheckpointSpec, folder: Path, context: WriteContext) -> dict[str, Any]:
+    """Write the optimizer's settings and counters."""
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    groups = [{**group.settings, "params": [n]} for n, group in enumerate(draft.groups)]
-    steps = {n: dict(group.counters) for n, group in enumerate(draft.groups)}
-    config = draft.template.header.get("ds_config") or {}
+    groups = [{**group.settings, "params": [n]} for n, group in enumerate(spec.groups)]
+    steps = {n: dict(group.counters) for n, group in enumerate(spec.groups)}
+    config = spec.template.header.get("ds_config") or {}
     clip = {"clip_grad": float(config.get("gradient_clipping") or 0.0)} if config else {}
     objects = {
-        "loss_scaler": draft.loss_scale.as_object(),
-        "dynamic_loss_scale": draft.loss_scale.dynamic,
+        "loss_scaler": spec.loss_scale.as_object(),
+        "dynamic_loss_scale": spec.loss_scale.dynamic,
         "overflow": False,
         **clip,
-        "zero_stage": torch_pickle.ZeroStage(draft.topology.zero_stage),
-        "partition_count": draft.topology.data_size,
-        "ds_version": draft.template.header["ds_version"],
+        "zero_stage": torch_pickle.ZeroStage(spec.topology.zero_stage),
+        "partition_count": spec.topology.data_size,
+        "ds_version": spec.template.header["ds_version"],
         "param_groups": groups,
         "optimizer_state_dict": {"state": steps, "param_groups": groups},
     }
     file = f"{FOLDER}/{OPTIMIZER}"
-    return {file: write_objects(folder / file, objects, PlaceholderTensors(), _no_values, crew)}
+    return {file: write_objects(folder / file, objects, PlaceholderTensors(), _no_values, context)}
 
 
 def _write_models(
-    state: UnshardedState, draft: CheckpointSpec, folder: Path, crew: WriteContext
+    state: UnshardedState, spec: CheckpointSpec, folder: Path, context: WriteContext
 ) -> dict[str, Any]:
-    """Model files without weights: DeepSpeed takes those from the parameters' folders."""
-    topology, entries = draft.topology, dict[str, Any]()
+    """Write model files without weights, which DeepSpeed loads from the parameters' folders."""
+    topology, entries = spec.topology, dict[str, Any]()
     for tensor_rank, data_rank in itertools.product(
         range(topology.tensor_size), range(topology.data_size)
     ):
         name = model_file(topology, tensor_rank=tensor_rank, data_rank=data_rank)
         if name not in entries:
-            objects = _model(state, draft)
+            objects = _model(state, spec)
             entries[name] = write_objects(
-                folder / name, objects, PlaceholderTensors(), _no_values, crew
+                folder / name, objects, PlaceholderTensors(), _no_values, context
             )
     return entries
 
 
-def _model(state: UnshardedState, draft: CheckpointSpec) -> dict[str, Any]:
-    topology = draft.topology
+def _model(state: UnshardedState, spec: CheckpointSpec) -> dict[str, Any]:
+    topology = spec.topology
     gated = is_gated(state.shapes)
 
     def sizes(shapes: Mapping[str, tuple[int, ...]]) -> "OrderedDict[str, torch.Size]":
@@ -188,31 +197,31 @@ def _model(state: UnshardedState, draft: CheckpointSpec) -> dict[str, Any]:
             for n, s in shapes.items()
         )
 
-    old = draft.template.header["module"]
-    known = {*state.shapes, *draft.aliases}  # buffers and empty entries stay as they are
-    module = {new: torch.empty(0) if new in known else old[n] for new, n in draft.names.items()}
+    old = spec.template.header["module"]
+    known = {*state.shapes, *spec.aliases}  # buffers and empty entries stay as they are
+    module = {new: torch.empty(0) if new in known else old[n] for new, n in spec.names.items()}
     return {
-        **draft.template.header,
-        **draft.entries,
+        **spec.template.header,
+        **spec.entries,
         "module": OrderedDict(module),
         "optimizer": None,
-        "param_shapes": [sizes(group) for group in draft.layout.groups],
-        "shared_params": dict(draft.aliases),
-        "frozen_param_shapes": sizes(draft.frozen.shapes) if draft.frozen.shapes else None,
+        "param_shapes": [sizes(group) for group in spec.layout.groups],
+        "shared_params": dict(spec.aliases),
+        "frozen_param_shapes": sizes(spec.frozen.shapes) if spec.frozen.shapes else None,
         "frozen_param_fragments": None,
         "dp_world_size": topology.data_size,
         "mp_world_size": topology.tensor_size,
         "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": topology.tensor_size},
-        "ds_config": ds_config_of(draft),
+        "ds_config": ds_config_of(spec),
         "universal_checkpoint_info": {"universal_checkpoint_version": _VERSION},
     }
 
 
 class _NoValues:
-    """For files whose tensors are all there."""
+    """The fill of files without placeholders."""
 
-    def expect(self, region: object) -> None:
-        """Never called: there is no region."""
+    def prefetch(self, region: object) -> None:
+        """Never called."""
 
     def __call__(self, region: object, buffer: object) -> None:
         """Never called."""

@@ -1,1 +1,1 @@
-"""Writing checkpoints: jobs, files, checksums, progress after an interruption."""
+"""Writing checkpoints: jobs, files, checksums, resuming after an interruption."""

@@ -1,7 +1,8 @@
-"""Files of ``torch.save`` of one kind: what their values leave over is the same bytes in each.
+"""Templates of ``torch.save`` files: files of one kind are the same bytes but for their values.
 
-A universal checkpoint is hundreds of small files.  torch takes milliseconds to lay one out, which
-is longer than its values take; so it lays out the first of a kind, and that one shapes the others.
+A universal checkpoint is hundreds of small files, and ``torch.save`` takes milliseconds for each,
+longer than writing its values.  So torch writes the first file of a kind, and its zip records and
+pickle are copied to the others.
 """
 
 import os
@@ -14,19 +15,20 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.state.region import Fill
 from lag_megatron.checkpoint.state.spec import PlaceholderTensors
+from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.file_writer import (
-    Span,
-    WriteContext,
     fill_file,
     opened,
     put,
     write_image,
     write_spans,
 )
+from lag_megatron.checkpoint.writer.pieces import Span
 
-_IMAGE_BYTES = 1 << 16  # of a file that is put together in memory
+_IMAGE_BYTES = 1 << 16  # smaller files are put together in memory
 
-LayOut = Callable[[Path, Any, PlaceholderTensors], list[Span]]
+# Creates a file with all but its values, and returns the spans of those.
+LayOutFn = Callable[[Path, Any, PlaceholderTensors], list[Span]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,9 @@ class _FileTemplate:
     """A file without its values.
 
     Attributes:
-        size: of the file.
-        rest: offsets and bytes of what is no value.
-        begins: where the values of each tensor begin.
+        size: bytes of the file.
+        rest: offsets and bytes of everything else.
+        begins: offsets at which the values of each tensor begin.
     """
 
     size: int
@@ -45,7 +47,7 @@ class _FileTemplate:
 
     @staticmethod
     def of(path: Path, spans: Sequence[Span]) -> "_FileTemplate":
-        """Of a file that was laid out; its values need not be there yet."""
+        """The template of a file that is laid out; its values need not be written yet."""
         rest, at, size = [], 0, path.stat().st_size
         with path.open("rb") as file:
             for low, high in [*sorted((s.offset, s.end) for s in spans), (size, size)]:
@@ -55,16 +57,17 @@ class _FileTemplate:
         return _FileTemplate(size, rest, [span.offset for span in spans])
 
     def image(self) -> bytearray:
-        """All of a file, with zeros for its values."""
+        """The bytes of a whole file, with zeros for its values."""
         image = bytearray(self.size)
         for offset, data in self.rest:
             image[offset : offset + len(data)] = data
         return image
 
     def fill(self, file: int) -> None:
-        """Make an empty file one with holes for values: reserving each is a disk's transaction.
+        """Write everything but the values into an empty file, and leave holes for those.
 
-        They are written by system calls, which say when the disk is full.
+        Nothing is reserved, which would cost a transaction of the file system for each file: values
+        are written by system calls, which report a full disk.
         """
         os.ftruncate(file, self.size)
         for offset, data in self.rest:
@@ -72,60 +75,60 @@ class _FileTemplate:
 
 
 class FileTemplateCache:
-    """Those of a checkpoint's files, made as they are needed; threads may share them.
+    """The templates of a checkpoint's files, made when first needed; threads may share a cache.
 
-    They are for files that hold one tensor, or a flat dictionary of tensors and plain values.
+    For files that hold one tensor, or a flat dictionary of tensors and plain values.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, _FileTemplate] = {}
+        self._templates: dict[Hashable, _FileTemplate] = {}
 
     def write(
         self,
         path: Path,
         objects: Any,
-        room: PlaceholderTensors,
+        placeholders: PlaceholderTensors,
         fill: Fill,
-        crew: WriteContext,
+        context: WriteContext,
         *,
-        by: LayOut,
+        lay_out: LayOutFn,
     ) -> dict[str, Any]:
-        """Write a file, as ``stream.write_spans`` does one that is laid out.
+        """Lay out a file and write its values.
 
         Args:
             path: of the file; files of one kind have one name.
-            objects: what it holds.
-            room: knows which tensors are values.
+            objects: what the file holds.
+            placeholders: tells which of the tensors are values to be made.
             fill: makes them.
-            crew: told of each piece.
-            by: lays out the first of a kind.
+            context: callbacks and buffers.
+            lay_out: lays out the first file of a kind.
 
         Returns:
-            its manifest entry.
+            the file's manifest entry.
         """
         entries = objects if isinstance(objects, Mapping) else {"": objects}
-        key = (path.name, *((name, _described(v, room)) for name, v in entries.items()))
-        mould = self._kept.get(key)
-        if mould is None:
-            spans = by(path, objects, room)
-            self._kept[key] = _FileTemplate.of(path, spans)
-            return write_spans(path, spans, fill, crew)
-        values = [v for v in entries.values() if id(v) in room.regions and v.numel()]
+        key = (path.name, *((name, _described(v, placeholders)) for name, v in entries.items()))
+        template = self._templates.get(key)
+        if template is None:
+            spans = lay_out(path, objects, placeholders)
+            self._templates[key] = _FileTemplate.of(path, spans)
+            return write_spans(path, spans, fill, context)
+        values = [v for v in entries.values() if id(v) in placeholders.regions and v.numel()]
         spans = [
-            Span(begin, value.dtype, room.regions[id(value)])
-            for begin, value in zip(mould.begins, values, strict=True)
+            Span(begin, value.dtype, placeholders.regions[id(value)])
+            for begin, value in zip(template.begins, values, strict=True)
         ]
         with opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as file:
-            if mould.size <= _IMAGE_BYTES:
-                return write_image(file, mould.image(), spans, fill, crew)
-            mould.fill(file)
-            return fill_file(file, spans, fill, crew)
+            if template.size <= _IMAGE_BYTES:
+                return write_image(file, template.image(), spans, fill, context)
+            template.fill(file)
+            return fill_file(file, spans, fill, context)
 
 
-def _described(value: Any, room: PlaceholderTensors) -> Hashable:
-    """All of an entry that stands in the file beside its values."""
+def _described(value: Any, placeholders: PlaceholderTensors) -> Hashable:
+    """Everything of an entry that the file holds beside the values."""
     if not isinstance(value, Tensor):
         return type(value), value
-    if id(value) in room.regions:
+    if id(value) in placeholders.regions:
         return tuple(value.shape), value.dtype
     return tuple(value.shape), value.dtype, tuple(value.flatten().tolist())

@@ -1,7 +1,7 @@
 """Writing a checkpoint in parts: several at a time, resumable, committed when all are there.
 
-After a kill the same call skips the parts that are on disk; anything else in the draft is written
-again.
+Everything is written into ``<target>.tmp`` and renamed at the end.  After a kill the same call
+skips the parts that are on the disk and writes the others again.
 """
 
 import json
@@ -19,11 +19,11 @@ import torch
 
 from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.writer.file_writer import ProgressFn, ThreadBuffers, WriteContext
+from lag_megatron.checkpoint.writer.context import ProgressFn, ThreadBuffers, WriteContext
 from lag_megatron.checkpoint.writer.progress_log import WriteProgress
 from lag_megatron.errors import CheckpointError, PlanError
 
-_FLUSHES = 8  # at a time: a file system brings small files to the disk together
+_FLUSHES = 8  # at a time: a file system flushes small files together
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class Part:
 
     Attributes:
         name: unique among the parts of a checkpoint.
-        write: makes the files in a folder and returns their manifest entries by name; it tells how
-            many bytes each piece had, which file is finished, and where others could help.
+        write: writes the files into a folder and returns their manifest entries by name; it calls
+            the context's functions for each piece and each finished file.
     """
 
     name: str
@@ -42,114 +42,119 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class WriteJob:
-    """What is to be written, and how it is committed.
+    """A checkpoint to write, and how it is committed.
 
     Attributes:
-        target: the directory to come; it does not exist.
-        parts: of it.
-        about: entries of its manifest; a draft with others is not gone on with.
-        needed: bytes, all parts together.
-        what: it is, for messages.
-        check: called beside the writing; nothing is committed when it raises.
-        finish: called when all parts are there, with their manifest entries; writes what speaks of
-            them and returns its own.
+        target: the directory to write; it does not exist yet.
+        parts: its files in groups that are written independently.
+        metadata: entries of its manifest; an unfinished directory with others is not resumed.
+        needed: bytes of all parts together.
+        title: what is written, for messages.
+        check: called in a thread beside the writing; nothing is committed when it raises.
+        finish: called with the staging directory and the manifest entries of all parts; writes
+            files that depend on them and returns their entries.
         pointer: the file beside the target that will name it; None for none.
-        says: what the pointer says; the target's name by default.
+        pointer_text: what the pointer holds; the target's name by default.
     """
 
     target: Path
     parts: Sequence[Part]
-    about: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     needed: int
-    what: str
+    title: str
     check: Callable[[], None]
     finish: Callable[[Path, Mapping[str, Any]], Mapping[str, Any]] = lambda folder, files: {}
     pointer: str | None = manifest.LATEST
-    says: str | None = None
+    pointer_text: str | None = None
 
-    def was_published(self) -> bool:
-        """Whether the target is this order's result, made by an earlier run.
+    def was_committed(self) -> bool:
+        """Whether an earlier run of the same job has committed the target.
 
         Raises:
-            CheckpointError: if it was, but files of it are gone or cut short since.
+            CheckpointError: if it has, but files are missing or cut short since.
         """
         if not manifest.is_committed(self.target):
             return False
-        about = json.loads(json.dumps(_comparable(self.about)))  # as it stands in a manifest
+        metadata = json.loads(json.dumps(_comparable(self.metadata)))  # as a manifest has it
         found = manifest.check_sizes(self.target)
-        return all(found.get(key) == value for key, value in about.items())
+        return all(found.get(key) == value for key, value in metadata.items())
 
     def point(self) -> None:
-        """Make the pointer name the target."""
+        """Write the pointer that names the target."""
         if self.pointer is not None:
-            manifest.point_latest(self.target, self.pointer, self.says)
+            manifest.point_latest(self.target, self.pointer, self.pointer_text)
 
 
-def write(order: WriteJob, *, workers: int = 1, written: ProgressFn = lambda count: None) -> bool:
-    """Write and commit, unless an earlier call has; whether it had to.
+def write(job: WriteJob, *, workers: int = 1, written: ProgressFn = lambda count: None) -> bool:
+    """Write and commit a checkpoint, unless an earlier call has.
 
     Args:
-        order: what to do.
+        job: what to write.
         workers: parts at a time; each needs a few megabytes.
-        written: told the number of bytes after each piece, e.g. a progress bar's ``update``.
+        written: called with the number of bytes after each piece, e.g. a progress bar's ``update``.
+
+    Returns:
+        whether anything was written.
 
     Raises:
-        PlanError: when the target exists and is another's.
-        CheckpointError: when the disk is too small or fails, or the check finds damage; the draft
-            is removed then.  After a kill or an interruption it stays, for the same call.
+        PlanError: when the target exists and is not this job's.
+        CheckpointError: when the disk is too small or fails, or the check finds corruption; what
+            was written is removed then.  After a kill it stays, and the same call resumes.
     """
-    if order.target.exists():
-        if not order.was_published():
-            raise PlanError(f"{order.target}: exists already. Name another target or remove it.")
-        order.point()  # killed between the two, or asked for twice
+    if job.target.exists():
+        if not job.was_committed():
+            raise PlanError(f"{job.target}: exists already. Name another target or remove it.")
+        job.point()  # the earlier call may have been killed before it
         return False
-    _write_parts(order, workers, written)
+    _write_parts(job, workers, written)
     return True
 
 
-def _write_parts(order: WriteJob, workers: int, written: ProgressFn) -> None:
-    draft = manifest.temporary(order.target)
+def _write_parts(job: WriteJob, workers: int, written: ProgressFn) -> None:
+    staging = manifest.temporary(job.target)
     try:
-        names = {part.name for part in order.parts}
-        record = WriteProgress.open(draft, _comparable(order.about), names)
-        for entry in record.entries().values():
+        names = {part.name for part in job.parts}
+        progress = WriteProgress.open(staging, _comparable(job.metadata), names)
+        for entry in progress.entries().values():
             written(entry["size"])
-        missing = order.needed - sum(entry["size"] for entry in record.entries().values())
-        manifest.require_space(draft, needed=max(0, missing), what=order.what)
-        _write_missing(order, record, workers, written)
-        files = record.entries()
-        files |= order.finish(draft, files)
-        with _pool(_FLUSHES) as disk:  # the names of files; those of the draft are published
-            folders = filter(Path.is_dir, draft.rglob("*"))
-            _require([disk.submit(flush_to_disk, folder) for folder in folders])
-        record.close()
-        manifest.commit(order.target, files=files, about=order.about, pointer=None)
+        missing = job.needed - sum(entry["size"] for entry in progress.entries().values())
+        manifest.require_space(staging, needed=max(0, missing), what=job.title)
+        _write_missing(job, progress, workers, written)
+        files = progress.entries()
+        files |= job.finish(staging, files)
+        with _pool(
+            _FLUSHES
+        ) as disk:  # directories: the names of files; commit() flushes the staging directory
+            folders = filter(Path.is_dir, staging.rglob("*"))
+            _wait_for([disk.submit(flush_to_disk, folder) for folder in folders])
+        progress.close()
+        manifest.commit(job.target, files=files, metadata=job.metadata, pointer=None)
     except OSError as error:
-        manifest.remove_checkpoint(draft)
+        manifest.remove_checkpoint(staging)
         raise CheckpointError(
-            f"{error.filename or order.target}: cannot write there: {error.strerror or error}. "
+            f"{error.filename or job.target}: cannot write there: {error.strerror or error}. "
             "Name another target."
         ) from None
     except Exception:
-        manifest.remove_checkpoint(draft)
+        manifest.remove_checkpoint(staging)
         raise
     try:
-        order.point()
+        job.point()
     except OSError as error:
         raise CheckpointError(
-            f"{order.target}: is written, but {order.pointer} beside it is not: "
+            f"{job.target}: is written, but {job.pointer} beside it is not: "
             f"{error.strerror or error}. Make room and run the same command again."
         ) from None
 
 
 def _write_missing(
-    order: WriteJob, record: WriteProgress, workers: int, written: ProgressFn
+    job: WriteJob, progress: WriteProgress, workers: int, written: ProgressFn
 ) -> None:
     failed = threading.Event()
 
-    def told(count: int) -> None:
+    def on_progress(count: int) -> None:
         if failed.is_set():
-            raise _Abandoned
+            raise _AnotherFailed
         written(count)
 
     with (
@@ -158,38 +163,38 @@ def _write_missing(
         _pool(1) as checker,
         _pool(workers) as pool,
     ):
-        # Beside the writing: the source is compared with its checksums, and the files of finished
-        # parts go to the disk, and then into the record, while the next are made.
-        noted: list[Future[None]] = []
-        recording, rooms = threading.Lock(), ThreadBuffers()
+        # Beside the writing, other threads verify the source's checksums, and flush the files of
+        # finished parts and log them.
+        logged: list[Future[None]] = []
+        lock, buffers = threading.Lock(), ThreadBuffers()
 
         def write(part: Part) -> None:
             paths: list[Path] = []
-            join = partial(_joined, pool, workers - 1)
-            crew = WriteContext(told, paths.append, join, rooms)
-            files = part.write(record.folder, crew)
-            noted.append(disk.submit(note, part.name, files, paths))
+            share_work = partial(_shared, pool, workers - 1)
+            context = WriteContext(on_progress, paths.append, share_work, buffers)
+            files = part.write(progress.folder, context)
+            logged.append(disk.submit(mark_done, part.name, files, paths))
 
-        def note(name: str, files: Mapping[str, Any], paths: Sequence[Path]) -> None:
+        def mark_done(name: str, files: Mapping[str, Any], paths: Sequence[Path]) -> None:
             for path in paths:
                 flush_to_disk(path)
-            with recording:
-                record.note(name, files)
+            with lock:
+                progress.mark_done(name, files)
 
-        missing = [part for part in order.parts if part.name not in record.done]
+        missing = [part for part in job.parts if part.name not in progress.done]
         try:
-            _require([checker.submit(order.check), *(pool.submit(write, part) for part in missing)])
+            _wait_for([checker.submit(job.check), *(pool.submit(write, part) for part in missing)])
         except BaseException:
             failed.set()  # the others end at their next piece
             raise
-        _require(noted)
+        _wait_for(logged)
 
 
-def _require(tasks: Sequence[Future[None]]) -> None:
-    """Wait until all have ended, and raise what the first that fails raises.
+def _wait_for(tasks: Sequence[Future[None]]) -> None:
+    """Wait until all tasks have ended; raises what the first failing one raised.
 
-    A key may interrupt this.  Then Python's own ways to wait for tasks can leave a lock of theirs
-    taken, at which the workers would stay for ever.
+    Ctrl-C may interrupt this.  ``concurrent.futures.wait`` could then leave a lock taken, for which
+    the workers would wait for ever.
     """
     ended: SimpleQueue[Future[None]] = SimpleQueue()
     for task in tasks:
@@ -199,11 +204,11 @@ def _require(tasks: Sequence[Future[None]]) -> None:
 
 
 @contextmanager
-def _joined(pool: Executor, others: int, work: Callable[[], None]) -> Iterator[None]:
-    """Workers of the pool that have no part left to begin do ``work`` as well, meanwhile."""
+def _shared(pool: Executor, others: int, work: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile idle workers of the pool call ``work`` too: those with no part left to begin."""
     helpers: list[Future[None]] = []
     try:
-        for _ in range(others):  # here, since a pool that is shut down meanwhile takes none
+        for _ in range(others):  # inside try: a pool that is being shut down refuses it
             helpers.append(pool.submit(work))
         yield
     finally:
@@ -213,18 +218,18 @@ def _joined(pool: Executor, others: int, work: Callable[[], None]) -> Iterator[N
         helper.result()
 
 
-class _Abandoned(Exception):
-    """Ends a worker after another one has failed."""
+class _AnotherFailed(Exception):
+    """Ends a worker's part after another worker has failed."""
 
 
-def _comparable(about: Mapping[str, Any]) -> Any:
-    """What tells one checkpoint from another."""
-    return {key: value for key, value in about.items() if key != "versions"}
+def _comparable(metadata: Mapping[str, Any]) -> Any:
+    """The metadata that tells one checkpoint from another."""
+    return {key: value for key, value in metadata.items() if key != "versions"}
 
 
 @contextmanager
 def _pool(workers: int) -> Iterator[Executor]:
-    """Threads; what has not begun is dropped when one fails."""
+    """A pool of threads; tasks that have not begun are dropped when the block ends."""
     pool = ThreadPoolExecutor(workers)
     try:
         yield pool
@@ -234,7 +239,7 @@ def _pool(workers: int) -> Iterator[Executor]:
 
 @contextmanager
 def _single_threaded_torch() -> Iterator[None]:
-    """Pieces are small: torch's own threads would cost more than they give."""
+    """Turn off torch's own threads, which cost more than they save on small pieces."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

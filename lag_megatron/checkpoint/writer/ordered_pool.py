@@ -1,7 +1,15 @@
-"""Threads that fill one file together, though its checksum has to be made front to back.
+"""Threads that fill one file together, although its checksum has to be made front to back.
 
-Each takes the next piece, makes and writes it, and leaves the hashing to whoever comes to it once
-everything before is hashed; so it goes on, as far as it has room for another piece.
+Each thread takes the next piece, makes and writes it, and leaves a function that hashes it.  Those
+functions are called in the order of the pieces, by whichever thread finds the next one ready.  A
+thread with two buffers goes on while one of its pieces waits.  Four pieces, of which piece 0 takes
+long::
+
+    thread A   make 0 ......................  hash 0  hash 1  hash 2
+    thread B   make 1   make 2   wait ...............   make 3   hash 3
+
+Thread B waits when both its buffers hold pieces that are not hashed; the buffer of piece 1 is free
+as soon as thread A has hashed it.
 """
 
 import threading
@@ -9,74 +17,80 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-Work = Callable[[T], Callable[[], None]]
+MakeFn = Callable[[T], Callable[[], None]]
 
 
 class OrderedPool(Generic[T]):
-    """Pieces that several threads work on at once, and that are finished one after the other.
+    """Pieces that several threads make in any order, and that are finished in their own order.
 
     Args:
-        pieces: taken by one thread at a time, in order.
+        pieces: an iterator that is advanced by one thread at a time.
     """
 
     def __init__(self, pieces: Iterator[T]) -> None:
         self._pieces = enumerate(pieces)
-        self._taking = threading.Lock()
-        self._turn = threading.Condition()
-        self._left: dict[int, Callable[[], None]] = {}
+        self._pieces_lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._made: dict[int, Callable[[], None]] = {}  # waiting to be finished, by piece
         self._finished = 0
-        self._is_finishing = self._is_broken = False
+        self._is_finishing = self._has_failed = False
 
-    def run(self, works: Sequence[Work[T]]) -> None:
-        """Work until no piece is left, or until another thread has failed, which raises there.
+    def run(self, makers: Sequence[MakeFn[T]]) -> None:
+        """Work until no piece is left, or until another thread has failed.
 
-        A thread comes back when all that it has taken is finished.
+        Every thread calls this with its own ``makers``.  It returns when all pieces that the
+        thread has taken are finished, so that their buffers may be used again.
 
         Args:
-            works: one for each piece that a thread may have begun; a work does what may be done at
-                any time and returns what has to wait for its turn, before which it is not called
-                again.
+            makers: one for each piece that the thread may have unfinished, with its own buffers.
+                A maker does what may be done in any order and returns the function that finishes
+                the piece; it is called again after that function has been.
+
+        Raises:
+            Exception: whatever a maker, or the finishing of a piece, raises in this thread.
         """
-        last = [-1] * len(works)
+        last = [-1] * len(makers)  # the piece that each maker has made last
         try:
-            while (free := self._free(last)) is not None and (taken := self._take()) is not None:
+            while (free := self._wait_for_free(last)) is not None:
+                if (taken := self._take()) is None:
+                    break
                 last[free], piece = taken
-                self._leave(last[free], works[free](piece))
-            with self._turn:  # what the thread's works have in hand may be used again after this
-                self._turn.wait_for(lambda: self._is_broken or max(last) < self._finished)
+                self._finish_ready(last[free], makers[free](piece))
+            with self._changed:
+                self._changed.wait_for(lambda: self._has_failed or max(last) < self._finished)
         except BaseException:
-            with self._turn:
-                self._is_broken = True
-                self._turn.notify_all()
+            with self._changed:
+                self._has_failed = True
+                self._changed.notify_all()
             raise
 
-    def _free(self, last: Sequence[int]) -> int | None:
-        """Which of the works may be called again, once there is one; None when one has failed."""
-        with self._turn:
-            self._turn.wait_for(lambda: self._is_broken or min(last) < self._finished)
-            if self._is_broken:
+    def _wait_for_free(self, last: Sequence[int]) -> int | None:
+        """The number of a maker whose last piece is finished; None when a thread has failed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_failed or min(last) < self._finished)
+            if self._has_failed:
                 return None
             return next(n for n, number in enumerate(last) if number < self._finished)
 
     def _take(self) -> tuple[int, T] | None:
-        with self._taking:
+        with self._pieces_lock:
             return next(self._pieces, None)
 
-    def _leave(self, number: int, finish: Callable[[], None]) -> None:
-        """Finish what can be by now, unless another thread is about it."""
-        with self._turn:
-            self._left[number] = finish
+    def _finish_ready(self, number: int, finish: Callable[[], None]) -> None:
+        """Finish every piece whose turn it is, unless another thread is doing so."""
+        with self._changed:
+            self._made[number] = finish
             if self._is_finishing:
                 return
             self._is_finishing = True
-        while (ready := self._next()) is not None:
+        while (ready := self._next_ready()) is not None:
             ready()
-            with self._turn:
+            with self._changed:
                 self._finished += 1
-                self._turn.notify_all()
+                self._changed.notify_all()
 
-    def _next(self) -> Callable[[], None] | None:
-        with self._turn:
-            ready = self._left.pop(self._finished, None)
+    def _next_ready(self) -> Callable[[], None] | None:
+        with self._changed:
+            ready = self._made.pop(self._finished, None)
             self._is_finishing = ready is not None
             return ready

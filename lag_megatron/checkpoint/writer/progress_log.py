@@ -1,7 +1,8 @@
-"""Which parts of a checkpoint are on the disk, while it is being written.
+"""A log of the parts of a checkpoint that are on the disk, while it is being written.
 
-It is a file of lines beside them: what the checkpoint will be, then each part's files with their
-checksums.  After a kill the same call goes on from it.
+``.parts.jsonl`` lies in the staging directory: a first line with the checkpoint's metadata, then a
+line for each finished part with its files' manifest entries.  After a kill the same call reads it
+and writes only the parts that are missing.
 """
 
 import json
@@ -20,7 +21,7 @@ class WriteProgress:
     """Parts that are on the disk.
 
     Attributes:
-        folder: of the draft.
+        folder: the staging directory.
         done: manifest entries of each part's files, by the part's name.
     """
 
@@ -28,49 +29,51 @@ class WriteProgress:
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @staticmethod
-    def open(draft: Path, about: Mapping[str, Any], names: Collection[str]) -> "WriteProgress":
-        """The record of an earlier call for the same, or a new one in an empty draft.
+    def open(staging: Path, metadata: Mapping[str, Any], names: Collection[str]) -> "WriteProgress":
+        """Go on from the log of an earlier call for the same checkpoint, or begin a new one.
+
+        Files that no finished part has are deleted.
 
         Args:
-            draft: its folder, which need not exist.
-            about: tells one checkpoint from another.
-            names: of its parts.
+            staging: the staging directory, which need not exist.
+            metadata: entries of the manifest that tell one checkpoint from another.
+            names: of the parts.
         """
-        first = json.dumps({"about": about}, sort_keys=True)
-        lines = _lines(draft / _NAME)
-        record = WriteProgress(draft)
+        first = json.dumps({"about": metadata}, sort_keys=True)
+        lines = _lines(staging / _NAME)
+        progress = WriteProgress(staging)
         if next(lines, None) == first:
             for line in lines:
                 part = _parsed(line)
-                if part and part["part"] in names and _is_there(draft, part["files"]):
-                    record.done[part["part"]] = part["files"]
+                if part and part["part"] in names and _is_there(staging, part["files"]):
+                    progress.done[part["part"]] = part["files"]
         else:
-            manifest.remove_checkpoint(draft)
-            draft.mkdir(parents=True)
-        record._clear()
-        text = [first, *(_line(name, files) for name, files in record.done.items())]
-        (draft / _NAME).write_text("".join(f"{line}\n" for line in text), encoding="utf-8")
-        return record
+            manifest.remove_checkpoint(staging)
+            staging.mkdir(parents=True)
+        progress._clear()
+        text = [first, *(_line(name, files) for name, files in progress.done.items())]
+        (staging / _NAME).write_text("".join(f"{line}\n" for line in text), encoding="utf-8")
+        return progress
 
     def _clear(self) -> None:
-        """Remove what is half written, or of a part that is no more."""
+        """Delete half-written files and those of parts that are not wanted any more."""
         kept = {self.folder / name for name in self.entries()}
         for path in self.folder.rglob("*"):
             if path.is_file() and path not in kept:
                 path.unlink()
 
-    def note(self, name: str, files: Mapping[str, Any]) -> None:
-        """Write down that a part's files are on disk."""
+    def mark_done(self, name: str, files: Mapping[str, Any]) -> None:
+        """Log that a part's files are on the disk."""
         with (self.folder / _NAME).open("a", encoding="utf-8") as file:
             file.write(f"{_line(name, files)}\n")
         self.done[name] = dict(files)
 
     def entries(self) -> dict[str, Any]:
-        """Manifest entries of every file there is."""
+        """Manifest entries of all files of finished parts."""
         return {name: entry for files in self.done.values() for name, entry in files.items()}
 
     def close(self) -> None:
-        """Remove it: everything is there."""
+        """Delete the log when all parts are there."""
         (self.folder / _NAME).unlink()
 
 
@@ -80,7 +83,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
-    """A line of the record; None for one that a kill has cut."""
+    """A line of the log; None for one that a kill has cut short."""
     try:
         found = json.loads(line)
     except ValueError:

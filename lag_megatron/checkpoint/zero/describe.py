@@ -1,11 +1,11 @@
-"""What a checkpoint is and whether it is sound, as plain values."""
+"""Facts about a ZeRO checkpoint, as plain values."""
 
 from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint.families.describe_layers import describe_layers
 from lag_megatron.checkpoint.state.box import numel
-from lag_megatron.checkpoint.state.source import whole_shapes
+from lag_megatron.checkpoint.state.source import unsharded_shapes
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero.file_names import torch_optimizer_state
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
@@ -13,12 +13,12 @@ from lag_megatron.config.param_names import ParamNames
 
 
 def looks_like_checkpoint(path: Path) -> bool:
-    """Whether a folder holds at least something of a checkpoint, sound or not."""
+    """Whether a directory holds a manifest or shards, complete or not."""
     return manifest.is_committed(path) or any(path.glob("*_states.pt"))
 
 
 def describe_zero(path: Path, names: ParamNames | None = None) -> dict[str, Any]:
-    """Facts of a tag directory; every file's header is read and checked, tensors are not.
+    """Facts about a tag directory; every file's header is checked, no tensor is read.
 
     Raises:
         CheckpointError: if it is incomplete, damaged or mixed.
@@ -26,7 +26,7 @@ def describe_zero(path: Path, names: ParamNames | None = None) -> dict[str, Any]
     checkpoint = ZeroCheckpoint.open(path)
     topology, state = checkpoint.topology, checkpoint.client_state
     checkpoint.check_every_file()
-    shapes = whole_shapes(checkpoint)
+    shapes = unsharded_shapes(checkpoint)
     files = {p.name: p.stat().st_size for p in sorted(path.iterdir()) if p.is_file()}
     return {
         "path": str(path),

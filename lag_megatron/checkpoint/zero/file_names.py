@@ -83,7 +83,7 @@ def step_counts(topology: Topology, states: Any) -> list[int]:
 
 
 def group_states(topology: Topology, model: Any, states: Any) -> list[GroupState]:
-    """What the optimizer keeps for each parameter group, in a rank's loaded files."""
+    """The optimizer's settings and counters by parameter group, from a rank's loaded files."""
     inner = torch_optimizer_state(topology, model, states)
     return [
         GroupState(

@@ -1,4 +1,4 @@
-"""What the first file of a ZeRO checkpoint says about all of them."""
+"""The first model file of a ZeRO checkpoint: topology, parameter groups, shared and frozen ones."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +17,10 @@ _FIRST_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_s
 
 
 def resolve_tag(path: Path) -> Path:
-    """The tag directory: ``path`` itself, or the one that its ``latest`` names.
+    """The tag directory: ``path`` itself, or the one that its file ``latest`` names.
 
     Raises:
-        CheckpointError: if there is no checkpoint.
+        CheckpointError: if it does not exist.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory.")
@@ -37,10 +37,10 @@ def resolve_tag(path: Path) -> Path:
 
 
 def read_header(path: Path) -> tuple[Mapping[str, Any], Topology]:
-    """The objects of a tag directory's first model file, and the topology that they tell.
+    """The objects of a tag directory's first model file, and the topology.
 
     Raises:
-        CheckpointError: if it is not a DeepSpeed checkpoint, or one of a kind not understood.
+        CheckpointError: if it is not a DeepSpeed checkpoint, or one that is not supported.
     """
     for name in _FIRST_FILES:
         if (path / name).is_file():
@@ -78,10 +78,10 @@ def _topology(path: Path, header: Mapping[str, Any], name: str) -> Topology:
 
 
 def trained_groups(path: Path, header: Mapping[str, Any]) -> list[ParamGroup]:
-    """Names and shapes of the optimizer's parameters, as one file lists them.
+    """Names and shapes of the optimizer's parameters by group, from one model file.
 
     Raises:
-        CheckpointError: if it does not say in which order its parameters lie.
+        CheckpointError: if the file does not list its parameters in their order.
     """
     if header.get("param_shapes") is not None:
         return [{n: tuple(shape) for n, shape in g.items()} for g in header["param_shapes"]]
@@ -96,7 +96,7 @@ def trained_groups(path: Path, header: Mapping[str, Any]) -> list[ParamGroup]:
 
 
 def join_subgroups(listed: list[ParamGroup], states: Any) -> list[ParamGroup]:
-    """ZeRO-3 lists shapes by sub-group; join those of one parameter group again."""
+    """Parameter groups from ZeRO-3's list of shapes, which is by sub-group."""
     groups: list[ParamGroup] = []
     inner = states["optimizer_state_dict"]["optimizer_state_dict"]["param_groups"]
     for group in inner:
@@ -108,10 +108,10 @@ def join_subgroups(listed: list[ParamGroup], states: Any) -> list[ParamGroup]:
 
 
 def aliases(header: Mapping[str, Any]) -> dict[str, str]:
-    """Further names of parameters that a model uses twice, with the name that owns the values.
+    """Further names of shared parameters, with the name that owns the values.
 
-    DeepSpeed lists them in the first rank's file and under ZeRO alone; elsewhere, two names of one
-    storage show it.
+    DeepSpeed lists them in the first rank's file under ZeRO; elsewhere two names that share a
+    storage are taken for one parameter.
     """
     listed = dict(header.get("shared_params") or {})
     owners: dict[tuple[int, int], str] = {}
@@ -127,8 +127,8 @@ def aliases(header: Mapping[str, Any]) -> dict[str, str]:
 def frozen_shapes(header: Mapping[str, Any], trained: Mapping[str, Shape]) -> ParamGroup:
     """Names and shapes of parameters that the optimizer does not train.
 
-    ZeRO 2 and 3 list them.  Below, whatever in the module is neither trained, nor a buffer, nor
-    another name of a parameter, is one.
+    ZeRO 2 and 3 list them.  For lower stages they are the tensors of the module that are neither
+    trained, nor buffers, nor further names of shared parameters.
     """
     listed = header.get("frozen_param_shapes")
     if listed is not None:

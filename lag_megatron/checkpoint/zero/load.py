@@ -1,15 +1,19 @@
-"""Opening DeepSpeed's files, and refusing those that do not belong together."""
+"""Loading DeepSpeed's files, and checks that they are sound and belong together."""
 
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint.state.layout import Container, Segment, Topology
+from lag_megatron.checkpoint.state.layout import Container, Layout, Segment, Topology
 from lag_megatron.checkpoint.state.optimizer_states import Optimizer, states_of
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.torch_zip import DAMAGE, is_plain_pickle
-from lag_megatron.checkpoint.zero.file_names import torch_optimizer_state
+from lag_megatron.checkpoint.zero.file_names import (
+    files_of,
+    state_buffer,
+    torch_optimizer_state,
+)
 from lag_megatron.errors import CheckpointError
 
 FOREIGN = "not written by DeepSpeed, or by a version that is not understood here."
@@ -17,13 +21,13 @@ _TITLES: dict[Optimizer, str] = {"adamw": "Adam's moments", "adafactor": "Adafac
 
 
 def load_states(file: Path) -> Any:
-    """The objects of a model or optimizer file, tensors mapped from disk.
+    """The objects of a model or optimizer file, with tensors mapped from disk.
 
-    Their pickle is compared with its checksum before: torch does not, and a flipped bit there makes
-    other objects.
+    The pickle is compared with its CRC32 first: torch does not do so, and a flipped bit in it
+    changes the objects.
 
     Raises:
-        CheckpointError: if the file is missing, damaged or none of DeepSpeed's.
+        CheckpointError: if the file is missing, damaged or not DeepSpeed's.
     """
     if file.is_file() and not is_plain_pickle(file):
         _require_sound_pickle(file)
@@ -47,34 +51,34 @@ def _require_sound_pickle(file: Path) -> None:
 
 
 def pads_masters(states: Any) -> bool:
-    """Whether a shard's masters are padded as its moments are: DeepSpeed's BF16_Optimizer's.
+    """Whether a shard's masters are padded like its moments: those of ``BF16_Optimizer`` are.
 
-    It is ZeRO-1's for bf16 with fp32 gradients; each of the two loads the other's files.
+    DeepSpeed uses that class for ZeRO-1 in bf16 with fp32 gradients.
     """
     optimizer = (states or {}).get("optimizer_state_dict") or {}
     return "single_partition_of_fp32_groups" in optimizer and "zero_stage" not in optimizer
 
 
 def optimizer_of(topology: Topology, model: Any) -> Optimizer:
-    """Whose states a ZeRO-0 model file holds; AdamW's where it holds none that are known."""
+    """The optimizer whose states a ZeRO-0 model file holds; ``adamw`` if it has no known ones."""
     try:
         entries = torch_optimizer_state(topology, model, None)["state"].values()
         kept = {key for entry in entries for key in entry}
     except (LookupError, TypeError, AttributeError):
-        return "adamw"  # what is missing is told when the buffers are looked at
+        return "adamw"  # the check of the buffers reports what is missing
     return "adafactor" if kept & {*states_of("adafactor")} else "adamw"
 
 
 def require_known_states(file: Path, inner: Any, optimizer: Optimizer) -> None:
-    """Refuse an optimizer state that is more than expected, or not of one step in a group.
+    """Check that an optimizer keeps known states only, and one step count in each group.
 
     Args:
-        file: where it was read.
+        file: where the state was read, for messages.
         inner: the torch optimizer's ``state_dict``.
-        optimizer: whose it should be.
+        optimizer: the expected optimizer.
 
     Raises:
-        CheckpointError: naming what is not understood.
+        CheckpointError: naming what is not supported.
     """
     for entry in inner["state"].values():
         if unknown := sorted(set(entry) - {"step", *states_of(optimizer)[1:]}):
@@ -92,10 +96,10 @@ def require_known_states(file: Path, inner: Any, optimizer: Optimizer) -> None:
 
 
 def require_same_list(file: Path, states: Any, first: Any) -> None:
-    """Refuse a model file that lists other parameters, or in another order, than the first one.
+    """Check that a model file lists the same parameters in the same order as the first one.
 
     Raises:
-        CheckpointError: if it does.
+        CheckpointError: if it does not.
     """
     if states.get("param_shapes") != first.get("param_shapes"):
         raise CheckpointError(
@@ -108,10 +112,10 @@ def require_same_list(file: Path, states: Any, first: Any) -> None:
 def require_same_slices(
     file: Path, states: Any, held: Mapping[Container, Sequence[tuple[str, Segment]]]
 ) -> None:
-    """Refuse an optimizer file that says itself that its buffers hold something else.
+    """Compare the layout with an optimizer file's own ``param_slice_mappings``.
 
-    ZeRO 1 and 2 write down which part of which parameter lies where.  DeepSpeed's loader does not
-    look at that, so it takes shards that were swapped.  ZeRO-3's files say nothing of the kind.
+    ZeRO 1 and 2 write them; DeepSpeed's loader ignores them, so it would load swapped shards.
+    ZeRO-3's files have none.
 
     Raises:
         CheckpointError: naming the first parameter that lies elsewhere.
@@ -124,11 +128,65 @@ def require_same_slices(
             if found.get(name) != expected.get(name):
                 raise CheckpointError(
                     f"{file}: it is not this rank's shard: for {name} it names "
-                    f"{_slice_text(found.get(name))}, but the order of parameters in the model file "
-                    f"gives {_slice_text(expected.get(name))}. Files are swapped or of different "
-                    "checkpoints. Restore the right one, or use another tag."
+                    f"{_slice_text(found.get(name))}, but the order of parameters in the model "
+                    f"file gives {_slice_text(expected.get(name))}. Files are swapped or of "
+                    "different checkpoints. Restore the right one, or use another tag."
                 )
 
 
 def _slice_text(place: tuple[int, int] | None) -> str:
     return "no element" if place is None else f"{place[0]} elements from {place[1]} on"
+
+
+def require_buffer_lengths(
+    file: Path, layout: Layout, topology: Topology, model: Any, states: Any, data_rank: int
+) -> None:
+    """Check that a rank's buffers have the lengths of its layout.
+
+    Args:
+        file: where they were read, for messages.
+        layout: derived from the shapes of the parameters.
+        topology: of the checkpoint.
+        model: the objects of the rank's model file (ZeRO-0), or None.
+        states: the objects of its optimizer file (ZeRO 1 to 3), or None.
+        data_rank: of the rank.
+
+    Raises:
+        CheckpointError: naming the first buffer that is missing or of another length.
+    """
+    names = list(layout.shapes)
+    for state, there in layout.states.items():
+        is_unpadded = state == "fp32" and not pads_masters(states)
+        lengths = there.filled if is_unpadded else there.lengths
+        for key in there.keys(data_rank):
+            try:
+                buffer = state_buffer(topology, model, states, key, state, names)
+                found = f"has {buffer.numel()} elements"
+            except (LookupError, TypeError, AttributeError):
+                found = "is missing"
+            expected = lengths[Container(data_rank, key)]
+            if found != f"has {expected} elements":
+                raise CheckpointError(
+                    f"{file}: {state} of buffer {key} {found}, but its parameters "
+                    f"take {expected}. Only Adam's and Adafactor's states in DeepSpeed's "
+                    "usual layout are understood here, so nothing was read from it."
+                )
+
+
+def require_own_files(path: Path, topology: Topology) -> None:
+    """Check that a directory holds no shards of other ranks or stages.
+
+    Raises:
+        CheckpointError: if it does: they are left from another save, or mixed in.
+    """
+    others = sorted(
+        {p.name for p in path.glob("*_states.pt")} - set(files_of(topology)),
+        key=lambda name: (len(name), name),
+    )
+    if others:
+        raise CheckpointError(
+            f"{path}: holds {len(others)} files ({', '.join(others[:3])}) that do not belong "
+            f"to a ZeRO-{topology.zero_stage} checkpoint of {topology.data_size} data-parallel x "
+            f"{topology.tensor_size} tensor-parallel ranks: saves of different worlds are mixed. "
+            "Move them away if they are older, or use another tag."
+        )

@@ -1,4 +1,4 @@
-"""The optimizer's objects in DeepSpeed's forms, with room where masters and moments will go.
+"""The optimizer's objects in DeepSpeed's forms, with placeholders for masters and moments.
 
 Hyper-parameters and counters come from a template checkpoint of any ZeRO stage.
 """
@@ -16,31 +16,33 @@ from lag_megatron.checkpoint.storage import torch_pickle
 
 
 def optimizer_objects(
-    draft: CheckpointSpec, *, data_rank: int, room: PlaceholderTensors
+    spec: CheckpointSpec, *, data_rank: int, placeholders: PlaceholderTensors
 ) -> dict[str, Any]:
     """The objects of a rank's optimizer file (ZeRO 1 to 3)."""
-    template, topology = draft.template, draft.topology
+    template, topology = spec.template, spec.topology
     old: dict[str, Any] = {}
     optimizer: dict[str, Any] = {}
     if template.topology.zero_stage:
         old = template.optimizer_states(0, 0)
-        if _keeps_form(draft):
+        if _keeps_form(spec):
             optimizer = dict(old["optimizer_state_dict"])
     optimizer |= {
-        "loss_scaler": draft.loss_scale.as_object(),
-        "dynamic_loss_scale": draft.loss_scale.dynamic,
+        "loss_scaler": spec.loss_scale.as_object(),
+        "dynamic_loss_scale": spec.loss_scale.dynamic,
         "overflow": False,
     }
     build = _by_subgroup if topology.zero_stage == 3 else _by_group
-    optimizer |= build(draft, data_rank, room)
-    version = draft.template.header["ds_version"]
-    return {"ds_version": version, **old, "ds_config": ds_config_of(draft),
+    optimizer |= build(spec, data_rank, placeholders)
+    version = spec.template.header["ds_version"]
+    return {"ds_version": version, **old, "ds_config": ds_config_of(spec),
             "optimizer_state_dict": optimizer}  # fmt: skip
 
 
-def unpartitioned_optimizer(draft: CheckpointSpec, room: PlaceholderTensors) -> dict[str, Any]:
-    """The optimizer's state as a ZeRO-0 model file keeps it: by number of the parameter."""
-    layout, numbers = draft.layout, iter(range(len(draft.layout.shapes)))
+def unpartitioned_optimizer(
+    spec: CheckpointSpec, placeholders: PlaceholderTensors
+) -> dict[str, Any]:
+    """The optimizer's state in a ZeRO-0 model file: by number of the parameter."""
+    layout, numbers = spec.layout, iter(range(len(spec.layout.shapes)))
     segments = list(layout.segments.items())
     moments = [item for item in layout.states.items() if item[0] != "fp32"]
     groups: list[dict[str, Any]] = []
@@ -48,31 +50,31 @@ def unpartitioned_optimizer(draft: CheckpointSpec, room: PlaceholderTensors) -> 
     state: dict[int, Any] = {}
     for number, group in enumerate(layout.groups):
         members = [next(numbers) for _ in group]
-        groups.append({**draft.groups[number].settings, "params": members})
+        groups.append({**spec.groups[number].settings, "params": members})
         masters.append([])
         for key, shape in zip(members, group.values(), strict=True):
             name, (segment,) = segments[key]
             held = ((name, segment),)
-            state[key] = _counters(draft.groups[number].counters) | {
-                moment: room(Region(moment, *_run(there, name)), there.shapes[name])
+            state[key] = _counters(spec.groups[number].counters) | {
+                moment: placeholders(Region(moment, *_run(there, name)), there.shapes[name])
                 for moment, there in moments
                 if name in there.shapes
             }
-            if draft.topology.precision != "fp32":
-                masters[-1].append(room(Region("fp32", held, segment.length), shape))
+            if spec.topology.precision != "fp32":
+                masters[-1].append(placeholders(Region("fp32", held, segment.length), shape))
     grown = {"state": state, "param_groups": groups}
-    if draft.topology.precision == "fp32":
+    if spec.topology.precision == "fp32":
         return grown
     return {
-        **draft.loss_scale.as_entries(),
+        **spec.loss_scale.as_entries(),
         "optimizer_state_dict": grown,
         "fp32_groups": masters,
     }
 
 
-def _keeps_form(draft: CheckpointSpec) -> bool:
-    """Whether the template's optimizer is of the same class: ZeRO 1 and 2 share one."""
-    forms = {draft.template.topology.zero_stage == 3, draft.topology.zero_stage == 3}
+def _keeps_form(spec: CheckpointSpec) -> bool:
+    """Whether the template's optimizer class is the same: ZeRO 1 and 2 share one."""
+    forms = {spec.template.topology.zero_stage == 3, spec.topology.zero_stage == 3}
     return len(forms) == 1
 
 
@@ -80,83 +82,87 @@ def _entry(
     counters: Mapping[str, Any],
     held: Sequence[tuple[str, Segment]],
     length: int,
-    room: PlaceholderTensors,
+    placeholders: PlaceholderTensors,
 ) -> dict[str, Any]:
-    moments = {m: room(Region(m, tuple(held), length)) for m in STATES if m != "fp32"}
+    moments = {m: placeholders(Region(m, tuple(held), length)) for m in STATES if m != "fp32"}
     return _counters(counters) | moments
 
 
 def _counters(counters: Mapping[str, Any]) -> dict[str, Any]:
-    # Cloned: entries that shared one step counter would each advance it for all.
+    # Cloned: parameters that shared one step tensor would each increment it.
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in counters.items()}
 
 
 def _run(layout: Layout, name: str) -> tuple[tuple[tuple[str, Segment]], int]:
-    """A whole parameter's elements of a state, and how many they are."""
+    """The segment of an unsharded parameter's state, and its length."""
     (segment,) = layout.segments[name]
     return ((name, segment),), segment.length
 
 
-def _by_group(draft: CheckpointSpec, data_rank: int, room: PlaceholderTensors) -> dict[str, Any]:
-    """ZeRO 1 and 2: one buffer for each parameter group."""
-    topology, layout = draft.topology, draft.layout
+def _by_group(
+    spec: CheckpointSpec, data_rank: int, placeholders: PlaceholderTensors
+) -> dict[str, Any]:
+    """ZeRO 1 and 2: one flat buffer for each parameter group."""
+    topology, layout = spec.topology, spec.layout
     held = layout.held(data_rank)
     state: dict[int, Any] = {}
     masters: list[Tensor] = []
     paddings: list[int] = []
     slices: list[OrderedDict[str, Any]] = []
-    for (container, parts), group in zip(held.items(), draft.groups, strict=True):
+    for (container, parts), group in zip(held.items(), spec.groups, strict=True):
         length, filled = layout.lengths[container], layout.filled[container]
-        state[container.key] = _entry(group.counters, parts, length, room)
-        masters.append(room(Region("fp32", parts, filled)))
+        state[container.key] = _entry(group.counters, parts, length, placeholders)
+        masters.append(placeholders(Region("fp32", parts, filled)))
         paddings.append(length - filled)
         slices.append(
             OrderedDict((n, torch_pickle.FragmentAddress(s.length, s.offset)) for n, s in parts)
         )
-    groups = [{**group.settings, "params": [key]} for key, group in enumerate(draft.groups)]
+    groups = [{**group.settings, "params": [key]} for key, group in enumerate(spec.groups)]
     return {
         "base_optimizer_state": {"state": state, "param_groups": groups},
         "single_partition_of_fp32_groups": masters,
         "zero_stage": torch_pickle.ZeroStage(topology.zero_stage),
-        **_clip(draft),
+        **_clip(spec),
         "group_paddings": paddings,
         "param_alignment_paddings": [[0] * len(group) for group in layout.groups],
         "partition_count": [topology.data_size] * len(layout.groups),
-        "ds_version": draft.template.header["ds_version"],
+        "ds_version": spec.template.header["ds_version"],
         "param_slice_mappings": slices,
     }
 
 
-def _by_subgroup(draft: CheckpointSpec, data_rank: int, room: PlaceholderTensors) -> dict[str, Any]:
-    """ZeRO-3: buffers filled with parts of parameters up to a size."""
-    layout = draft.layout
+def _by_subgroup(
+    spec: CheckpointSpec, data_rank: int, placeholders: PlaceholderTensors
+) -> dict[str, Any]:
+    """ZeRO-3: one flat buffer for each sub-group."""
+    layout = spec.layout
     group_of = [group for group, _ in layout.subgroups]
     state: dict[int, Any] = {}
     masters: list[Tensor] = []
     for container, parts in layout.held(data_rank).items():
         length = layout.lengths[container]
         state[container.key] = _entry(
-            draft.groups[group_of[container.key]].counters, parts, length, room
+            spec.groups[group_of[container.key]].counters, parts, length, placeholders
         )
-        masters.append(room(Region("fp32", parts, length)))
+        masters.append(placeholders(Region("fp32", parts, length)))
     groups = [
         {**group.settings, "params": [key for key, g in enumerate(group_of) if g == number]}
-        for number, group in enumerate(draft.groups)
+        for number, group in enumerate(spec.groups)
     ]
     return {
         "zero_stage": torch_pickle.ZeroStage.weights,
         "optimizer_state_dict": {"state": state, "param_groups": groups},
         "fp32_flat_groups": masters,
-        "partition_count": draft.topology.data_size,
+        "partition_count": spec.topology.data_size,
     }
 
 
-def _clip(draft: CheckpointSpec) -> dict[str, float]:
-    """The bound of the gradient norm, which ZeRO 1 and 2 take from their checkpoint.
+def _clip(spec: CheckpointSpec) -> dict[str, float]:
+    """The gradient clipping norm, which ZeRO 1 and 2 load from their checkpoint.
 
-    Where nothing says what it was, the entry is left out, and an engine keeps its own.
+    If the template does not hold it, the entry is left out, and an engine keeps its own.
     """
-    template, config = draft.template, draft.template.header.get("ds_config") or {}
+    template, config = spec.template, spec.template.header.get("ds_config") or {}
     if template.topology.zero_stage in (1, 2):
         optimizer = template.optimizer_states(0, 0)["optimizer_state_dict"]
         return {key: optimizer[key] for key in ("clip_grad",) if key in optimizer}

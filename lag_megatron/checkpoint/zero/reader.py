@@ -1,7 +1,16 @@
 """DeepSpeed's ZeRO checkpoints, stages 0 to 3, read shard by shard.
 
-The layout is derived from the parameter shapes that the checkpoint names, and checked against the
-lengths of the buffers that it holds: a wrong order would load without a word.
+The layout is derived from the parameter shapes in the model file, and compared with the lengths of
+the buffers: flat buffers carry no names, so a wrong order would load without an error.  A ZeRO-1
+checkpoint in bf16 with one group, a (5 elements) and b (4), on two data-parallel ranks::
+
+    file                                              flat buffers of group 0
+    mp_rank_00_model_states.pt                        none: param_shapes = [{a: (5,), b: (4,)}]
+    bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt    fp32 6, exp_avg 6, exp_avg_sq 6 elements
+    bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt    fp32 3, exp_avg 6, exp_avg_sq 6 elements
+
+The group's 9 elements are padded to 12, 6 on each rank; masters are stored without the padding.
+``elements(0, Container(1, 0), "fp32", trained=True)`` then maps b1 b2 b3 from the last file.
 """
 
 from collections.abc import Mapping
@@ -42,30 +51,28 @@ from lag_megatron.checkpoint.zero.header import (
     frozen_shapes,
     join_subgroups,
     read_header,
-    resolve_tag,
     trained_groups,
 )
 from lag_megatron.checkpoint.zero.load import (
     load_states,
     optimizer_of,
-    pads_masters,
+    require_buffer_lengths,
     require_known_states,
+    require_own_files,
     require_same_list,
     require_same_slices,
 )
 from lag_megatron.errors import CheckpointError
 
-__all__ = ["ZeroCheckpoint", "files_of", "resolve_tag"]
-
 
 @dataclass(frozen=True)
 class ZeroCheckpoint:
-    """A checkpoint that was opened and understood, but whose tensors are still on disk.
+    """A checkpoint whose headers are read and whose tensors are still on disk.
 
     Attributes:
         path: the tag directory.
-        topology: how it is spread.
-        header: the model file of tensor rank 0, data rank 0.
+        topology: how it is sharded.
+        header: the objects of the model file of tensor rank 0, data rank 0.
     """
 
     path: Path
@@ -77,8 +84,8 @@ class ZeroCheckpoint:
         """Read a tag directory's header and check that all its files are there.
 
         Raises:
-            CheckpointError: if it is not a DeepSpeed checkpoint, incomplete, or laid out by
-                options that are not understood.
+            CheckpointError: if it is not a DeepSpeed checkpoint, incomplete, or written with
+                options that are not supported.
         """
         if manifest.is_committed(path):
             manifest.check_sizes(path)
@@ -89,12 +96,12 @@ class ZeroCheckpoint:
                 f"{path}: {len(missing)} of {len(files_of(topology))} files are missing "
                 f"({', '.join(missing[:3])}). Restore them, or use another tag."
             )
-        _refuse_foreign_files(path, topology)
+        require_own_files(path, topology)
         return ZeroCheckpoint(path, topology, header)
 
     @property
     def client_state(self) -> dict[str, Any]:
-        """What our trainer stored beside DeepSpeed's own entries; empty for others' files."""
+        """The entries of this program's trainer; empty for checkpoints of other programs."""
         return dict(self.header.get("lag") or {})
 
     @property
@@ -104,12 +111,12 @@ class ZeroCheckpoint:
 
     @cached_property
     def groups(self) -> list[ParamGroup]:
-        """Names and one tensor rank's shapes by parameter group, in flat order."""
+        """Names and one tensor-parallel rank's shapes by parameter group, in flat order."""
         return self.parameter_groups(0)
 
     @cached_property
     def layout(self) -> Layout:
-        """Where everything lies."""
+        """The layout of trained parameters."""
         try:
             return make_layout(self.groups, self.topology, self.optimizer)
         except ValueError as error:
@@ -117,24 +124,24 @@ class ZeroCheckpoint:
 
     @property
     def optimizer(self) -> Optimizer:
-        """Whose states these are."""
+        """The optimizer whose states these are."""
         return "adamw" if self.topology.zero_stage else optimizer_of(self.topology, self.header)
 
     @cached_property
     def frozen(self) -> Layout:
-        """Where the parameters lie that the optimizer does not train."""
+        """The layout of parameters that are not trained."""
         return frozen_layout(frozen_shapes(self.header, self.layout.shapes), self.topology)
 
     @cached_property
     def aliases(self) -> dict[str, str]:
-        """Further names of parameters that the model uses twice, with the name of the owner."""
+        """Further names of shared parameters, with the name that owns the values."""
         return aliases(self.header)
 
     def parameter_groups(self, tensor_rank: int) -> list[ParamGroup]:
-        """Names and shapes as one tensor rank's file gives them.
+        """Names and shapes in the model file of one tensor-parallel rank.
 
         Raises:
-            CheckpointError: if the file does not say in which order its parameters lie.
+            CheckpointError: if the file does not list its parameters in their order.
         """
         header = self._load(model_file(self.topology, tensor_rank=tensor_rank, data_rank=0))
         listed = trained_groups(self.path, header)
@@ -144,12 +151,12 @@ class ZeroCheckpoint:
 
     @cached_property
     def group_states(self) -> list[GroupState]:
-        """What the optimizer keeps for each parameter group."""
+        """The optimizer's settings and counters by parameter group."""
         states = self.optimizer_states(0, 0) if self.topology.zero_stage else None
         return group_states(self.topology, self.header, states)
 
     def loss_scale(self, precision: str) -> LossScale:
-        """What gradients are multiplied by when training goes on in a precision."""
+        """The loss scaling with which training continues in a precision."""
         if precision != "fp16":
             return LossScale()
         if self.topology.precision != "fp16":
@@ -160,10 +167,10 @@ class ZeroCheckpoint:
         return LossScale.of_object(optimizer["loss_scaler"])
 
     def check_every_file(self) -> None:
-        """Read every file's header: of this layout, this optimizer and this step.
+        """Read every file's header and check its layout, optimizer and step.
 
         Raises:
-            CheckpointError: naming the first that is not, or that is cut short.
+            CheckpointError: naming the first file that differs or is cut short.
         """
         for tensor_rank in range(self.topology.tensor_size):
             for data_rank in range(self.topology.data_size):
@@ -172,7 +179,7 @@ class ZeroCheckpoint:
                     self.optimizer_states(tensor_rank, data_rank)
 
     def model_states(self, tensor_rank: int, data_rank: int) -> Any:
-        """The objects of a model file, of the same step as all others."""
+        """The objects of a model file, after checks of its step and its list of parameters."""
         if self.topology.zero_stage != 3:
             data_rank = 0
         name = model_file(self.topology, tensor_rank=tensor_rank, data_rank=data_rank)
@@ -182,18 +189,22 @@ class ZeroCheckpoint:
         if name not in self._checked:
             require_same_list(self.path / name, states, self.header)
             if self.topology.zero_stage == 0:
-                self._check_buffers(name, states, None, 0)
+                require_buffer_lengths(
+                    self.path / name, self.layout, self.topology, states, None, 0
+                )
                 inner = torch_optimizer_state(self.topology, states, None)
                 require_known_states(self.path / name, inner, self.optimizer)
             self._checked.add(name)
         return states
 
     def optimizer_states(self, tensor_rank: int, data_rank: int) -> Any:
-        """The objects of an optimizer file, of the layout and the step of all others."""
+        """The objects of an optimizer file, after checks of its layout and its step."""
         name = self._optimizer_file(tensor_rank, data_rank)
         states = self._load(name)
         if name not in self._checked:
-            self._check_buffers(name, None, states, data_rank)
+            require_buffer_lengths(
+                self.path / name, self.layout, self.topology, None, states, data_rank
+            )
             require_same_slices(self.path / name, states, self.layout.held(data_rank))
             inner = torch_optimizer_state(self.topology, None, states)
             require_known_states(self.path / name, inner, self.optimizer)
@@ -207,14 +218,14 @@ class ZeroCheckpoint:
     def elements(
         self, tensor_rank: int, container: Container, state: State, *, trained: bool
     ) -> MappedElements:
-        """A flat buffer of a state, mapped from disk."""
+        """A flat buffer of one state, mapped from disk."""
         if trained:
             return MappedElements(self._buffer(tensor_rank, container, state))
         return MappedElements(self._frozen_buffer(tensor_rank, container))
 
-    def require_sound(self, look: VerifyScope = EVERYTHING) -> None:
-        """Refuse content that differs from its checksums."""
-        require_sound(self.path, look.share(files_of(self.topology)), states=look.states)
+    def require_sound(self, scope: VerifyScope = EVERYTHING) -> None:
+        """Verify the content against its checksums; raises ``CheckpointError``."""
+        require_sound(self.path, scope.share(files_of(self.topology)), states=scope.states)
 
     def _buffer(self, tensor_rank: int, container: Container, state: State) -> Tensor:
         model = self.model_states(tensor_rank, container.data_rank)
@@ -228,7 +239,7 @@ class ZeroCheckpoint:
         return disable_readahead(buffer)
 
     def _frozen_buffer(self, tensor_rank: int, container: Container) -> Tensor:
-        """The flat values of one parameter that is not trained, or of a rank's part of it."""
+        """The flat values of a parameter that is not trained, or of one rank's shard of it."""
         name = list(self.frozen.shapes)[container.key]
         model = self.model_states(tensor_rank, container.data_rank)
         where = "frozen_param_fragments" if self.topology.zero_stage == 3 else "module"
@@ -262,38 +273,4 @@ class ZeroCheckpoint:
         return CheckpointError(
             f"{self.path / name}: of step {found}, but the first file is of step {expected}: "
             "files of different checkpoints are mixed. Restore the right one, or use another tag."
-        )
-
-    def _check_buffers(self, file: str, model: Any, states: Any, data_rank: int) -> None:
-        names = list(self.layout.shapes)
-        for state, layout in self.layout.states.items():
-            is_lean = state == "fp32" and not pads_masters(states)
-            lengths = layout.filled if is_lean else layout.lengths
-            for key in layout.keys(data_rank):
-                try:
-                    buffer = state_buffer(self.topology, model, states, key, state, names)
-                    found = f"has {buffer.numel()} elements"
-                except (LookupError, TypeError, AttributeError):
-                    found = "is missing"
-                expected = lengths[Container(data_rank, key)]
-                if found != f"has {expected} elements":
-                    raise CheckpointError(
-                        f"{self.path / file}: {state} of buffer {key} {found}, but its parameters "
-                        f"take {expected}. Only Adam's and Adafactor's states in DeepSpeed's "
-                        "usual layout are understood here, so nothing was read from it."
-                    )
-
-
-def _refuse_foreign_files(path: Path, topology: Topology) -> None:
-    """Shards that no rank of this topology wrote are left over from another save, or mixed in."""
-    strangers = sorted(
-        {p.name for p in path.glob("*_states.pt")} - set(files_of(topology)),
-        key=lambda name: (len(name), name),
-    )
-    if strangers:
-        raise CheckpointError(
-            f"{path}: holds {len(strangers)} files ({', '.join(strangers[:3])}) that do not belong "
-            f"to a ZeRO-{topology.zero_stage} checkpoint of {topology.data_size} data-parallel x "
-            f"{topology.tensor_size} tensor-parallel ranks: saves of different worlds are mixed. "
-            "Move them away if they are older, or use another tag."
         )

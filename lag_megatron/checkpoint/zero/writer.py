@@ -1,4 +1,4 @@
-"""Writing one rank's files of a ZeRO checkpoint that DeepSpeed's own loader takes unchanged."""
+"""Writing one rank's files of a ZeRO checkpoint, as DeepSpeed's own loader reads them."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,13 +11,10 @@ from lag_megatron.checkpoint.state.layout import Layout, Topology
 from lag_megatron.checkpoint.state.region import Fill
 from lag_megatron.checkpoint.state.spec import DTYPES, CheckpointSpec, PlaceholderTensors
 from lag_megatron.checkpoint.storage import torch_pickle
+from lag_megatron.checkpoint.writer.context import DEFAULT_CONTEXT, WriteContext
 from lag_megatron.checkpoint.writer.file_template import FileTemplateCache
-from lag_megatron.checkpoint.writer.file_writer import (
-    DEFAULT_CONTEXT,
-    Span,
-    WriteContext,
-    write_spans,
-)
+from lag_megatron.checkpoint.writer.file_writer import write_spans
+from lag_megatron.checkpoint.writer.pieces import Span
 from lag_megatron.checkpoint.zero.file_names import model_file, optimizer_file
 from lag_megatron.checkpoint.zero.model_states import model_objects
 from lag_megatron.checkpoint.zero.optim_states import optimizer_objects
@@ -28,42 +25,44 @@ _BYTES = 4
 
 def write_rank(
     folder: Path,
-    draft: CheckpointSpec,
+    spec: CheckpointSpec,
     fill: Fill,
     *,
     tensor_rank: int,
     data_rank: int,
-    crew: WriteContext = DEFAULT_CONTEXT,
+    context: WriteContext = DEFAULT_CONTEXT,
 ) -> dict[str, Any]:
     """Write one rank's files and return their manifest entries by name.
 
     Args:
-        folder: where to; it exists.
-        draft: what is to be written.
+        folder: an existing directory.
+        spec: the checkpoint to write.
         fill: makes the values of each region.
-        crew: told of each piece, and of each finished file.
+        tensor_rank: of the rank.
+        data_rank: of the rank.
+        context: callbacks and buffers.
 
     Raises:
-        CheckpointError: when a file cannot be written; nothing of it stays then.
+        CheckpointError: when a file cannot be written; it is removed then.
     """
     ranks = {"tensor_rank": tensor_rank, "data_rank": data_rank}
-    topology = draft.topology
+    topology = spec.topology
     entries: dict[str, Any] = {}
     if topology.zero_stage == 3 or data_rank == 0:
-        room = PlaceholderTensors()
-        objects = model_objects(draft, **ranks, room=room)
+        placeholders = PlaceholderTensors()
+        objects = model_objects(spec, **ranks, placeholders=placeholders)
         name = model_file(topology, **ranks)
-        entries[name] = write_objects(folder / name, objects, room, fill, crew)
+        entries[name] = write_objects(folder / name, objects, placeholders, fill, context)
     optimizer = optimizer_file(topology, **ranks)
     if optimizer is not None:
-        room = PlaceholderTensors()
-        objects = optimizer_objects(draft, data_rank=data_rank, room=room)
-        entries[optimizer] = write_objects(folder / optimizer, objects, room, fill, crew)
+        placeholders = PlaceholderTensors()
+        objects = optimizer_objects(spec, data_rank=data_rank, placeholders=placeholders)
+        entries[optimizer] = write_objects(folder / optimizer, objects, placeholders, fill, context)
     return entries
 
 
 def bytes_of(topology: Topology, layout: Layout, frozen: Layout | None = None) -> int:
-    """Bytes of all tensors of a whole checkpoint of this layout, all ranks together."""
+    """Bytes of all tensors of a checkpoint of this layout, all ranks together."""
     size = sum(sum(there.lengths.values()) for there in layout.states.values()) * _BYTES
     width = DTYPES[topology.precision].itemsize
     if topology.zero_stage in (1, 2) or (topology.zero_stage == 0 and topology.precision != "fp32"):
@@ -76,30 +75,30 @@ def bytes_of(topology: Topology, layout: Layout, frozen: Layout | None = None) -
 def write_objects(
     path: Path,
     objects: Any,
-    room: PlaceholderTensors,
+    placeholders: PlaceholderTensors,
     fill: Fill,
-    crew: WriteContext,
-    moulds: FileTemplateCache | None = None,
+    context: WriteContext,
+    templates: FileTemplateCache | None = None,
 ) -> dict[str, Any]:
-    """Write a file of ``torch.save`` whose large tensors are filled in, and return its entry.
+    """Write a ``torch.save`` file, fill in its placeholders, and return its manifest entry.
 
     Args:
         path: the file.
-        objects: what it holds; tensors that ``room`` made are filled, others taken over.
-        room: knows which those are.
+        objects: what the file holds.
+        placeholders: tells which tensors of ``objects`` are filled; the others are copied.
         fill: makes the values.
-        crew: told of each piece, and of the finished file.
-        moulds: of files of its kind, where there are many of them.
+        context: callbacks and buffers.
+        templates: where there are many files of this kind.
 
     Raises:
-        CheckpointError: when it cannot be written; nothing of it stays then.
+        CheckpointError: when the file cannot be written; it is removed then.
     """
     try:
-        if moulds is None:
-            entry = write_spans(path, _laid_out(path, objects, room), fill, crew)
+        if templates is None:
+            entry = write_spans(path, _laid_out(path, objects, placeholders), fill, context)
         else:
-            entry = moulds.write(path, objects, room, fill, crew, by=_laid_out)
-        crew.flush(path)
+            entry = templates.write(path, objects, placeholders, fill, context, lay_out=_laid_out)
+        context.flush(path)
     except OSError as error:
         path.unlink(missing_ok=True)
         raise CheckpointError(
@@ -109,23 +108,23 @@ def write_objects(
     return entry
 
 
-def _laid_out(path: Path, objects: Any, room: PlaceholderTensors) -> list[Span]:
-    """Create the file with all but its large values, which are still to be written."""
+def _laid_out(path: Path, objects: Any, placeholders: PlaceholderTensors) -> list[Span]:
+    """Create the file with everything but the placeholders' values, and return their spans."""
     mapped = torch_pickle.create(path, objects)
     pairs = list(_tensors(objects, mapped))
     offsets = torch_pickle.byte_offsets(path, [there for _, there in pairs])
     spans: dict[int, Span] = {}
     for (here, there), offset in zip(pairs, offsets, strict=True):
-        region = room.regions.get(id(here))
+        region = placeholders.regions.get(id(here))
         if region is None:
             there.copy_(here)
         elif region.length:
-            spans[offset] = Span(offset, here.dtype, region)  # once, where two names share it
+            spans[offset] = Span(offset, here.dtype, region)  # two names may share one
     return list(spans.values())
 
 
 def _tensors(tree: Any, mapped: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every tensor of a tree of objects beside its twin in the file."""
+    """Every tensor of a tree of objects, with the mapped tensor in the file."""
     if isinstance(tree, Tensor):
         yield tree, mapped
     elif isinstance(tree, Mapping):

@@ -4,8 +4,8 @@ import math
 import re
 from collections.abc import Iterator
 
-from lag_megatron.config.data import DataConfig, SourceConfig, TokenizerConfig
-from lag_megatron.config.schema import RunConfig
+from lag_megatron.config.schema.data import DataConfig, SourceConfig, TokenizerConfig
+from lag_megatron.config.schema.run import RunConfig
 from lag_megatron.config.validation.objective import objective_problems
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

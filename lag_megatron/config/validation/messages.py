@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lag_megatron.config.schema import RunConfig
+from lag_megatron.config.schema.run import RunConfig
 
 Location = tuple[int | str, ...]
 
@@ -22,7 +22,7 @@ _WORDS = {
 }
 
 
-def explain(
+def describe_errors(
     error: ValidationError, tree: Mapping[str, Any], *, schema: Any = RunConfig
 ) -> list[str]:
     """What pydantic found wrong with ``tree``: path, value, what is allowed, nearest known key.

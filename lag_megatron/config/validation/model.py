@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from lag_megatron.config.schema import RunConfig
+from lag_megatron.config.schema.run import RunConfig
 
 
 def model_problems(config: RunConfig) -> Iterator[str]:

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator
 
-from lag_megatron.config.data import DataConfig, MlmConfig, Ul2Config
-from lag_megatron.config.schema import RunConfig
-from lag_megatron.config.span_corruption import sentinels_needed, span_lengths
+from lag_megatron.config.schema.data import DataConfig, MlmConfig, Ul2Config
+from lag_megatron.config.schema.run import RunConfig
+from lag_megatron.config.schema.span_corruption import sentinels_needed, span_lengths
 
 _SPECIAL = 3  # [CLS] and two [SEP]
 

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator
 
-from lag_megatron.config.optimizer import OptimizerConfig
-from lag_megatron.config.schema import RunConfig
-from lag_megatron.config.stage_schedule import decay_end, decay_start, start_positions
+from lag_megatron.config.schema.optimizer import OptimizerConfig
+from lag_megatron.config.schema.run import RunConfig
+from lag_megatron.config.schema.stage_schedule import decay_end, decay_start, start_positions
 
 _DECAYING = ("linear", "cosine", "wsd")
 _SCHEDULE = "optimizer.schedule"

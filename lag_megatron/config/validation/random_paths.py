@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from lag_megatron.config.raptr import Lengths, path_rules, resolved
-from lag_megatron.config.schema import GrowthConfig, RunConfig, StageConfig
+from lag_megatron.config.schema.raptr import Lengths, fixed_layers, path_rules
+from lag_megatron.config.schema.run import GrowthConfig, RunConfig, StageConfig
 
 
 def path_problems(config: RunConfig) -> Iterator[str]:
@@ -38,7 +38,7 @@ def _lengths(
     config: RunConfig, stage: StageConfig, value: object, layers: int, where: str
 ) -> Iterator[str]:
     lengths = value if isinstance(value, tuple) else (value,)
-    least = max(1, len(resolved(config.raptr.fixed, layers)))
+    least = max(1, len(fixed_layers(config.raptr.fixed, layers)))
     if any(not least <= length <= layers for length in lengths):
         yield (
             f"{where}: must lie between {least}, the layers of raptr.fixed, and the stage's "

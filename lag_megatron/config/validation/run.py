@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator
 
-from lag_megatron.config.model import ParallelConfig
-from lag_megatron.config.schema import GrowthConfig, PoolConfig, RunConfig
+from lag_megatron.config.schema.parallel import ParallelConfig, data_parallel_size
+from lag_megatron.config.schema.run import GrowthConfig, PoolConfig, RunConfig
 from lag_megatron.config.validation.data import data_problems
 from lag_megatron.config.validation.model import model_problems
 from lag_megatron.config.validation.optimizer import optimizer_problems
@@ -13,7 +13,7 @@ from lag_megatron.config.validation.stages import position_problems
 from lag_megatron.errors import ConfigError
 
 
-def problems_of(config: RunConfig) -> list[str]:
+def find_problems(config: RunConfig) -> list[str]:
     """Every contradiction inside ``config``, one line each, with its dotted path."""
     return [
         *_positive(config),
@@ -28,35 +28,7 @@ def problems_of(config: RunConfig) -> list[str]:
     ]
 
 
-def data_parallel_size(parallel: ParallelConfig, *, world_size: int) -> int:
-    """Number of data-parallel replicas in a world of ``world_size`` ranks.
-
-    Raises:
-        ConfigError: if ranks or sequences do not divide evenly.
-    """
-    if parallel.world_size not in (None, world_size):
-        raise ConfigError(
-            f"parallel.world_size: configured for {parallel.world_size} ranks, but {world_size} "
-            f"were started. Start {parallel.world_size} or change the key."
-        )
-    if world_size % parallel.tensor:
-        raise ConfigError(
-            f"parallel.tensor: {parallel.tensor} does not divide the world of {world_size} ranks. "
-            f"Start a multiple of {parallel.tensor} ranks."
-        )
-    replicas = world_size // parallel.tensor
-    if parallel.global_batch % (parallel.micro_batch * replicas):
-        unit = parallel.micro_batch * replicas
-        below = max(unit, parallel.global_batch // unit * unit)
-        raise ConfigError(
-            f"parallel.global_batch: {parallel.global_batch} sequences do not divide into "
-            f"micro_batch {parallel.micro_batch} x {replicas} data-parallel ranks = {unit}. "
-            f"Nearest: {below} or {below + unit}."
-        )
-    return replicas
-
-
-def require_groups(config: RunConfig, *, world_size: int) -> None:
+def check_probe_groups(config: RunConfig, *, world_size: int) -> None:
     """Refuse probe groups that cannot share a world evenly, before anything is trained.
 
     Raises:

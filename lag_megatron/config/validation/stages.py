@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from lag_megatron.config.schema import RunConfig
+from lag_megatron.config.schema.run import RunConfig
 
 # Schedules whose value at a position does not depend on where the run ends.
 _ENDLESS = ("constant", "inverse_sqrt")

@@ -8,8 +8,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from lag_megatron.data.indexed_dataset import without_logging
-from lag_megatron.data.tokenizer import Tokenizer
+from lag_megatron.data.datasets.indexed_dataset import without_logging
+from lag_megatron.data.datasets.tokenizer import Tokenizer
 
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 

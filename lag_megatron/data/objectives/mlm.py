@@ -12,8 +12,8 @@ from megatron.core.datasets.helpers import build_mapping
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from lag_megatron.config import MlmConfig
+from lag_megatron.data.datasets.tokenizer import Tokenizer
 from lag_megatron.data.objectives.masking import choose_positions, replacements
-from lag_megatron.data.tokenizer import Tokenizer
 from lag_megatron.errors import DataError
 
 _SPECIAL = 3  # [CLS] A [SEP] B [SEP]

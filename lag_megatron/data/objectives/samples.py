@@ -8,11 +8,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from lag_megatron.config import DataConfig
-from lag_megatron.data.indexed_dataset import open_documents
+from lag_megatron.data.datasets.indexed_dataset import open_documents
+from lag_megatron.data.datasets.tokenizer import Tokenizer
 from lag_megatron.data.objectives.causal import CausalSamples
 from lag_megatron.data.objectives.mlm import MlmSamples
 from lag_megatron.data.objectives.ul2 import Ul2Samples
-from lag_megatron.data.tokenizer import Tokenizer
 
 
 class Samples(Protocol):

@@ -12,13 +12,13 @@ import torch
 import xxhash
 
 from lag_megatron.config import Ul2Config
-from lag_megatron.config.span_corruption import (
+from lag_megatron.config.schema.span_corruption import (
     SpanLengths,
     is_extreme,
     sentinels_needed,
     span_lengths,
 )
-from lag_megatron.data.tokenizer import Tokenizer
+from lag_megatron.data.datasets.tokenizer import Tokenizer
 from lag_megatron.errors import DataError
 
 

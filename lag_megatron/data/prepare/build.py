@@ -11,14 +11,20 @@ from megatron.core.datasets.indexed_dataset import DType
 
 from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.config import DataConfig
+from lag_megatron.data.datasets.prepared_dataset import (
+    META,
+    TOKENIZER,
+    UNIGRAMS,
+    PreparedData,
+    checksum,
+)
+from lag_megatron.data.datasets.tokenizer import Tokenizer, load_tokenizer
+from lag_megatron.data.datasets.unigram import cross_entropy
 from lag_megatron.data.prepare import staging_dir
 from lag_megatron.data.prepare.corpus import Corpus
 from lag_megatron.data.prepare.fingerprint import save_tokenizer
 from lag_megatron.data.prepare.tokenize import SPLITS, encode_corpus, join_parts, part_prefix
-from lag_megatron.data.prepare.worker_pool import Workers
-from lag_megatron.data.prepared_dataset import META, TOKENIZER, UNIGRAMS, PreparedData, checksum
-from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from lag_megatron.data.unigram import cross_entropy
+from lag_megatron.data.prepare.worker_pool import WorkerPool
 from lag_megatron.errors import DataError
 
 _SAMPLE_BYTES = 1 << 20
@@ -69,7 +75,7 @@ def build_folder(
     validation: np.ndarray,
     sentences: bool,
     make_tokenizer: Callable[[], Tokenizer],
-    workers: Workers,
+    workers: WorkerPool,
 ) -> PreparedData:
     """Prepare a corpus into a folder, which appears when it is complete; or open it.
 
@@ -93,7 +99,7 @@ def build_folder(
         staging_dir.remove(work)  # after a kill between publishing and removing
         return done
     staging_dir.require_free(folder)
-    with staging_dir.held(work, digest=digest):
+    with staging_dir.exclusive(work, digest=digest):
         if done := open_complete(folder, digest=digest):  # by the process that we waited for
             staging_dir.remove(work)
             return done

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from lag_megatron.config.data import DataConfig, SourceConfig
+from lag_megatron.config.schema.data import DataConfig, SourceConfig
 from lag_megatron.data.prepare.readers import read_chunk
-from lag_megatron.data.prepare.sources import CHUNK_BYTES, Chunk, Source
-from lag_megatron.data.prepare.worker_pool import Workers
+from lag_megatron.data.prepare.sources import CHUNK_BYTES, Chunk, TextSource
+from lag_megatron.data.prepare.worker_pool import WorkerPool
 from lag_megatron.errors import DataError
 
 _DIGEST_BYTES = 16
@@ -30,7 +30,7 @@ class Corpus:
         skipped_files: empty documents and, of the standard library, files that are not UTF-8.
     """
 
-    source: Source
+    source: TextSource
     chunks: tuple[Chunk, ...]
     first: np.ndarray
     sizes: np.ndarray
@@ -67,7 +67,7 @@ class Corpus:
 def open_corpus(
     config: DataConfig | SourceConfig,
     *,
-    workers: Workers | None = None,
+    workers: WorkerPool | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Corpus:
     """Find, check, measure and hash every document of a source, reading each once.
@@ -81,12 +81,12 @@ def open_corpus(
         DataError: for paths that name nothing, files that cannot be read, text that is not UTF-8
             (passed over in the standard library), bad lines or rows, or no text at all.
     """
-    source = Source.of(config)
+    source = TextSource.of(config)
     chunks = source.chunks(chunk_bytes)
     whole = xxhash.xxh3_128()
     sizes, digests, skipped = [], [], 0
     label = "reading" if isinstance(config, DataConfig) else f"reading {config.name}"
-    for found in (workers or Workers()).map(_scan, [(source, c) for c in chunks], label=label):
+    for found in (workers or WorkerPool()).map(_scan, [(source, c) for c in chunks], label=label):
         whole.update(found.digests)
         sizes.append(found.sizes)
         digests.append(xxhash.xxh3_128_hexdigest(found.digests))
@@ -108,7 +108,7 @@ def open_corpus(
     )
 
 
-def read_again(source: Source, chunk: Chunk, *, count: int, digest: str) -> Iterator[str]:
+def read_again(source: TextSource, chunk: Chunk, *, count: int, digest: str) -> Iterator[str]:
     """The documents of a chunk, of which there must be ``count`` with the corpus's ``digest``.
 
     Raises:
@@ -132,7 +132,7 @@ class _Scan:
     skipped: int
 
 
-def _scan(task: tuple[Source, Chunk]) -> _Scan:
+def _scan(task: tuple[TextSource, Chunk]) -> _Scan:
     sizes, digests, skipped = [], [], 0
     for text in read_chunk(*task):
         if text:

@@ -13,9 +13,9 @@ import xxhash
 
 from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.config import DataConfig
+from lag_megatron.data.datasets.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.data.prepare.corpus import Corpus
 from lag_megatron.data.prepare.train_tokenizer import train_tokenizer
-from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.planning.blend import Blend
 
 _FORMAT = 2
@@ -23,7 +23,7 @@ _FORMAT = 2
 _TRAINING_BYTES_PER_TOKEN = 2048
 
 
-def shaping_digest(config: DataConfig, *, content: Any, tokenizer: Tokenizer | None) -> str:
+def data_fingerprint(config: DataConfig, *, content: Any, tokenizer: Tokenizer | None) -> str:
     """32 hex digits over everything that shapes the files.
 
     Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lag_megatron.config import DataConfig
-from lag_megatron.data.blended_dataset import (
+from lag_megatron.data.datasets.blended_dataset import (
     MIXTURE,
     Prepared,
     PreparedMixture,
@@ -17,19 +17,24 @@ from lag_megatron.data.blended_dataset import (
     write_mixture,
     write_places,
 )
+from lag_megatron.data.datasets.prepared_dataset import (
+    META,
+    TOKENIZER,
+    PreparedData,
+    PreparedSource,
+)
+from lag_megatron.data.datasets.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.data.prepare import staging_dir
 from lag_megatron.data.prepare.build import build_folder, validation_mask
 from lag_megatron.data.prepare.corpus import Corpus, open_corpus
 from lag_megatron.data.prepare.fingerprint import (
+    data_fingerprint,
     save_tokenizer,
-    shaping_digest,
     tokenizer_file,
     train_on,
 )
 from lag_megatron.data.prepare.sources import CHUNK_BYTES
-from lag_megatron.data.prepare.worker_pool import Workers
-from lag_megatron.data.prepared_dataset import META, TOKENIZER, PreparedData, PreparedSource
-from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from lag_megatron.data.prepare.worker_pool import WorkerPool
 from lag_megatron.errors import DataError
 
 
@@ -61,7 +66,7 @@ def prepare_data(
     Raises:
         DataError: if the text, the tokenizer or the disk does not allow it.
     """
-    with Workers(workers) as pool:
+    with WorkerPool(workers) as pool:
         job = _Job(config, cache_dir, output, pool, chunk_bytes)
         try:
             return _prepare_mixture(job) if config.mixture else _prepare_source(job)
@@ -84,7 +89,7 @@ class _Job:
     config: DataConfig
     cache_dir: Path
     output: Path | None
-    pool: Workers
+    pool: WorkerPool
     chunk_bytes: int
 
 
@@ -97,7 +102,7 @@ def _prepare_source(job: _Job) -> Prepared:
     corpus = open_corpus(config, workers=job.pool, chunk_bytes=job.chunk_bytes)
     validation = validation_mask(corpus, config)
     ready = tokenizer_file(config)
-    digest = shaping_digest(config, content=corpus.content_hash, tokenizer=ready)
+    digest = data_fingerprint(config, content=corpus.content_hash, tokenizer=ready)
     return build_folder(
         job.output or job.cache_dir / digest,
         digest=digest,
@@ -116,12 +121,12 @@ def _prepare_mixture(job: _Job) -> PreparedMixture:
     contents = {name: data.digest for name, data in ready.items()}
     contents |= {name: corpus.content_hash for name, corpus in corpora.items()}
     listed = [(source.name, source.weight, contents[source.name]) for source in config.mixture]
-    digest = shaping_digest(config, content=listed, tokenizer=tokenizer)
+    digest = data_fingerprint(config, content=listed, tokenizer=tokenizer)
     folder = job.output or job.cache_dir / digest
     places = {name: data.folder for name, data in ready.items()}
     if _is_complete(folder, digest, places):
         return PreparedMixture.open(folder)
-    with staging_dir.held(folder, digest=digest, complete=folder / MIXTURE):
+    with staging_dir.exclusive(folder, digest=digest, complete=folder / MIXTURE):
         if (folder / MIXTURE).is_file():  # by the process that we waited for, or of moved sources
             if not _is_complete(folder, digest, places):
                 write_places(folder, places)
@@ -165,7 +170,7 @@ def _build_sources(
     tokenizer = load_tokenizer(folder / TOKENIZER)
     built = {}
     for name, corpus in corpora.items():
-        digest = shaping_digest(job.config, content=corpus.content_hash, tokenizer=tokenizer)
+        digest = data_fingerprint(job.config, content=corpus.content_hash, tokenizer=tokenizer)
         built[name] = build_folder(
             folder / name if job.output else job.cache_dir / digest,
             digest=digest,

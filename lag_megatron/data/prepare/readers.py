@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import IO
 
 from lag_megatron.data.prepare.arrow import pyarrow, table_texts
-from lag_megatron.data.prepare.sources import PIECE, Chunk, Source, Stretch, unreadable
+from lag_megatron.data.prepare.sources import PIECE, Chunk, FileSlice, TextSource, unreadable
 from lag_megatron.errors import DataError
 
 _BLOCK = 1 << 20
 
 
-def read_chunk(source: Source, chunk: Chunk) -> Iterator[str]:
+def read_chunk(source: TextSource, chunk: Chunk) -> Iterator[str]:
     """The text of each document, in order; empty for one that is to be passed over.
 
     Passed over are, of the standard library, files that are not UTF-8.
@@ -24,27 +24,27 @@ def read_chunk(source: Source, chunk: Chunk) -> Iterator[str]:
     Raises:
         DataError: naming file and line or row of what is not text, not UTF-8 or damaged.
     """
-    for stretch in chunk:
+    for part in chunk:
         try:
-            yield from _texts(source, stretch)
+            yield from _texts(source, part)
         except OSError as error:
-            raise unreadable(stretch.path, error) from error
+            raise unreadable(part.path, error) from error
 
 
-def _texts(source: Source, stretch: Stretch) -> Iterator[str]:
-    path = stretch.path
+def _texts(source: TextSource, part: FileSlice) -> Iterator[str]:
+    path = part.path
     if source.kind in ("parquet", "datasets"):
         yield from table_texts(
             path,
             kind=source.kind,
             column=source.text_key or "",
-            start=stretch.start,
-            stop=stretch.stop,
+            start=part.start,
+            stop=part.stop,
         )
     elif source.kind == "jsonl":
-        yield from _json_texts(stretch, source.text_key or "")
-    elif stretch.stop is not None:
-        yield from _pieces(stretch)
+        yield from _json_texts(part, source.text_key or "")
+    elif part.stop is not None:
+        yield from _pieces(part)
     else:
         yield _whole_file(path, lenient=source.kind == "stdlib")
 
@@ -58,16 +58,16 @@ def _whole_file(path: Path, *, lenient: bool) -> str:
         return ""
 
 
-def _pieces(stretch: Stretch) -> Iterator[str]:
+def _pieces(part: FileSlice) -> Iterator[str]:
     """A long text, cut before lines: one file of a whole corpus can be shuffled and split.
 
     A document is the lines that begin within one window of ``PIECE`` bytes of the file.
     """
-    path = stretch.path
+    path = part.path
     held: list[bytes] = []
     first = 0
     with path.open("rb") as stream:
-        for offset, line in _lines(stream, stretch):
+        for offset, line in _lines(stream, part):
             if held and offset // PIECE != first // PIECE:
                 yield _decoded(b"".join(held), _at(path, first))
                 held = []
@@ -77,27 +77,27 @@ def _pieces(stretch: Stretch) -> Iterator[str]:
         yield _decoded(b"".join(held), _at(path, first))
 
 
-def _json_texts(stretch: Stretch, text_key: str) -> Iterator[str]:
-    path = stretch.path
+def _json_texts(part: FileSlice, text_key: str) -> Iterator[str]:
+    path = part.path
     if path.suffix in (".gz", ".zst"):
         for number, line in _compressed_lines(path):
             if line.strip():
                 yield _value_of(line, text_key, partial("{}:{}".format, path, number))
         return
     with path.open("rb") as stream:
-        for offset, line in _lines(stream, stretch):
+        for offset, line in _lines(stream, part):
             if line.strip():
                 yield _value_of(line, text_key, _at(path, offset))
 
 
-def _lines(stream: IO[bytes], stretch: Stretch) -> Iterator[tuple[int, bytes]]:
-    """Offset and bytes of each line that begins in the stretch."""
-    offset = stretch.start
+def _lines(stream: IO[bytes], part: FileSlice) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of each line that begins in the part."""
+    offset = part.start
     if offset:
-        # A line that begins before the stretch belongs to the one before.
+        # A line that begins before the part belongs to the one before.
         stream.seek(offset - 1)
         offset += len(stream.readline()) - 1
-    while stretch.stop is None or offset < stretch.stop:
+    while part.stop is None or offset < part.stop:
         line = stream.readline()
         if not line:
             return

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lag_megatron.config.data import DataConfig, SourceConfig
+from lag_megatron.config.schema.data import DataConfig, SourceConfig
 from lag_megatron.data.prepare.arrow import table_parts
 from lag_megatron.errors import DataError
 
@@ -26,7 +26,7 @@ _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class FileSlice:
     """A part of a file: bytes of text, row groups of Parquet, record batches of Arrow.
 
     Attributes:
@@ -40,11 +40,11 @@ class Stretch:
     stop: int | None = None
 
 
-Chunk = tuple[Stretch, ...]
+Chunk = tuple[FileSlice, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TextSource:
     """A kind of source and where it is; what a worker needs beside a chunk to read it.
 
     Attributes:
@@ -60,11 +60,11 @@ class Source:
     where: str = "data"
 
     @staticmethod
-    def of(config: DataConfig | SourceConfig) -> "Source":
+    def of(config: DataConfig | SourceConfig) -> "TextSource":
         """The source that a configuration names, alone or in a mixture."""
         plain = config.source in ("stdlib", "text")
         where = f"data.mixture.{config.name}" if isinstance(config, SourceConfig) else "data"
-        return Source(config.source, config.paths, None if plain else config.text_key, where)
+        return TextSource(config.source, config.paths, None if plain else config.text_key, where)
 
     @property
     def name(self) -> str:
@@ -114,8 +114,8 @@ class Source:
             )
         return matches
 
-    def _parts(self, size: int) -> Iterator[tuple[Stretch, int]]:
-        """Stretches, each with about how many bytes it has."""
+    def _parts(self, size: int) -> Iterator[tuple[FileSlice, int]]:
+        """Parts of files, each with about how many bytes it has."""
         aligned = max(PIECE, size // PIECE * PIECE)
         for path in self.files():
             try:
@@ -125,13 +125,13 @@ class Source:
             if self.kind in ("parquet", "datasets"):
                 sizes = table_parts(path, kind=self.kind, column=self.text_key or "")
                 for start, stop, held in _runs(sizes, size):
-                    yield Stretch(path, start, stop), held
+                    yield FileSlice(path, start, stop), held
             elif self._can_be_cut(path) and length > LONG_FILE:
                 for start in range(0, length, aligned):
                     stop = min(start + aligned, length)
-                    yield Stretch(path, start, stop), stop - start
+                    yield FileSlice(path, start, stop), stop - start
             else:
-                yield Stretch(path), length
+                yield FileSlice(path), length
 
     def _can_be_cut(self, path: Path) -> bool:
         return self.kind == "text" or (self.kind == "jsonl" and path.suffix not in (".gz", ".zst"))
@@ -145,15 +145,15 @@ def unreadable(path: Path, error: OSError) -> DataError:
     )
 
 
-def _packed(parts: Iterable[tuple[Stretch, int]], size: int) -> Iterator[Chunk]:
+def _packed(parts: Iterable[tuple[FileSlice, int]], size: int) -> Iterator[Chunk]:
     """Many small files make one chunk."""
-    held: list[Stretch] = []
+    held: list[FileSlice] = []
     total = 0
-    for stretch, length in parts:
+    for part, length in parts:
         if held and total + length > size:
             yield tuple(held)
             held, total = [], 0
-        held.append(stretch)
+        held.append(part)
         total += length
     if held:
         yield tuple(held)

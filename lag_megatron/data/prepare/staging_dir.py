@@ -20,7 +20,7 @@ _UNMARKED = "draft.part"
 
 
 @contextlib.contextmanager
-def held(folder: Path, *, digest: str, complete: Path | None = None) -> Iterator[Path]:
+def exclusive(folder: Path, *, digest: str, complete: Path | None = None) -> Iterator[Path]:
     """A folder to make something in, alone, that outlives a kill; the next call goes on with it.
 
     Args:
@@ -46,7 +46,7 @@ def held(folder: Path, *, digest: str, complete: Path | None = None) -> Iterator
 
 
 def finish(folder: Path) -> None:
-    """A held folder is complete as it is: remove what marks it as begun."""
+    """The folder is complete as it is: remove what marks it as begun."""
     for name in (_MARKER, _LOCK):
         (folder / name).unlink(missing_ok=True)
     flush_to_disk(folder)
@@ -87,7 +87,7 @@ def foreign(target: Path) -> DataError:
 
 
 def remove(folder: Path) -> None:
-    """Remove a held folder, whose content has been published.
+    """Remove a staging folder, whose content has been published.
 
     Its marker and lock go last: nobody ever sees there files of unknown origin.
     """

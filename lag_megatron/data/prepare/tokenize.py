@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from lag_megatron.data.datasets.prepared_dataset import checksum
+from lag_megatron.data.datasets.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.data.prepare.corpus import Corpus, read_again
-from lag_megatron.data.prepare.sources import Chunk, Source
-from lag_megatron.data.prepare.worker_pool import Workers
-from lag_megatron.data.prepared_dataset import checksum
-from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from lag_megatron.data.prepare.sources import Chunk, TextSource
+from lag_megatron.data.prepare.worker_pool import WorkerPool
 
 SPLITS = ("train", "validation")
 _READ_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Task:
+class _EncodeTask:
     """One chunk to encode.
 
     Attributes:
@@ -33,7 +33,7 @@ class _Task:
         sentences: store each sentence as a sequence of its document.
     """
 
-    source: Source
+    source: TextSource
     chunk: Chunk
     digest: str
     validation: np.ndarray
@@ -62,7 +62,7 @@ def encode_corpus(
     tokenizer: Path,
     parts: Path,
     sentences: bool,
-    workers: Workers,
+    workers: WorkerPool,
 ) -> None:
     """Write every chunk's tokens below ``parts``; those that are there already are kept.
 
@@ -79,7 +79,7 @@ def encode_corpus(
     """
     parts.mkdir(exist_ok=True)
     tasks = [
-        _Task(
+        _EncodeTask(
             corpus.source,
             chunk,
             corpus.digests[number],
@@ -120,13 +120,13 @@ def join_parts(parts: Sequence[Path], folder: Path, tokenizer: Tokenizer) -> Enc
     return Encoded(tuple(documents), unigrams)
 
 
-def _is_complete(task: _Task) -> bool:
+def _is_complete(task: _EncodeTask) -> bool:
     """Whether an earlier call committed this part."""
-    seal = _seal_of(task)
-    return seal.is_file() and seal.read_text(encoding="utf-8") == _seal(task)
+    seal = _record_path(task)
+    return seal.is_file() and seal.read_text(encoding="utf-8") == _record(task)
 
 
-def _encode(task: _Task) -> None:
+def _encode(task: _EncodeTask) -> None:
     tokenizer = _tokenizer(task.tokenizer)
     texts = read_again(task.source, task.chunk, count=len(task.validation), digest=task.digest)
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
@@ -144,7 +144,7 @@ def _encode(task: _Task) -> None:
     finally:
         for builder in builders:
             builder.data_file.close()
-    _seal_of(task).write_text(_seal(task), encoding="utf-8")
+    _record_path(task).write_text(_record(task), encoding="utf-8")
 
 
 def _documents(
@@ -161,15 +161,15 @@ def _tokenizer(path: Path) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def _files_of(task: _Task) -> list[Path]:
+def _files_of(task: _EncodeTask) -> list[Path]:
     return [Path(f"{task.prefix}.{split}{end}") for split in SPLITS for end in (".bin", ".idx")]
 
 
-def _seal_of(task: _Task) -> Path:
+def _record_path(task: _EncodeTask) -> Path:
     return Path(f"{task.prefix}.json")
 
 
-def _seal(task: _Task) -> str:
+def _record(task: _EncodeTask) -> str:
     """What the last file of a part says.
 
     The checksums tell a whole part from a torn one after a power cut too, without waiting for the

@@ -7,7 +7,12 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from lag_megatron.config import TokenizerConfig
-from lag_megatron.data.tokenizer import CONTINUATION, END_OF_DOCUMENT, Tokenizer, add_sentinels
+from lag_megatron.data.datasets.tokenizer import (
+    CONTINUATION,
+    END_OF_DOCUMENT,
+    Tokenizer,
+    add_sentinels,
+)
 
 _WORDPIECE_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _MAX_ALPHABET = 1000

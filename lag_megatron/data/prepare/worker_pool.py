@@ -21,7 +21,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Workers:
+class WorkerPool:
     """Processes that end with this one; a single worker is this process itself.
 
     Args:
@@ -32,7 +32,7 @@ class Workers:
         self._count = count
         self._pool: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(

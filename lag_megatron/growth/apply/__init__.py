@@ -1,1 +1,1 @@
-"""Applying a growth plan: to files, and to a live engine."""
+"""Applying a growth plan to a checkpoint; a live engine fills its tensors the same way."""

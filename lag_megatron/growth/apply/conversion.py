@@ -1,4 +1,4 @@
-"""Checkpoints from any format that is read to any that is written, with growth on the way."""
+"""Conversion of a checkpoint to another format, with or without growth."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,13 +23,14 @@ Format = Literal["zero", "universal", "megatron", "hf"]
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What becomes of a checkpoint.
+    """A conversion: the source, the format to write and its options.
 
     Attributes:
-        source: what is read.
+        source: the checkpoint to read.
         to: the format to write.
-        plan: how it grows on the way; None where it does not.
-        topology: of the job that will load it; of no meaning to ``hf`` and ``megatron``.
+        plan: the growth plan, if it is to be grown.
+        topology: of the training that will load it; of no meaning to ``hf``, and to ``megatron``
+            for its precision alone.
         tokenizer: written with ``hf``.
         dtype: of the weights of ``hf``.
         max_shard_size: of a file of ``hf``.
@@ -47,10 +48,10 @@ class Conversion:
     vocabulary: int | None = None
     stacked: bool = True
 
-    def place(self, folder: Path) -> Path:
-        """Where the checkpoint will lie when the user names ``folder``.
+    def target_dir(self, folder: Path) -> Path:
+        """The directory to write when the user names ``folder``.
 
-        ``hf`` is the folder itself; the others are a tag in it, as their loaders expect.
+        For ``hf`` it is the folder itself, for the others a tag in it, as their loaders expect.
         """
         step = self.source.step
         if self.to == "hf":
@@ -62,45 +63,45 @@ class Conversion:
             name = f"step{step:08d}"
         return folder / (f"{name}_universal" if self.to == "universal" else name)
 
-    def order(self, target: Path) -> WriteJob:
-        """What has to be written as the directory ``target``.
+    def job(self, target: Path) -> WriteJob:
+        """The job that writes the directory ``target``.
 
         Raises:
-            LagError: whatever keeps it from being written, before a byte is.
+            LagError: if the conversion is not possible; nothing is written then.
         """
         self.source.check_every_file()
         if self.to == "zero":
-            return zero_job(self.growth(self.topology), target)
-        state = self.whole
-        about = self._about
+            return zero_job(self.grown(self.topology), target)
+        state = self.unsharded
+        metadata = self._metadata
         if self.to == "universal":
-            return universal_job(state, target, self.topology, about=about)
+            return universal_job(state, target, self.topology, metadata=metadata)
         if self.to == "megatron":
             return megatron_job(
                 state,
                 target,
                 precision=self.topology.precision,
-                about=about,
+                metadata=metadata,
                 stacked=self.stacked,
             )
-        return self.export.order(target, about=about)
+        return self.export.job(target, metadata=metadata)
 
-    def growth(self, topology: Topology) -> GrownState:
-        """The plan under a topology."""
+    def grown(self, topology: Topology) -> GrownState:
+        """The grown state under a topology; without a plan, the resharded source."""
         if self.plan is None:
             return resharded(self.source, topology)
         return GrownState(self.source, self.plan, topology)
 
     @cached_property
-    def whole(self) -> UnshardedState:
-        """What is written, as if nothing was cut."""
-        return unsharded_state(self._uncut)
+    def unsharded(self) -> UnshardedState:
+        """The state to write, unsharded."""
+        return unsharded_state(self._unsharded_grown)
 
     @cached_property
     def export(self) -> Export:
-        """The directory of transformers."""
+        """The export to a transformers directory."""
         return Export(
-            self.whole,
+            self.unsharded,
             tokenizer=self.tokenizer,
             dtype=self.dtype,
             max_shard_size=self.max_shard_size,
@@ -109,18 +110,18 @@ class Conversion:
         )
 
     @cached_property
-    def _uncut(self) -> GrownState:
-        return self.growth(UNSHARDED)
+    def _unsharded_grown(self) -> GrownState:
+        return self.grown(UNSHARDED)
 
     @property
-    def _about(self) -> Mapping[str, Any]:
-        about = dict(self._uncut.about)
-        return about | ({"topology": None} if self.to in ("hf", "megatron") else {})
+    def _metadata(self) -> Mapping[str, Any]:
+        metadata = dict(self._unsharded_grown.metadata)
+        return metadata | ({"topology": None} if self.to in ("hf", "megatron") else {})
 
 
-def unsharded_state(growth: GrownState) -> UnshardedState:
-    """What a growth under the topology of one rank without ZeRO makes."""
-    source = growth.source
+def unsharded_state(grown: GrownState) -> UnshardedState:
+    """The unsharded state of a grown state under the topology ``UNSHARDED``."""
+    source = grown.source
     return UnshardedState(
-        source.path, growth.draft, growth.filler(tensor_rank=0), source.require_sound
+        source.path, grown.spec, grown.filler(tensor_rank=0), source.require_sound
     )

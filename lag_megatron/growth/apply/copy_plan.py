@@ -1,6 +1,17 @@
-"""From a growth map and two layouts to strided copies: the plan of one target rank.
+"""The copy plan of one target rank: strided copies, from a growth map and two layouts.
 
-Everything is computed from names, shapes and lengths; no tensor is opened.
+Everything is computed from names, shapes and lengths; no tensor is opened.  Progressive stacking
+of 2 layers to 4 under ZeRO-1 on two data-parallel ranks, with E of 6 elements and wN, the only
+parameter of layer N, of 4 (``-`` is padding)::
+
+    source rank 0   E  E  E  E  E  E  w0 w0
+           rank 1   w0 w0 w1 w1 w1 w1 -  -
+    target rank 0   E  E  E  E  E  E  w0 w0 w0 w0 w1 w1
+           rank 1   w1 w1 w2 w2 w2 w2 w3 w3 w3 w3 -  -     (w2 is a copy of w0, w3 of w1)
+
+    plan of target rank 1   source rank 0 [6:8] to [2:4]    first half of w2
+                            source rank 1 [0:6] to [4:10]   second half of w2 and all of w3, joined
+                            source rank 1 [4:6] to [0:2]    second half of w1
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +25,7 @@ from lag_megatron.checkpoint.state.box import (
     strides_of,
 )
 from lag_megatron.checkpoint.state.layout import Container, Layout, Segment, State, Topology
-from lag_megatron.checkpoint.state.optimizer_states import role_of
+from lag_megatron.checkpoint.state.optimizer_states import adam_state_of
 from lag_megatron.checkpoint.state.tensor_parallel import Piece, cut_dim, pieces
 from lag_megatron.growth.growth_map import Copy, GrowthMap
 from lag_megatron.growth.weight_init import WeightInit
@@ -31,7 +42,7 @@ class StridedSlice:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Copy ``shape`` elements from a buffer of source tensor rank ``tensor_rank``, times scale."""
+    """Copy ``shape`` elements from a buffer of source tensor rank ``tensor_rank``, scaled."""
 
     target: StridedSlice
     source: StridedSlice
@@ -42,18 +53,25 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Write fresh values: ``box`` of a whole parameter of shape ``whole``."""
+    """Write initial values: those of ``box`` in an unsharded parameter of ``full_shape``."""
 
     target: StridedSlice
     shape: Shape
-    fresh: WeightInit
-    whole: Shape
+    init: WeightInit
+    full_shape: Shape
     box: Box
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A layout with what is needed to find whole parameters in it."""
+    """The source or the target of a growth.
+
+    Attributes:
+        layout: on one tensor-parallel rank.
+        topology: of all ranks.
+        shapes: of unsharded parameters.
+        gated: whether fc1 holds a gate and an up half.
+    """
 
     layout: Layout
     topology: Topology
@@ -61,7 +79,7 @@ class Side:
     gated: bool
 
     def pieces(self, name: str, tensor_rank: int) -> Iterator[Piece]:
-        """Boxes of a whole parameter on one tensor rank."""
+        """The boxes of an unsharded parameter that one tensor-parallel rank holds."""
         size = self.topology.tensor_size
         yield from pieces(
             name, self.shapes[name], tensor_rank=tensor_rank, tensor_size=size, gated=self.gated
@@ -69,7 +87,7 @@ class Side:
 
 
 def plan_rank(
-    growth: GrowthMap,
+    growth_map: GrowthMap,
     source: Side,
     target: Side,
     state: State,
@@ -77,16 +95,24 @@ def plan_rank(
     segments: Sequence[tuple[str, Segment]],
     tensor_rank: int,
 ) -> list[Move | Draw]:
-    """What one target rank has to do for its ``segments`` of ``state``.
+    """The copies and draws that fill ``segments`` of ``state`` on one target rank.
+
+    Args:
+        growth_map: the source of each grown parameter's values.
+        source: layout and topology of the old checkpoint.
+        target: layout and topology of the grown one.
+        state: of the segments.
+        segments: intervals of grown parameters, with offsets in the target buffer.
+        tensor_rank: of the target rank.
 
     Returns:
-        moves, sorted by their place in the source and joined where they continue each other, then
-        draws.
+        moves, sorted by their position in the source and joined where they are contiguous on both
+        sides, then draws.
     """
     moves: list[Move] = []
     draws: list[Draw] = []
     for name, segment in segments:
-        same = _same_part(growth, source, target, name, state)
+        same = _unchanged_source(growth_map, source, target, name, state)
         if same is not None:
             moves += _flat_moves(source, same, segment, tensor_rank)
             continue
@@ -97,13 +123,13 @@ def plan_rank(
                 if held is None:
                     continue
                 seen = held.move(piece.local, piece.box.low)
-                for block in growth.blocks[name]:
+                for block in growth_map.blocks[name]:
                     box = seen.meet(block.box)
                     if box is None:
                         continue
                     inside = box.move(piece.box.low, piece.local)
                     place = _target_slice(segment, local, inside)
-                    origin = block.sources[role_of(state)]
+                    origin = block.sources[adam_state_of(state)]
                     if isinstance(origin, Copy):
                         wanted = box.move(block.box.low, origin.low)
                         moves += _moves(source, origin, wanted, place, tensor_rank)
@@ -112,15 +138,15 @@ def plan_rank(
     return [*_joined(moves), *draws]
 
 
-def _same_part(
-    growth: GrowthMap, source: Side, target: Side, name: str, state: State
+def _unchanged_source(
+    growth_map: GrowthMap, source: Side, target: Side, name: str, state: State
 ) -> Copy | None:
-    """The whole old parameter that this one is, if its ranks hold the same parts of both.
+    """The old parameter that a grown one copies as a whole, if both are sharded alike over ranks.
 
-    Then nothing need be known of its shape: what depth growth does to all but fresh layers.
+    Flat intervals are then copied as they are.  It is the usual case of growth in depth.
     """
-    block, *others = growth.blocks[name]
-    origin = block.sources[role_of(state)]
+    block, *others = growth_map.blocks[name]
+    origin = block.sources[adam_state_of(state)]
     if others or not isinstance(origin, Copy) or any(origin.low):
         return None
     if source.shapes[origin.parameter] != target.shapes[name]:
@@ -130,7 +156,7 @@ def _same_part(
 
 
 def _flat_moves(source: Side, origin: Copy, segment: Segment, tensor_rank: int) -> Iterator[Move]:
-    """Copies of a segment from the same elements of an old parameter."""
+    """Contiguous copies of a segment from the same elements of an old parameter."""
     end = segment.start + segment.length
     holder = tensor_rank % source.topology.tensor_size
     for part in source.layout.overlapping(origin.parameter, segment.start, segment.length):
@@ -153,7 +179,7 @@ def _target_slice(segment: Segment, local: Shape, box: Box) -> StridedSlice:
 def _moves(
     source: Side, origin: Copy, wanted: Box, target: StridedSlice, tensor_rank: int
 ) -> Iterator[Move]:
-    """Copies of the box ``wanted`` of an old parameter to the place ``target``."""
+    """Copies of the box ``wanted`` of an old parameter to the slice ``target``."""
     name = origin.parameter
     local = source.layout.shapes[name]
     steps = strides_of(local)
@@ -187,16 +213,17 @@ def _moves(
 
 
 def _holders(name: str, topology: Topology, tensor_rank: int) -> Sequence[int]:
-    """Source tensor ranks to read from: all for a cut parameter, one for a replicated one."""
+    """Source tensor ranks to read from: all for a sharded parameter, one for a replicated one."""
     if cut_dim(name) is None:
         return (tensor_rank % topology.tensor_size,)
     return range(topology.tensor_size)
 
 
 def _joined(moves: list[Move]) -> list[Move]:
-    """Moves in source order, flat ones that continue each other on both sides made one.
+    """Moves in source order, with those joined that are contiguous on both sides.
 
-    A source layer may go to several places, so what a move continues need not stand before it.
+    A source layer may have several targets, so the move that another continues need not be the one
+    before it.
     """
     result: list[Move] = []
     ends: dict[tuple[object, ...], int] = {}
@@ -217,7 +244,7 @@ def _joined(moves: list[Move]) -> list[Move]:
 
 
 def _corner(move: Move, length: int) -> tuple[object, ...]:
-    """Where a flat move stands on both sides after ``length`` elements."""
+    """A key for the point on both sides that a move reaches after ``length`` elements."""
     return (
         move.tensor_rank,
         move.scale,

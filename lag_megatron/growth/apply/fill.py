@@ -1,6 +1,6 @@
-"""Making the values of any run of elements of a grown training state.
+"""Making the values of any region of a grown training state.
 
-This is the one path that every sink shares: shards on disk, and the tensors of a live engine.
+Every target uses this: shards on disk, other formats, and the tensors of a live engine.
 """
 
 import threading
@@ -20,21 +20,21 @@ from lag_megatron.growth.weight_init import fill
 
 
 class Filler:
-    """Fills regions of one target tensor rank from a source, by a growth map.
+    """Fills regions of one target tensor-parallel rank from a source, by a growth map.
 
     Args:
-        growth: what each new element is made of.
-        source: where old ones are read.
+        growth_map: the source of each grown parameter's values.
+        source: the checkpoint that is read.
         topology: of the target.
-        layouts: of the target's trained and frozen parameters; only their shapes matter.
-        shapes: whole shapes of all old parameters.
+        layouts: of the target's trained and frozen parameters; only their shapes are used.
+        shapes: unsharded shapes of all old parameters.
         gated: whether fc1 holds a gate and an up half.
         tensor_rank: of the target.
     """
 
     def __init__(
         self,
-        growth: GrowthMap,
+        growth_map: GrowthMap,
         source: CheckpointSource,
         topology: Topology,
         layouts: tuple[Layout, Layout],
@@ -43,8 +43,10 @@ class Filler:
         gated: bool,
         tensor_rank: int,
     ) -> None:
-        self._growth, self._source, self._tensor_rank = growth, source, tensor_rank
-        grown = {n: s for group in (*growth.groups, growth.frozen) for n, s in group.items()}
+        self._growth_map, self._source, self._tensor_rank = growth_map, source, tensor_rank
+        grown = {
+            n: s for group in (*growth_map.groups, growth_map.frozen) for n, s in group.items()
+        }
         old = (source.layout, source.frozen)
         self._sides = {
             (trained, state): (
@@ -54,22 +56,22 @@ class Filler:
             for trained, there, here in zip((True, False), old, layouts, strict=True)
             for state, theirs in there.states.items()
         }
-        # A region is planned when it is announced and, if it is small, at once filled.
+        # A region is planned for `prefetch` and, if it is small, filled right after.
         self._planned = threading.local()
         self._buffers: dict[tuple[bool, int, Container, State], Elements] = {}
 
     def sides(self, *, trained: bool, state: State = "fp32") -> tuple[Side, Side]:
-        """Source and target of a state, as plans see them, of trained or of frozen parameters."""
+        """Source and target of a state, of trained or of frozen parameters."""
         return self._sides[trained, state]
 
-    def expect(self, region: Region) -> None:
-        """Begin to read from disk what the region needs."""
+    def prefetch(self, region: Region) -> None:
+        """Start to read from disk what the region needs."""
         for step in self.plan(region):
             if isinstance(step, Move):
                 there = self.elements(region, step.tensor_rank, step.source.container)
                 strides = step.source.strides
                 last = sum((n - 1) * s for n, s in zip(step.shape, strides, strict=True))
-                there.expect(step.source.offset, last + 1)
+                there.prefetch(step.source.offset, last + 1)
 
     def __call__(self, region: Region, buffer: Tensor) -> None:
         """Write the region's values; ``buffer`` is flat and of its length, in any precision."""
@@ -82,10 +84,10 @@ class Filler:
                 origin = there.strided(step.shape, step.source.strides, step.source.offset)
                 _copy(view, origin, step.scale)
             else:
-                fill(view, step.fresh, shape=step.whole, box=step.box)
+                fill(view, step.init, shape=step.full_shape, box=step.box)
 
     def plan(self, region: Region) -> list[Move | Draw]:
-        """What has to be done for a region; a thread's last one is remembered."""
+        """The copy plan of a region; each thread caches its last one."""
         last = getattr(self._planned, "last", None)
         if last is not None and last[0] == region:
             return last[1]  # type: ignore[no-any-return]
@@ -95,7 +97,7 @@ class Filler:
 
     def _made(self, region: Region) -> list[Move | Draw]:
         return plan_rank(
-            self._growth,
+            self._growth_map,
             *self.sides(trained=region.trained, state=region.state),
             region.state,
             segments=region.segments,
@@ -103,7 +105,7 @@ class Filler:
         )
 
     def elements(self, region: Region, tensor_rank: int, container: Container) -> Elements:
-        """The values that a move of a region's plan is from."""
+        """The source values of a move in a region's plan."""
         key = (region.trained, tensor_rank, container, region.state)
         if key not in self._buffers:
             self._buffers[key] = self._source.elements(
@@ -124,5 +126,5 @@ def _copy(target: Tensor, source: Tensor, scale: float) -> None:
     if scale == 1.0:
         target.copy_(source)
     else:
-        # Rounded once, whatever the target's precision: as a scaled master would be.
+        # Scaled in the source's precision and rounded once, as a scaled master would be.
         target.copy_(torch.mul(source, scale))

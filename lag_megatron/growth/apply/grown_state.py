@@ -1,6 +1,5 @@
-"""A plan bound to a checkpoint: everything about the grown one is known, nothing is written."""
+"""A growth plan bound to a checkpoint: the grown state, of which nothing is written yet."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,6 @@ import torch
 
 from lag_megatron import __version__
 from lag_megatron.checkpoint.families.layer_stack import (
-    LayerName,
     LayerStack,
     count_layers,
     largest_stack,
@@ -23,7 +21,7 @@ from lag_megatron.checkpoint.state.layout import (
     frozen_layout,
     make_layout,
 )
-from lag_megatron.checkpoint.state.source import CheckpointSource, whole_shapes
+from lag_megatron.checkpoint.state.source import CheckpointSource, unsharded_shapes
 from lag_megatron.checkpoint.state.spec import CheckpointSpec
 from lag_megatron.checkpoint.state.tensor_parallel import (
     cut_dim,
@@ -32,9 +30,10 @@ from lag_megatron.checkpoint.state.tensor_parallel import (
     unsharded_shape,
 )
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.writer.file_writer import DEFAULT_CONTEXT, WriteContext
+from lag_megatron.checkpoint.writer.context import DEFAULT_CONTEXT, WriteContext
 from lag_megatron.checkpoint.zero.writer import bytes_of, write_rank
 from lag_megatron.errors import PlanError
+from lag_megatron.growth.apply.aliases import grown_aliases
 from lag_megatron.growth.apply.fill import Filler
 from lag_megatron.growth.growth_map import Copy, GrowthMap, grown_names, growth_map_of
 from lag_megatron.growth.plan import GrowthPlan
@@ -42,12 +41,12 @@ from lag_megatron.growth.plan import GrowthPlan
 
 @dataclass(frozen=True)
 class GrownState:
-    """What a plan makes of a checkpoint, under any topology.
+    """The training state that a plan makes of a checkpoint, under any topology.
 
     Attributes:
         source: the checkpoint to grow; it is never changed.
-        plan: what to do.
-        target: how the grown checkpoint is spread; the source's topology by default.
+        plan: the growth plan.
+        target: topology of the grown state; the source's by default.
 
     Raises:
         PlanError: when the plan or the topology does not fit the checkpoint.
@@ -59,16 +58,16 @@ class GrownState:
 
     @property
     def topology(self) -> Topology:
-        """How the grown checkpoint is spread."""
+        """Topology of the grown state."""
         return self.target or self.source.topology
 
     @cached_property
     def growth_map(self) -> GrowthMap:
-        """What each grown parameter is made of."""
+        """The source of each grown parameter's values."""
         return growth_map_of(
             self.plan,
-            self._whole_groups,
-            self._whole(self.source.frozen.shapes),
+            self._unsharded_groups,
+            self._unsharded(self.source.frozen.shapes),
             query_groups=self._query_groups,
             others=[name for name in self.source.header["module"] if isinstance(name, str)],
         )
@@ -76,11 +75,11 @@ class GrownState:
     @cached_property
     def stack(self) -> LayerStack | None:
         """The layers of the source."""
-        return largest_stack(self._whole_shapes, self.plan.names)
+        return largest_stack(self._unsharded_shapes, self.plan.names)
 
     @cached_property
     def layout(self) -> Layout:
-        """Where the trained parameters will lie."""
+        """The layout of trained parameters."""
         groups = [self._local(group) for group in self.growth_map.groups]
         if self.source.optimizer == "adafactor":
             self._refuse_parts()
@@ -91,22 +90,22 @@ class GrownState:
 
     @cached_property
     def frozen(self) -> Layout:
-        """Where the others will lie."""
+        """The layout of parameters that are not trained."""
         return frozen_layout(self._local(self.growth_map.frozen), self.topology)
 
     @property
     def bytes_to_write(self) -> int:
-        """Size of the grown checkpoint's tensors, all ranks together."""
+        """Bytes of the grown state's tensors, all ranks together."""
         return bytes_of(self.topology, self.layout, self.frozen)
 
     def filler(self, *, tensor_rank: int) -> Filler:
-        """What makes the values of one target tensor rank."""
+        """The filler of one target tensor-parallel rank."""
         return Filler(
             self.growth_map,
             self.source,
             self.topology,
             (self.layout, self.frozen),
-            shapes=self._whole_shapes,
+            shapes=self._unsharded_shapes,
             gated=self._gated,
             tensor_rank=tensor_rank,
         )
@@ -117,24 +116,21 @@ class GrownState:
         *,
         tensor_rank: int,
         data_rank: int,
-        crew: WriteContext = DEFAULT_CONTEXT,
+        context: WriteContext = DEFAULT_CONTEXT,
     ) -> dict[str, Any]:
-        """Write one rank's files into ``folder`` and return their manifest entries by name.
-
-        ``crew`` is told of each piece and of each finished file.
-        """
+        """Write one rank's files into ``folder`` and return their manifest entries by name."""
         return write_rank(
             folder,
-            self.draft,
+            self.spec,
             self.filler(tensor_rank=tensor_rank),
             tensor_rank=tensor_rank,
             data_rank=data_rank,
-            crew=crew,
+            context=context,
         )
 
     @cached_property
-    def draft(self) -> CheckpointSpec:
-        """What has to be written."""
+    def spec(self) -> CheckpointSpec:
+        """The specification of the grown checkpoint."""
         names = {name: name for name in self.source.header["module"]}
         if self.plan.operator != "identity":
             names = {
@@ -147,15 +143,15 @@ class GrownState:
             frozen=self.frozen,
             template=self.source,
             names=names,
-            aliases=self._aliases(names),
+            aliases=grown_aliases(self.source, names, self.stack),
             entries={"lag": self.client_state},
             groups=self.source.group_states,
             loss_scale=self.source.loss_scale(self.topology.precision),
         )
 
     @cached_property
-    def about(self) -> dict[str, Any]:
-        """What the grown checkpoint's manifest says beside its files."""
+    def metadata(self) -> dict[str, Any]:
+        """Entries of the grown checkpoint's manifest, beside its files."""
         source = {
             "path": str(self.source.path.absolute()),
             "digest": manifest.digest_of(self.source.path),
@@ -172,7 +168,7 @@ class GrownState:
 
     @cached_property
     def client_state(self) -> dict[str, Any]:
-        """The trainer's entries of the source, brought up to date."""
+        """The trainer's entries of the source, updated by the plan."""
         state = self.source.client_state
         history = list(state.get("growth_history", []))
         if self.plan.operator != "identity":
@@ -184,48 +180,24 @@ class GrownState:
             "growth_history": history,
         }
 
-    def _aliases(self, names: Mapping[str, str]) -> dict[str, str]:
-        """Aliases of the grown model: of a parameter of the same layer, or of one in none."""
-        grown: dict[str, str] = {}
-        for new, old in names.items():
-            owner = self.source.aliases.get(old)
-            if owner is None:
-                continue
-            here, before, there = map(self._layer_name, (new, old, owner))
-            if self.stack is None or there is None:
-                grown[new] = owner
-            elif here and before and before.layer == there.layer:
-                grown[new] = self.stack.name(here.layer, there.tail)
-            elif new == old and self.plan.operator == "identity":
-                grown[new] = owner
-            else:
-                raise PlanError(
-                    f"{self.source.path}: {old} is the same tensor as {owner} in another layer; "
-                    "models whose layers share parameters cannot be grown in depth."
-                )
-        return grown
-
-    def _layer_name(self, name: str) -> LayerName | None:
-        return self.stack.match(name) if self.stack else None
+    @cached_property
+    def _unsharded_groups(self) -> list[ParamGroup]:
+        return [self._unsharded(group) for group in self.source.groups]
 
     @cached_property
-    def _whole_groups(self) -> list[ParamGroup]:
-        return [self._whole(group) for group in self.source.groups]
-
-    @cached_property
-    def _whole_shapes(self) -> dict[str, Shape]:
-        return whole_shapes(self.source)
+    def _unsharded_shapes(self) -> dict[str, Shape]:
+        return unsharded_shapes(self.source)
 
     @cached_property
     def _gated(self) -> bool:
-        return is_gated(self._whole_shapes)
+        return is_gated(self._unsharded_shapes)
 
     @cached_property
     def _query_groups(self) -> int | None:
-        """Of the model's attention, where the checkpoint tells: our trainer's do."""
+        """Query groups of the attention; only checkpoints of this program record them."""
         return (self.source.client_state.get("model") or {}).get("num_query_groups")
 
-    def _whole(self, shapes: ParamGroup) -> ParamGroup:
+    def _unsharded(self, shapes: ParamGroup) -> ParamGroup:
         size = self.source.topology.tensor_size
         return {name: unsharded_shape(name, s, tensor_size=size) for name, s in shapes.items()}
 
@@ -248,7 +220,7 @@ class GrownState:
             raise PlanError(f"{self.source.path}: {error}") from None
 
     def _refuse_parts(self) -> None:
-        """Means over rows and columns cannot be put together from those of parts."""
+        """Refuse maps that join parts of matrices, whose Adafactor means are not known."""
         for name, blocks in self.growth_map.blocks.items():
             for origin in (origin for block in blocks for origin in block.sources.values()):
                 if len(blocks) > 1 or (isinstance(origin, Copy) and any(origin.low)):
@@ -259,9 +231,9 @@ class GrownState:
                     )
 
     def _refuse_unknown_cuts(self, shapes: ParamGroup) -> None:
-        """A matrix of a layer that no rule cuts may still have been cut, by other rules."""
+        """Refuse to reshard matrices that the table of tensor parallelism does not list."""
         for name, shape in shapes.items():
-            if self._layer_name(name) and len(shape) > 1 and cut_dim(name) is None:
+            if self.stack and self.stack.match(name) and len(shape) > 1 and cut_dim(name) is None:
                 raise PlanError(
                     f"{self.source.path}: it is not known how tensor parallelism cuts {name}, so "
                     f"the {self.source.topology.tensor_size} tensor-parallel ranks cannot become "
@@ -270,8 +242,8 @@ class GrownState:
 
 
 def resharded(source: CheckpointSource, target: Topology) -> GrownState:
-    """The growth that changes nothing but where everything lies."""
-    layers = count_layers(whole_shapes(source))
+    """The same state under another topology: a grown state of the operator ``identity``."""
+    layers = count_layers(unsharded_shapes(source))
     plan = GrowthPlan(operator="identity", source_layers=layers, target_layers=layers)
     return GrownState(source, plan, target)
 
@@ -284,7 +256,7 @@ def retarget(
     zero_stage: int | None = None,
     precision: str | None = None,
 ) -> Topology:
-    """The source's topology with what is given replaced; ``world_size`` counts all ranks.
+    """The source's topology with the given values replaced; ``world_size`` counts all ranks.
 
     Raises:
         PlanError: if the ranks do not divide into tensor-parallel groups.

@@ -1,7 +1,7 @@
-"""Growth of distributed checkpoints by their metadata, which says where values lie.
+"""Growing a distributed checkpoint by hard links: only new values are written.
 
-The data files are linked as they are, a duplicate is one more entry for the same bytes, and only
-values that are new are written.
+The data files are linked as they are; a duplicated layer is one more entry in ``.metadata`` for the
+same bytes.
 """
 
 import copy
@@ -26,7 +26,7 @@ from lag_megatron.checkpoint.state.layout import State
 from lag_megatron.checkpoint.state.spec import PlaceholderTensors
 from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest, torch_pickle
-from lag_megatron.checkpoint.writer.file_writer import WriteContext
+from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.checkpoint.zero.writer import write_objects
 from lag_megatron.errors import PlanError
@@ -35,76 +35,76 @@ from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.apply.hardlink_universal import hardlink_file, origin_of
 
 
-def hardlink_dcp(growth: GrownState, target: Path) -> WriteJob:
-    """The order for a grown distributed checkpoint of one: its data linked, its metadata new.
+def hardlink_dcp(grown: GrownState, target: Path) -> WriteJob:
+    """The job that grows a distributed checkpoint: data files are linked, metadata is written.
 
     Args:
-        growth: of a distributed checkpoint, under the topology of one rank without ZeRO.
-        target: the directory to come, an ``iter_0000000`` for Megatron.
+        grown: of a distributed checkpoint, under the topology of one rank without ZeRO.
+        target: the directory to write, an ``iter_0000000`` for Megatron.
 
     Raises:
-        PlanError: if stored pieces reach over layers, or settings cannot be brought up to date.
+        PlanError: if a stored box covers several layers, or Megatron's settings cannot be read.
     """
-    grown = _GrownMetadata(growth, unsharded_state(growth))
+    metadata = _GrownMetadata(grown, unsharded_state(grown))
     return WriteJob(
         target=target,
         parts=[
             *(
-                Part(f"link {file}", partial(grown.link_file, file))
-                for file in sorted({place.file for place in grown.old_places()})
+                Part(f"link {file}", partial(metadata.link_file, file))
+                for file in sorted({place.file for place in metadata.old_places()})
             ),
-            *(Part(name, partial(grown.write_fresh, name)) for name in grown.fresh),
+            *(Part(name, partial(metadata.write_new, name)) for name in metadata.new_states),
         ],
-        about={**growth.about, "written_as": "linked"},
-        needed=grown.fresh_bytes,
-        what="what is not linked",
-        check=growth.source.require_sound,
-        finish=grown.write_rest,
-        pointer=TRACKER if grown.is_megatron else None,
-        says=_tracked(target),
+        metadata={**grown.metadata, "written_as": "linked"},
+        needed=metadata.new_bytes,
+        title="what is not linked",
+        check=grown.source.require_sound,
+        finish=metadata.write_rest,
+        pointer=TRACKER if metadata.is_megatron else None,
+        pointer_text=_tracked(target),
     )
 
 
 def _tracked(target: Path) -> str:
-    """What Megatron's pointer says of a directory: its iteration, or ``release``."""
+    """What Megatron's pointer file holds for a directory: its iteration, or ``release``."""
     number = target.name.removeprefix("iter_")
     return str(int(number)) if number.isdigit() else target.name
 
 
 @dataclass(frozen=True)
 class _GrownMetadata:
-    """Where everything of a grown distributed checkpoint lies."""
+    """The files of a grown distributed checkpoint and their entries in its metadata."""
 
-    growth: GrownState
+    grown: GrownState
     state: UnshardedState
 
     @cached_property
     def contents(self) -> dcp_metadata.Contents:
-        """Of the source."""
-        return dcp_metadata.read_metadata(self.growth.source.path)
+        """The contents of the source."""
+        return dcp_metadata.read_metadata(self.grown.source.path)
 
     @property
     def is_megatron(self) -> bool:
         """Whether Megatron-Core wrote the source, or torch."""
-        return dist_checkpoint.is_megatron(self.growth.source.path)
+        return dist_checkpoint.is_megatron(self.grown.source.path)
 
     @cached_property
     def common(self) -> dict[str, Any]:
-        """Megatron's settings, brought up to date.
+        """Megatron's settings with the grown number of layers.
 
         Raises:
-            PlanError: if they hold what is not known here.
+            PlanError: if they hold unknown classes.
         """
-        found, note = dist_checkpoint.read_common(self.growth.source.path)
+        found, note = dist_checkpoint.read_common(self.grown.source.path)
         if note:
             raise PlanError(
-                f"{self.growth.source.path}: {note}, so its number of layers cannot be changed. "
+                f"{self.grown.source.path}: {note}, so its number of layers cannot be changed. "
                 "Leave out --link."
             )
-        common = {**found, "lag": self.growth.client_state}
+        common = {**found, "lag": self.grown.client_state}
         arguments = copy.copy(found.get("args"))
         if arguments is not None:
-            arguments.num_layers = self.growth.plan.target_layers
+            arguments.num_layers = self.grown.plan.target_layers
             common["args"] = arguments
         return common
 
@@ -116,56 +116,56 @@ class _GrownMetadata:
 
     @cached_property
     def kinds(self) -> list[tuple[str, State]]:
-        """Prefix and values of everything that is stored of a parameter."""
+        """Name prefix and state of each tensor that is stored for a parameter."""
         return [("", "fp32"), *prefixes_of(self.contents)]
 
     @cached_property
-    def fresh(self) -> dict[str, list[tuple[str, State]]]:
-        """By parameter, what of it has to be written."""
+    def new_states(self) -> dict[str, list[tuple[str, State]]]:
+        """The tensors with new values, by parameter."""
         found = {
-            name: [kind for kind in self.kinds if origin_of(self.growth, name, kind[1]) is None]
+            name: [kind for kind in self.kinds if origin_of(self.grown, name, kind[1]) is None]
             for name in self.state.shapes
         }
         return {name: kinds for name, kinds in found.items() if kinds}
 
     @property
-    def fresh_bytes(self) -> int:
-        """Bytes of values that have to be written."""
+    def new_bytes(self) -> int:
+        """Bytes of new values."""
         return sum(
             numel(self.state.shapes[name]) * self._dtype(name, prefix).itemsize
-            for name, kinds in self.fresh.items()
+            for name, kinds in self.new_states.items()
             for prefix, _ in kinds
         )
 
     def old_places(self) -> Iterator[StorageLocation]:
-        """Every place of the source."""
+        """All locations of the source."""
         for _, place, _ in self.contents.places():
             if place is not None:
                 yield place
 
-    def link_file(self, name: str, folder: Path, crew: WriteContext) -> dict[str, Any]:
-        """Link a data file of the source."""
-        path = self.growth.source.path
+    def link_file(self, name: str, folder: Path, context: WriteContext) -> dict[str, Any]:
+        """Hard-link a data file of the source."""
+        path = self.grown.source.path
         return dict([hardlink_file(path / name, folder / name, folder, path)])
 
-    def write_fresh(self, name: str, folder: Path, crew: WriteContext) -> dict[str, Any]:
+    def write_new(self, name: str, folder: Path, context: WriteContext) -> dict[str, Any]:
         """Write a parameter's new values."""
         entries: dict[str, Any] = {}
-        for prefix, state in self.fresh[name]:
-            room, file = PlaceholderTensors(), self._file(name, prefix)
+        for prefix, state in self.new_states[name]:
+            placeholders, file = PlaceholderTensors(), self._file(name, prefix)
             shape, dtype = self._box(name).shape, self._dtype(name, prefix)
-            objects = room(self.state.region(name, state), shape, dtype)
+            objects = placeholders(self.state.region(name, state), shape, dtype)
             fill = self.state.fill
-            entries[file] = write_objects(folder / file, objects, room, fill, crew)
+            entries[file] = write_objects(folder / file, objects, placeholders, fill, context)
         return entries
 
     def write_rest(self, folder: Path, files: Mapping[str, Any]) -> dict[str, Any]:
-        """The metadata and the settings."""
+        """Write the metadata and the settings."""
         write_metadata(folder, self._tensors(files), dict(self._objects()))
         written = [dcp_metadata.METADATA]
         if self.is_megatron:
             torch_pickle.save(folder / dist_checkpoint.COMMON, self.common)
-            config = (self.growth.source.path / dist_checkpoint.CONFIG).read_text(encoding="utf-8")
+            config = (self.grown.source.path / dist_checkpoint.CONFIG).read_text(encoding="utf-8")
             (folder / dist_checkpoint.CONFIG).write_text(
                 json.dumps(json.loads(config)), encoding="utf-8"
             )
@@ -186,7 +186,7 @@ class _GrownMetadata:
                 like = self.contents.tensors[prefix + self.old[self._like(name)].key]
                 shape = like.shape
                 if where.layer is not None:
-                    shape = (self.growth.plan.target_layers, *shape[1:])
+                    shape = (self.grown.plan.target_layers, *shape[1:])
                 key = prefix + where.key
                 found[key] = StoredTensor(like.dtype, shape, tuple(chunks[key]))
         return found
@@ -195,7 +195,7 @@ class _GrownMetadata:
         self, name: str, prefix: str, state: State, files: Mapping[str, Any]
     ) -> Iterator[tuple[Box, StorageLocation | None]]:
         """The boxes of one parameter in its stored tensor."""
-        origin = origin_of(self.growth, name, state)
+        origin = origin_of(self.grown, name, state)
         if origin is None:
             file = self._file(name, prefix)
             yield self._box(name), StorageLocation(file, 0, files[file]["size"], transformed=False)
@@ -208,13 +208,13 @@ class _GrownMetadata:
                 yield Box((here.layer, *box.low[1:]), box.shape), place
             elif box.low[0] <= there.layer < box.low[0] + box.shape[0]:
                 raise PlanError(
-                    f"{self.growth.source.path}: {prefix + there.key} is stored in pieces of "
+                    f"{self.grown.source.path}: {prefix + there.key} is stored in pieces of "
                     "several layers, which cannot be linked one by one. Leave out --link."
                 )
 
     def _objects(self) -> Iterator[tuple[str, StorageLocation]]:
-        """Places of what is no tensor; that of layers goes where its layer goes."""
-        layers = self.growth.plan.layer_map
+        """Names and locations of values that are not tensors; those of layers are duplicated."""
+        layers = self.grown.plan.layer_map
         for name, place in self.contents.objects.items():
             head, shard, tail = name.partition("/shard_")
             if place is None:
@@ -231,29 +231,29 @@ class _GrownMetadata:
 
     def _object(self, name: str, head: str, new: int, layers: int) -> str:
         match = self._layer_name(name)
-        if match is None or self.growth.stack is None:
+        if match is None or self.grown.stack is None:
             return f"{head}/shard_{new}_{layers}"
-        return self.growth.stack.name(new, match.tail)
+        return self.grown.stack.name(new, match.tail)
 
     def _where(self, name: str) -> Stacked:
-        """Where a grown parameter is stored, in the source's way."""
+        """Where a grown parameter is stored: layers are stacked or numbered as in the source."""
         like = self.old[self._like(name)]
         if like.layer is None:
             stored, own = self._layer_name(like.key), self._layer_name(name)
-            if self.growth.stack is None or stored is None or own is None:
+            if self.grown.stack is None or stored is None or own is None:
                 return like
-            return Stacked(self.growth.stack.name(own.layer, stored.tail), None)
+            return Stacked(self.grown.stack.name(own.layer, stored.tail), None)
         return stored_as(name)
 
     def _like(self, name: str) -> str:
-        """An old parameter of the same kind: of the same shape, precision and way of storing."""
+        """An old parameter of the same shape, precision and form of storage: that of layer 0."""
         match = self._layer_name(name)
-        if match is None or self.growth.stack is None:
+        if match is None or self.grown.stack is None:
             return name
-        return self.growth.stack.name(0, match.tail)
+        return self.grown.stack.name(0, match.tail)
 
     def _layer_name(self, name: str) -> LayerName | None:
-        return self.growth.stack.match(name) if self.growth.stack else None
+        return self.grown.stack.match(name) if self.grown.stack else None
 
     def _dtype(self, name: str, prefix: str) -> torch.dtype:
         return self.contents.tensors[prefix + self.old[self._like(name)].key].dtype
@@ -266,4 +266,4 @@ class _GrownMetadata:
     def _file(self, name: str, prefix: str) -> str:
         number = list(self.state.shapes).index(name)
         kind = [known for known, _ in self.kinds].index(prefix)
-        return f"__grown_{self.growth.plan.digest[:8]}_{number}_{kind}.distcp"
+        return f"__grown_{self.grown.plan.digest[:8]}_{number}_{kind}.distcp"

@@ -1,7 +1,8 @@
-"""Growth that writes almost nothing: old values are linked, and only new ones are written.
+"""Growing a universal checkpoint by hard links: only new values are written.
 
-Here of universal checkpoints, in which every state of a parameter is a file, which a duplicate
-shares by a hard link; ``linked_dcp`` has the others.  Both need the source's file system.
+In a universal checkpoint every state of a parameter is a file, so a duplicated layer is a set of
+hard links.  ``hardlink_dcp`` does the same for distributed checkpoints.  The target has to be on
+the source's file system.
 """
 
 import os
@@ -13,13 +14,13 @@ from typing import Any
 
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import STATES, State, Topology
-from lag_megatron.checkpoint.state.optimizer_states import role_of
+from lag_megatron.checkpoint.state.optimizer_states import adam_state_of
 from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.universal.format import FOLDER
 from lag_megatron.checkpoint.universal.writer import universal_job, write_states
+from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.file_template import FileTemplateCache
-from lag_megatron.checkpoint.writer.file_writer import WriteContext
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.apply.conversion import unsharded_state
@@ -27,14 +28,14 @@ from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.growth_map import Copy
 
 
-def hardlink_universal(growth: GrownState, target: Path) -> WriteJob:
-    """The order for a grown universal checkpoint of one, for a job of the same topology.
+def hardlink_universal(grown: GrownState, target: Path) -> WriteJob:
+    """The job that grows a universal checkpoint, for training under the same topology.
 
     Args:
-        growth: of a universal checkpoint, under the topology of one rank without ZeRO.
-        target: the tag directory to come.
+        grown: of a universal checkpoint, under the topology of one rank without ZeRO.
+        target: the tag directory to write.
     """
-    header = growth.source.header
+    header = grown.source.header
     config, degrees = header["ds_config"], header.get("checkpoint_parallel_dimensions") or {}
     enabled = [p for p in ("bf16", "fp16") if (config.get(p) or {}).get("enabled")]
     topology = Topology(
@@ -43,47 +44,53 @@ def hardlink_universal(growth: GrownState, target: Path) -> WriteJob:
         tensor_size=int(degrees.get("tp_degree", header["mp_world_size"])),
         precision=enabled[0] if enabled else "fp32",  # type: ignore[arg-type]
     )
-    state, moulds = unsharded_state(growth), FileTemplateCache()
-    order = universal_job(state, target, topology, about=growth.about)
+    state, templates = unsharded_state(grown), FileTemplateCache()
+    job = universal_job(state, target, topology, metadata=grown.metadata)
     parts = [
-        Part(part.name, partial(_hardlink_parameter, growth, state, moulds, part.name))
-        if part.name in growth.growth_map.blocks
+        Part(part.name, partial(_hardlink_parameter, grown, state, templates, part.name))
+        if part.name in grown.growth_map.blocks
         else part
-        for part in order.parts
+        for part in job.parts
     ]
-    return replace(order, parts=parts, needed=_new_bytes(growth), what="what is not linked")
+    return replace(job, parts=parts, needed=_new_bytes(grown), title="what is not linked")
 
 
 def _hardlink_parameter(
-    growth: GrownState,
-    whole: UnshardedState,
-    moulds: FileTemplateCache,
+    grown: GrownState,
+    state: UnshardedState,
+    templates: FileTemplateCache,
     name: str,
     folder: Path,
-    crew: WriteContext,
+    context: WriteContext,
 ) -> Mapping[str, Any]:
-    """A parameter's folder: hard links of the states that are another's, files of the others."""
-    place, source = folder / FOLDER / name, growth.source.path / FOLDER
+    """Write a parameter's folder: hard links for copied states, files for new ones."""
+    place, source = folder / FOLDER / name, grown.source.path / FOLDER
     place.mkdir(parents=True, exist_ok=True)
     # All parameters of a group have taken the same steps; after ZeRO-3 no file says how many.
     like = next(file for file in sorted(source.iterdir()) if file.is_dir())
-    origins: dict[str, str | None] = {s: origin_of(growth, name, s) for s in STATES}
-    if whole.is_trained(name) and (like / "step.pt").is_file():
+    origins: dict[str, str | None] = {s: origin_of(grown, name, s) for s in STATES}
+    if state.is_trained(name) and (like / "step.pt").is_file():
         origins["step"] = next((o for o in origins.values() if o is not None), None)
     kept = {kind: source / str(origin) / f"{kind}.pt" for kind, origin in origins.items() if origin}
     entries = dict(
-        hardlink_file(file, place / file.name, folder, growth.source.path)
+        hardlink_file(file, place / file.name, folder, grown.source.path)
         for file in kept.values()
         if file.is_file()
     )
-    fresh = [kind for kind, origin in origins.items() if origin is None]
-    return entries | write_states(whole, name, fresh, folder, crew, moulds)
+    new_states = [kind for kind, origin in origins.items() if origin is None]
+    return entries | write_states(state, name, new_states, folder, context, templates)
 
 
 def hardlink_file(
     file: Path, place: Path, folder: Path, source: Path
 ) -> tuple[str, dict[str, Any]]:
-    """Link a file of a checkpoint into a draft; its name there and its manifest entry.
+    """Hard-link a file of a checkpoint into another, and return its name and manifest entry.
+
+    Args:
+        file: to link.
+        place: path of the link.
+        folder: the staging directory that holds it.
+        source: the checkpoint that holds ``file``.
 
     Raises:
         CheckpointError: if the two are not on one file system.
@@ -104,22 +111,22 @@ def hardlink_file(
     return str(place.relative_to(folder)), {**entry, manifest.SHARED: name}
 
 
-def origin_of(growth: GrownState, name: str, state: State) -> str | None:
-    """The old parameter whose values a grown one has, bit for bit; None if its own are new."""
-    block, *others = growth.growth_map.blocks[name]
-    origin = block.sources[role_of(state)]
+def origin_of(grown: GrownState, name: str, state: State) -> str | None:
+    """The old parameter that a grown one copies bit for bit; None if its values are new."""
+    block, *others = grown.growth_map.blocks[name]
+    origin = block.sources[adam_state_of(state)]
     if others or not isinstance(origin, Copy) or any(origin.low) or origin.scale != 1:
         return None
-    shapes = {**growth.source.layout.shapes, **growth.source.frozen.shapes}
+    shapes = {**grown.source.layout.shapes, **grown.source.frozen.shapes}
     return origin.parameter if shapes[origin.parameter] == block.box.shape else None
 
 
-def _new_bytes(growth: GrownState) -> int:
+def _new_bytes(grown: GrownState) -> int:
     """Bytes of masters and moments that have to be written."""
-    shapes = growth.layout.shapes
+    shapes = grown.layout.shapes
     return sum(
         4 * numel(shape)
         for name, shape in shapes.items()
         for state in STATES
-        if origin_of(growth, name, state) is None
+        if origin_of(grown, name, state) is None
     )

@@ -1,4 +1,4 @@
-"""Whether a converted checkpoint holds what its source does, tensor by tensor."""
+"""Comparing a converted checkpoint with its source, tensor by tensor."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,17 +21,16 @@ _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "outpu
 
 
 def differences(conversion: Conversion, target: Path) -> Iterator[str]:
-    """Every file that is not as it was written, then every tensor of which the target's masters
-    or moments are not the source's, read piece by piece.
+    """Yield corrupted files of the target, then tensors whose masters or moments differ.
 
-    ``hf`` holds weights alone, in its own precision, and no padding of the vocabulary.
+    Of ``hf`` only the weights are compared, in its precision and without vocabulary padding.
 
     Args:
-        conversion: what was to be done.
-        target: the directory that it made.
+        conversion: that wrote the target.
+        target: the directory.
     """
     yield from manifest.find_corrupted_files(target)
-    source, is_hf = conversion.whole, conversion.to == "hf"
+    source, is_hf = conversion.unsharded, conversion.to == "hf"
     rows = next((s[0] for n, s in source.shapes.items() if n in _VOCABULARY), None)
     found = unsharded_state(
         resharded(open_checkpoint(target, vocab_size=rows if is_hf else None), UNSHARDED)
@@ -41,7 +40,7 @@ def differences(conversion: Conversion, target: Path) -> Iterator[str]:
     for name in (name for name in source.shapes if name in found.shapes):
         shape = source.shapes[name]
         kept = conversion.export.vocab_size if is_hf and name in _VOCABULARY else shape[0]
-        states = states_of(source.draft.layout.optimizer, shape)
+        states = states_of(source.spec.layout.optimizer, shape)
         for state in states if source.is_trained(name) and not is_hf else STATES[:1]:
             like = state_shape(state, shape)
             end = kept * numel(shape[1:]) if like == shape else numel(like)
@@ -67,7 +66,7 @@ def _unlike(
     end: int,
     dtype: torch.dtype,
 ) -> int:
-    """How many of a tensor's first ``end`` elements differ in a bit."""
+    """How many of a tensor's first ``end`` elements are not equal bit for bit."""
     count = 0
     for start in range(0, end, _PIECE):
         length = min(_PIECE, end - start)

@@ -1,7 +1,7 @@
 """The growth operators, by name.
 
-An operator turns numbers of layers and its own options into a layer map.  Nothing here opens a
-tensor: an operator that cannot be applied is refused before any work.
+An operator turns two numbers of layers and its options into a layer map.  No tensor is opened, so
+an operator that cannot be applied is refused before any work.
 """
 
 import inspect

@@ -18,7 +18,7 @@ from lag_megatron.growth.operators.options import layer_list, scale_of, whole_nu
 
 
 def identity(source_layers: int, target_layers: int) -> LayerMap:
-    """Every layer as it is: what writing a checkpoint under another topology needs."""
+    """Every layer as it is, as in resharding."""
     if source_layers != target_layers or source_layers < 0:
         raise PlanError(
             f"operator 'identity' keeps the number of layers, so {source_layers} cannot become "
@@ -63,7 +63,7 @@ def last(source_layers: int, target_layers: int, *, scale: Any = 1.0) -> LayerMa
 
 
 def random_top(source_layers: int, target_layers: int, *, scale: Any = 1.0) -> LayerMap:
-    """Fresh layers on top, the paper's nearest to loss preserving (Karp et al. 2024).
+    """Random layers on top, the paper's nearest to loss preserving (Karp et al. 2024).
 
     With ``scale=0`` they are the exact identity (Gesmundo and Maile 2023, "layer addition").
     """

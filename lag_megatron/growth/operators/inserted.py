@@ -1,4 +1,4 @@
-"""Operators that insert layers which compute nothing yet: the grown model is the old function."""
+"""Operators that insert identity layers, so that the grown model computes the old function."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def llama_pro(source_layers: int, target_layers: int) -> LayerMap:
     """Block expansion (Wu et al. 2024, arXiv 2401.02415, LLaMA Pro), for pre-LN models.
 
     After each of P = target - source groups of old layers comes a copy of the group's last layer
-    whose branches put out zeros.
+    whose branches output zeros.
     """
     after = _evenly_spread("llama_pro", source_layers, target_layers)
     sources = sorted([*range(source_layers), *after])
@@ -35,8 +35,8 @@ def post_ln_identity(source_layers: int, target_layers: int, *, after: Any = Non
     A zero-output layer is no identity under post-LN, where its norms act on the residual stream
     (Vaswani et al. 2017: x -> LN(x + f(x))).  Staged training (Shen et al. 2022, arXiv 2203.06211)
     makes such a layer an identity by its norms' weights; here, for new layers N1..Nk after l, the
-    affine part of l's second norm moves to Nk's second norm, and all norms from there up to it are
-    plain.  A plain norm of normalised values changes them only by the order of its eps.
+    affine part of l's second norm moves to Nk's second norm, and all norms between get weight 1 and
+    bias 0.  Such a norm changes normalised values only by the order of its eps.
 
     Option ``after`` lists old layers, 0-based, one per new layer; one that repeats gets several.
     By default they are spread as ``llama_pro`` does.
@@ -65,17 +65,17 @@ def staged(
     matrices: Any = "identity",
     query_groups: Any = None,
 ) -> LayerMap:
-    """Doubling by layers that hear nothing (Shen et al. 2022, arXiv 2203.06211), for pre-LN models.
+    """Doubling by layers with zero norms (Shen et al. 2022, arXiv 2203.06211), for pre-LN models.
 
     A new layer is the identity because the norms before its branches have weight and bias 0, and
-    its biases are 0 (``growth.silent``: what exactly, and what differs under a gated MLP).
-    ``moments: auto`` is ``zero`` for it, as in the paper, whose schedule warms the rate up again
-    over 150 to 200 steps; take ``borrow`` where it does not.
+    its biases are 0 (details, also of gated MLPs, in ``growth.identity_init``).  ``moments: auto``
+    is ``zero`` for it, as in the paper, whose schedule warms the rate up again over 150 to 200
+    steps; take ``borrow`` where it does not.
 
     Option ``placement`` puts a new layer after each old one (``alternate``) or all on top
     (``append``).  Its ``matrices`` are pieces of the ``identity``, or a ``copy`` of the old
-    layer's, of which it stands for one as in progressive stacking.  ``query_groups`` of the
-    attention is needed for the former alone, where the checkpoint does not tell it.
+    layer's, as in progressive stacking.  ``query_groups`` of the attention is needed for identity
+    matrices if the checkpoint does not record it.
     """
     require_more_layers(source_layers, target_layers)
     if target_layers != 2 * source_layers:
@@ -89,7 +89,7 @@ def staged(
         raise PlanError(f"operator 'staged': query_groups must be 1 or more (got {query_groups}).")
     old = [LayerOrigin(layer, is_new=False) for layer in range(source_layers)]
     init: Init = "identity" if matrices == "identity" else "duplicate"
-    new = [replace(origin, is_new=True, init=init, silent=True) for origin in old]
+    new = [replace(origin, is_new=True, init=init, zero_norms=True) for origin in old]
     if placement == "append":
         return (*old, *new)
     return tuple(origin for pair in zip(old, new, strict=True) for origin in pair)
@@ -103,11 +103,11 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _chain(layer: int, new_layers: int) -> Iterator[LayerOrigin]:
-    """An old layer and the new ones after it, the last of which takes its second norm."""
-    yield LayerOrigin(layer, is_new=False, plain_norms=("mlp",) if new_layers else ())
+    """An old layer and the new ones after it; its second norm moves to the last of them."""
+    yield LayerOrigin(layer, is_new=False, identity_norms=("mlp",) if new_layers else ())
     for number in range(1, new_layers + 1):
         plain: tuple[Branch, ...] = ("attention", "mlp") if number < new_layers else ("attention",)
-        yield LayerOrigin(layer, is_new=True, branch_scale=0.0, plain_norms=plain)
+        yield LayerOrigin(layer, is_new=True, branch_scale=0.0, identity_norms=plain)
 
 
 def _evenly_spread(operator: str, source_layers: int, target_layers: int) -> list[int]:

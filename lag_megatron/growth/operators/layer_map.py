@@ -20,8 +20,8 @@ class LayerOrigin:
     """Where a layer of the grown model comes from.
 
     Attributes:
-        source: the old layer whose place it continues; a new layer with ``init == "random"`` takes
-            no weights from it, but may borrow its second moments.
+        source: the old layer that it continues; a new layer with ``init == "random"`` copies no
+            weights from it, but may borrow its second moments.
         is_new: whether the layer is an addition, to which the moment policy applies.
         init: where a new layer's weights come from; ``identity`` makes its matrices pieces of the
             identity matrix.
@@ -29,10 +29,10 @@ class LayerOrigin:
             and biases of the two projections back into the residual stream.  0 makes a pre-LN layer
             the identity (Gesmundo and Maile 2023, arXiv 2308.06103), values between 0 and 1 are
             scaled duplication (Agarwal et al. 2024, arXiv 2403.04978).
-        plain_norms: norms of a post-LN layer that become the identity (weight 1, bias 0) without
-            moments.  The other norm of such a layer is the one handed over, moments included.
-        silent: whether a new pre-LN layer is the identity because its branches see nothing but
-            zeros: norms of weight and bias 0, and no bias anywhere (Shen et al. 2022, arXiv
+        identity_norms: norms of a post-LN layer that become the identity (weight 1, bias 0) without
+            moments.  The layer's other norm is an old one that has moved, moments included.
+        zero_norms: whether a new pre-LN layer is the identity because the inputs of its branches
+            are 0: norms with weight and bias 0, and no bias anywhere (Shen et al. 2022, arXiv
             2203.06211).
     """
 
@@ -40,13 +40,13 @@ class LayerOrigin:
     is_new: bool
     init: Init = "duplicate"
     branch_scale: float = 1.0
-    plain_norms: tuple[Branch, ...] = ()
-    silent: bool = False
+    identity_norms: tuple[Branch, ...] = ()
+    zero_norms: bool = False
 
     @property
-    def puts_out_zeros(self) -> bool:
-        """Whether both branches of the layer put out zeros."""
-        return self.silent or self.branch_scale == 0
+    def is_identity_branch(self) -> bool:
+        """Whether both branches output zeros, so that a pre-LN layer is the identity."""
+        return self.zero_norms or self.branch_scale == 0
 
 
 LayerMap = tuple[LayerOrigin, ...]
@@ -75,7 +75,7 @@ def lag_layer_map(
 
 
 def map_of_sources(sources: Sequence[int], *, branch_scale: float = 1.0) -> LayerMap:
-    """The map that lists old layers: the first mention of one is old, later ones are new."""
+    """The map of a list of old layers: the first mention of one is old, later ones are new."""
     return tuple(
         LayerOrigin(source, is_new=True, branch_scale=branch_scale)
         if source in sources[:place]
@@ -106,20 +106,20 @@ def feasible_indices(source_layers: int, target_layers: int) -> range:
 
 
 def feasible_block_sizes(source_layers: int, target_layers: int) -> tuple[int, ...]:
-    """Every divisor of ``target - source``, rising."""
+    """Every divisor of ``target - source``, in increasing order."""
     new_layers = _check_depth(source_layers, target_layers)
     return tuple(size for size in range(1, new_layers + 1) if new_layers % size == 0)
 
 
 def keeps_old_norms(layer_map: LayerMap) -> bool:
     """Whether no old norm changes, as function preserving growth of a pre-LN model needs."""
-    return not any(o.plain_norms or (o.silent and not o.is_new) for o in layer_map)
+    return not any(o.identity_norms or (o.zero_norms and not o.is_new) for o in layer_map)
 
 
 def moves_second_norm(layer_map: LayerMap) -> bool:
-    """Whether each old layer's second norm goes to the last of the new layers after it.
+    """Whether each old layer's second norm moves to the last of the new layers after it.
 
-    All norms that come to stand before it are plain.  This and branches that put out zeros keep the
+    All norms before it are then the identity.  With branches that output zeros, this keeps the
     function of a post-LN model.
     """
     followers: tuple[LayerOrigin | None, ...] = (*layer_map[1:], None)
@@ -129,7 +129,7 @@ def moves_second_norm(layer_map: LayerMap) -> bool:
         plain = {"attention"} if origin.is_new else set()
         if follower is not None and follower.is_new:
             plain.add("mlp")
-        handed = set(origin.plain_norms) == plain and not origin.silent
+        handed = set(origin.identity_norms) == plain and not origin.zero_norms
         if not handed or (origin.source, origin.init) != (base, "duplicate"):
             return False
     return True
@@ -138,15 +138,15 @@ def moves_second_norm(layer_map: LayerMap) -> bool:
 def format_layer_map(layer_map: LayerMap) -> str:
     """One line, layers 1-based: ``1 2 1* 2* 3`` (``*`` duplicate, ``R`` random).
 
-    ``2z`` and ``Rz`` are new layers whose branches put out zeros, ``2*0.5`` is a duplicate whose
-    branches are halved.  ``I`` is a layer that staged training silenced, with identity matrices,
+    ``2z`` and ``Rz`` are new layers whose branches output zeros, ``2*0.5`` is a duplicate whose
+    branches are halved.  ``I`` is a layer of staged training with zero norms and identity matrices,
     ``2i`` one with the matrices of layer 2.
     """
     return " ".join(map(_format_layer, layer_map))
 
 
 def _format_layer(origin: LayerOrigin) -> str:
-    if origin.silent:
+    if origin.zero_norms:
         return "I" if origin.init == "identity" else f"{origin.source + 1}i"
     is_random = origin.is_new and origin.init == "random"
     name = "R" if is_random else str(origin.source + 1)

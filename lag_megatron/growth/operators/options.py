@@ -1,4 +1,4 @@
-"""Options of operators: what they may be, and one message for what they may not."""
+"""Checks of operators' options."""
 
 import re
 from typing import Any
@@ -9,14 +9,14 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 def whole_number(operator: str, name: str, value: Any) -> int:
-    """``value`` as a whole number; YAML's true and 2.0 are none."""
+    """``value`` as an int; YAML's true and 2.0 are refused."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise PlanError(f"operator {operator!r}: {name} must be a whole number (got {value!r}).")
     return value
 
 
 def scale_of(operator: str, value: Any) -> float:
-    """``value`` as the factor on a new layer's branches, 0 to 1."""
+    """``value`` as the factor on a new layer's branches, from 0 to 1."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= 1:
         raise PlanError(

@@ -14,10 +14,10 @@ from typing import Literal
 from lag_megatron.errors import PlanError
 from lag_megatron.planning.staged_training.scaling_law import ScalingLaw
 
-Growth = Literal["depth", "width", "both"]
+GrowthKind = Literal["depth", "width", "both"]
 
 # Slopes at which a stage ends, for doubling; found by hand, says Staged Training's notebook.
-GROWTH_SLOPES: Mapping[Growth, float] = {"depth": -0.0575, "width": -0.0475, "both": -0.03}
+GROWTH_SLOPES: Mapping[GrowthKind, float] = {"depth": -0.0575, "width": -0.0475, "both": -0.03}
 OPTIMAL_SLOPE = -0.052
 BEST: Literal["best"] = "best"  # the law's own threshold
 
@@ -25,7 +25,7 @@ Threshold = float | Literal["best"]
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ModelShape:
     """A model's layers and hidden size, with an MLP of four times that.
 
     Raises:
@@ -47,7 +47,7 @@ class Shape:
         """Without embeddings, biases and norms: 12 L d^2 (Kaplan et al. 2020, section 2.1)."""
         return 12 * self.num_layers * self.hidden_size**2
 
-    def growth_to(self, larger: "Shape") -> Growth:
+    def growth_to(self, larger: "ModelShape") -> GrowthKind:
         """What grows from here to ``larger``.
 
         Raises:
@@ -78,8 +78,8 @@ class PlannedStage:
         compute: floating-point operations of this stage alone.
     """
 
-    shape: Shape
-    growth: Growth | None
+    shape: ModelShape
+    growth: GrowthKind | None
     ratio: float | None
     entered: float
     ended: float
@@ -114,12 +114,12 @@ class StagePlan:
 
 
 def plan_stages(
-    shapes: Sequence[Shape],
+    shapes: Sequence[ModelShape],
     *,
     law: ScalingLaw,
     optimal: Threshold = OPTIMAL_SLOPE,
-    slopes: Mapping[Growth, Threshold] = GROWTH_SLOPES,
-    ratios: Mapping[Growth, float] | None = None,
+    slopes: Mapping[GrowthKind, Threshold] = GROWTH_SLOPES,
+    ratios: Mapping[GrowthKind, float] | None = None,
 ) -> StagePlan:
     """When to grow from each shape to the next.
 
@@ -171,13 +171,15 @@ def stages_yaml(plan: StagePlan) -> str | None:
     return head + "\n".join(f"  - {item}" for item in items)
 
 
-def _growth_slope(law: ScalingLaw, small: Shape, large: Shape, slope: Threshold) -> float:
+def _growth_slope(law: ScalingLaw, small: ModelShape, large: ModelShape, slope: Threshold) -> float:
     if slope == BEST:
         return law.best_growth_slope(large.parameters / small.parameters)
     return slope
 
 
-def _ratio(law: ScalingLaw, before: PlannedStage, shape: Shape, measured: float | None) -> float:
+def _ratio(
+    law: ScalingLaw, before: PlannedStage, shape: ModelShape, measured: float | None
+) -> float:
     if measured is None:
         growth = shape.parameters / before.shape.parameters
         return law.growth_ratio(growth, before.until_slope)
@@ -188,8 +190,8 @@ def _ratio(law: ScalingLaw, before: PlannedStage, shape: Shape, measured: float 
 
 def _stage(
     law: ScalingLaw,
-    shape: Shape,
-    growth: Growth | None,
+    shape: ModelShape,
+    growth: GrowthKind | None,
     ratio: float | None,
     before: Sequence[PlannedStage],
     until: float,

@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from lag_megatron.planning.staged_training.plan import GROWTH_SLOPES, OPTIMAL_SLOPE, Growth, Shape
+from lag_megatron.planning.staged_training.plan import (
+    GROWTH_SLOPES,
+    OPTIMAL_SLOPE,
+    GrowthKind,
+    ModelShape,
+)
 from lag_megatron.planning.staged_training.scaling_law import (
     ScalingLaw,
     learning_rate,
@@ -16,33 +21,33 @@ from lag_megatron.planning.staged_training.scaling_law import (
     step_on_grid,
 )
 
-BASE, LARGE = Shape(12, 768), Shape(24, 1536)
+BASE, LARGE = ModelShape(12, 768), ModelShape(24, 1536)
 # Parameters by which doubling the depth, the width or both multiplies.
-FACTORS: dict[Growth, float] = {"depth": 2.0, "width": 4.0, "both": 8.0}
-MEASURED_RATIOS: dict[Growth, float] = {"depth": 1.412, "width": 1.776, "both": 2.455}
+FACTORS: dict[GrowthKind, float] = {"depth": 2.0, "width": 4.0, "both": 8.0}
+MEASURED_RATIOS: dict[GrowthKind, float] = {"depth": 1.412, "width": 1.776, "both": 2.455}
 
-_LAW_RATIOS: dict[Growth, float] = {"depth": 1.831, "width": 2.717}
-_MEASURED_SAVINGS: dict[Growth, tuple[float, float]] = {
+_LAW_RATIOS: dict[GrowthKind, float] = {"depth": 1.831, "width": 2.717}
+_MEASURED_SAVINGS: dict[GrowthKind, tuple[float, float]] = {
     "depth": (0.132, 0.148),
     "width": (0.216, 0.255),
 }
 # Recomputed by the notebook's procedure; what it printed is not kept.
 _GRID_STEPS = {8.5e6: 17_270, 8.5e7: 21_740, 6.8e8: 26_770}
-_SAVINGS: dict[Growth, float] = {"depth": 0.066, "width": 0.078}
+_SAVINGS: dict[GrowthKind, float] = {"depth": 0.066, "width": 0.078}
 _RATES = {
     "GPT2_base": (BASE, 0.002132892651963921),
-    "GPT2_base_div2_depth": (Shape(6, 768), 0.0021748863363590465),
-    "GPT2_base_div2_width": (Shape(12, 384), 0.002216880020754172),
+    "GPT2_base_div2_depth": (ModelShape(6, 768), 0.0021748863363590465),
+    "GPT2_base_div2_width": (ModelShape(12, 384), 0.002216880020754172),
     "GPT2_large": (LARGE, 0.002006911598778545),
-    "GPT2_large_div2_depth": (Shape(12, 1536), 0.0020489052831736704),
-    "GPT2_large_div2_width": (Shape(24, 768), 0.002090898967568796),
+    "GPT2_large_div2_depth": (ModelShape(12, 1536), 0.0020489052831736704),
+    "GPT2_large_div2_width": (ModelShape(24, 768), 0.002090898967568796),
 }
 
-Verdict = Literal["reproduced", "not reproduced", "measured"]
+Reproduction = Literal["reproduced", "not reproduced", "measured"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Check:
+class PublishedFigure:
     """One published figure.
 
     Attributes:
@@ -55,35 +60,37 @@ class Check:
     name: str
     published: float
     law: float
-    verdict: Verdict
+    verdict: Reproduction
     note: str = ""
 
 
-def halved(target: Shape, growth: Growth) -> Shape:
+def halved(target: ModelShape, growth: GrowthKind) -> ModelShape:
     """The small model that doubles into ``target``."""
     layers, hidden = target.num_layers, target.hidden_size
-    return Shape(
+    return ModelShape(
         layers if growth == "width" else layers // 2,
         hidden if growth == "depth" else hidden // 2,
     )
 
 
-def checks(law: ScalingLaw, *, log_base: float = 10.0) -> Iterator[Check]:
+def compare_published(law: ScalingLaw, *, log_base: float = 10.0) -> Iterator[PublishedFigure]:
     """Every published figure that the law speaks about."""
     yield from _thresholds(law)
     yield from _ratios(law)
     for size, step in _GRID_STEPS.items():
         name = f"S(tau_opt) of {size:.2g} parameters, on the grid"
-        yield _check(name, step, step_on_grid(law, size, OPTIMAL_SLOPE), within=0)
+        yield _compared(name, step, step_on_grid(law, size, OPTIMAL_SLOPE), within=0)
     yield from _savings(law)
     for name, (shape, rate) in _RATES.items():
         computed = learning_rate(shape.parameters, log_base=log_base)
-        yield _check(f"learning rate of {name} ({shape})", rate, computed, within=1e-15)
+        yield _compared(f"learning rate of {name} ({shape})", rate, computed, within=1e-15)
 
 
-def _check(name: str, published: float, law: float, *, within: float, note: str = "") -> Check:
+def _compared(
+    name: str, published: float, law: float, *, within: float, note: str = ""
+) -> PublishedFigure:
     same = abs(law - published) <= within
-    return Check(
+    return PublishedFigure(
         name=name,
         published=published,
         law=law,
@@ -92,12 +99,12 @@ def _check(name: str, published: float, law: float, *, within: float, note: str 
     )
 
 
-def _thresholds(law: ScalingLaw) -> Iterator[Check]:
-    yield _check("tau_opt", OPTIMAL_SLOPE, law.frontier_slope, within=5e-4)
+def _thresholds(law: ScalingLaw) -> Iterator[PublishedFigure]:
+    yield _compared("tau_opt", OPTIMAL_SLOPE, law.frontier_slope, within=5e-4)
     for growth, slope in GROWTH_SLOPES.items():
         factor, best = FACTORS[growth], law.best_growth_slope(FACTORS[growth])
         at, most = (law.saving(factor, s, optimal=OPTIMAL_SLOPE) for s in (slope, best))
-        yield _check(
+        yield _compared(
             f"tau_{growth}",
             slope,
             best,
@@ -106,24 +113,24 @@ def _thresholds(law: ScalingLaw) -> Iterator[Check]:
         )
 
 
-def _ratios(law: ScalingLaw) -> Iterator[Check]:
+def _ratios(law: ScalingLaw) -> Iterator[PublishedFigure]:
     for growth, ratio in _LAW_RATIOS.items():
         computed = ratio_on_grid(law, 8.5e6, FACTORS[growth], GROWTH_SLOPES[growth])
         name = f"rho_{growth} by the law"
         at_other = ratio_on_grid(law, 8.5e6, FACTORS[growth], GROWTH_SLOPES["width"])
         note = f"the law gives {at_other:.3f} at tau_width" if growth == "depth" else ""
-        yield _check(name, ratio, computed, within=1e-3, note=note)
+        yield _compared(name, ratio, computed, within=1e-3, note=note)
     for growth, ratio in MEASURED_RATIOS.items():
         computed = law.growth_ratio(FACTORS[growth], GROWTH_SLOPES[growth])
-        yield Check(
+        yield PublishedFigure(
             name=f"rho_{growth} measured", published=ratio, law=computed, verdict="measured"
         )
 
 
-def _savings(law: ScalingLaw) -> Iterator[Check]:
+def _savings(law: ScalingLaw) -> Iterator[PublishedFigure]:
     for growth, saving in _SAVINGS.items():
         computed = law.saving(FACTORS[growth], GROWTH_SLOPES[growth], optimal=OPTIMAL_SLOPE)
-        yield _check(f"saving by {growth}, by the law", saving, computed, within=5e-4)
+        yield _compared(f"saving by {growth}, by the law", saving, computed, within=5e-4)
     for growth, measured in _MEASURED_SAVINGS.items():
         predicted = law.saving(
             FACTORS[growth],
@@ -132,7 +139,7 @@ def _savings(law: ScalingLaw) -> Iterator[Check]:
             ratio=MEASURED_RATIOS[growth],
         )
         for name, saving in zip(("GPT2_base", "GPT2_large"), measured, strict=True):
-            yield Check(
+            yield PublishedFigure(
                 name=f"saving by {growth} measured, {name}",
                 published=saving,
                 law=predicted,

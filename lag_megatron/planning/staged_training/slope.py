@@ -11,10 +11,10 @@ import numpy as np
 
 from lag_megatron.errors import ConfigError, RunError
 
-Point = tuple[float, float]
+LossPoint = tuple[float, float]
 
 
-def slopes(points: Sequence[Point], window: int) -> list[float]:
+def slopes(points: Sequence[LossPoint], window: int) -> list[float]:
     """Least-squares slopes of log loss over log compute, each on ``window`` points in a row.
 
     Args:
@@ -46,7 +46,7 @@ def slopes(points: Sequence[Point], window: int) -> list[float]:
     return [float(slope) for slope in found]
 
 
-def has_flattened(points: Sequence[Point], *, tau: float, window: int) -> bool:
+def has_flattened(points: Sequence[LossPoint], *, tau: float, window: int) -> bool:
     """Whether the latest slope is above ``tau`` after one that was not.
 
     The flat start of a warm-up does not count: the curve must have been steep before.
@@ -61,9 +61,9 @@ def has_flattened(points: Sequence[Point], *, tau: float, window: int) -> bool:
     return bool(found) and found[-1] > tau and min(found) <= tau
 
 
-def _distinct(points: Sequence[Point]) -> list[Point]:
+def _distinct(points: Sequence[LossPoint]) -> list[LossPoint]:
     """The points at rising compute above 0."""
-    kept: list[Point] = []
+    kept: list[LossPoint] = []
     for compute, loss in points:
         if not (0 <= compute < math.inf and 0 < loss < math.inf):
             raise RunError(

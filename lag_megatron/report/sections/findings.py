@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lag_megatron.report.formatting import NONE, fixed, integer, loss
 from lag_megatron.report.render.blocks import Block, Heading, Image, Table, Text
-from lag_megatron.report.stats.rule_comparison import share_of_all
+from lag_megatron.report.render.formatting import NONE, fixed, integer, loss
+from lag_megatron.report.sections.rule_comparison_text import share_of_all
 from lag_megatron.report.stats.run_files import Json, finite
 
 HIGH_CORRELATION, LOW_REGRET = 0.8, 0.1

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lag_megatron.report.formatting import NONE, duration, fixed, integer, loss, plural
 from lag_megatron.report.render.blocks import Block, Facts, Heading, Table, Text
+from lag_megatron.report.render.formatting import NONE, duration, fixed, integer, loss, plural
 from lag_megatron.report.sections.findings import (
     finding_blocks,
     rule_blocks,

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lag_megatron.report.formatting import NONE, integer, loss
 from lag_megatron.report.render.blocks import Block, Facts, Heading, Table, Text
+from lag_megatron.report.render.formatting import NONE, integer, loss
 from lag_megatron.report.sections.growth import growth_blocks, growth_summary
 from lag_megatron.report.sections.lineage import lineage_blocks
 from lag_megatron.report.sections.sources import sources_table

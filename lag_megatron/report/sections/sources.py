@@ -1,38 +1,8 @@
-"""The sources of a run's text: what there is of each, and what the run has seen."""
+"""The table of a run's text sources."""
 
-from lag_megatron.planning.blend import Blend
-from lag_megatron.planning.cost import tokens_per_step
-from lag_megatron.report.formatting import integer
 from lag_megatron.report.render.blocks import Table
-from lag_megatron.report.stats.run_files import Json, RunFiles
-
-
-def sources_data(files: RunFiles, *, step: int) -> list[Json]:
-    """The sources of a mixture after that many steps of the run; empty where there is only one.
-
-    Candidates of growth events are not counted, except for the chosen ones' steps, which are the
-    run's own.
-    """
-    sources = (files.run.get("data") or {}).get("sources") or []
-    if not sources:
-        return []
-    config = files.config
-    drawn = Blend([source["weight"] for source in sources]).drawn(
-        step * config.parallel.global_batch
-    )
-    per_sample = tokens_per_step(config) // config.parallel.global_batch
-    return [
-        {
-            "name": source["name"],
-            "weight": source["weight"],
-            "share": source["share"],
-            "train_tokens": source["train_tokens"],
-            "validation_tokens": source["validation_tokens"],
-            "seen_tokens": samples * per_sample,
-            "epochs": samples * per_sample / source["train_tokens"],
-        }
-        for source, samples in zip(sources, drawn, strict=True)
-    ]
+from lag_megatron.report.render.formatting import integer
+from lag_megatron.report.stats.run_files import Json
 
 
 def sources_table(sources: list[Json]) -> Table:

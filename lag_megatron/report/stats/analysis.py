@@ -7,7 +7,7 @@ from lag_megatron.selection.analysis import analyse
 from lag_megatron.selection.ranking import Curve
 
 
-def analysis_of(
+def growth_analysis(
     pool: Sequence[Json],
     curves: Mapping[str, Curve],
     *,
@@ -40,9 +40,9 @@ def analysis_of(
     return analysis
 
 
-def analysis_of_nothing() -> Json:
+def empty_analysis() -> Json:
     """The analysis of a run without growth: the same keys, and nothing in them."""
-    empty = analysis_of((), {}, lag=0, base_val_loss=None, chosen=None, scores={})
+    empty = growth_analysis((), {}, lag=0, base_val_loss=None, chosen=None, scores={})
     return {**empty, "table": {}}
 
 

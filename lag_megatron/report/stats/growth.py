@@ -7,7 +7,7 @@ from typing import Any
 from lag_megatron.config import GrowthConfig
 from lag_megatron.growth.operators.layer_map import LayerOrigin, format_layer_map
 from lag_megatron.planning.cost import stage_flops
-from lag_megatron.report.stats.analysis import analysis_of
+from lag_megatron.report.stats.analysis import growth_analysis
 from lag_megatron.report.stats.run_files import GrowthFiles, Json, RunFiles, finite
 from lag_megatron.selection import (
     least_disturbed,
@@ -55,7 +55,7 @@ def growth_data(files: RunFiles, growth: GrowthFiles) -> Json:
         "candidates": _candidates(growth, records, first, last, chosen),
         "evidence": _evidence(first, last),
         "cost": _cost(files, growth, lag=lag, records=records),
-        "analysis": analysis_of(
+        "analysis": growth_analysis(
             growth.pool,
             alive,
             lag=lag,
@@ -167,8 +167,8 @@ def _place(record: Json, rank_at_lag: int | None) -> tuple[float, ...]:
 
 def _origin(layer: Mapping[str, Any]) -> LayerOrigin:
     scale = layer.get("scale", 1.0)  # pools of earlier versions had no scaled layers
-    silent = layer.get("silent", False)
-    return LayerOrigin(layer["source"], layer["new"], layer["init"], scale, silent=silent)
+    zero_norms = layer.get("silent", False)
+    return LayerOrigin(layer["source"], layer["new"], layer["init"], scale, zero_norms=zero_norms)
 
 
 def _ranks(losses: Mapping[str, float | None]) -> dict[str, int]:

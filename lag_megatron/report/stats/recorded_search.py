@@ -18,7 +18,7 @@ KEYS = ("name", "config", "pool", "base_val_loss", "curves")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Search:
+class RecordedSearch:
     """One growth event as it was recorded.
 
     Attributes:
@@ -38,7 +38,7 @@ class Search:
     curves: Mapping[str, tuple[Json, ...]]
 
 
-def read_search(path: Path) -> Search:
+def read_search(path: Path) -> RecordedSearch:
     """Read a recorded search, ``.json`` or ``.json.gz``.
 
     Raises:
@@ -60,7 +60,7 @@ def read_search(path: Path) -> Search:
         raise RunError(f"{path}: not a recorded search: {error!r} is wrong or missing.") from None
 
 
-def recorded_searches(run_dir: Path) -> list[Search]:
+def recorded_searches(run_dir: Path) -> list[RecordedSearch]:
     """The growth events of a run directory, finished or not.
 
     Raises:
@@ -97,14 +97,14 @@ def write_search(run_dir: Path, growth: int, path: Path) -> None:
         raise RunError(f"{path}: cannot be written: {error}.") from None
 
 
-def _search(value: Json) -> Search:
+def _search(value: Json) -> RecordedSearch:
     pool = tuple(dict(c) if isinstance(c, dict) else {"id": str(c)} for c in value["pool"])
     curves = {id_: tuple(dict(row) for row in rows) for id_, rows in value["curves"].items()}
     for candidate in pool:
         for row in curves.setdefault(candidate["id"], ()):
             if not isinstance(row["step"], int) or "val_loss" not in row:
                 raise KeyError(f"{candidate['id']}: {row}")
-    return Search(
+    return RecordedSearch(
         name=str(value["name"]),
         growth=int(value.get("growth", 1)),
         config=dict(value["config"]),
@@ -114,12 +114,12 @@ def _search(value: Json) -> Search:
     )
 
 
-def search_of(files: RunFiles, growth: GrowthFiles) -> Search:
+def search_of(files: RunFiles, growth: GrowthFiles) -> RecordedSearch:
     """A growth event of a run as a search."""
     data = growth_data(files, growth)
     config = asdict(growth_settings(files, growth))
     del config["pool"]  # the candidates themselves stand beside it
-    return Search(
+    return RecordedSearch(
         name=str(files.run.get("name") or files.path.resolve().name),
         growth=growth.growth,
         config=config,

@@ -1,15 +1,14 @@
 """Rules replayed on a recorded search: what each would have chosen, at what cost."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from lag_megatron.config import GrowthConfig, parse_config
 from lag_megatron.config.load import apply_override
 from lag_megatron.errors import RunError
-from lag_megatron.report.formatting import fixed, integer, loss
-from lag_megatron.report.stats.analysis import analysis_of
-from lag_megatron.report.stats.recorded_search import Search
+from lag_megatron.report.stats.analysis import growth_analysis
+from lag_megatron.report.stats.recorded_search import RecordedSearch
 from lag_megatron.report.stats.run_files import Json, finite
 from lag_megatron.selection import Evaluation, Replay, replay
 from lag_megatron.selection.analysis import ended_curves
@@ -27,7 +26,9 @@ NOMINAL_MODEL = {
 SETTINGS = ("lag", "rungs", "eta", "rung_value", "min_rank_correlation")
 
 
-def compare_rules(search: Search, rules: Sequence[str] = (), settings: Sequence[str] = ()) -> Json:
+def compare_rules(
+    search: RecordedSearch, rules: Sequence[str] = (), settings: Sequence[str] = ()
+) -> Json:
     """What each rule would have done with the search, one entry of ``rules`` each.
 
     Args:
@@ -49,7 +50,7 @@ def compare_rules(search: Search, rules: Sequence[str] = (), settings: Sequence[
     }
 
 
-def own_outcome(search: Search, rule: str | None = None) -> Json | None:
+def own_outcome(search: RecordedSearch, rule: str | None = None) -> Json | None:
     """What a rule does with the search's own settings; None where the recording falls short.
 
     Without a name, the search's own rule.
@@ -61,12 +62,12 @@ def own_outcome(search: Search, rule: str | None = None) -> Json | None:
     return found
 
 
-def search_data(search: Search) -> Json:
+def search_data(search: RecordedSearch) -> Json:
     """The analysis of a recorded search, with what its own rule does under ``rules``."""
     own = own_outcome(search)
     lag = own["lag"] if own else settings_of(search, None, ()).last_rung
     failed = {c["id"] for c in (own or {}).get("candidates", ()) if c["status"] == "failed"}
-    analysis = analysis_of(
+    analysis = growth_analysis(
         search.pool,
         {id_: curve for id_, curve in loss_curves(search).items() if id_ not in failed},
         lag=lag,
@@ -78,7 +79,7 @@ def search_data(search: Search) -> Json:
     return {"name": search.name, "growth": search.growth, **analysis, "rules": rules}
 
 
-def loss_curves(search: Search) -> dict[str, Curve]:
+def loss_curves(search: RecordedSearch) -> dict[str, Curve]:
     """Step after growth and finite validation loss of each candidate, in the pool's order."""
     return {
         c["id"]: [
@@ -90,7 +91,7 @@ def loss_curves(search: Search) -> dict[str, Curve]:
     }
 
 
-def settings_of(search: Search, rule: str | None, settings: Sequence[str]) -> GrowthConfig:
+def settings_of(search: RecordedSearch, rule: str | None, settings: Sequence[str]) -> GrowthConfig:
     """The search's settings with another rule and other values, checked.
 
     Raises:
@@ -112,7 +113,7 @@ def settings_of(search: Search, rule: str | None, settings: Sequence[str]) -> Gr
     return parse_config(tree, source=f"the rule on {search.name}").growth_before(1)
 
 
-def _outcome(search: Search, settings: GrowthConfig) -> Json:
+def _outcome(search: RecordedSearch, settings: GrowthConfig) -> Json:
     pool = [candidate["id"] for candidate in search.pool]
     curves = {id_: [Evaluation.of_row(row) for row in search.curves[id_]] for id_ in pool}
     try:
@@ -144,7 +145,7 @@ def _outcome(search: Search, settings: GrowthConfig) -> Json:
     }
 
 
-def _price(search: Search, done: Replay) -> Json:
+def _price(search: RecordedSearch, done: Replay) -> Json:
     """Final loss of the choice, and how far above the lowest, over those trained to the end."""
     curves = loss_curves(search)
     ended = ended_curves({id_: c for id_, c in curves.items() if done.status[id_] != "failed"})
@@ -160,75 +161,3 @@ def _price(search: Search, done: Replay) -> Json:
             "relative_regret": above / (high - low) if high > low else 0.0,
         }
     return {"final_step": step, "compared_at_end": len(final), **price}
-
-
-def comparison_text(comparison: Json) -> str:
-    """A comparison as plain text, the rules side by side and then what each did at its rungs."""
-    rules = comparison["rules"]
-    head = f"{comparison['name']}, growth {comparison['growth']}: "
-    lines = [f"{head}{comparison['candidates']} candidates", ""]
-    lines += aligned([("", *(_title(rule) for rule in rules)), *_rows(rules)])
-    for rule in rules:
-        lines += ["", f"rungs of {_title(rule)}"]
-        header = ("step", "candidates", "go on", "stopped", "rank correlation", "transition")
-        lines += aligned([header, *(_rung_row(rung) for rung in rule["rungs"])])
-    return "\n".join(lines)
-
-
-def analysis_text(data: Json) -> str:
-    """The table of an analysis as plain text."""
-    rows = [("choice", "candidate", "final loss", "regret", "relative regret")]
-    for policy, row in data["table"].items():
-        row = row or dict.fromkeys(("id", "final_loss", "regret", "relative_regret"))
-        losses = loss(row["final_loss"]), loss(row["regret"]), fixed(row["relative_regret"], 4)
-        rows.append((policy, row["id"] or "-", *losses))
-    base = f"base model, before growth: {loss(data['base_val_loss'])}"
-    steps = f"steps: {' '.join(map(str, data['steps']))}"
-    return "\n".join([f"{data['name']}, growth {data['growth']}", *aligned(rows), base, steps])
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns two blanks apart."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-
-
-def _title(rule: Json) -> str:
-    value = rule["settings"]["rung_value"]
-    return rule["rule"] if value == "last" else f"{rule['rule']} ({value})"
-
-
-def _rows(rules: Sequence[Json]) -> Iterator[Sequence[str]]:
-    yield "chosen", *(rule["chosen"] for rule in rules)
-    yield "decides at step", *(integer(rule["lag"]) for rule in rules)
-    yield "probe steps", *(integer(rule["probe_steps"]) for rule in rules)
-    yield "of |G|*k", *(share_of_all(rule) for rule in rules)
-    yield "failed, or not recorded that far", *(str(_failed(rule)) for rule in rules)
-    yield "final loss", *(loss(rule["final_loss"]) for rule in rules)
-    yield "  after step", *(integer(rule["final_step"]) for rule in rules)
-    yield "regret", *(loss(rule["regret"]) for rule in rules)
-    yield "relative regret", *(fixed(rule["relative_regret"], 4) for rule in rules)
-
-
-def _failed(rule: Json) -> int:
-    return sum(candidate["status"] == "failed" for candidate in rule["candidates"])
-
-
-def share_of_all(rule: Json) -> str:
-    """Probe steps as a share of training every candidate to the decision."""
-    steps = rule["exhaustive_steps"]
-    return f"{rule['probe_steps'] / steps:.1%} of {steps:,}" if steps else "-"
-
-
-def _rung_row(rung: Json) -> Sequence[str]:
-    return (
-        integer(rung["rung"]),
-        integer(len(rung["goes_on"]) + len(rung["stopped"])),
-        integer(len(rung["goes_on"])),
-        integer(len(rung["stopped"])),
-        fixed(rung["rank_correlation"], 3),
-        integer(rung["transition"]),
-    )

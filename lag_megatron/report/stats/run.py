@@ -6,16 +6,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.planning.cost import parameter_count, steps_flops, tokens_per_step
 from lag_megatron.planning.random_paths import mean_layers_run
-from lag_megatron.report.sections.lineage import lineage_data
-from lag_megatron.report.sections.sources import sources_data
-from lag_megatron.report.stats.analysis import analysis_of_nothing
+from lag_megatron.report.stats.analysis import empty_analysis
 from lag_megatron.report.stats.growth import growth_data, growth_settings
+from lag_megatron.report.stats.lineage import lineage_data
 from lag_megatron.report.stats.recorded_search import search_of
 from lag_megatron.report.stats.rule_comparison import RULES, own_outcome
 from lag_megatron.report.stats.run_files import GrowthFiles, Json, RunFiles, finite, read_run
+from lag_megatron.report.stats.sources import sources_data
 
 TRAIN, VAL, SPEED = "train/loss", "val/loss", "train/tokens_per_second"
 
@@ -35,7 +35,7 @@ def report_data(run_dir: Path) -> Json:
     growths = [
         {**growth_data(files, growth), "rules": _rules(files, growth)} for growth in files.growths
     ]
-    last = growths[-1]["analysis"] if growths else analysis_of_nothing()
+    last = growths[-1]["analysis"] if growths else empty_analysis()
     return {
         "name": files.run.get("name") or files.path.resolve().name,
         "device": files.run.get("device"),

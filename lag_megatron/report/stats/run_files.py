@@ -9,7 +9,7 @@ from typing import Any
 
 from lag_megatron.config import RunConfig, load_config
 from lag_megatron.errors import RunError
-from lag_megatron.planning.cost import as_journalled
+from lag_megatron.run.resolved_config import as_journalled
 
 Json = dict[str, Any]
 

@@ -16,11 +16,11 @@ def ranks_sum():
     import torch.distributed as dist
 
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.engine.reductions import over_data
+    from lag_megatron.engine.reductions import sum_over_data_parallel
 
     world = start_world(tensor=1)
     mine = torch.tensor([world.rank + 1.0], dtype=torch.float64)
-    total = float(over_data(mine, world))
+    total = float(sum_over_data_parallel(mine, world))
     assert dist.get_world_size() == world.size
     stop_world()
     return world.rank, total

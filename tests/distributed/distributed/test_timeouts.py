@@ -18,7 +18,7 @@ LIMIT = 3.0
 def _start(limit=LIMIT):
     from lag_megatron.distributed import world as world_module
 
-    world_module.HEAD_START = datetime.timedelta()
+    world_module.COLLECTIVE_TIMEOUT_MARGIN = datetime.timedelta()
     return world_module.start_world(tensor=1, timeout=limit)
 
 
@@ -55,10 +55,10 @@ def test_a_collective_waits_no_longer_than_the_configuration_says(kind):
 def _nccl_default():
     import torch.distributed.distributed_c10d as c10d
 
-    from lag_megatron.distributed.world import HEAD_START, start_world
+    from lag_megatron.distributed.world import COLLECTIVE_TIMEOUT_MARGIN, start_world
 
     start_world(tensor=1, timeout=77)
-    return c10d._get_default_timeout("nccl") - HEAD_START
+    return c10d._get_default_timeout("nccl") - COLLECTIVE_TIMEOUT_MARGIN
 
 
 def test_groups_over_nccl_have_the_same_default():
@@ -84,7 +84,7 @@ def test_a_frozen_rank_ends_those_that_wait_for_its_messages(capfd):
 
 def _busy(seconds):
     world = _start(limit=1)
-    return world.from_coordinator(lambda: time.sleep(seconds) or "done")
+    return world.run_on_rank0(lambda: time.sleep(seconds) or "done")
 
 
 def test_ranks_wait_as_long_as_the_coordinator_works():
@@ -92,13 +92,13 @@ def test_ranks_wait_as_long_as_the_coordinator_works():
 
 
 def test_a_port_that_another_run_has_is_named(monkeypatch):
-    from lag_megatron.distributed.rendezvous import meet
+    from lag_megatron.distributed.rendezvous import open_store
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         with pytest.raises(RunError, match="no other run has this port"):
-            meet(0, 2, 0)
+            open_store(0, 2, 0)
 
 
 def test_ranks_that_do_not_come_are_missed(monkeypatch):
@@ -108,4 +108,4 @@ def test_ranks_that_do_not_come_are_missed(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "0")
     with pytest.raises(RunError, match=r"the 2 ranks did not meet at 127\.0\.0\.1"):
-        rendezvous.meet(0, 2, 0)
+        rendezvous.open_store(0, 2, 0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import PICO_VOCABULARY, pico_config, random_batches, run_ranks, train_and_save
 from full_state import tree_differences
-from switching import PLANS, same_files, switch_from_kept, switch_in_place
+from switching import PLANS, same_files, switch_from_cache, switch_in_place
 from test_engine import build, load_into_each, steps, stop_and_resume
 
 from lag_megatron.checkpoint.zero.describe import describe_zero
@@ -65,7 +65,7 @@ def reference(engine, config, states, first, last):
         vocab_size=PICO_VOCABULARY,
     )
     named = dict(model.named_parameters())
-    for name, weights in engine._engine.module.named_parameters():
+    for name, weights in engine.module.named_parameters():
         named[name].data.copy_(weights.data)
     matrices, vectors = ([p for p in named.values() if (p.dim() > 1) == big] for big in (1, 0))
     optimizer = torch.optim.Adafactor(
@@ -112,7 +112,7 @@ def beside_torch(config, grown_config, base):
         plan = PLANS[name]
         engine.grow_from(GrownState(ZeroCheckpoint.open(base), plan, engine.topology))
         sources = [origin.source for origin in plan.layer_map]
-        names = dict(engine._engine.module.named_parameters())
+        names = dict(engine.module.named_parameters())
         states = {name: saved_states(base)[source_of(name, sources)] for name in names}
         expected = reference(engine, grown_config, states, 3, 6)
         pairs[name] = ([r.loss for r in steps(engine, grown_config, world, 3, 6)], expected)
@@ -144,11 +144,11 @@ def test_in_place_equals_disk(precision, base, tmp_path):
 def test_a_kept_base_gives_the_same_means(base, tmp_path):
     """Means over rows and columns lie in buffers of their own."""
     config = adafactor(layers=4)
-    for losses in run_ranks(switch_from_kept, 2, config, base, tmp_path, PLANS):
+    for losses in run_ranks(switch_from_cache, 2, config, base, tmp_path, PLANS):
         for name, (there, here) in losses.items():
             assert there == here, name
     for name in PLANS:
-        assert same_files(tmp_path / f"{name}-shards", tmp_path / f"{name}-kept") > 0
+        assert same_files(tmp_path / f"{name}-shards", tmp_path / f"{name}-cached") > 0
 
 
 @pytest.mark.parametrize("moments", ["copy", "zero", "borrow"])

@@ -13,23 +13,23 @@ def watch(config, folder):
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=2, vocab_size=PICO_VOCABULARY)
-    average = WeightAverage(engine.live)
-    first = [m.detach().double().numpy().copy() for m in engine.live.masters]
+    average = WeightAverage(engine.state)
+    first = [m.detach().double().numpy().copy() for m in engine.state.masters]
     for taken in range(1, 5):
         train(engine, config, world, taken)
         average.update(taken)
         weight = 1 - (1 - 1 / taken) ** 7.94  # by Karras et al. 2024, gamma 6.94
-        masters = [m.detach().double().numpy() for m in engine.live.masters]
+        masters = [m.detach().double().numpy() for m in engine.state.masters]
         first = [a + weight * (m - a) for a, m in zip(first, masters, strict=True)]
     batches = [random_batches(config, world, 99)]
     own = engine.evaluate(batches)
     with average.in_place():
         seen = engine.evaluate(batches)
-        held = [m.detach().double().numpy().copy() for m in engine.live.masters]
+        held = [m.detach().double().numpy().copy() for m in engine.state.masters]
     worst = max(float(np.abs(a - b).max()) for a, b in zip(first, held, strict=True))
     again = engine.evaluate(batches)
     average.save(folder, rank=world.rank, size=world.size)
-    other = WeightAverage(engine.live)
+    other = WeightAverage(engine.state)
     other.load(folder, rank=world.rank, size=world.size)
     with other.in_place():
         loaded = engine.evaluate(batches)

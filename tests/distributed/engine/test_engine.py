@@ -152,12 +152,12 @@ def load_into_each(configs, path):
     messages = []
     for config in configs:
         _, engine = build(config)
-        before = [p.detach().clone() for p in engine._engine.module.parameters()]
+        before = [p.detach().clone() for p in engine.module.parameters()]
         try:
             engine.load(path)
             messages.append(None)
         except CheckpointError as error:
-            after = list(engine._engine.module.parameters())
+            after = list(engine.module.parameters())
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
             messages.append(str(error))
     return messages

@@ -36,12 +36,12 @@ def masters_after(config, *, spoil=False):
 
 
 def state_of(engine):
-    optimizer = engine._engine.optimizer.optimizer
-    masters = [master.detach().clone() for master in engine.live.masters]
+    optimizer = engine.state.torch_optimizer
+    masters = [master.detach().clone() for master in engine.state.masters]
     moments = [
         value.clone() for state in optimizer.state.values() for _, value in sorted(state.items())
     ]
-    weights = [p.detach().clone() for p in engine._engine.module.parameters()]
+    weights = [p.detach().clone() for p in engine.module.parameters()]
     return masters + moments + weights
 
 

@@ -50,9 +50,9 @@ def reads_on_a_cpu(config):
     for step in range(LAST):
         engine.train_step(batches[step], step=step, lr=1e-3)
     counted = engine_module.labels_of(batches[LAST])
-    transfers, read = [], engine_module.read
+    transfers, to_host = [], engine_module.to_host
     engine_module.labels_of = lambda given: counted  # they are counted in the host's memory
-    engine_module.read = lambda *given: (transfers.append(len(given)), read(*given))[1]
+    engine_module.to_host = lambda *given: (transfers.append(len(given)), to_host(*given))[1]
     waits, accelerator = [], get_accelerator()
     accelerator.synchronize = lambda *given: waits.append(given)
     with Reads() as mode:
@@ -83,13 +83,13 @@ def waits_on_a_gpu(config):
     pinned = [[{n: t.pin_memory() for n, t in part.items()} for part in b] for b in batches]
     for step in range(LAST):
         engine.train_step(pinned[step], step=step, lr=1e-3)
-    read = engine_module.read
+    to_host = engine_module.to_host
 
     def read_at_the_end(*given):
         torch.cuda.set_sync_debug_mode("default")
-        return read(*given)
+        return to_host(*given)
 
-    engine_module.read = read_at_the_end
+    engine_module.to_host = read_at_the_end
     torch.cuda.set_sync_debug_mode("error")
     loss = engine.train_step(pinned[LAST], step=LAST, lr=1e-3).loss
     stop_world()

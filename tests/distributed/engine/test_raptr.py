@@ -12,9 +12,9 @@ import torch
 from conftest import PICO_VOCABULARY, random_batches, run_ranks, sparing
 from families import family_batches, family_config
 from full_state import read_full
-from lag_megatron.checkpoint.state.param_names import LAYER
 
-from lag_megatron.config.raptr import RaptrConfig
+from lag_megatron.checkpoint.megatron.param_names import LAYER
+from lag_megatron.config.schema.raptr import RaptrConfig
 from lag_megatron.planning.random_paths import path_at
 
 LAYERS, STEPS, LR = 5, 5, 1e-2
@@ -65,7 +65,7 @@ def reference(config):
     from lag_megatron.model.parameter_groups import decay_split
 
     world = start_world(tensor=1)
-    whole = engine_of(config, world)._engine.module
+    whole = engine_of(config, world).module
     optimizer = torch.optim.AdamW(
         [
             {"params": group, "weight_decay": decay}
@@ -256,11 +256,11 @@ def states_around_a_step(config):
     engine = engine_of(config, world)
 
     def states():
-        held = engine._engine.optimizer.state
+        held = engine.state.torch_optimizer.state
         return {
             name: [parameter.detach().clone()]
             + [value.clone() for key, value in sorted(held[parameter].items()) if key != "step"]
-            for name, parameter in engine._engine.module.named_parameters()
+            for name, parameter in engine.module.named_parameters()
         }
 
     engine.train_step(batches_of(config, world, 0), step=0, lr=LR)

@@ -71,9 +71,11 @@ def load_universal(config, folder, out):
     config = replace(config, deepspeed={"checkpoint": {"load_universal": True}})
     layers = config.model.num_layers
     engine = Engine(config, world, num_layers=layers, vocab_size=PICO_VOCABULARY)
-    path, client = engine._engine.load_checkpoint(str(folder), load_lr_scheduler_states=False)
+    path, client = engine.deepspeed_engine.load_checkpoint(
+        str(folder), load_lr_scheduler_states=False
+    )
     assert path is not None
-    decays = [group["weight_decay"] for group in engine.live.inner.param_groups]
+    decays = [group["weight_decay"] for group in engine.state.torch_optimizer.param_groups]
     engine.save(out, "back", client_state=client["lag"])
     engine.train_step(random_batches(config, world, 3), step=3, lr=1e-2)
     stop_world()
@@ -120,7 +122,7 @@ def test_deepspeed_loads_universal(case, tmp_path):
     config, topology = target_of(other_world, **other)
     conversion = Conversion(source=ZeroCheckpoint.open(path), to="universal", topology=topology)
     folder = tmp_path / "universal"
-    write(conversion.order(conversion.place(folder)))
+    write(conversion.job(conversion.target_dir(folder)))
     loaded = run_ranks(load_universal, other_world, config, folder, tmp_path)
     found, counts = full(tmp_path / "back", config, other_world)
     assert counts == steps
@@ -178,7 +180,7 @@ def test_megatron_loads_torch_dist(shape, numbered, tensor, tmp_path):
     path, config, (expected, _) = trained(tmp_path / "old", 2, **shape)
     conversion = Conversion(source=ZeroCheckpoint.open(path), to="megatron", stacked=not numbered)
     folder = tmp_path / "megatron"
-    write(conversion.order(conversion.place(folder)))
+    write(conversion.job(conversion.target_dir(folder)))
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == "3"
     config = replace(config, parallel=replace(config.parallel, tensor=tensor))
     ranks = run_ranks(load_dist, tensor, config, folder / "iter_0000003", numbered)
@@ -213,10 +215,10 @@ def load_imported(config, folder):
     world = start_world(tensor=config.parallel.tensor)
     layers = config.model.num_layers
     engine = Engine(config, world, num_layers=layers, vocab_size=PICO_VOCABULARY)
-    clip = engine._engine.optimizer.clip_grad
-    path, _ = engine._engine.load_checkpoint(str(folder), load_lr_scheduler_states=False)
+    clip = engine.deepspeed_engine.optimizer.clip_grad
+    path, _ = engine.deepspeed_engine.load_checkpoint(str(folder), load_lr_scheduler_states=False)
     assert path is not None
-    assert engine._engine.optimizer.clip_grad == clip > 0
+    assert engine.deepspeed_engine.optimizer.clip_grad == clip > 0
     engine.save(folder.parent, "back", client_state={})
     engine.train_step(random_batches(config, world, 3), step=3, lr=1e-2)
     stop_world()
@@ -226,11 +228,11 @@ def test_growth_on_the_way_from_megatron_to_deepspeed(tmp_path):
     """A TP 2 checkpoint through torch_dist into ZeRO-1 of two ranks, three layers for two."""
     path, _, (expected, _) = trained(tmp_path / "old", 2, tensor=2)
     there = Conversion(source=ZeroCheckpoint.open(path), to="megatron")
-    write(there.order(there.place(tmp_path / "megatron")))
+    write(there.job(there.target_dir(tmp_path / "megatron")))
     config, topology = target_of(2, num_layers=3)
     source = open_checkpoint(tmp_path / "megatron")
     back = Conversion(source=source, to="zero", plan=GROW, topology=topology)
-    write(back.order(back.place(tmp_path / "grown")))
+    write(back.job(back.target_dir(tmp_path / "grown")))
     run_ranks(load_imported, 2, config, tmp_path / "grown")
     found, _ = full(tmp_path / "back", config, 2)
     for (state, name), value in found.items():
@@ -248,7 +250,7 @@ def test_stock_loaders_take_growth_by_links(tmp_path):
     config, topology = target_of(2, num_layers=3)
     for form in ("universal", "megatron"):
         there = Conversion(source=ZeroCheckpoint.open(path), to=form, topology=topology)
-        write(there.order(there.place(tmp_path / form)))
+        write(there.job(there.target_dir(tmp_path / form)))
     source = open_checkpoint(tmp_path / "universal")
     write(
         hardlink_universal(

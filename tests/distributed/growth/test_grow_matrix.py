@@ -81,11 +81,11 @@ def grow_and_load(config, folder, plans, target_layers, steps=3):
     engine = Engine(config, world, num_layers=target_layers, vocab_size=PICO_VOCABULARY)
     losses, weights = {}, {}
     for name in plans:
-        path, state = engine._engine.load_checkpoint(str(folder / name))
+        path, state = engine.deepspeed_engine.load_checkpoint(str(folder / name))
         assert path is not None
         assert state["lag"]["num_layers"] == target_layers
         engine.save(folder / name, "again", client_state={})
-        parameters = dict(engine._engine.module.named_parameters())
+        parameters = dict(engine.module.named_parameters())
         gathered = list(parameters.values()) if config.parallel.zero_stage == 3 else []
         with deepspeed.zero.GatheredParameters(gathered, enabled=bool(gathered)):
             weights[name] = {n: p.detach().float().clone() for n, p in parameters.items()}

@@ -216,8 +216,8 @@ def test_nothing_is_lost_through_universal(at, sources, tmp_path):
         opened = open_checkpoint(here)
         topology = ZeroCheckpoint.open(source).topology
         conversion = Conversion(source=opened, to=form, topology=topology)
-        here = conversion.place(tmp_path / name)
-        write(conversion.order(here))
+        here = conversion.target_dir(tmp_path / name)
+        write(conversion.job(here))
     before, after = at.read(source), at.read(here)
     assert after[1] == before[1]
     assert differences(after[0], before[0]) == []

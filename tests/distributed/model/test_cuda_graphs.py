@@ -57,7 +57,7 @@ def trained(config, base, graphed):
     world = start_world(tensor=1)
     engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)
     if graphed and not config.parallel.cuda_graphs:
-        graph_layers(engine._engine.module, Rerun)
+        graph_layers(engine.module, Rerun)
     found = [losses_of(engine, config, world, 0)]
     for name in ("duplicate", "random"):
         growth = GrownState(ZeroCheckpoint.open(base), PLANS[name], engine.topology)
@@ -66,7 +66,7 @@ def trained(config, base, graphed):
         found.append(losses_of(engine, config, world, 10))
     graphs = [
         len(layer.forward._graphs)
-        for layer in engine._engine.module.modules()
+        for layer in engine.module.modules()
         if hasattr(layer, "forward") and hasattr(layer.forward, "_graphs")
     ]
     stop_world()

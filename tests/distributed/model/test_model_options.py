@@ -112,7 +112,7 @@ def streams(config):
 
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=1, vocab_size=PICO_VOCABULARY)
-    model, kept = engine._engine.module, []
+    model, kept = engine.module, []
     hook = model.embedding.embedding_dropout.register_forward_hook(
         lambda _, inputs, output: kept.append(output != 0)
     )

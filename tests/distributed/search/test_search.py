@@ -63,27 +63,27 @@ def test_groups_see_the_same_batches_and_decide_alike(
     assert {e["group"] for e in events_of(tmp_path / "run", "probe_started")} == set(range(count))
 
 
-def train_from_a_kept_base(*arguments):
-    """As ``train`` where the device keeps the base of an event; how many launches there were."""
+def train_from_a_cached_base(*arguments):
+    """As ``train`` with the event's base cached; how many launches there were."""
     import torch
 
     from lag_megatron.engine import state
-    from lag_megatron.engine.base_cache import KeptBase, Store
+    from lag_megatron.engine.base_cache import BaseCache, MemoryTier
 
-    def kept(device, **unused):
-        return KeptBase([Store("memory", lambda: 1e9, torch.empty)], page=500)
+    def cache(device, **unused):
+        return BaseCache([MemoryTier("memory", lambda: 1e9, torch.empty)], page=500)
 
     write_runs, launches = state.write_runs, []
-    KeptBase.on = kept
+    BaseCache.for_device = cache
     state.write_runs = lambda runs: (launches.append(len(runs)), write_runs(runs))
     train(*arguments)
     return len(launches)
 
 
-def test_a_base_that_is_kept_changes_no_curve(one_group, tiny, tmp_path):
+def test_a_cached_base_changes_no_curve(one_group, tiny, tmp_path):
     """The first candidate comes from the shards, those that go on from their own states."""
     split = [*CALM, *HALVING]
-    (launches,) = run_ranks(train_from_a_kept_base, 1, tiny, tmp_path / "run", split)
+    (launches,) = run_ranks(train_from_a_cached_base, 1, tiny, tmp_path / "run", split)
     assert launches == len(curves_of(one_group)) - 1 > 0
     assert curves_of(tmp_path / "run") == curves_of(one_group)
     assert losses_of(tmp_path / "run", "train/loss") == losses_of(one_group, "train/loss")
@@ -112,9 +112,9 @@ def at_step(step, times, action):
     """A fault: the ``times``-th time that this process takes step ``step`` of stage 1."""
 
     def fault():
-        from lag_megatron.engine.training_context import Job
+        from lag_megatron.training.training_context import TrainingContext
 
-        honest, seen = Job.step, []
+        honest, seen = TrainingContext.step, []
 
         def take(self, engine, number, *, stage):
             if stage == 1 and number == step:
@@ -123,7 +123,7 @@ def at_step(step, times, action):
                     action(self)
             return honest(self, engine, number, stage=stage)
 
-        Job.step = take
+        TrainingContext.step = take
 
     return fault
 
@@ -136,9 +136,9 @@ def test_a_stop_in_a_probe_loses_no_step(groups, value, tiny, tmp_path):
     split.append("checkpoint.interval=100")
     run_ranks(train, 2, tiny, tmp_path / "undisturbed", split)
 
-    def stop(job):
+    def stop(context):
         if os.environ["RANK"] == "0":
-            job.stop.ask("as by SIGTERM")
+            context.stop.ask("as by SIGTERM")
 
     run_dir = tmp_path / "stopped"
     for step, times in ((12, 3 - groups), (16, 1)):
@@ -153,7 +153,7 @@ def test_a_stop_in_a_probe_loses_no_step(groups, value, tiny, tmp_path):
 
 
 def test_out_of_memory_costs_the_candidate_and_not_the_event(tiny, tmp_path):
-    def exhausted(job):
+    def exhausted(context):
         if os.environ["RANK"] == "1":
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 20 GiB")
 
@@ -168,7 +168,7 @@ def test_out_of_memory_costs_the_candidate_and_not_the_event(tiny, tmp_path):
 
 
 def test_a_hung_rank_ends_with_all_stacks_and_at_last_costs_the_candidate(tiny, tmp_path, capfd):
-    def hang(job):
+    def hang(context):
         if os.environ["RANK"] == "1":
             time.sleep(600)
 
@@ -186,14 +186,14 @@ def test_a_hung_rank_ends_with_all_stacks_and_at_last_costs_the_candidate(tiny, 
 
 
 def full_disk():
-    from lag_megatron.engine.state import LiveState
+    from lag_megatron.engine.state import EngineState
     from lag_megatron.errors import CheckpointError
 
     def write(self, folder, growth, *, client_state):
         raise CheckpointError(f"{folder}: cannot write: No space left on device")
 
     if os.environ["RANK"] == "1":
-        LiveState.write = write
+        EngineState.write = write
 
 
 def test_a_disk_that_fills_up_in_one_group_ends_the_run_and_damages_nothing(tiny, tmp_path):
@@ -211,7 +211,7 @@ def test_a_disk_that_fills_up_in_one_group_ends_the_run_and_damages_nothing(tiny
 def test_a_group_that_dies_stops_the_others_and_the_run_goes_on(dead, tiny, tmp_path):
     split, run_dir = [*CALM, *HALVING, "growth.probe_groups=2"], tmp_path / "run"
 
-    def die(job):
+    def die(context):
         if os.environ["RANK"] == dead:
             os._exit(9)
 
@@ -226,26 +226,26 @@ def test_a_group_that_dies_stops_the_others_and_the_run_goes_on(dead, tiny, tmp_
 
 
 def interrupted_conclusion():
-    """Rank 0 ends before the decision; somebody knocks at the coordinator's port."""
+    """Rank 0 ends before the decision; strangers connect to its ports before each client does."""
     import socket
 
-    from lag_megatron.search import rpc
+    from lag_megatron.distributed import channel
     from lag_megatron.search.coordinator import Coordinator
 
     def announce(self, decision):
         raise LagError("end here")
 
     Coordinator.announce = announce
-    honest = rpc._connected
+    honest = channel.connect
 
-    def connected(port, secret, group):
+    def connect(port, secret, **options):
         address = os.environ["MASTER_ADDR"], port
         socket.create_connection(address).close()
-        with socket.create_connection(address) as stranger:
+        with socket.create_connection(address) as stranger, socket.create_connection(address):
             stranger.sendall(b"\0" * 100)
-            return honest(port, secret, group)
+            return honest(port, secret, **options)
 
-    rpc._connected = connected
+    channel.connect = connect
 
 
 @pytest.mark.slow
@@ -270,7 +270,7 @@ def whose_word(count):
     world = start_world(tensor=1)
     part = split_world(world, count, timeout=60)
     try:
-        part.from_coordinator(fail)
+        part.run_on_rank0(fail)
     except LagError as error:
         told = error.on_all_ranks
     stop_world()
@@ -288,8 +288,8 @@ def test_averages_of_another_topology_are_begun_again(tiny, tmp_path):
     run_ranks(train, 2, tiny, tmp_path / "undisturbed", split)
     run_dir = tmp_path / "run"
 
-    def stop(job):
-        job.stop.ask("as by SIGTERM")
+    def stop(context):
+        context.stop.ask("as by SIGTERM")
 
     run_ranks(train, 2, tiny, run_dir, split, "auto", at_step(16, 1, stop))
     run_ranks(train, 2, tiny, run_dir, [*split, "parallel.zero_stage=3"])

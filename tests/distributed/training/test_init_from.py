@@ -19,9 +19,9 @@ def convert(*arguments):
 
 
 def train(config_path, run_dir, overrides):
-    from lag_megatron.training.train import Request, train
+    from lag_megatron.training.train import TrainRequest, train
 
-    train(Request(load_config(config_path, overrides=overrides), Path(run_dir), "auto"))
+    train(TrainRequest(load_config(config_path, overrides=overrides), Path(run_dir), "auto"))
 
 
 def validation(run_dir):

@@ -22,16 +22,16 @@ def killed_at(step_to_die):
     """Rank 0 dies, as by kill -9, before that step."""
 
     def fault():
-        from lag_megatron.engine.training_context import Job
+        from lag_megatron.training.training_context import TrainingContext
 
-        honest = Job.step
+        honest = TrainingContext.step
 
         def step(self, engine, step, *, stage):
             if step == step_to_die and os.environ["RANK"] == "0":
                 os.kill(os.getpid(), signal.SIGKILL)
             return honest(self, engine, step, stage=stage)
 
-        Job.step = step
+        TrainingContext.step = step
 
     return fault
 
@@ -190,16 +190,15 @@ def test_layers_that_do_not_run_compute_and_keep_nothing():
 def fetched(config, paths):
     """For each step, the layers whose weights ZeRO-3 gathered for it."""
 
-    from lag_megatron.checkpoint.state.param_names import LAYER
-
+    from lag_megatron.checkpoint.megatron.param_names import LAYER
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine.engine import Engine
 
     world = start_world(tensor=1)
     layers = config.model.num_layers
     engine = Engine(config, world, num_layers=layers, vocab_size=PICO_VOCABULARY)
-    names = {p.ds_id: name for name, p in engine._engine.module.named_parameters()}
-    coordinator = engine._engine.optimizer.parameter_offload.get_param_coordinator()
+    names = {p.ds_id: name for name, p in engine.module.named_parameters()}
+    coordinator = engine.deepspeed_engine.optimizer.parameter_offload.get_param_coordinator()
     kind, seen = type(coordinator), set()
     gather = "_PartitionedParameterCoordinator__all_gather_params_"
     honest = getattr(kind, gather)

@@ -35,9 +35,9 @@ def killed_in_probes_of(growth):
     def fault():
         if os.environ["RANK"] != "0":
             return
-        from lag_megatron.engine.training_context import Job
+        from lag_megatron.training.training_context import TrainingContext
 
-        honest, started = Job.step, {"probes": 0}
+        honest, started = TrainingContext.step, {"probes": 0}
 
         def step(self, engine, step, *, stage):
             if stage == growth and (self.run.growth(growth) / "pool.json").exists():
@@ -47,7 +47,7 @@ def killed_in_probes_of(growth):
                     os.kill(os.getpid(), signal.SIGKILL)
             return honest(self, engine, step, stage=stage)
 
-        Job.step = step
+        TrainingContext.step = step
 
     return fault
 

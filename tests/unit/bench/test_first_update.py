@@ -139,7 +139,7 @@ def test_norms_that_became_plain_take_it_whatever_the_policy(moments):
     for layer, origin in enumerate(plan.layer_map):
         for branch in ("attn", "mlp"):
             name = f"decoder.layers.{layer}.post_{branch}_layernorm.weight"
-            plain = {"attn": "attention"}.get(branch, branch) in origin.plain_norms
+            plain = {"attn": "attention"}.get(branch, branch) in origin.identity_norms
             if plain:
                 assert rms(updates[name]) == pytest.approx(TRAP, rel=1e-3)
             elif not origin.is_new or branch == "mlp":  # kept, or handed over with its moments

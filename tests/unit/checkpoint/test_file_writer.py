@@ -1,4 +1,4 @@
-"""Files that are filled by several threads at once, and files that share a mould."""
+"""Files that are filled by several threads at once, and files that share a template."""
 
 import errno
 import os
@@ -15,10 +15,12 @@ from lag_megatron.checkpoint.state.layout import Container, Segment
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.checkpoint.state.spec import PlaceholderTensors
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.writer import file_writer
+from lag_megatron.checkpoint.writer import file_writer, pieces
+from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.file_template import FileTemplateCache
-from lag_megatron.checkpoint.writer.file_writer import Span, WriteContext, write_spans
+from lag_megatron.checkpoint.writer.file_writer import write_spans
 from lag_megatron.checkpoint.writer.ordered_pool import OrderedPool
+from lag_megatron.checkpoint.writer.pieces import Span
 from lag_megatron.checkpoint.zero.writer import write_objects
 from lag_megatron.errors import CheckpointError
 
@@ -37,7 +39,7 @@ def joined(work):
 class Numbers:
     """Fills a region with its elements' own numbers."""
 
-    def expect(self, region):
+    def prefetch(self, region):
         pass
 
     def __call__(self, region, buffer):
@@ -51,7 +53,7 @@ def region(length, state="fp32"):
 
 
 def test_pieces_are_finished_in_order_by_whoever_is_there():
-    relay, finished, second = OrderedPool(iter(range(200))), [], threading.Event()
+    pool, finished, second = OrderedPool(iter(range(200))), [], threading.Event()
 
     def work(number):
         if number == 0:
@@ -61,14 +63,14 @@ def test_pieces_are_finished_in_order_by_whoever_is_there():
         time.sleep(random.random() / 2000)
         return lambda: finished.append(number)
 
-    with joined(lambda: relay.run([work])):
-        relay.run([work])
+    with joined(lambda: pool.run([work])):
+        pool.run([work])
     assert finished == list(range(200))
 
 
 def test_a_thread_comes_back_when_what_it_took_is_finished():
     """Until then its buffers are read, by whoever is about the finishing."""
-    relay, finished, taker, at_back = OrderedPool(iter(range(2))), [], [], []
+    pool, finished, taker, at_back = OrderedPool(iter(range(2))), [], [], []
     begun, left, may_finish = (threading.Event() for _ in range(3))
 
     def slow(number):
@@ -83,7 +85,7 @@ def test_a_thread_comes_back_when_what_it_took_is_finished():
 
     def run():
         assert begun.wait(60)
-        relay.run([fast, fast])
+        pool.run([fast, fast])
         if threading.current_thread() in taker:
             at_back.append(list(finished))
 
@@ -93,12 +95,12 @@ def test_a_thread_comes_back_when_what_it_took_is_finished():
         may_finish.set()
 
     with joined(run), joined(release):
-        relay.run([slow])
+        pool.run([slow])
     assert at_back == [[0, 1]]
 
 
 def test_one_thread_fails_and_the_others_end():
-    relay, finished, failures = OrderedPool(iter(range(10**9))), [], []
+    pool, finished, failures = OrderedPool(iter(range(10**9))), [], []
 
     def work(number):
         if number == 50:
@@ -107,7 +109,7 @@ def test_one_thread_fails_and_the_others_end():
 
     def run():
         try:
-            relay.run([work])
+            pool.run([work])
         except OSError as error:
             failures.append(str(error))
 
@@ -120,7 +122,7 @@ def test_one_thread_fails_and_the_others_end():
 
 def test_a_thread_that_waits_comes_back_when_another_fails():
     """What it took will never be finished: the disk was full one piece before."""
-    relay, begun, left = OrderedPool(iter(range(2))), threading.Event(), threading.Event()
+    pool, begun, left = OrderedPool(iter(range(2))), threading.Event(), threading.Event()
 
     def slow(number):
         begun.set()
@@ -134,12 +136,12 @@ def test_a_thread_that_waits_comes_back_when_another_fails():
 
     def run():
         assert begun.wait(60)
-        relay.run([fast, fast])
+        pool.run([fast, fast])
 
     waiting = threading.Thread(target=run, daemon=True)
     waiting.start()
     with pytest.raises(OSError, match="no room"):
-        relay.run([slow])
+        pool.run([slow])
     waiting.join(60)
     assert not waiting.is_alive()
 
@@ -148,20 +150,21 @@ def test_a_thread_that_waits_comes_back_when_another_fails():
 @pytest.mark.parametrize("block", [1 << 22, 1 << 12])
 def test_rows_that_lie_as_columns(block, dtype, tmp_path, monkeypatch):
     """Matrices of 96 x 40 among others, turned whole or some rows at a time, by four threads."""
-    monkeypatch.setattr(file_writer, "_BLOCK_BYTES", block)
-    monkeypatch.setattr(file_writer, "_WINDOW_BYTES", 1 << 10)
+    monkeypatch.setattr(pieces, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(pieces, "_WINDOW_BYTES", 1 << 10)
+    monkeypatch.setattr(file_writer, "_SHARED_BYTES", 1 << 10)
     rows, width, size = 96, 40, dtype.itemsize
     spans, at = [], 8
     for _ in range(3):
         spans.append(Span(at, dtype, region(rows * width), width))
         spans.append(Span(spans[-1].end, dtype, region(7)))
         at = spans[-1].end + 5
-    file, told = tmp_path / "file", []
+    file, counts = tmp_path / "file", []
     file.write_bytes(b"\xaa" * (at + 3))
-    entry = write_spans(file, spans, Numbers(), WriteContext(told.append, join=joined))
+    entry = write_spans(file, spans, Numbers(), WriteContext(counts.append, share_work=joined))
     data = file.read_bytes()
     assert entry == {"size": at + 3, "xxh3_128": xxhash.xxh3_128(data).hexdigest()}
-    assert sum(told) == 3 * (rows * width + 7) * size
+    assert sum(counts) == 3 * (rows * width + 7) * size
     turned = torch.arange(rows * width).to(dtype).view(rows, width).t().contiguous()
     others = torch.arange(7).to(dtype)
     expected = b"\xaa" * 8
@@ -191,22 +194,24 @@ def test_each_state_has_a_checksum_of_its_own(tmp_path):
         assert there["xxh3_128"] == xxhash.xxh3_128(parts).hexdigest()
 
 
-def test_a_mould_gives_the_bytes_that_torch_gives(tmp_path):
+def test_a_template_gives_the_bytes_that_torch_gives(tmp_path):
     shapes = [(3, 5), (3, 5), (5, 3), (3, 5), (0,), (0,), (150, 150), (150, 150)]
-    moulds = FileTemplateCache()
+    templates = FileTemplateCache()
     for number, shape in enumerate(shapes):
         for extra in ({}, {"cat_dim": 0}, {"cat_dim": 1}, {"vocab_tensor": True}):
             written = []
-            for folder, kept in ((f"a{number}", None), (f"b{number}", moulds)):
+            for folder, kept in ((f"a{number}", None), (f"b{number}", templates)):
                 place = tmp_path / f"{folder}{sorted(extra.items())}"
                 place.mkdir()
-                room = PlaceholderTensors()
-                values = room(region(torch.Size(shape).numel()), shape)
+                placeholders = PlaceholderTensors()
+                values = placeholders(region(torch.Size(shape).numel()), shape)
                 objects = {**extra, "param": values}
-                told = []
-                crew = WriteContext(told.append)
-                entry = write_objects(place / "fp32.pt", objects, room, Numbers(), crew, kept)
-                assert sum(told) == 4 * values.numel()
+                counts = []
+                context = WriteContext(counts.append)
+                entry = write_objects(
+                    place / "fp32.pt", objects, placeholders, Numbers(), context, kept
+                )
+                assert sum(counts) == 4 * values.numel()
                 written.append((entry, (place / "fp32.pt").read_bytes()))
             assert written[0] == written[1]
             found = torch.load(place / "fp32.pt", weights_only=True)
@@ -215,13 +220,13 @@ def test_a_mould_gives_the_bytes_that_torch_gives(tmp_path):
             assert torch.equal(found["param"], expected)
 
 
-def test_a_mould_is_of_one_step(tmp_path):
-    moulds, found = FileTemplateCache(), []
+def test_a_template_is_of_one_step(tmp_path):
+    templates, found = FileTemplateCache(), []
     for step in (3.0, 4.0, 3.0):
         (tmp_path / str(len(found))).mkdir()
         file = tmp_path / str(len(found)) / "step.pt"
         write_objects(
-            file, torch.tensor(step), PlaceholderTensors(), Numbers(), WriteContext(), moulds
+            file, torch.tensor(step), PlaceholderTensors(), Numbers(), WriteContext(), templates
         )
         found.append(torch.load(file, weights_only=True))
     assert found == [3.0, 4.0, 3.0]
@@ -230,10 +235,10 @@ def test_a_mould_is_of_one_step(tmp_path):
 SMALL, LONGER = (3, 5), (150, 150)  # put together in memory, or too long for that
 
 
-def write_moulded(file, shape, moulds):
-    room = PlaceholderTensors()
-    values = room(region(torch.Size(shape).numel()), shape)
-    write_objects(file, {"param": values}, room, Numbers(), WriteContext(), moulds)
+def write_from_template(file, shape, templates):
+    placeholders = PlaceholderTensors()
+    values = placeholders(region(torch.Size(shape).numel()), shape)
+    write_objects(file, {"param": values}, placeholders, Numbers(), WriteContext(), templates)
 
 
 @pytest.mark.parametrize(
@@ -243,9 +248,11 @@ def write_moulded(file, shape, moulds):
         *((LONGER, call) for call in ("open", "ftruncate", "pwrite", "pread", "fsync")),
     ],
 )
-def test_a_disk_that_fails_leaves_nothing_of_a_moulded_file(shape, call, tmp_path, monkeypatch):
-    moulds, file = FileTemplateCache(), tmp_path / "fp32.pt"
-    write_moulded(file, shape, moulds)
+def test_a_disk_that_fails_leaves_nothing_of_a_file_from_a_template(
+    shape, call, tmp_path, monkeypatch
+):
+    templates, file = FileTemplateCache(), tmp_path / "fp32.pt"
+    write_from_template(file, shape, templates)
     opened = len(os.listdir("/proc/self/fd"))
 
     def full(*unused):
@@ -254,28 +261,28 @@ def test_a_disk_that_fails_leaves_nothing_of_a_moulded_file(shape, call, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(os, call, full)
         with pytest.raises(CheckpointError, match=f"^{file}: cannot write: No space left"):
-            write_moulded(file, shape, moulds)
+            write_from_template(file, shape, templates)
     assert not file.exists()
     assert len(os.listdir("/proc/self/fd")) == opened
 
 
 @pytest.mark.parametrize("shape", [SMALL, LONGER])
-def test_a_moulded_file_replaces_what_a_kill_left(shape, tmp_path):
+def test_a_file_from_a_template_replaces_what_a_kill_left(shape, tmp_path):
     """Its mode is the one that any new file has."""
-    moulds, first, second = (
+    templates, first, second = (
         FileTemplateCache(),
         tmp_path / "a" / "fp32.pt",
         tmp_path / "b" / "fp32.pt",
     )
     for file in (first, second):
         file.parent.mkdir()
-    write_moulded(first, shape, moulds)
+    write_from_template(first, shape, templates)
     second.write_bytes(b"\xaa" * 200_000)
-    write_moulded(second, shape, moulds)
+    write_from_template(second, shape, templates)
     assert second.read_bytes() == first.read_bytes()
     before = os.umask(0o027)
     try:
-        write_moulded(tmp_path / "fp32.pt", shape, moulds)
+        write_from_template(tmp_path / "fp32.pt", shape, templates)
     finally:
         os.umask(before)
     assert (tmp_path / "fp32.pt").stat().st_mode & 0o777 == 0o640

@@ -94,7 +94,7 @@ def tokenizer(tmp_path_factory):
 
 def export(path, out, **options):
     """A ZeRO checkpoint as a directory of transformers."""
-    write(Conversion(source=ZeroCheckpoint.open(path), to="hf", **options).order(out))
+    write(Conversion(source=ZeroCheckpoint.open(path), to="hf", **options).job(out))
 
 
 LLAMA_BIASED = {"llama": True, "bias": True, "tied_embeddings": True}

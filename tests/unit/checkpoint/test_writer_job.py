@@ -11,13 +11,13 @@ from lag_megatron.checkpoint.writer import job
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
 
 
-def order(target, works):
+def job_of(target, works):
     return WriteJob(
         target=target,
         parts=[Part(name, work) for name, work in works.items()],
-        about={},
+        metadata={},
         needed=0,
-        what="the test",
+        title="the test",
         check=lambda: None,
     )
 
@@ -31,10 +31,10 @@ def test_the_first_that_fails_is_raised_before_others_end():
     with ThreadPoolExecutor(2) as pool:
         tasks = [pool.submit(may_end.wait, 60), pool.submit(fail)]
         with pytest.raises(OSError, match="no room"):
-            job._require(tasks)
+            job._wait_for(tasks)
         assert not tasks[0].done()
         may_end.set()
-        job._require(tasks[:1])
+        job._wait_for(tasks[:1])
         assert tasks[0].done()
 
 
@@ -50,7 +50,7 @@ def test_who_waits_holds_no_lock_that_a_worker_needs(monkeypatch):
         tasks = [pool.submit(time.sleep, 0.2) for _ in range(4)]
         with monkeypatch.context() as patch:
             patch.setattr(threading.Condition, "wait", watched)
-            job._require(tasks)
+            job._wait_for(tasks)
         assert all(task.done() for task in tasks)
 
 
@@ -68,28 +68,28 @@ def test_neither_parts_nor_their_flushes_are_waited_for_one_by_one(tmp_path, mon
         flush(path)
         flushed.append(path.name)
 
-    def write(folder, crew):
+    def write(folder, context):
         (folder / "inner").mkdir()
         (folder / "inner" / "file").write_text("content")
-        crew.flush(folder / "inner" / "file")
+        context.flush(folder / "inner" / "file")
         return {"inner/file": {"size": 7}}
 
     monkeypatch.setattr(Future, "result", watched)
     monkeypatch.setattr(job, "flush_to_disk", slow)
-    assert job.write(order(tmp_path / "step3", {"only": write}))
+    assert job.write(job_of(tmp_path / "step3", {"only": write}))
     assert flushed == ["file", "inner"]
 
 
 def test_a_key_before_all_parts_have_begun_ends_those_that_have(tmp_path, monkeypatch):
     begun, ended = threading.Event(), []
 
-    def write(folder, crew):
+    def write(folder, context):
         begun.set()
         try:
             for _ in range(600):
-                crew.told(1)
+                context.progress(1)
                 time.sleep(0.05)
-        except job._Abandoned:
+        except job._AnotherFailed:
             ended.append(True)
             raise
 
@@ -105,7 +105,7 @@ def test_a_key_before_all_parts_have_begun_ends_those_that_have(tmp_path, monkey
     monkeypatch.setattr(job, "ThreadPoolExecutor", Interrupted)
     target = tmp_path / "step3"
     with pytest.raises(KeyboardInterrupt):
-        job.write(order(target, {"first": write, "second": write}), workers=2)
+        job.write(job_of(target, {"first": write, "second": write}), workers=2)
     assert ended == [True]
     assert not target.exists()
     assert manifest.temporary(target).is_dir()  # the same call goes on from it

@@ -193,7 +193,7 @@ def test_a_manifest_speaks_for_other_formats_too(copied, tmp_path, look):
     path = copied("gpt2")
     files = {p.name: manifest.file_entry(p) for p in path.iterdir()}
     path.rename(manifest.temporary(path))
-    manifest.commit(path, files=files, about={})
+    manifest.commit(path, files=files, metadata={})
     assert look(path, "--verify")["sound"] is True
     flip(path / "model.safetensors", -1)
     assert look(path, "--verify")["problems"] == [

@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT
 
 from lag_megatron.config.load import merge, parse_config, read_tree
-from lag_megatron.config.stage_schedule import start_positions
+from lag_megatron.config.schema.stage_schedule import start_positions
 from tools import plan_stages as tool
 
 GROWN = ["--layers", "4", "8", "16", "--hidden", "1024"]

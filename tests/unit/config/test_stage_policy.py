@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from lag_megatron.config import load_config, parse_config
+from lag_megatron.config.schema.shares import shares
 from lag_megatron.errors import ConfigError, PlanError
-from lag_megatron.planning.shares import shares
-from lag_megatron.training.dry_run import growth_pools
+from lag_megatron.growth.pool import growth_pools
 
 ROOT = Path(__file__).parents[3]
 MODEL = {

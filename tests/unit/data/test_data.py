@@ -158,17 +158,17 @@ def test_damage_is_found(config: DataConfig, tmp_path: Path) -> None:
 def test_losing_the_race_to_another_process_is_fine(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = build.draft.held
+    exclusive = build.staging_dir.exclusive
 
     @contextlib.contextmanager
     def late(folder: Path, *, digest: str) -> Iterator[Path]:
         with monkeypatch.context() as first:
-            first.setattr(build.draft, "held", held)
+            first.setattr(build.staging_dir, "exclusive", exclusive)
             prepare_data(config, cache_dir=tmp_path)  # the other one, while we wait for the lock
-        with held(folder, digest=digest):
+        with exclusive(folder, digest=digest):
             yield folder
 
-    monkeypatch.setattr(build.draft, "held", late)
+    monkeypatch.setattr(build.staging_dir, "exclusive", late)
     made = prepare_data(config, cache_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [made.folder.name]
 

@@ -28,9 +28,9 @@ from lag_megatron.data import (
     open_prepared,
     prepare_data,
 )
-from lag_megatron.data.blended_dataset import MIXTURE
+from lag_megatron.data.datasets.blended_dataset import MIXTURE
+from lag_megatron.data.datasets.prepared_dataset import TOKENIZER
 from lag_megatron.data.prepare import prepare
-from lag_megatron.data.prepared_dataset import TOKENIZER
 from lag_megatron.errors import ConfigError, DataError
 from lag_megatron.report import report_data, write_report
 
@@ -186,11 +186,11 @@ def test_a_source_that_was_moved_is_found_again(
 def test_two_processes_prepare_one_mixture(config: DataConfig, tmp_path: Path) -> None:
     """The second finds at its turn what the first has made, whenever it comes."""
     cache, failures, waiting = tmp_path / "cache", [], threading.Event()
-    held = prepare.draft.held
+    exclusive = prepare.staging_dir.exclusive
 
     @contextlib.contextmanager
     def slow(folder: Path, *, digest: str, complete: Path) -> Iterator[Path]:
-        with held(folder, digest=digest, complete=complete) as made:
+        with exclusive(folder, digest=digest, complete=complete) as made:
             if not complete.is_file():
                 assert waiting.wait(60)
             yield made
@@ -209,8 +209,9 @@ def test_two_processes_prepare_one_mixture(config: DataConfig, tmp_path: Path) -
             fcntl.flock(lock, fcntl.LOCK_EX)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare.draft, "_wait_for", wait_for)
-        patch.setattr(prepare, "draft", SimpleNamespace(held=slow, finish=prepare.draft.finish))
+        patch.setattr(prepare.staging_dir, "_wait_for", wait_for)
+        staging_dir = SimpleNamespace(exclusive=slow, finish=prepare.staging_dir.finish)
+        patch.setattr(prepare, "staging_dir", staging_dir)
         threads = [threading.Thread(target=work) for _ in range(2)]
         for thread in threads:
             thread.start()

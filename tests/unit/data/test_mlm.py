@@ -17,9 +17,9 @@ from sample_text import stories, write_documents
 from scipy import stats
 
 from lag_megatron.config import MlmConfig
+from lag_megatron.data.datasets.tokenizer import Tokenizer
 from lag_megatron.data.objectives.mlm import MlmSamples
 from lag_megatron.data.prepare.train_tokenizer import train_bpe, train_wordpiece
-from lag_megatron.data.tokenizer import Tokenizer
 from lag_megatron.errors import DataError
 
 SEQ_LENGTH = 64

@@ -18,8 +18,8 @@ from lag_megatron.config import (
     TokenizerConfig,
     Ul2Config,
 )
-from lag_megatron.config.validation.run import problems_of
-from lag_megatron.data import Feed, Prepared, prepare_data
+from lag_megatron.config.validation.run import find_problems
+from lag_megatron.data import BatchLoader, Prepared, prepare_data
 from lag_megatron.data.preview import describe_samples
 from lag_megatron.errors import DataError
 
@@ -73,10 +73,14 @@ def prepared_for(config: RunConfig, folder: Path) -> Prepared:
     return prepare_data(config.data, cache_dir=folder / "cache")
 
 
-def feeds(config: RunConfig, folder: Path, *, ranks: int, ahead: bool = False) -> list[Feed]:
+def loaders(
+    config: RunConfig, folder: Path, *, ranks: int, prefetch: bool = False
+) -> list[BatchLoader]:
     prepared = prepared_for(config, folder)
     return [
-        Feed(prepared, config, SimpleNamespace(data_rank=rank, data_size=ranks), ahead=ahead)
+        BatchLoader(
+            prepared, config, SimpleNamespace(data_rank=rank, data_size=ranks), prefetch=prefetch
+        )
         for rank in range(ranks)
     ]
 
@@ -91,7 +95,7 @@ def whole(batches: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tenso
 def test_batches_of_an_objective(folder: Path, name: str) -> None:
     config = config_of(folder, name)
     _, keys = OBJECTIVES[name]
-    (alone,) = feeds(config, folder, ranks=1)
+    (alone,) = loaders(config, folder, ranks=1)
     width = config.data.mlm.predictions(SEQ_LENGTH) if "mlm" in name else SEQ_LENGTH
     shapes = dict.fromkeys(keys, (2, SEQ_LENGTH)) | dict.fromkeys(
         ("labels", "loss_mask"), (2, width)
@@ -108,10 +112,10 @@ def test_batches_of_an_objective(folder: Path, name: str) -> None:
 
 def test_batches_made_ahead_are_the_same(folder: Path) -> None:
     config = config_of(folder, "mlm")
-    (plain,) = feeds(config, folder, ranks=1)
-    (ahead,) = feeds(config, folder, ranks=1, ahead=True)
+    (plain,) = loaders(config, folder, ranks=1)
+    (prefetching,) = loaders(config, folder, ranks=1, prefetch=True)
     half = SimpleNamespace(data_rank=1, data_size=2)
-    for one, other in ((plain, ahead), (plain.on(half), ahead.on(half))):
+    for one, other in ((plain, prefetching), (plain.for_world(half), prefetching.for_world(half))):
         for step in (0, 1, 2, 7, 3, 3):
             assert same(one.micro_batches(step), other.micro_batches(step))
         next(other.validation())  # given up after the first batch
@@ -127,12 +131,12 @@ def same(one: list[dict[str, torch.Tensor]], other: list[dict[str, torch.Tensor]
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_global_batch_does_not_depend_on_the_ranks(folder: Path, name: str) -> None:
     config = config_of(folder, name)
-    (alone,) = feeds(config, folder, ranks=1)
-    four = feeds(config, folder, ranks=4)
+    (alone,) = loaders(config, folder, ranks=1)
+    four = loaders(config, folder, ranks=4)
     steps = [0, 40, 3, 40]  # passes of the text end between them
     for step in steps:
         expected = whole([alone.micro_batches(step)])
-        found = whole([feed.micro_batches(step) for feed in four])
+        found = whole([loader.micro_batches(step) for loader in four])
         assert all(torch.equal(expected[key], found[key]) for key in expected)
     fixed = [whole([batch]) for batch in alone.validation()]
     again = [whole(list(batches)) for batches in zip(*(f.validation() for f in four), strict=True)]
@@ -144,9 +148,9 @@ def test_the_global_batch_does_not_depend_on_the_ranks(folder: Path, name: str) 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_passes_differ(folder: Path, name: str) -> None:
     config = config_of(folder, name)
-    (feed,) = feeds(config, folder, ranks=1)
-    samples = feed._training.samples_per_epoch
-    text = [whole([feed.micro_batches(step)])["tokens"] for step in range(samples // 2)]
+    (loader,) = loaders(config, folder, ranks=1)
+    samples = loader._training.samples_per_epoch
+    text = [whole([loader.micro_batches(step)])["tokens"] for step in range(samples // 2)]
     rows = torch.cat(text)[: 2 * samples]
     assert not torch.equal(rows[:samples], rows[samples : 2 * samples])
 
@@ -174,7 +178,7 @@ def test_text_too_short_for_one_batch_of_sentences(folder: Path) -> None:
     config = config_of(folder, "mlm")
     parallel = dataclasses.replace(config.parallel, global_batch=4096)
     with pytest.raises(DataError, match=r"samples .* one global batch"):
-        feeds(dataclasses.replace(config, parallel=parallel), folder, ranks=1)
+        loaders(dataclasses.replace(config, parallel=parallel), folder, ranks=1)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +233,7 @@ def test_text_too_short_for_one_batch_of_sentences(folder: Path) -> None:
 )
 def test_settings_that_cannot_work(data: dict, model: dict, message: str) -> None:
     config = dataclasses.replace(pico_config(**model), data=DataConfig(**data))
-    found = "\n".join(problems_of(config))
+    found = "\n".join(find_problems(config))
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(found)
 
@@ -241,9 +245,9 @@ def test_only_a_prepared_folder_tells_its_tokenizer(objective: str) -> None:
     lines = SourceConfig(name="lines", weight=1, source="jsonl", paths=("x",))
     mixed = DataConfig(mixture=(lines, ready), objective=objective)
     for known in (data, mixed):
-        problems = problems_of(dataclasses.replace(pico_config(), data=known))
+        problems = find_problems(dataclasses.replace(pico_config(), data=known))
         assert not [problem for problem in problems if "data.tokenizer" in problem]
-    problems = problems_of(
+    problems = find_problems(
         dataclasses.replace(pico_config(), data=dataclasses.replace(mixed, mixture=(lines,)))
     )
     assert [problem for problem in problems if "data.tokenizer" in problem]

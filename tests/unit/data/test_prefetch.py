@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from lag_megatron.data.prefetch import Ahead
+from lag_megatron.data.prefetch import Prefetcher
 
 
 def test_the_next_is_begun_before_it_is_asked_for():
@@ -16,16 +16,16 @@ def test_the_next_is_begun_before_it_is_asked_for():
             begun.set()
         return number * number
 
-    ahead = Ahead(make)
-    assert ahead.take(4) == 16
+    batches = Prefetcher(make)
+    assert batches.take(4) == 16
     assert begun.wait(10)
-    assert [ahead.take(number) for number in (5, 6, 2, 2, 3)] == [25, 36, 4, 4, 9]
+    assert [batches.take(number) for number in (5, 6, 2, 2, 3)] == [25, 36, 4, 4, 9]
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_none_beyond_the_last_is_made(count):
     made = []
-    assert list(Ahead(lambda number: made.append(number) or number).each(count)) == made
+    assert list(Prefetcher(lambda number: made.append(number) or number).each(count)) == made
     assert made == list(range(count))
 
 
@@ -35,8 +35,8 @@ def test_an_error_comes_where_its_result_would():
             raise ValueError("no batch 1")
         return number
 
-    ahead = Ahead(make)
-    assert ahead.take(0) == 0
+    batches = Prefetcher(make)
+    assert batches.take(0) == 0
     with pytest.raises(ValueError, match="no batch 1"):
-        ahead.take(1)
-    assert ahead.take(2) == 2
+        batches.take(1)
+    assert batches.take(2) == 2

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from lag_megatron.config import DataConfig, padded_vocab_size
-from lag_megatron.data import Corpus, load_tokenizer, open_corpus, tokenizer, train_bpe
+from lag_megatron.data import Corpus, load_tokenizer, open_corpus, train_bpe
+from lag_megatron.data.datasets import tokenizer
 from lag_megatron.data.prepare import sources
 from lag_megatron.errors import DataError
 

@@ -8,10 +8,10 @@ import tokenizers
 from sample_text import stories
 
 from lag_megatron.config import TokenizerConfig
-from lag_megatron.data import tokenizer as module
+from lag_megatron.data.datasets import tokenizer as module
+from lag_megatron.data.datasets.sentences import split_sentences
+from lag_megatron.data.datasets.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.data.prepare.train_tokenizer import train_bpe, train_tokenizer, train_wordpiece
-from lag_megatron.data.sentences import split_sentences
-from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.errors import DataError
 
 STORIES = stories(30)

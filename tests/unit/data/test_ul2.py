@@ -11,10 +11,10 @@ from sample_text import stories
 from scipy import stats
 
 from lag_megatron.config import Ul2Config
-from lag_megatron.config.span_corruption import is_extreme, sentinels_needed, span_lengths
+from lag_megatron.config.schema.span_corruption import is_extreme, sentinels_needed, span_lengths
+from lag_megatron.data.datasets.tokenizer import Tokenizer
 from lag_megatron.data.objectives.ul2 import Ul2Samples, corrupt
 from lag_megatron.data.prepare.train_tokenizer import train_bpe
-from lag_megatron.data.tokenizer import Tokenizer
 from lag_megatron.errors import DataError
 
 SEQ_LENGTH = 96

@@ -1,9 +1,10 @@
-"""Processes that miss each other."""
+"""Ranks that notice each other's death, and are not disturbed by strangers."""
 
 import multiprocessing
 import os
 import re
 import signal
+import socket
 import time
 
 import pytest
@@ -20,7 +21,8 @@ context = multiprocessing.get_context("fork")
 class Ranks:
     """Three processes that watch each other while their main threads do nothing."""
 
-    def __init__(self, folder, limit):
+    def __init__(self, folder, limit, *, strangers=()):
+        self._strangers = strangers
         self.logs = [folder / f"{rank}.err" for rank in range(len(HOSTS))]
         self._values = context.SimpleQueue()
         self._ready = context.SimpleQueue()
@@ -35,9 +37,15 @@ class Ranks:
     def _broadcast(self, value):
         if value is None:
             return self._values.get()
+        self._connections = [self._stranger(value[0], sent) for sent in self._strangers]
         for _ in HOSTS[1:]:
             self._values.put(value)
         return value
+
+    def _stranger(self, port, sent):
+        opened = socket.create_connection(("127.0.0.1", port))
+        opened.sendall(sent)
+        return opened
 
     def _work(self, rank, limit):
         os.environ["MASTER_ADDR"] = "127.0.0.1"
@@ -60,7 +68,7 @@ class Ranks:
             self.processes[rank].join(max(0.0, deadline - time.monotonic()))
         return [self.processes[rank].exitcode for rank in ranks]
 
-    def said(self, rank):
+    def stderr(self, rank):
         return self.logs[rank].read_text()
 
     def close(self):
@@ -72,18 +80,18 @@ class Ranks:
 @pytest.fixture
 def ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeat, "_GRACE_SECONDS", 0.5)
-    monkeypatch.setattr(heartbeat, "_LEAVING_SECONDS", 2.0)
+    monkeypatch.setattr(heartbeat, "_EARLY_EXIT_SECONDS", 2.0)
     group = Ranks(tmp_path, LIMIT)
     yield group
     group.close()
 
 
-def test_ranks_that_live_leave_each_other_alone(ranks):
+def test_ranks_that_live_end_nothing(ranks):
     assert ranks.codes(0, 1, 2, within=1.5 * LIMIT) == [None, None, None]
     for rank in range(3):
         ranks.send(rank, signal.SIGUSR1)
     assert ranks.codes(0, 1, 2, within=PATIENCE_S) == [0, 0, 0]
-    assert [ranks.said(rank) for rank in range(3)] == ["", "", ""]
+    assert [ranks.stderr(rank) for rank in range(3)] == ["", "", ""]
 
 
 def test_a_frozen_rank_ends_all_others(ranks):
@@ -91,8 +99,8 @@ def test_a_frozen_rank_ends_all_others(ranks):
     assert ranks.codes(0, 1, within=PATIENCE_S) == [1, 1]
     for rank, host in ((0, "node-a"), (1, "node-b")):
         line = rf"\[rank {rank} on {host}\] rank 2 on node-c has been silent for \d+ s "
-        assert re.search(line + r"\(parallel.timeout: 3\). Ending;", ranks.said(rank))
-    assert "test_heartbeat.py" in ranks.said(0)  # the stack of the main thread
+        assert re.search(line + r"\(parallel.timeout: 3\). Ending;", ranks.stderr(rank))
+    assert "test_heartbeat.py" in ranks.stderr(0)  # the stack of the main thread
     ranks.send(2, signal.SIGCONT)
     assert ranks.codes(2, within=PATIENCE_S) == [1]
 
@@ -100,8 +108,8 @@ def test_a_frozen_rank_ends_all_others(ranks):
 def test_a_frozen_rank_0_ends_all_others(ranks):
     ranks.send(0, signal.SIGSTOP)
     assert ranks.codes(1, 2, within=PATIENCE_S) == [1, 1]
-    assert "rank 0 on node-a has been silent" in ranks.said(1)
-    assert "rank 0 on node-a has been silent" in ranks.said(2)
+    assert "rank 0 on node-a has been silent" in ranks.stderr(1)
+    assert "rank 0 on node-a has been silent" in ranks.stderr(2)
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -110,7 +118,7 @@ def test_a_killed_rank_ends_all_others_at_once(ranks, killed):
     others = [rank for rank in range(3) if rank != killed]
     assert ranks.codes(*others, within=PATIENCE_S) == [1, 1]
     for rank in others:
-        assert f"rank {killed} on {HOSTS[killed]} is gone: killed" in ranks.said(rank)
+        assert f"rank {killed} on {HOSTS[killed]} is gone: killed" in ranks.stderr(rank)
 
 
 def test_a_rank_that_ends_by_itself_gives_the_others_time_to_end(ranks):
@@ -118,7 +126,7 @@ def test_a_rank_that_ends_by_itself_gives_the_others_time_to_end(ranks):
     assert ranks.codes(1, within=PATIENCE_S) == [0]
     assert ranks.codes(0, 2, within=0.5) == [None, None]
     assert ranks.codes(0, 2, within=PATIENCE_S) == [1, 1]
-    assert "rank 1 on node-b has ended early" in ranks.said(2)
+    assert "rank 1 on node-b has ended early" in ranks.stderr(2)
 
 
 def test_ranks_that_were_all_frozen_go_on(ranks):
@@ -130,12 +138,23 @@ def test_ranks_that_were_all_frozen_go_on(ranks):
     assert ranks.codes(0, 1, 2, within=LIMIT) == [None, None, None]
 
 
-def test_rank_0_out_of_reach_is_said(monkeypatch):
+def test_strangers_at_the_port_of_rank_0_change_nothing(tmp_path):
+    """Ranks connect within their limit, though strangers that send nothing came first."""
+    strangers = [b""] * 20 + [b"GET / HTTP/1.1\r\n\r\n" + bytes(100)] * 20
+    ranks = Ranks(tmp_path, LIMIT, strangers=strangers)
+    assert ranks.codes(0, 1, 2, within=1.5 * LIMIT) == [None, None, None]
+    for rank in range(3):
+        ranks.send(rank, signal.SIGUSR1)
+    assert ranks.codes(0, 1, 2, within=PATIENCE_S) == [0, 0, 0]
+    ranks.close()
+
+
+def test_rank_0_that_cannot_be_reached_is_named(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(RunError, match=r"rank 1 cannot reach rank 0 on node-a at 127.0.0.1, port"):
-        heartbeat.start(1, HOSTS, limit=1, broadcast=lambda _: (1, b"x" * 16))
+        heartbeat.start(1, HOSTS, limit=1, broadcast=lambda _: (1, bytes(32)))
 
 
-def test_a_rank_that_does_not_come_is_named():
+def test_a_rank_that_does_not_connect_is_named():
     with pytest.raises(RunError, match="rank 1 on node-b did not connect to rank 0 on node-a"):
         heartbeat.start(0, HOSTS, limit=0.2, broadcast=lambda value: value)

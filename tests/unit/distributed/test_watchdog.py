@@ -32,7 +32,7 @@ def end_of(stacks, progress, word):
     return process.exitcode
 
 
-def test_a_hang_ends_with_stacks_and_a_word(tmp_path, capfd):
+def test_a_hang_ends_with_stacks_and_a_message(tmp_path, capfd):
     stacks = tmp_path / "stacks" / "rank0.txt"
     assert end_of(stacks, 1, tmp_path / "word") == 1
     assert "in work" in stacks.read_text()

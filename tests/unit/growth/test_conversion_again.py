@@ -19,30 +19,30 @@ def test_goes_on_after_a_kill(checkpoint, tmp_path, monkeypatch):
     expected = manifest.read_manifest(tmp_path / "expected" / "step3_universal")["files"]
     target, pid = tmp_path / "out", os.fork()
     if pid == 0:
-        note, left = WriteProgress.note, [5]
+        mark_done, left = WriteProgress.mark_done, [5]
 
         def stop(self, name, files):
-            note(self, name, files)
+            mark_done(self, name, files)
             left[0] -= 1
             if not left[0]:
                 os._exit(9)
 
-        WriteProgress.note = stop
+        WriteProgress.mark_done = stop
         convert(checkpoint, target, "--to", "universal", "--workers", 1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     assert not (target / "latest_universal").exists()
-    draft = target / "step3_universal.tmp"
-    lines = (draft / ".parts.jsonl").read_text().splitlines()
+    staging = target / "step3_universal.tmp"
+    lines = (staging / ".parts.jsonl").read_text().splitlines()
     done = [json.loads(line)["part"] for line in lines[1:]]
     assert len(done) == 5
-    with (draft / ".parts.jsonl").open("a") as file:
+    with (staging / ".parts.jsonl").open("a") as file:
         file.write('{"part": "torn')
-    written, note = [], WriteProgress.note
+    written, mark_done = [], WriteProgress.mark_done
     monkeypatch.setattr(
         WriteProgress,
         "note",
-        lambda self, name, files: written.append(name) or note(self, name, files),
+        lambda self, name, files: written.append(name) or mark_done(self, name, files),
     )
     assert convert(checkpoint, target, "--to", "universal", "--verify") == 0
     assert written
@@ -52,10 +52,10 @@ def test_goes_on_after_a_kill(checkpoint, tmp_path, monkeypatch):
 
 
 def test_another_conversion_does_not_go_on_with_the_draft(checkpoint, tmp_path):
-    draft = tmp_path / "out" / "step3_universal.tmp"
-    draft.mkdir(parents=True)
-    (draft / ".parts.jsonl").write_text('{"about": {}}\n{"part": "optimizer", "files": {}}\n')
-    (draft / "stray").touch()
+    staging = tmp_path / "out" / "step3_universal.tmp"
+    staging.mkdir(parents=True)
+    (staging / ".parts.jsonl").write_text('{"about": {}}\n{"part": "optimizer", "files": {}}\n')
+    (staging / "stray").touch()
     assert convert(checkpoint, tmp_path / "out", "--to", "universal", "--verify") == 0
     assert not (tmp_path / "out" / "step3_universal" / "stray").exists()
 
@@ -94,13 +94,13 @@ def test_the_job_is_part_of_what_a_universal_checkpoint_is(checkpoint, tmp_path,
 
 def test_a_draft_of_other_files_is_not_gone_on_with(families, tmp_path, monkeypatch):
     _, source = families["gpt2"]
-    seal, left = manifest.file_entry, [2]
+    file_entry, left = manifest.file_entry, [2]
 
     def die(path):
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
-        return seal(path)
+        return file_entry(path)
 
     monkeypatch.setattr(manifest, "file_entry", die)
     with pytest.raises(KeyboardInterrupt):

@@ -33,9 +33,9 @@ def test_verify_finds_one_bit(form, families, tmp_path, capsys):
     target.write_bytes(data)
     capsys.readouterr()
     assert convert(source, tmp_path / "out", "--to", form, "--verify") == 1
-    told = capsys.readouterr().out
-    assert f"{target.name}: content differs from its checksum" in told
-    assert "elements differ" in told
+    messages = capsys.readouterr().out
+    assert f"{target.name}: content differs from its checksum" in messages
+    assert "elements differ" in messages
 
 
 def holds_values(path):
@@ -132,13 +132,13 @@ def test_ranks_share_the_looking(form, checkpoint, tmp_path):
     for name in sorted(manifest.read_manifest(tag)["files"]):
         if (tag / name).suffix not in (".pt", ".distcp", ".safetensors"):
             continue
-        source, told = open_checkpoint(tag), []
+        source, messages = open_checkpoint(tag), []
         flip(tag / name, (tag / name).stat().st_size // 2)
         for rank in range(3):
             try:
                 source.require_sound(VerifyScope(rank, 3))
             except CheckpointError as error:
-                told.append(str(error))
+                messages.append(str(error))
         flip(tag / name, (tag / name).stat().st_size // 2)
-        assert len(told) == 1, name
-        assert name in told[0]
+        assert len(messages) == 1, name
+        assert name in messages[0]

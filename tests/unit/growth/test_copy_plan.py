@@ -158,7 +158,7 @@ def run(growth, source, target, state, sources, rank):
                 buffer = sources[step.tensor_rank][container.data_rank, container.key]
                 place.copy_(view(buffer, step.source, step.shape) * step.scale)
             else:
-                fill(place, step.fresh, shape=step.whole, box=step.box)
+                fill(place, step.init, shape=step.full_shape, box=step.box)
     return buffers, written
 
 
@@ -221,10 +221,10 @@ def grown_tensors(groups, tensors, plan, state):
                 value = torch.zeros_like(value)
             elif state == "fp32" and random:
                 value = torch.empty_like(value)
-                fresh = fresh_weights(name, plan)
-                if is_output and isinstance(fresh, Normal):
-                    fresh = dataclasses.replace(fresh, std=fresh.std * scale)
-                fill(value, fresh, shape=tuple(value.shape), box=full_box(tuple(value.shape)))
+                init = fresh_weights(name, plan)
+                if is_output and isinstance(init, Normal):
+                    init = dataclasses.replace(init, std=init.std * scale)
+                fill(value, init, shape=tuple(value.shape), box=full_box(tuple(value.shape)))
             elif state == "fp32" and is_output:
                 value = value * scale
             elif origin.is_new and (

@@ -10,8 +10,9 @@ import torch
 
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.zero import file_names
-from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint, resolve_tag
+from lag_megatron.checkpoint.zero import file_names, reader
+from lag_megatron.checkpoint.zero.header import resolve_tag
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
@@ -243,5 +244,5 @@ def test_names_of_files():
 def test_files_are_checked_once(checkpoint, monkeypatch):
     opened = ZeroCheckpoint.open(checkpoint)
     opened.optimizer_states(0, 1)
-    monkeypatch.setattr(ZeroCheckpoint, "_check_buffers", pytest.fail)
+    monkeypatch.setattr(reader, "require_buffer_lengths", pytest.fail)
     opened.optimizer_states(0, 1)

@@ -89,14 +89,14 @@ def test_whole_origins():
     assert layer_map_of("llama_pro", 1, 2, {}) == (old, z)
     random = dataclasses.replace(z, init="random", branch_scale=0.25)
     assert layer_map_of("random_top", 1, 2, {"scale": 0.25}) == (old, random)
-    silent = LayerOrigin(0, is_new=True, init="identity", silent=True)
-    assert layer_map_of("staged", 1, 2, {}) == (old, silent)
-    copied = dataclasses.replace(silent, init="duplicate")
+    silenced = LayerOrigin(0, is_new=True, init="identity", zero_norms=True)
+    assert layer_map_of("staged", 1, 2, {}) == (old, silenced)
+    copied = dataclasses.replace(silenced, init="duplicate")
     assert layer_map_of("staged", 1, 2, {"matrices": "copy"}) == (old, copied)
     assert layer_map_of("post_ln_identity", 2, 4, {"after": [0, 0]}) == (
-        dataclasses.replace(old, plain_norms=("mlp",)),
-        dataclasses.replace(z, plain_norms=("attention", "mlp")),
-        dataclasses.replace(z, plain_norms=("attention",)),
+        dataclasses.replace(old, identity_norms=("mlp",)),
+        dataclasses.replace(z, identity_norms=("attention", "mlp")),
+        dataclasses.replace(z, identity_norms=("attention",)),
         LayerOrigin(1, is_new=False),
     )
 
@@ -164,9 +164,9 @@ def test_invariants(growth):
     for place, origin in enumerate(layer_map):
         if origin.is_new and origin.init == "duplicate":
             assert origin.source in [o.source for o in layer_map[:place]]
-    assert any(o.plain_norms for o in layer_map) == (operator == "post_ln_identity")
-    assert all(o.silent == (operator == "staged") for o in new)
-    assert not any(o.silent for o in layer_map if not o.is_new)
+    assert any(o.identity_norms for o in layer_map) == (operator == "post_ln_identity")
+    assert all(o.zero_norms == (operator == "staged") for o in new)
+    assert not any(o.zero_norms for o in layer_map if not o.is_new)
 
 
 @given(growths())

@@ -7,7 +7,7 @@ import pytest
 from conftest import run_ranks
 
 from lag_megatron.config import ModelConfig, RunConfig, StageConfig, parse_config
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.planning.cost import (
     parameter_count,
     stage_flops,

@@ -7,7 +7,7 @@ import pytest
 
 from lag_megatron.config import parse_config
 from lag_megatron.errors import ConfigError
-from lag_megatron.planning.lr_plot import rate_curve
+from lag_megatron.planning.lr_plot import plot_lr
 from lag_megatron.planning.lr_schedule import rate_at
 
 MODEL = {
@@ -165,10 +165,10 @@ def test_adafactor_is_refused_where_it_would_not_be_factored() -> None:
 
 def test_the_curve_tells_rewinds_and_rises() -> None:
     stages = [{"steps": 40}, {"steps": 32, "num_layers": 3, "schedule_position": 20}]
-    text = "\n".join(rate_curve(config(stages, growth_warmup_steps=8, growth_warmup="new")))
+    text = "\n".join(plot_lr(config(stages, growth_warmup_steps=8, growth_warmup="new")))
     told = " ".join(text.split())
     assert "stage 1: the schedule goes on from position 20 instead of 40; the rate of new" in told
     top = text.splitlines()[0].partition("|")[2]
     assert top == "#" * 40 + "." * 7 + "#" * 25
-    plain = "\n".join(rate_curve(config(40)))
+    plain = "\n".join(plot_lr(config(40)))
     assert "goes on from" not in plain

@@ -13,7 +13,6 @@ from lag_megatron.config import RunConfig, load_config, parse_config
 from lag_megatron.errors import ConfigError
 from lag_megatron.growth.pool import build_pool
 from lag_megatron.planning.cost import (
-    as_journalled,
     stage_flops,
     steps_flops,
     training_flops_per_token,
@@ -25,6 +24,7 @@ from lag_megatron.planning.random_paths import (
     path_at,
     with_path_length,
 )
+from lag_megatron.run.resolved_config import as_journalled
 from lag_megatron.training.dry_run import describe_run
 
 ROOT = Path(__file__).parents[3]

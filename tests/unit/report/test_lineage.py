@@ -8,9 +8,9 @@ import pytest
 from synthetic_run import SyntheticRun
 
 from lag_megatron.config import parse_config
-from lag_megatron.planning.cost import as_journalled
 from lag_megatron.report import report_data, write_report
-from lag_megatron.report.sections.lineage import lineage_data
+from lag_megatron.report.stats.lineage import lineage_data
+from lag_megatron.run.resolved_config import as_journalled
 
 
 @pytest.fixture(autouse=True)

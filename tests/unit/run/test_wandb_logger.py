@@ -15,7 +15,7 @@ from PIL import Image
 from read_wandb import fragments
 
 from lag_megatron.config import TrackingConfig
-from lag_megatron.config.schema import WandbConfig
+from lag_megatron.config.schema.run import WandbConfig
 from lag_megatron.run import wandb_logger
 from lag_megatron.run.metrics import Console
 from lag_megatron.run.wandb_logger import Wandb

@@ -11,7 +11,7 @@ import pytest
 from probing import BASE_STEP, Killed, Stand, killer, loss_of
 
 from lag_megatron.errors import RunError
-from lag_megatron.search.candidate_dir import CandidateFolder
+from lag_megatron.search.candidate_dir import CandidateDir
 from lag_megatron.selection import Evaluation, replay
 
 
@@ -108,22 +108,22 @@ def test_many_groups_decide_as_one(rule, tmp_path):
     def work(group):
         moments, held = random.Random(group), (None, 0)
         while True:
-            turn = coordinator.ask(group, held[0], stopped=lambda: "")
-            if turn.candidate is None:
+            assignment = coordinator.ask(group, held[0], stopped=lambda: "")
+            if assignment.candidate is None:
                 return
             time.sleep(moments.uniform(0, 0.02))
-            assert turn.candidate not in at_work, "two groups train one candidate"
-            at_work.add(turn.candidate)
+            assert assignment.candidate not in at_work, "two groups train one candidate"
+            at_work.add(assignment.candidate)
             most.append(len(at_work))
             if held[0] is None:
                 all_at_work.wait(30)  # nobody goes on before each has something to do
                 most.append(len(at_work))
                 all_at_work.wait(30)
-            there = held[1] if held == (turn.candidate, turn.trained) else None
-            progress = stand.advance(turn, coordinator.may_win, held=there)
-            at_work.remove(turn.candidate)
-            coordinator.record(group, progress)
-            held = (turn.candidate, progress.steps)
+            there = held[1] if held == (assignment.candidate, assignment.trained_steps) else None
+            result = stand.advance(assignment, coordinator.needs_checkpoint, held=there)
+            at_work.remove(assignment.candidate)
+            coordinator.record(group, result)
+            held = (assignment.candidate, result.steps)
 
     threads = [threading.Thread(target=work, args=(group,)) for group in range(3)]
     for thread in threads:
@@ -143,15 +143,15 @@ def test_a_stop_reaches_a_group_that_waits_for_the_others(tmp_path):
     coordinator = stand.coordinator()
     for group in range(len(stand.event.pool)):
         assert coordinator.ask(group, None, stopped=lambda: "").candidate == group
-    told = []
-    coordinator.on_stop = told.append
+    stops = []
+    coordinator.on_stop = stops.append
     waiting = threading.Thread(
-        target=lambda: told.append(coordinator.ask(99, None, stopped=lambda: "").stop)
+        target=lambda: stops.append(coordinator.ask(99, None, stopped=lambda: "").stop)
     )
     waiting.start()
     coordinator.stop("received SIGTERM")
     waiting.join(10)
-    assert told == ["received SIGTERM"] * 2
+    assert stops == ["received SIGTERM"] * 2
     assert coordinator.ask(0, None, stopped=lambda: "").stop == "received SIGTERM"
 
 
@@ -181,7 +181,7 @@ def test_the_winner_may_fail_after_the_verdict_when_its_state_is_lost(tmp_path):
 
     with pytest.raises(Killed):
         again.work(point=point)
-    CandidateFolder(again.run.probe(1, chosen), BASE_STEP).keep_only(None)
+    CandidateDir(again.run.probe(1, chosen), BASE_STEP).keep_only(None)
     broken = True
     decision, state, _ = again.work()
     statuses = {c["id"]: c["status"] for c in decision["candidates"]}
@@ -203,7 +203,7 @@ def test_a_winner_that_is_trained_again_stays_it_whatever_rounding_does(rule, tm
         stand.work(point=point)
     (chosen,) = (e["goes_on"][0] for e in events_of(stand, "rung_decided") if e["decided"])
     for candidate in stand.event.pool:
-        CandidateFolder(stand.run.probe(1, candidate.id), BASE_STEP).keep_only(None)
+        CandidateDir(stand.run.probe(1, candidate.id), BASE_STEP).keep_only(None)
     shift = 0.05
     decision, state, _ = stand.work()
     assert decision["chosen"] == state.parent.name == chosen
@@ -221,7 +221,7 @@ def test_states_that_somebody_deleted_are_trained_again(rule, tmp_path):
         stand.work(point=point)
     trained = stand.trained
     for candidate in stand.event.pool:
-        CandidateFolder(stand.run.probe(1, candidate.id), BASE_STEP).keep_only(None)
+        CandidateDir(stand.run.probe(1, candidate.id), BASE_STEP).keep_only(None)
     decision, state, _ = stand.work()
     assert state.is_dir()
     assert stand.trained > trained
@@ -231,7 +231,7 @@ def test_states_that_somebody_deleted_are_trained_again(rule, tmp_path):
 def test_words_left_by_processes_that_ended_are_failures(tmp_path):
     stand = Stand(tmp_path)
     first, second, third = (
-        CandidateFolder(stand.run.probe(1, c.id), BASE_STEP) for c in stand.event.pool[:3]
+        CandidateDir(stand.run.probe(1, c.id), BASE_STEP) for c in stand.event.pool[:3]
     )
     for folder in (first, second, third):
         folder.path.mkdir(parents=True)

@@ -10,33 +10,33 @@ from studying import TOKENS, a_step, plan_of
 
 from lag_megatron.config import dump_config
 from lag_megatron.errors import RunError
-from lag_megatron.study import StudyFolder, prepare, write_study
-from lag_megatron.study.findings import findings
-from lag_megatron.study.outcome import Point, read_outcome
+from lag_megatron.study import StudyFolder, prepare_study, write_study
+from lag_megatron.study.findings import finding_sentences
+from lag_megatron.study.intervals import mean_interval, paired_difference
+from lag_megatron.study.outcome import CurvePoint, read_outcome
 from lag_megatron.study.results import flops_to_reach, study_results
-from lag_megatron.study.statistics import estimate, paired
 
 
 def test_intervals_are_those_of_scipys_t_tests() -> None:
     values = np.random.default_rng(0).normal(4.0, 0.1, size=(2, 4))
-    found = estimate(list(values[0]))
+    found = mean_interval(list(values[0]))
     expected = stats.ttest_1samp(values[0], 0).confidence_interval(0.95)
     np.testing.assert_allclose((found.low, found.high), expected, rtol=1e-12)
     ours, theirs = (dict(enumerate(row)) for row in values)
-    found = paired({**ours, 7: 1.0}, {**theirs, 8: 1.0})
+    found = paired_difference({**ours, 7: 1.0}, {**theirs, 8: 1.0})
     expected = stats.ttest_rel(*values).confidence_interval(0.95)
     np.testing.assert_allclose((found.low, found.high), expected, rtol=1e-12)
     assert found.count == 4
     assert found.holds_zero == (stats.ttest_rel(*values).pvalue > 0.05)
-    assert estimate([2.5]).low is None
-    assert estimate([2.5]).holds_zero is None
-    assert estimate([]) is None
+    assert mean_interval([2.5]).low is None
+    assert mean_interval([2.5]).holds_zero is None
+    assert mean_interval([]) is None
 
 
 def test_reaching_a_loss_is_counted_after_the_search() -> None:
-    def point(step: int, searches: int, loss: float, flops: float) -> Point:
-        return Point(step=step, searches=searches, loss=loss, flops=flops, tokens=0, all_tokens=0,
-                     seconds=0.0)  # fmt: skip
+    def point(step: int, searches: int, loss: float, flops: float) -> CurvePoint:
+        return CurvePoint(step=step, searches=searches, loss=loss, flops=flops, tokens=0,
+                          all_tokens=0, seconds=0.0)  # fmt: skip
 
     curve = [point(0, 0, 6.0, 0.0), point(5, 0, 5.0, 10.0), point(5, 1, 5.0, 30.0),
              point(9, 1, 4.0, 40.0)]  # fmt: skip
@@ -152,7 +152,7 @@ def test_results_and_what_they_say(recorded) -> None:
     assert best["best"] == "lag"
     assert best["difference"]["mean"] == pytest.approx(-0.35)
 
-    said = " ".join(findings(results))
+    said = " ".join(finding_sentences(results))
     assert "With constant, lag against scratch: the final losses differ by -0.4900" in said
     assert "The first is lower at equal FLOPs" in said
     assert "last against scratch: the final losses differ by -0.1400" in said
@@ -193,7 +193,7 @@ def test_runs_of_another_study_are_not_taken_for_this_one(tmp_path: Path, record
     _, folder = recorded
     other = plan_of(tmp_path, {"optimizer": {"lr": 1e-3}})
     with pytest.raises(RunError, match=r"lag-constant-s1: .*optimizer.lr.*another --out"):
-        prepare(other, folder, workers=1)
+        prepare_study(other, folder, workers=1)
     assert len(study_results(other, folder)["missing"]) == len(other.runs)
 
 
@@ -203,4 +203,4 @@ def test_a_gain_that_goes_with_the_decay_is_told(recorded) -> None:
     lost = {**lag["against_reference"], "low": -0.1, "high": 0.1, "mean": 0.0, "holds_zero": True}
     results["arms"].append({**lag, "learning_rate": "decayed", "against_reference": lost})
     told = "The gain of lag over scratch is shown with constant, but not with decayed."
-    assert told in findings(results)
+    assert told in finding_sentences(results)

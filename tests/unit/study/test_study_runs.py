@@ -11,7 +11,7 @@ from studying import plan_of
 
 from lag_megatron.config import dump_config
 from lag_megatron.errors import ConfigError
-from lag_megatron.study import StudyFolder, prepare, run_all
+from lag_megatron.study import StudyFolder, launch_runs, prepare_study
 
 FAKE = """
 import json, signal, sys, time
@@ -42,8 +42,8 @@ class Fake:
         self.said: list[str] = []
 
     def run(self, workers: int = 2):
-        left = prepare(self.plan, self.folder, workers=workers)
-        return run_all(left, self.folder, script=self.script, launcher=(), workers=workers,
+        left = prepare_study(self.plan, self.folder, workers=workers)
+        return launch_runs(left, self.folder, script=self.script, launcher=(), workers=workers,
                        say=self.said.append)  # fmt: skip
 
     def started(self) -> list[str]:
@@ -100,9 +100,9 @@ def test_no_run_stays_behind_when_the_terminal_is_gone(tmp_path: Path) -> None:
             wait_for(first / "ready")
             raise BrokenPipeError
 
-    left = prepare(study.plan, study.folder, workers=2)
+    left = prepare_study(study.plan, study.folder, workers=2)
     with pytest.raises(BrokenPipeError):
-        run_all(left, study.folder, script=study.script, launcher=(), workers=2, say=say)
+        launch_runs(left, study.folder, script=study.script, launcher=(), workers=2, say=say)
     wait_for(first / "saved")
     assert (first / "saved").exists()
 
@@ -110,8 +110,8 @@ def test_no_run_stays_behind_when_the_terminal_is_gone(tmp_path: Path) -> None:
 def test_a_launcher_that_cannot_work_is_refused(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, launcher=["no_such_launcher", "{port}"])
     with pytest.raises(ConfigError, match="no_such_launcher"):
-        prepare(plan, StudyFolder(tmp_path / "out"), workers=1)
+        prepare_study(plan, StudyFolder(tmp_path / "out"), workers=1)
     plan = plan_of(tmp_path, launcher=[sys.executable, "-u"])
     with pytest.raises(ConfigError, match="would meet at one port"):
-        prepare(plan, StudyFolder(tmp_path / "out"), workers=2)
+        prepare_study(plan, StudyFolder(tmp_path / "out"), workers=2)
     assert not (tmp_path / "out").exists()

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.atomic_io import write_atomically
-from lag_megatron.data.prepared_dataset import (
+from lag_megatron.data.datasets.prepared_dataset import (
     TOKENIZER,
     PreparedData,
     PreparedSource,
     checksum,
     read_meta,
 )
-from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from lag_megatron.data.unigram import mixed_cross_entropy
+from lag_megatron.data.datasets.tokenizer import Tokenizer, load_tokenizer
+from lag_megatron.data.datasets.unigram import mixed_cross_entropy
 from lag_megatron.errors import DataError
 from lag_megatron.planning.blend import Blend
 

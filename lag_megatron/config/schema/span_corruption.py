@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lag_megatron.config.data import Ul2Config
+from lag_megatron.config.schema.data import Ul2Config
 
 # Tokens that begin the samples of regular, sequential (prefix) and extreme denoisers.
 MODES = ("[R]", "[S]", "[X]")

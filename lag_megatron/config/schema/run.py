@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lag_megatron.config.base import FORBID
-from lag_megatron.config.data import DataConfig
-from lag_megatron.config.model import ModelConfig, ParallelConfig
-from lag_megatron.config.optimizer import OptimizerConfig
-from lag_megatron.config.raptr import Lengths, Probabilities, RaptrConfig
+from lag_megatron.config.schema.base import FORBID
+from lag_megatron.config.schema.data import DataConfig
+from lag_megatron.config.schema.model import ModelConfig
+from lag_megatron.config.schema.optimizer import OptimizerConfig
+from lag_megatron.config.schema.parallel import ParallelConfig
+from lag_megatron.config.schema.raptr import Lengths, Probabilities, RaptrConfig
 
 # Where, before a rung, candidates are evaluated once more, to see whether their ranking is stable.
 GUARD_SHARE = 0.8

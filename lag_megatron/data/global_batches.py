@@ -8,14 +8,13 @@ import xxhash
 from megatron.core.datasets.utils import Split
 
 from lag_megatron.config import DataConfig
-from lag_megatron.data.blended_dataset import Prepared
-from lag_megatron.data.indexed_dataset import open_documents
+from lag_megatron.data.batch import Batch
+from lag_megatron.data.datasets.blended_dataset import Prepared
+from lag_megatron.data.datasets.indexed_dataset import open_documents
+from lag_megatron.data.datasets.prepared_dataset import PreparedSource
 from lag_megatron.data.objectives.samples import Epochs, open_samples
-from lag_megatron.data.prepared_dataset import PreparedSource
 from lag_megatron.errors import DataError
 from lag_megatron.planning.blend import Blend
-
-Batch = dict[str, torch.Tensor]
 
 _CAUSAL = DataConfig(objective="causal")
 _VALIDATION_SEED = 0

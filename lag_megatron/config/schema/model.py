@@ -1,9 +1,9 @@
-"""The model and how it is spread over ranks."""
+"""The shape of the model."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from lag_megatron.config.base import FORBID
+from lag_megatron.config.schema.base import FORBID
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,35 +43,6 @@ class ModelConfig:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     init_std: float = 0.02
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParallelConfig:
-    """How the work is spread; batches are counted in sequences.
-
-    ``world_size`` is only needed by a dry run without a hostfile; a run takes it from its launcher
-    and refuses a different one.
-
-    Attributes:
-        sequence_parallel: between matrices that tensor parallelism cuts, each of its ranks holds a
-            part of the sequence (Korthikanti et al. 2022); the same losses for less memory.
-        recompute: ``layers`` keeps each layer's input alone and computes the rest again in the
-            backward pass.
-        cuda_graphs: the launches of a transformer layer are recorded once and replayed, with more
-            memory; for steps so short that a GPU waits for its host.
-    """
-
-    __pydantic_config__ = FORBID
-    tensor: int = 1
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    micro_batch: int = 8
-    global_batch: int = 32
-    precision: Literal["fp32", "bf16"] = "fp32"
-    sequence_parallel: bool = False
-    recompute: Literal["none", "layers"] = "none"
-    cuda_graphs: bool = False
-    world_size: int | None = None
-    timeout: float = 300.0
 
 
 def padded_vocab_size(vocab_size: int) -> int:

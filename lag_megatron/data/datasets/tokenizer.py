@@ -10,8 +10,8 @@ import numpy as np
 import tokenizers
 import xxhash
 
-from lag_megatron.config.span_corruption import MODES
-from lag_megatron.data.sentences import split_sentences
+from lag_megatron.config.schema.span_corruption import MODES
+from lag_megatron.data.datasets.sentences import split_sentences
 from lag_megatron.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lag_megatron.config.schema import RunConfig, StageConfig
+from lag_megatron.config.schema.run import RunConfig, StageConfig
 
 
 def stage_ranges(stages: Sequence[StageConfig]) -> tuple[range, ...]:

@@ -11,7 +11,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class MeanInterval:
     """A mean of ``count`` values; ``low`` and ``high`` are None where one value gives no interval.
 
     The interval is Student's, at :data:`CONFIDENCE`: mean plus or minus t s / sqrt(n), with
@@ -31,22 +31,24 @@ class Estimate:
         return self.low <= 0 <= self.high
 
 
-def estimate(values: Sequence[float]) -> Estimate | None:
+def mean_interval(values: Sequence[float]) -> MeanInterval | None:
     """The mean of independent values and its interval; None for no values."""
     if not values:
         return None
     mean, count = statistics.fmean(values), len(values)
     if count == 1:
-        return Estimate(mean, None, None, count)
+        return MeanInterval(mean, None, None, count)
     t = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
     half = t * statistics.stdev(values) / math.sqrt(count)
-    return Estimate(mean, mean - half, mean + half, count)
+    return MeanInterval(mean, mean - half, mean + half, count)
 
 
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
+def paired_difference(
+    ours: Mapping[int, float], theirs: Mapping[int, float]
+) -> MeanInterval | None:
     """The mean difference ``ours - theirs`` over the keys, such as seeds, that both have.
 
     Runs of one seed read the same text in the same order, so that what it does to the loss
     cancels out.
     """
-    return estimate([ours[key] - theirs[key] for key in ours if key in theirs])
+    return mean_interval([ours[key] - theirs[key] for key in ours if key in theirs])

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lag_megatron.config.base import FORBID
+from lag_megatron.config.schema.base import FORBID
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from lag_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from lag_megatron.data.datasets.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.errors import DataError
 
 META = "meta.json"

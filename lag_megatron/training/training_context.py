@@ -4,32 +4,46 @@ import time
 from dataclasses import dataclass, replace
 
 from lag_megatron.config import RunConfig
-from lag_megatron.config.raptr import Lengths
-from lag_megatron.data import Feed
+from lag_megatron.config.schema.raptr import Lengths
+from lag_megatron.data import BatchLoader
 from lag_megatron.engine.engine import Engine
 from lag_megatron.planning.cost import tokens_per_step
 from lag_megatron.planning.lr_schedule import rate_at
 from lag_megatron.planning.random_paths import path_at, with_path_length
 from lag_megatron.run.directory import RunDirectory
+from lag_megatron.run.metrics import MetricRow
 from lag_megatron.run.signals import StopFlag
-
-MetricRow = dict[str, float | int | str]
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What every part of a run needs: settings, text, paths and the flag to stop."""
+class TrainingContext:
+    """What each step of a run needs, the same on all ranks but for the batches.
+
+    Attributes:
+        config: of the run.
+        run: directory of its files.
+        feed: this rank's batches.
+        stop: set when the run is asked to end.
+        vocab_size: rows of the vocabulary, padding included.
+    """
 
     config: RunConfig
     run: RunDirectory
-    feed: Feed
+    feed: BatchLoader
     stop: StopFlag
     vocab_size: int
 
     def step(self, engine: Engine, step: int, *, stage: int) -> tuple[MetricRow, bool]:
-        """Take optimizer step ``step`` (0-based) and return its metrics and whether to stop.
+        """Take one optimizer step.
 
-        The row's ``step`` counts the steps taken, so it is one more.
+        Args:
+            engine: every rank calls with its own.
+            step: 0-based number of the step in the whole run.
+            stage: that it belongs to.
+
+        Returns:
+            the step's metrics, whose ``step`` counts the steps taken and so is one more; and
+            whether some rank was asked to stop, the same on all ranks.
         """
         config = self.config
         started = time.perf_counter()
@@ -59,15 +73,10 @@ class Job:
             row["train/grad_norm"] = result.grad_norm
         return row, result.stop_asked
 
-    def with_paths(self, stage: int, length: Lengths | None) -> "Job":
-        """This job, with a stage's paths as a candidate has them; None is as they are."""
+    def with_paths(self, stage: int, length: Lengths | None) -> "TrainingContext":
+        """This context with a candidate's path length in a stage; None leaves it as it is."""
         return replace(self, config=with_path_length(self.config, stage, length))
 
     def evaluate(self, engine: Engine) -> list[float]:
-        """Loss of each batch of the fixed validation set."""
+        """Mean loss of each batch of the fixed validation set, in nats per label."""
         return engine.evaluate(self.feed.validation())
-
-    def validation_row(self, step: int, *, stage: int, loss: float) -> MetricRow:
-        """The metrics line of an evaluation after ``step`` steps."""
-        tokens = step * tokens_per_step(self.config)
-        return {"step": step, "tokens": tokens, "stage": stage, "val/loss": loss}

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lag_megatron.report.formatting import NONE, duration, integer
 from lag_megatron.report.render.blocks import Block, Facts, Heading, Image, Table, Text
+from lag_megatron.report.render.formatting import NONE, duration, integer
 from lag_megatron.report.stats.run_files import Json
-from lag_megatron.study.figures import LABELS
-from lag_megatron.study.findings import findings, interval
+from lag_megatron.study.findings import finding_sentences, interval
+from lag_megatron.study.plots import LABELS
 
 _NOTES = (
     "FLOPs are those of the run's optimizer steps (forward and backward, 6 for each parameter that "
@@ -34,7 +34,7 @@ def study_blocks(results: Json, pictures: Mapping[str, Path] | None) -> Iterator
     ``pictures`` is None where matplotlib is missing, which the report says.
     """
     yield Heading(1, f"{results['study']}: policies at equal FLOPs")
-    for sentence in findings(results):
+    for sentence in finding_sentences(results):
         yield Text(sentence)
     yield Facts(list(_facts(results)))
     yield Heading(2, "Final losses")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from lag_megatron.config import RunConfig
-from lag_megatron.config.stage_schedule import stage_ranges
+from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.planning.random_paths import mean_layers_run
 from lag_megatron.study.launch import StudyFolder
 from lag_megatron.study.plan import PlannedRun, StudyPlan
@@ -14,7 +14,7 @@ def plan_text(plan: StudyPlan, folder: StudyFolder) -> str:
     return "\n".join(_lines(plan, folder))
 
 
-def layers_in_words(config: RunConfig) -> Iterator[str]:
+def layers_text(config: RunConfig) -> Iterator[str]:
     """How many layers each stage has, after how many of them a step runs where it takes paths."""
     for number, steps in enumerate(stage_ranges(config.stages)):
         layers = config.layers_of(number)
@@ -35,7 +35,7 @@ def _lines(plan: StudyPlan, folder: StudyFolder) -> Iterator[str]:
         config, cost = run.config, run.cost
         stages = ", ".join(
             f"{layers} x {stage.steps:,}"
-            for layers, stage in zip(layers_in_words(config), config.stages, strict=True)
+            for layers, stage in zip(layers_text(config), config.stages, strict=True)
         )
         below, share = plan.budget - cost.total, cost.search / cost.total
         yield f"{arm:<{width}} {cost.total:>10.4e} {below:>10.3e} {share:>7.1%}  {stages}"

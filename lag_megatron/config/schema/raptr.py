@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from lag_megatron.config.base import FORBID
-from lag_megatron.planning.shares import shares
+from lag_megatron.config.schema.base import FORBID
+from lag_megatron.config.schema.shares import shares
 
 # What a stage says of its paths: one value, or several for equal parts of it, one after the other.
 Lengths = int | tuple[int, ...]
@@ -61,6 +61,6 @@ def path_rules(
         start += part
 
 
-def resolved(fixed: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+def fixed_layers(fixed: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
     """Numbers, from 0 and rising, of the layers that run in every step."""
     return tuple(sorted({layer % num_layers for layer in fixed}))

@@ -1,0 +1,1 @@
+"""Tokenized text on disk: Megatron's .bin/.idx files, prepared folders, mixtures, tokenizers."""
