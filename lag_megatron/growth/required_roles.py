@@ -47,9 +47,9 @@ def roles_for(
     roles = find_roles(shapes, stack, plan.names, untrained=untrained, others=others)
     if stack is None or not needs_roles(plan):
         return roles
-    if any(origin.identity_norms or origin.zero_norms for origin in plan.layer_map):
-        _require_table(plan, roles, stack)
     inside = [name for name in shapes if stack.match(name)]
+    if any(origin.identity_norms or origin.zero_norms for origin in plan.layer_map):
+        _require_table(plan, roles, stack, inside)
     if unknown := [name for name in inside if roles.of(name) is None]:
         raise PlanError(_unknown_roles(plan, shapes, stack, unknown))
     scales = any(origin.branch_scale != 1 for origin in plan.layer_map)
@@ -64,16 +64,22 @@ def roles_for(
     return roles
 
 
-def _require_table(plan: GrowthPlan, roles: ModelRoles, stack: LayerStack) -> None:
+def _require_table(
+    plan: GrowthPlan, roles: ModelRoles, stack: LayerStack, inside: Sequence[str]
+) -> None:
     """Refuse an operator on norms for a layer of which roles are all that can be known."""
-    if roles.family is None:
-        titles = ", ".join(family.title for family in FAMILIES)
-        raise PlanError(
-            f"operator {plan.operator!r} has to know which norm and which matrices belong to which "
-            f"branch, which roles do not say, and no table has the names of this model's layers "
-            f"({stack.title}). There are tables of {titles}. Take 'llama_pro', to which roles are "
-            "enough."
-        )
+    if roles.family is not None:
+        return
+    tails = {match.tail for name in inside if (match := stack.match(name))}
+    nearest = max(FAMILIES, key=lambda family: len(tails & family.layer.roles.keys()))
+    others = sorted(tails - nearest.layer.roles.keys()) or sorted(nearest.layer.required - tails)
+    titles = ", ".join(family.title for family in FAMILIES)
+    raise PlanError(
+        f"operator {plan.operator!r} has to know which norm and which matrices belong to which "
+        f"branch. Roles do not say it, and no table has the names of this model's layers "
+        f"({stack.title}): {nearest.title} differs in {', '.join(others)}. There are tables of "
+        f"{titles}. Take 'llama_pro', to which roles are enough."
+    )
 
 
 def _require_post_norms(

@@ -43,7 +43,7 @@ def check_layers(
     different = [n for n, tensors in layers.items() if tensors != layers[0]]
     if stack and different:
         raise PlanError(
-            f"layer {different[0]} of {stack.title} has other parameters than layer 0: only models "
+            f"layer {different[0]} has other parameters than layer 0 in {stack.title}: only models "
             "whose layers are alike can be grown in depth. If another list is that of the layers, "
             "say so in a names file (--names FILE, names=, growth.names), e.g. "
             'layers: "decoder.layers.{}"'
