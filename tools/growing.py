@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lag_megatron.checkpoint.families.layer_stack import count_layers, find_layer_stack
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import CheckpointSource, unsharded_shapes
-from lag_megatron.config.param_names import read_param_names
+from lag_megatron.config.schema.param_names import read_param_names
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.grown_state import retarget
 from lag_megatron.growth.operators import OPERATORS

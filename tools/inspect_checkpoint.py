@@ -12,7 +12,7 @@ from typing import Any
 
 from lag_megatron.checkpoint import open
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.config.param_names import ParamNames, read_param_names
+from lag_megatron.config.schema.param_names import ParamNames, read_param_names
 from lag_megatron.errors import CheckpointError, LagError
 
 UNVERIFIED = "unverified: there is no manifest to compare with, so damage cannot be ruled out"

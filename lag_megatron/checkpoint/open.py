@@ -21,7 +21,7 @@ from lag_megatron.checkpoint.universal.reader import open_universal
 from lag_megatron.checkpoint.zero import describe
 from lag_megatron.checkpoint.zero.header import resolve_tag
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.config.param_names import ParamNames
+from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
 
 ZERO, UNIVERSAL, MEGATRON, DCP, HF = "zero", "universal", "megatron", "dcp", "hf"

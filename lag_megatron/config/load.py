@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from lag_megatron.config.param_names import read_names_tree
+from lag_megatron.config.schema.param_names import read_names_tree
 from lag_megatron.config.schema.run import RunConfig
 from lag_megatron.config.schema.stage_schedule import in_steps
+from lag_megatron.config.schema.unique_keys import UniqueKeyLoader
 from lag_megatron.config.stage_policy import expand_stages
-from lag_megatron.config.unique_keys import UniqueKeyLoader
 from lag_megatron.config.validation.messages import describe_errors
 from lag_megatron.config.validation.run import find_problems
 from lag_megatron.config.validation.stages import length_problems

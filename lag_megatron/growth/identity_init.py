@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from lag_megatron.checkpoint.families.family import LayerTable
 from lag_megatron.checkpoint.families.roles import ModelRoles
 from lag_megatron.checkpoint.state.box import Shape
-from lag_megatron.config.param_names import Role
+from lag_megatron.config.schema.param_names import Role
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.plan import GrowthPlan
 from lag_megatron.growth.weight_init import Constant, Diagonals, Normal, WeightInit

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from lag_megatron.config.param_names import ParamNames, parse_param_names
+from lag_megatron.config.schema.param_names import ParamNames, parse_param_names
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.operators import layer_map_of
 from lag_megatron.growth.operators.layer_map import LayerMap, keeps_old_norms, moves_second_norm

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lag_megatron.config import GrowthConfig, PoolConfig, RunConfig
-from lag_megatron.config.param_names import parse_param_names
+from lag_megatron.config.schema.param_names import parse_param_names
 from lag_megatron.config.schema.raptr import Lengths
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.operators.layer_map import feasible_block_sizes, feasible_indices

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lag_megatron.checkpoint.state.box import Box, Shape, interval_boxes, strides_of
-from lag_megatron.config.param_names import Role
+from lag_megatron.config.schema.param_names import Role
 
 _WORDS_PER_COUNT = 4
 _CHUNK = 1 << 18

@@ -5,7 +5,7 @@ from typing import Any
 
 from lag_megatron.checkpoint.families.layer_stack import find_layer_stack, layer_stacks
 from lag_megatron.checkpoint.families.roles import find_roles
-from lag_megatron.config.param_names import ParamNames
+from lag_megatron.config.schema.param_names import ParamNames
 
 
 def describe_layers(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lag_megatron.config.param_names import Role
+from lag_megatron.config.schema.param_names import Role
 
 Branch = Literal["attention", "mlp"]
 

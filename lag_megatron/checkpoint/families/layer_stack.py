@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from lag_megatron.config.param_names import ParamNames
+from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import PlanError
 
 COMPARABLE = 0.25

@@ -13,7 +13,7 @@ from lag_megatron.checkpoint.families import bert, gpt, llama, torch_layers
 from lag_megatron.checkpoint.families.family import Branch, Family
 from lag_megatron.checkpoint.families.layer_stack import LayerStack
 from lag_megatron.checkpoint.families.megatron_layer import MEGATRON_LAYER
-from lag_megatron.config.param_names import ParamNames, Role
+from lag_megatron.config.schema.param_names import ParamNames, Role
 from lag_megatron.errors import PlanError
 
 FAMILIES: tuple[Family, ...] = (

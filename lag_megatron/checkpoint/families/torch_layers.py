@@ -5,7 +5,7 @@ pre-LN or post-LN.
 """
 
 from lag_megatron.checkpoint.families.family import Family, LayerTable, with_biases
-from lag_megatron.config.param_names import Role
+from lag_megatron.config.schema.param_names import Role
 
 _ATTENTION: dict[str, Role] = {
     "in_proj_weight": "branch_input",

@@ -15,7 +15,7 @@ from lag_megatron.checkpoint.families.describe_layers import describe_layers
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records, has_checksums
-from lag_megatron.config.param_names import ParamNames
+from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
 
 CONFIG, TRAINER = "config.json", "trainer_state.json"

@@ -23,7 +23,7 @@ from lag_megatron.checkpoint.megatron.param_names import parameters_in
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records
-from lag_megatron.config.param_names import ParamNames
+from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
 
 CONFIG, COMMON = "metadata.json", "common.pt"

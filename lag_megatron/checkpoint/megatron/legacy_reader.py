@@ -36,7 +36,7 @@ from lag_megatron.checkpoint.state.tensor_parallel import is_gated, pieces, unsh
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records
-from lag_megatron.config.param_names import ParamNames
+from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
 
 _FILE = "model_optim_rng.pt"

@@ -18,7 +18,7 @@ from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records
-from lag_megatron.config.param_names import ParamNames
+from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
 
 FOLDER, POINTER, OPTIMIZER = "zero", "latest_universal", "optimizer_state.pt"

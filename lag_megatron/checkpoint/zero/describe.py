@@ -9,7 +9,7 @@ from lag_megatron.checkpoint.state.source import unsharded_shapes
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero.file_names import torch_optimizer_state
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.config.param_names import ParamNames
+from lag_megatron.config.schema.param_names import ParamNames
 
 
 def looks_like_checkpoint(path: Path) -> bool:

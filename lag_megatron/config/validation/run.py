@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator
 
-from lag_megatron.config.param_names import parse_param_names
 from lag_megatron.config.schema.parallel import ParallelConfig, data_parallel_size
+from lag_megatron.config.schema.param_names import parse_param_names
 from lag_megatron.config.schema.run import GrowthConfig, PoolConfig, RunConfig
 from lag_megatron.config.validation.data import data_problems
 from lag_megatron.config.validation.model import model_problems

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from lag_megatron.config.unique_keys import UniqueKeyLoader
+from lag_megatron.config.schema.unique_keys import UniqueKeyLoader
 from lag_megatron.errors import ConfigError
 
 Role = Literal[
