@@ -23,10 +23,10 @@ import pytest
 import yaml
 from hypothesis import settings
 
-from lag_megatron.run.compile_cache import keep_caches
+from lag_megatron.run.compile_cache import set_cache_dirs
 
 ROOT = Path(__file__).parents[1]
-keep_caches(ROOT)
+set_cache_dirs(ROOT)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():  # before anything imports Triton, whose own parts look too
     os.environ.setdefault("TRITON_INTERPRET", "1")

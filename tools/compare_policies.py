@@ -1,93 +1,13 @@
 #!/usr/bin/env python3
-"""Compare growth policies at equal FLOPs: every arm, learning rate and seed of a study file.
+"""Compare growth policies at equal FLOPs: every arm, learning rate and seed of a study file."""
 
-The same command goes on after any interruption; finished runs are not repeated.  Exits 0 when all
-runs have finished, 1 when some failed, 2 for a user's error.
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lag_megatron.errors import LagError, RunError  # noqa: E402
-from lag_megatron.study import (  # noqa: E402
-    StudyFolder,
-    StudyPlan,
-    launch_runs,
-    load_study,
-    plan_study,
-    plan_text,
-    prepare_study,
-    write_study,
-)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    try:
-        return _compare(options)
-    except LagError as error:
-        print(error, file=sys.stderr)
-        return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("study", type=Path, metavar="STUDY.yaml")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/studies/<study>")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time")
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--dry-run", action="store_true", help="print the plan and its costs")
-    only.add_argument("--report-only", action="store_true", help="report what is there")
-    return parser
-
-
-def _compare(options: argparse.Namespace) -> int:
-    if options.workers < 1:
-        raise RunError(f"--workers: must be 1 or more (got {options.workers}).")
-    plan = plan_study(load_study(options.study))
-    out = options.out or Path("runs") / "studies" / plan.study.name
-    folder = StudyFolder(out.resolve())
-    if options.report_only:
-        if not folder.root.is_dir():
-            raise RunError(
-                f"{folder.root}: nothing there to report. Run the study first, or give --out."
-            )
-        _say(f"report: {write_study(plan, folder)}")
-        return 0
-    _say(plan_text(plan, folder))
-    if options.dry_run:
-        return 0
-    return _run(plan, folder, workers=options.workers)
-
-
-def _run(plan: StudyPlan, folder: StudyFolder, *, workers: int) -> int:
-    left = prepare_study(plan, folder, workers=workers)
-    ended = launch_runs(
-        left,
-        folder,
-        script=ROOT / "launch" / "train.py",
-        launcher=plan.study.config.launcher,
-        workers=workers,
-        say=_say,
-    )
-    if ended.signal is not None:
-        _say("stopped; the same command goes on from here, --report-only reports what is there")
-        return 128 + ended.signal
-    _say(f"report: {write_study(plan, folder)}")
-    for failure in ended.failures:
-        print(f"failed: {failure.run.name}", file=sys.stderr)
-    return 1 if ended.failures else 0
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
+from lag_megatron.cli.compare_policies import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(root=ROOT))

@@ -1,85 +1,8 @@
-"""The report of a run, and other rules on its curves.
+"""The report of a run, and other rules on its curves."""
 
-Without options: write report.html, report.md and figures/*.png into the run directory.
-"""
-
-import argparse
-import json
 import sys
-from pathlib import Path
 
-from lag_megatron.errors import LagError, RunError
-from lag_megatron.report import report_data, write_report, write_search
-from lag_megatron.report.sections.rule_comparison_text import analysis_text, comparison_text
-from lag_megatron.report.stats.recorded_search import read_search, recorded_searches
-from lag_megatron.report.stats.rule_comparison import RULES, compare_rules, search_data
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and do what it says; 2 for a user's error."""
-    options = _parser().parse_args(arguments)
-    try:
-        print(_answer(options))
-    except LagError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "run", type=Path, metavar="RUN", help="e.g. runs/demo, or a recorded search (.json[.gz])"
-    )
-    parser.add_argument("--json", action="store_true", help="print the numbers, write nothing")
-    parser.add_argument(
-        "--rule",
-        action="append",
-        default=[],
-        choices=RULES,
-        help="what this rule would have chosen on the recorded curves; repeats, to compare",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="growth.KEY=VALUE",
-        help="with another setting, e.g. growth.lag=20 or 'growth.rungs=[5, 10, 20]'",
-    )
-    parser.add_argument(
-        "--record", type=Path, metavar="FILE", help="write the curves as a recorded search"
-    )
-    parser.add_argument(
-        "--growth", type=int, metavar="N", help="only this growth event (--record: the last)"
-    )
-    return parser
-
-
-def _answer(options: argparse.Namespace) -> str:
-    run: Path = options.run
-    compared = options.rule or options.set
-    if not compared and not options.record and run.is_dir():
-        if options.json:
-            return json.dumps(report_data(run), indent=1, allow_nan=False)
-        return str(write_report(run))
-    if options.record:
-        growth = options.growth or max((s.growth for s in recorded_searches(run)), default=1)
-        write_search(run, growth, options.record)
-        return str(options.record)
-    searches = recorded_searches(run) if run.is_dir() else [read_search(run)]
-    searches = [s for s in searches if options.growth in (None, s.growth)]
-    if not searches:
-        raise RunError(f"{run}: nothing was grown there, so there are no curves to judge by.")
-    if not compared:
-        data = [search_data(search) for search in searches]
-        return json.dumps(data[0], indent=1) if options.json else analysis_text(data[0])
-    found = [compare_rules(search, options.rule, options.set) for search in searches]
-    if options.json:
-        return json.dumps({"name": found[0]["name"], "growth": found}, indent=1, allow_nan=False)
-    return "\n\n".join(map(comparison_text, found))
-
+from lag_megatron.cli.report import main
 
 if __name__ == "__main__":
     sys.exit(main())

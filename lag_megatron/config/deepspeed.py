@@ -96,7 +96,7 @@ def _contradictions(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: st
 
 
 def _refused(theirs: Mapping[str, Any]) -> list[str]:
-    """Options whose checkpoints could not be grown, told now rather than weeks later."""
+    """Options whose checkpoints could not be grown, refused now rather than weeks later."""
     zero = theirs.get("zero_optimization") or {}
     problems = [
         f"deepspeed.zero_optimization.{option}: orders or stores shards in a way that cannot be "

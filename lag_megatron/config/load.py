@@ -48,7 +48,7 @@ def parse_config(tree: Tree, *, source: str = "configuration") -> RunConfig:
     """Check a plain mapping and turn it into a :class:`RunConfig`."""
     tree, wrong = expand_stages(tree)
     tree = _merge_stage_growth(tree)
-    if wrong:  # the rest is looked at without stages, so that every mistake is told at once
+    if wrong:  # the rest is looked at without stages, so that every mistake is reported at once
         tree = {**tree, "stages": [{"steps": 1}]}
     try:
         config = TypeAdapter(RunConfig).validate_python(tree)

@@ -24,11 +24,11 @@ from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.distributed.world import DeepSpeedGroups, World
 from lag_megatron.engine.deepspeed_adapter import full_shape
 from lag_megatron.model import build_model
-from lag_megatron.model.cuda_graphs import graph_layers
+from lag_megatron.model.cuda_graphs import capture_layers
 from lag_megatron.model.initialize import initialize_weights, mark_cut_parameters
 from lag_megatron.model.parameter_groups import make_optimizer
 from lag_megatron.model.random_state import seed_everywhere
-from lag_megatron.run.compile_cache import clear_marks
+from lag_megatron.run.compile_cache import remove_stale_locks
 
 
 def build_deepspeed_engine(
@@ -41,7 +41,7 @@ def build_deepspeed_engine(
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     settings, groups = deepspeed_config(config, world_size=world.size), DeepSpeedGroups(world)
-    clear_marks()
+    remove_stale_locks()
     deepspeed.init_distributed()
     seed_everywhere(config.seed)
     sharded = config.parallel.zero_stage == 3
@@ -51,7 +51,7 @@ def build_deepspeed_engine(
         )
     mark_cut_parameters(model)
     if config.parallel.cuda_graphs:
-        graph_layers(model)
+        capture_layers(model)
     if draw_weights:
         gathered = partial(_gathered, sharded=sharded)
         initialize_weights(model, config, world, num_layers=num_layers, gathered=gathered)

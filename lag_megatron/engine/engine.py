@@ -38,7 +38,7 @@ from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.apply.grown_state import GrownState, resharded
 from lag_megatron.growth.plan import GrowthPlan
 from lag_megatron.model import labels_of, loss_sums, mean_loss
-from lag_megatron.model.parameter_groups import decay_split
+from lag_megatron.model.parameter_groups import split_by_decay
 from lag_megatron.model.random_state import seed_step
 from lag_megatron.planning.random_paths import LayerPath
 
@@ -252,7 +252,7 @@ class Engine:
 
     @property
     def _trained(self) -> list[list[torch.nn.Parameter]]:
-        decayed, others = decay_split(self.module, shape_of=full_shape)
+        decayed, others = split_by_decay(self.module, shape_of=full_shape)
         return [group for group in (decayed, others) if group]
 
     def _require_loadable(self, checkpoint: Path) -> bool:

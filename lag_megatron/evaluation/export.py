@@ -36,7 +36,7 @@ class ExportOptions:
     folder: Path | None = None
 
 
-def resolve(path: Path) -> Path:
+def find_checkpoint(path: Path) -> Path:
     """The checkpoint's or the model's own directory; of a run, its newest checkpoint.
 
     Raises:
@@ -61,8 +61,8 @@ def resolve(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def as_transformers(path: Path, options: ExportOptions) -> Iterator[Path]:
-    """A directory of transformers with the model of ``path``, which :func:`resolve` gave.
+def export_to_transformers(path: Path, options: ExportOptions) -> Iterator[Path]:
+    """A directory of transformers with the model of ``path``, which :func:`find_checkpoint` gave.
 
     Raises:
         ConfigError: if that is no decoder.
@@ -88,14 +88,14 @@ def as_transformers(path: Path, options: ExportOptions) -> Iterator[Path]:
         conversion = Conversion(
             source=checkpoint,
             to="hf",
-            tokenizer=tokenizer_of(path, options.tokenizer),
+            tokenizer=find_tokenizer(path, options.tokenizer),
             dtype=options.dtype,
         )
         write(conversion.job(folder))
         yield folder
 
 
-def tokenizer_of(path: Path, given: Path | None) -> TokenizerFile:
+def find_tokenizer(path: Path, given: Path | None) -> TokenizerFile:
     """The tokenizer that a checkpoint was trained with: the one given, or its run's.
 
     Raises:

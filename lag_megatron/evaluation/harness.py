@@ -71,22 +71,22 @@ def evaluate(
     require_harness()
     documents = {task: read_documents(task, path) for task, path in data.items()}
     if isinstance(model, Path):
-        _require_room(model, data)
+        _require_window(model, data)
     found = _run(model, data, limit=limit, batch_size=batch_size, device=device)
     return {task: _task(task, found, documents[task], data[task]) for task in data}
 
 
-def _require_room(model: Path, tasks: Iterable[str]) -> None:
+def _require_window(model: Path, tasks: Iterable[str]) -> None:
     """Refuse tasks whose answers alone would fill the model's window."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     window = next((config[key] for key in _WINDOWS if isinstance(config.get(key), int)), None)
     for task in tasks:
         settings = yaml.load((TASK_FOLDER / f"{task}.yaml").read_text(), Loader=_Plain)
-        room = settings.get("generation_kwargs", {}).get("max_gen_toks", 0)
-        if window is not None and room >= window:
+        longest = settings.get("generation_kwargs", {}).get("max_gen_toks", 0)
+        if window is not None and longest >= window:
             raise RunError(
-                f"{model}: the task {task} lets a model write {room} tokens after its prompt, but "
-                f"this one has a window of {window}. Leave the task out with --tasks."
+                f"{model}: the task {task} lets a model write {longest} tokens after its prompt, "
+                f"but this one has a window of {window}. Leave the task out with --tasks."
             )
 
 
@@ -142,7 +142,7 @@ def _task(task: str, found: Json, documents: Documents, path: Path) -> Json:
     }
 
 
-def table(results: Json) -> str:
+def format_results(results: Json) -> str:
     """The results as lines of text, one a metric."""
     lines = [("task", "metric", "value", "stderr", "items")]
     for task, result in results.items():

@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lag_megatron.kernels.attention_cpu import attend_cpu, one_pass_softmax
+from lag_megatron.kernels.cpu.attention_cpu import attend_cpu, one_pass_softmax
 
 
 def prefix_mask(prefix_length: Tensor, length: int) -> Tensor:
@@ -49,7 +49,7 @@ class SDPACoreAttention(MegatronModule):
     Letters: s sequence, b batch, h query heads and g key-value heads of this rank, k head size.
     """
 
-    by_products = True  # where products_win says so
+    use_matmul = True  # where prefers_matmul_attention agrees
 
     def __init__(
         self,
@@ -96,8 +96,8 @@ class SDPACoreAttention(MegatronModule):
 
     def _attend(self, heads: list[Tensor], hidden: Tensor | None) -> Tensor:
         query, key, value = heads
-        if self.by_products and self.training and products_win(query):
-            return attend_by_products(
+        if self.use_matmul and self.training and prefers_matmul_attention(query):
+            return matmul_attention(
                 query,
                 key,
                 value,
@@ -132,7 +132,7 @@ class SDPACoreAttention(MegatronModule):
         return contextlib.nullcontext()
 
 
-def attend_by_products(
+def matmul_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -174,11 +174,11 @@ def attend_by_products(
     return out.view(batch, count, length, size)
 
 
-def products_win(query: Tensor) -> bool:
+def prefers_matmul_attention(query: Tensor) -> bool:
     """Whether attention by plain products is the faster one for a (b, h, s, k) in training.
 
     By what the CPU can do and not by a trial, since a run has to go on with the same numbers; the
-    lengths are those of ``tools/bench/attention.py``'s committed table.
+    lengths are those of ``tools/bench/training/attention.py``'s committed table.
     """
     return (
         query.device.type == "cpu"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
-def emulates_products(dtype: torch.dtype, device: torch.device) -> bool:
+def needs_bf16_emulation(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a device multiplies matrices of this type without instructions for it."""
     if dtype is not torch.bfloat16 or device.type != "cpu":
         return False
@@ -25,7 +25,7 @@ def emulates_products(dtype: torch.dtype, device: torch.device) -> bool:
     return not (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def widen_products(model: torch.nn.Module) -> None:
+def emulate_bf16_matmuls(model: torch.nn.Module) -> None:
     """Have a model's linear layers multiply in fp32, and round the product to what they gave."""
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):

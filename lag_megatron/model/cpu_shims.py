@@ -57,7 +57,7 @@ class CpuRngTracker:
             self._current = before
 
 
-def run_megatron_without_cuda() -> None:
+def install_cpu_shims() -> None:
     """Give Megatron a CPU in place of CUDA's device and generator; does nothing where CUDA is.
 
     Its buffers of sequence parallelism and its rotary embedding ask for the current device, its

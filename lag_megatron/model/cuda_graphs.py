@@ -29,7 +29,7 @@ class Capture(Protocol):
         """The tensors that hold the work's results, and what computes them anew."""
 
 
-class CudaCapture:
+class CudaGraphCapture:
     """Capture by CUDA graphs, which share their memory: what one frees, the next takes."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class CudaCapture:
         return results, graph.replay
 
 
-def graph_layers(model: torch.nn.Module, make: Callable[[], Capture] = CudaCapture) -> None:
+def capture_layers(model: torch.nn.Module, make: Callable[[], Capture] = CudaGraphCapture) -> None:
     """Have every transformer layer of a model replay its training passes.
 
     A batch's backward pass has to end before the next one's forward pass, and layers must draw no
@@ -66,7 +66,7 @@ def graph_layers(model: torch.nn.Module, make: Callable[[], Capture] = CudaCaptu
     Raises:
         ConfigError: if there is no GPU to make them.
     """
-    if make is CudaCapture and not torch.cuda.is_available():
+    if make is CudaGraphCapture and not torch.cuda.is_available():
         raise ConfigError("parallel.cuda_graphs: there is no GPU here. Set it to false.")
     for layer in model.modules():
         if isinstance(layer, TransformerLayer):

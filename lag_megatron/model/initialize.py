@@ -7,7 +7,7 @@ import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
 from lag_megatron.checkpoint.families.roles import megatron_role
-from lag_megatron.checkpoint.state.tensor_parallel import cut_dim, pieces, unsharded_shape
+from lag_megatron.checkpoint.state.tensor_parallel import cut_dim, shard_boxes, unsharded_shape
 from lag_megatron.config import RunConfig
 from lag_megatron.distributed.world import World
 from lag_megatron.growth.weight_init import fill, initial_weights
@@ -56,7 +56,7 @@ def initialize_weights(
                 key=f"init/{config.seed}",
             )
             assert fresh is not None, f"{name}: has no initial weights of its own"
-            for piece in pieces(
+            for piece in shard_boxes(
                 name,
                 shape,
                 tensor_rank=world.tensor_rank,

@@ -6,7 +6,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lag_megatron.kernels.activation import activate, one_pass_wins
+from lag_megatron.kernels.cpu.activation_cpu import activate, one_pass_wins
 
 
 class OnePassMLP(MLP):

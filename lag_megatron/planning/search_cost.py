@@ -6,7 +6,7 @@ from lag_megatron.config import RunConfig
 from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.planning.cost import steps_flops, validation_flops_per_token
 from lag_megatron.planning.random_paths import with_path_length
-from lag_megatron.selection import planned
+from lag_megatron.selection import planned_rungs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +61,8 @@ class SearchCost:
 def search_cost(config: RunConfig, stage: int, *, candidates: int, vocab_size: int) -> SearchCost:
     """The planned cost of the growth event before ``stage``, with a pool of ``candidates``.
 
-    Where the rule may spare or add steps (``halving`` with its guard, lag ``auto``), this is its
-    plan (:func:`~lag_megatron.selection.planned`), and what it took stands in ``decision.json``.
+    Where the rule may save or add steps (``halving`` with its guard, lag ``auto``), this follows
+    :func:`~lag_megatron.selection.planned_rungs`; the real cost is in ``decision.json``.
     """
     growth = config.growth_before(stage)
     shape = {"num_layers": config.layers_of(stage), "vocab_size": vocab_size}
@@ -99,7 +99,7 @@ def _probe_steps(config: RunConfig, stage: int, *, candidates: int) -> tuple[int
     if growth.exhaustive:
         return candidates * config.stages[stage].steps, config.stages[stage].steps
     steps = before = 0
-    for rung, left in planned(growth, candidates=candidates):
+    for rung, left in planned_rungs(growth, candidates=candidates):
         steps += left * (rung - before)
         before = rung
     return steps, before

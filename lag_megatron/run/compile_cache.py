@@ -1,4 +1,4 @@
-"""Where compilers keep what they built, so that probes and restarts find it again."""
+"""Where DeepSpeed, Triton and inductor cache builds; locks that killed builds left behind."""
 
 import contextlib
 import fcntl
@@ -7,15 +7,15 @@ import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
-# After so many seconds a mark is a killed process's: nothing that is built here takes longer.
+# A lock that is older belongs to a killed process: nothing that is built here takes longer.
 _STALE_SECONDS = 90.0
 
 
-def keep_caches(root: Path, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Name the folders of DeepSpeed's, Triton's and inductor's builds, where none is named yet.
+def set_cache_dirs(root: Path, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set the folders of DeepSpeed's, Triton's and inductor's builds, where none is set yet.
 
-    They are read at the import of torch, of Triton or at the first build, so this comes first, in
-    every process, whatever started it.
+    They are read when torch or Triton is imported, or at the first build, so every process calls
+    this before it imports torch.
 
     Args:
         root: what ``.cache/torch_extensions`` is below, unless TORCH_EXTENSIONS_DIR is set; the
@@ -28,26 +28,26 @@ def keep_caches(root: Path, environment: MutableMapping[str, str] = os.environ) 
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(beside / "inductor"))
 
 
-def clear_marks(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Remove what processes that were killed while torch built something have left behind.
+def remove_stale_locks(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Remove the lock files of processes that were killed while torch built an extension.
 
-    torch marks a folder as being built by a file, and whoever finds one waits until it is gone.  A
-    process that is killed leaves it, and the same command would wait for ever.  A mark that is not
-    old enough to be such a one is waited for.
+    torch marks a folder that is being built with a file ``lock``, and other processes wait until it
+    is gone.  A killed process leaves it, and the next would wait for ever.  A lock that may still
+    belong to a running build is waited for.
     """
     name = environment.get("TORCH_EXTENSIONS_DIR")
     if name is None or not Path(name).is_dir():
         return
     with (Path(name) / ".marks").open("w") as held:
-        with contextlib.suppress(OSError):  # a file system without locks: marks still grow old
-            fcntl.flock(held, fcntl.LOCK_EX)  # or another rank's new mark could be taken for it
-        for mark in Path(name).glob("*/lock"):
-            _outlive(mark)
+        with contextlib.suppress(OSError):  # a file system without flock: locks still grow old
+            fcntl.flock(held, fcntl.LOCK_EX)  # one rank at a time, or a new lock could be removed
+        for lock in Path(name).glob("*/lock"):
+            _wait_and_remove(lock)
 
 
-def _outlive(mark: Path) -> None:
-    """Wait until whoever made a mark has removed it, or is taken for dead."""
+def _wait_and_remove(lock: Path) -> None:
+    """Wait until a lock is gone or stale; remove it if it is stale."""
     with contextlib.suppress(FileNotFoundError):
-        while time.time() - mark.stat().st_mtime < _STALE_SECONDS:
+        while time.time() - lock.stat().st_mtime < _STALE_SECONDS:
             time.sleep(0.2)
-        mark.unlink()
+        lock.unlink()

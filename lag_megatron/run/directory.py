@@ -1,4 +1,4 @@
-"""The run directory: where everything is, and that only one job writes there."""
+"""The run directory: paths, the lock of the one job that writes there, and its settings."""
 
 import errno
 import fcntl
@@ -31,7 +31,7 @@ _FREE_KEYS = (
     "stages.*.growth.probe_groups",
     "stages.*.growth.rung_timeout",
 )
-_LOCK_PATIENCE_SECONDS = 40
+_LOCK_TIMEOUT_SECONDS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +47,12 @@ class RunDirectory:
 
     @property
     def journal(self) -> Path:
-        """What happened, one JSON object a line."""
+        """Events, one JSON object a line."""
         return self.root / "journal.jsonl"
 
     @property
     def metrics(self) -> Path:
-        """What was measured, one JSON object a line."""
+        """Metrics, one JSON object a line."""
         return self.root / "metrics.jsonl"
 
     @property
@@ -73,7 +73,7 @@ class RunDirectory:
         return self.growth(growth) / candidate
 
     def relative(self, path: Path) -> str:
-        """A path below the run directory as it stands in the journal."""
+        """A path below the run directory, as the journal has it."""
         return str(path.relative_to(self.root))
 
 
@@ -83,21 +83,21 @@ def tag_of(step: int) -> str:
 
 
 def step_of(tag: str) -> int:
-    """The step that a tag names."""
+    """Number of optimizer steps in a checkpoint's name."""
     return int(tag.removeprefix("step"))
 
 
 def acquire(run: RunDirectory) -> IO[str]:
-    """Hold the run directory alone while the returned file is open.
+    """Lock the run directory; the lock is held while the returned file is open.
 
-    A job that is just ending is waited for.
+    Waits for a job that is just ending.
 
     Raises:
         RunError: if another job goes on writing there.
     """
     path = run.root / "lock"
     file = path.open("a+")
-    deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
+    deadline = time.monotonic() + _LOCK_TIMEOUT_SECONDS
     while not _locked(file, path):
         if time.monotonic() > deadline:
             file.seek(0)
@@ -126,7 +126,7 @@ def _locked(file: IO[str], path: Path) -> bool:
 
 
 def claim(run: RunDirectory, config: RunConfig) -> None:
-    """Make the run directory this configuration's, or check that it is.
+    """Write the configuration to the run directory, or check it against the one there.
 
     Raises:
         RunError: if it belongs to a run with other settings.

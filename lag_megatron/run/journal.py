@@ -1,6 +1,6 @@
-"""The journal: what happened, written before anyone acts on it.
+"""The journal of a run: each event is on disk before anything that depends on it is done.
 
-After a kill the coordinator's knowledge is the replay of this file.
+After a kill the coordinator's state is read again from this file.
 """
 
 import contextlib
@@ -16,7 +16,11 @@ JournalEvent = dict[str, Any]
 
 
 class Journal:
-    """Events of a run, appended and flushed to disk one by one."""
+    """Events of a run, appended and flushed to disk one by one.
+
+    Args:
+        path: of the file; a torn last line is cut off.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -33,27 +37,27 @@ class Journal:
         Raises:
             RunError: if that cannot be done; no part of the event stays.
         """
-        entry = {"event": event, "time": time.time(), **fields}
-        whole = self._path.stat().st_size if self._path.exists() else 0
+        line = {"event": event, "time": time.time(), **fields}
+        size = self._path.stat().st_size if self._path.exists() else 0
         try:
             with self._path.open("ab") as file:
-                file.write(json.dumps(entry).encode() + b"\n")
+                file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):  # a torn last line is dropped when it is read
-                os.truncate(self._path, whole)
+                os.truncate(self._path, size)
             raise RunError(
                 f"{self._path}: cannot be written: {error.strerror}. Mend that and run the same "
                 "command again."
             ) from error
-        self._events.append(entry)
+        self._events.append(line)
 
     def find(self, event: str, **fields: Any) -> JournalEvent | None:
         """The last event of this kind whose fields have these values."""
-        for entry in reversed(self._events):
-            if entry["event"] == event and all(entry.get(k) == v for k, v in fields.items()):
-                return entry
+        for line in reversed(self._events):
+            if line["event"] == event and all(line.get(k) == v for k, v in fields.items()):
+                return line
         return None
 
 

@@ -1,4 +1,4 @@
-"""What a run measures: metrics.jsonl as the record, and lines for the person who watches."""
+"""Metrics of a run: lines of metrics.jsonl, and lines on the console."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ def validation_row(step: int, *, tokens: int, stage: int, loss: float) -> Metric
 
 
 class MetricsLog:
-    """Lines of metrics, appended; later lines of a repeated step are never needed."""
+    """A file of metrics, one JSON object a line."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -66,7 +66,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Console:
-    """Lines for the person who watches."""
+    """Lines on standard output and standard error."""
 
     def print(self, text: str) -> None:
         """Print one line at once."""

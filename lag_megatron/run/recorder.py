@@ -1,4 +1,4 @@
-"""What the coordinator writes and says; the other ranks have a silent one."""
+"""What a run writes and prints: on the coordinator's rank, and nothing on the others."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from lag_megatron.run.wandb_logger import Wandb
 
 @dataclass(frozen=True, slots=True)
 class RunLogs:
-    """The journal, the metrics and who watches them."""
+    """The journal, the metrics, their W&B runs and the console."""
 
     journal: Journal
     metrics: MetricsLog
@@ -19,35 +19,39 @@ class RunLogs:
 
 
 class Recorder:
-    """Writes on the coordinator and does nothing elsewhere, so that all ranks run one code."""
+    """Writes on the coordinator and does nothing elsewhere, so that all ranks run the same code.
+
+    Args:
+        logs: on the coordinator; None on the other ranks.
+    """
 
     def __init__(self, logs: RunLogs | None) -> None:
         self._logs = logs
 
     @property
     def logs(self) -> RunLogs:
-        """The coordinator's logs, for work that only the coordinator does."""
+        """The logs, for work that only the coordinator does."""
         assert self._logs is not None, "only the coordinator has logs"
         return self._logs
 
     def print(self, text: str) -> None:
-        """Print a line for the person who watches."""
+        """Print a line."""
         if self._logs is not None:
             self._logs.console.print(text)
 
     def log_metrics(self, *rows: MetricRow) -> None:
-        """Record metrics and mirror them to W&B."""
+        """Append metrics to metrics.jsonl and send them to W&B."""
         if self._logs is not None:
             self._logs.metrics.append(*rows)
             for row in rows:
                 self._logs.wandb.log(row)
 
     def log_event(self, event: str, *, once: dict[str, Any], **fields: Any) -> None:
-        """Write an event, unless the journal has one with the same ``once`` fields already."""
+        """Append to the journal, unless it has this event with the same ``once`` fields already."""
         if self._logs is not None and self._logs.journal.find(event, **once) is None:
             self._logs.journal.append(event, **once, **fields)
 
     def flush_metrics(self) -> None:
-        """Make what was measured outlive a power cut, as the checkpoint that follows will."""
+        """Bring the metrics to disk: called before a checkpoint, which must not outlive them."""
         if self._logs is not None:
             self._logs.metrics.flush_to_disk()

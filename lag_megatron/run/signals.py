@@ -1,4 +1,4 @@
-"""Ending in good order: signals of a scheduler, and launchers that died.
+"""When a run is asked to end: signals of a scheduler, and launchers that died.
 
 A signalled rank only sets a flag; all ranks agree on it at the next step and save together.
 """
@@ -41,12 +41,12 @@ class StopFlag:
         self.ask(f"received {signal.Signals(number).name}")
 
     def ask(self, reason: str) -> None:
-        """Let this process end at its next step."""
+        """Let this process save and end at its next step; later reasons are ignored."""
         if not self.asked:
             self.asked, self.reason = True, reason
 
     def _watch(self, launchers: dict[int, str]) -> None:
-        """A launcher that was killed leaves its ranks running: end them."""
+        """End this rank when its launcher is killed, which leaves its ranks running."""
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         while (launchers or os.getppid() > 1 or not launched) and all(
             _start_time(pid) == started for pid, started in launchers.items()
@@ -69,11 +69,11 @@ def _launchers() -> dict[int, str]:
 
 def _is_launcher(pid: int) -> bool:
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return False
-    programs = {Path(word).name for word in words[:2]}
-    modules = {after for before, after in itertools.pairwise(words) if before == "-m"}
+    programs = {Path(argument).name for argument in arguments[:2]}
+    modules = {after for before, after in itertools.pairwise(arguments) if before == "-m"}
     return bool(programs & _PROGRAMS) or any(name.startswith(_MODULES) for name in modules)
 
 

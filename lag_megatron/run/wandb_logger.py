@@ -1,8 +1,8 @@
 """W&B beside the run directory: a run for each stage and each probe, all in one group.
 
-Only the coordinator has one.  Training never waits for it: what is to be shown is put in a queue,
-and one thread of its own talks to W&B.  Whatever fails there switches W&B off for the rest of the
-run and is told once; the run directory is the record, W&B a mirror.
+Only the coordinator's rank has one.  Training never waits for it: calls go into a queue, and a
+thread makes them.  An error there is printed once and switches W&B off for the rest of the run; the
+run directory has everything that W&B shows.
 """
 
 import atexit
@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from lag_megatron.config import TrackingConfig
 from lag_megatron.run.metrics import Console, MetricRow
-from lag_megatron.run.wandb_runs import Runs
+from lag_megatron.run.wandb_runs import WandbRuns
 
 _QUEUE_LIMIT = 100_000
 _FINISH_SECONDS = 60.0
@@ -26,19 +26,19 @@ _CRASH_SECONDS = 10.0
 
 
 class Wandb:
-    """The group of W&B runs that mirrors one run; its calls return at once and never raise."""
+    """The group of W&B runs of one training run; its calls return at once and never raise."""
 
     def __init__(
         self, tracking: TrackingConfig, *, folder: Path, config: Mapping[str, Any], console: Console
     ) -> None:
         self._console = console
-        self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue(_QUEUE_LIMIT)
+        self._calls: queue.Queue[Callable[[], object] | None] = queue.Queue(_QUEUE_LIMIT)
         self._off = threading.Event()
         self._worker: threading.Thread | None = None
         mode = _mode(tracking.wandb.mode)
         if mode == "disabled":
             self._off.set()
-        self._runs = Runs(tracking.wandb.project, mode, folder, config, console)
+        self._runs = WandbRuns(tracking.wandb.project, mode, folder, config, console)
         if mode == "offline":
             why = " (no API key)" if tracking.wandb.mode == "auto" else ""
             console.print(
@@ -47,8 +47,8 @@ class Wandb:
             )
 
     def log(self, row: MetricRow) -> None:
-        """Mirror one line of metrics to the run of its stage; ``tokens`` is the x-axis."""
-        self._later(partial(self._runs.log, dict(row)))
+        """Add one line of metrics to the run of its stage; ``tokens`` is the x-axis."""
+        self._enqueue(partial(self._runs.log, dict(row)))
 
     def probe(
         self,
@@ -64,10 +64,10 @@ class Wandb:
             growth: the growth event's number.
             candidate: the candidate's id.
             rows: ``step``, which counts from growth, ``tokens``, and ``val/loss``, ``train/loss``…
-            summary: values that stand for the whole probe, such as its rank and status.
+            summary: values of the whole probe, such as its status.
         """
         copies = [dict(row) for row in rows]
-        self._later(partial(self._runs.probe, growth, candidate, copies, dict(summary or {})))
+        self._enqueue(partial(self._runs.probe, growth, candidate, copies, dict(summary or {})))
 
     def event(
         self,
@@ -101,43 +101,50 @@ class Wandb:
             files=list(files),
             summary=dict(summary),
         )
-        self._later(show)
+        self._enqueue(show)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set values in the summary of the stage's run, or of the next one if none is open."""
-        self._later(partial(self._runs.summary, dict(values)))
+        self._enqueue(partial(self._runs.summary, dict(values)))
 
     def finish(self, *, exit_code: int, timeout: float = _FINISH_SECONDS) -> None:
-        """Do what is still in the queue and close the runs, and say so if time was too short."""
+        """Make the calls that are still in the queue, and close the runs.
+
+        Args:
+            exit_code: of the training run.
+            timeout: in seconds, after which the rest is dropped with a warning.
+        """
         worker = self._worker
         if worker is None or self._off.is_set():
             return
-        self._later(partial(self._runs.finish, exit_code))
-        self._later(None)
+        self._enqueue(partial(self._runs.finish, exit_code))
+        self._enqueue(None)
         worker.join(timeout)
         if worker.is_alive():
             self._switch_off(f"not all of it was written within {timeout:.0f} s")
         self._off.set()
         atexit.unregister(self._at_exit)
 
-    def _later(self, job: Callable[[], object] | None) -> None:
+    def _enqueue(self, call: Callable[[], object] | None) -> None:
         if self._off.is_set():
             return
         if self._worker is None:
-            self._worker = threading.Thread(target=self._work, name="wandb-mirror", daemon=True)
+            self._worker = threading.Thread(
+                target=self._make_calls, name="wandb-logger", daemon=True
+            )
             self._worker.start()
         try:
-            self._jobs.put_nowait(job)
+            self._calls.put_nowait(call)
         except queue.Full:
             self._switch_off(f"it does not keep up: {_QUEUE_LIMIT} writes are waiting")
 
-    def _work(self) -> None:
+    def _make_calls(self) -> None:
         try:
             self._begin()
-            for job in iter(self._jobs.get, None):
+            for call in iter(self._calls.get, None):
                 if self._off.is_set():
                     return
-                job()
+                call()
         except (Exception, SystemExit) as error:  # of any kind: training goes on without W&B
             self._switch_off(f"{type(error).__name__}: {error}")
 

@@ -1,4 +1,4 @@
-"""The W&B runs of one training run, called by the mirror's thread alone.
+"""The W&B runs of one training run; called by the logger's thread alone.
 
 A resumed run joins its W&B runs by the ids in ``wandb_ids.json``.  Of the steps that it takes again
 W&B keeps what it has (they are equal).  Offline, W&B cannot see what it has: each start adds a
@@ -19,8 +19,8 @@ from lag_megatron.atomic_io import write_atomically
 from lag_megatron.run.metrics import Console
 
 IDS = "wandb_ids.json"
-_UPLOAD_SECONDS = 45.0  # less than the mirror waits for at the end
-# A probe's run says what was measured; what the machine is, and does, is with its stage's run.
+_UPLOAD_SECONDS = 45.0  # less than the logger waits for at the end
+# Facts about the machine and its load are in the stage's run; a probe's run has metrics alone.
 _PROBE_SETTINGS = {
     "x_disable_stats": True,
     "x_disable_meta": True,
@@ -29,7 +29,7 @@ _PROBE_SETTINGS = {
 }
 
 
-class Runs:
+class WandbRuns:
     """The W&B runs of a group; its methods block, and raise whatever W&B raises."""
 
     def __init__(
@@ -43,7 +43,7 @@ class Runs:
         self._early: dict[str, Any] = {}
 
     def log(self, row: dict[str, Any]) -> None:
-        """Add a line of metrics to its stage's run, unless W&B has got beyond its step."""
+        """Add a line of metrics to its stage's run, unless W&B has later steps."""
         self._enter(int(row["stage"]))
         if row["step"] >= self._step:
             self._step = row["step"]
@@ -99,7 +99,7 @@ class Runs:
         self._run.log_artifact(artifact)
 
     def summary(self, values: dict[str, Any]) -> None:
-        """Set summary values of the stage's run that is open, or will be."""
+        """Set summary values of the stage's run, or of the next one if none is open."""
         if self._run is None:
             self._early |= values
         else:
@@ -174,7 +174,7 @@ def _prefix(growth: int) -> str:
 
 
 def _setting_names() -> frozenset[str]:
-    """What this W&B can be told; names that begin with ``x_`` come and go between versions."""
+    """The settings that this W&B has; those named ``x_...`` differ between versions."""
     import wandb
 
     return frozenset(wandb.Settings.model_fields)

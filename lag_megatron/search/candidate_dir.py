@@ -14,15 +14,15 @@ CURVE = "probe.jsonl"
 TRAINING = "train.jsonl"
 _FAILED = "failed-rank"
 _HUNG = "hung.jsonl"
-_ATTEMPTS = 2
+_MAX_ATTEMPTS = 2
 
 
 class CandidateDir:
-    """``growthNN/<id>``; its group's leader writes, the coordinator reads when none does.
+    """``growthNN/<id>``; the leader of the group that trains it writes, the coordinator reads.
 
     Args:
         path: the folder.
-        base_step: optimizer steps of the run before growth; tags count them in.
+        base_step: optimizer steps of the run before growth; names of saved states include them.
     """
 
     def __init__(self, path: Path, base_step: int) -> None:
@@ -41,25 +41,25 @@ class CandidateDir:
         return read_rows(self.path / TRAINING)
 
     def resume(self, *, rung: int, usable: Callable[[Path], bool] = lambda state: True) -> int:
-        """Go back to the newest saved state not after ``rung`` and return its steps; 0 for none.
+        """Drop what comes after the newest saved state up to ``rung``; its steps, or 0 for none.
 
-        Lines of later steps and half-written states are removed.
+        Lines of later steps and unfinished states are removed.
 
         Args:
             rung: steps after growth.
-            usable: which states do.
+            usable: whether training can go on from a saved state.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for draft in self.path.glob("step*.tmp"):
-            manifest.remove_checkpoint(draft)
+        for unfinished in self.path.glob("step*.tmp"):
+            manifest.remove_checkpoint(unfinished)
         states = [
             steps
             for tag in manifest.committed_tags(self.path)
             if (steps := step_of(tag.name) - self._base_step) <= rung and usable(tag)
         ]
         start = max(states, default=0)
-        self._cut(CURVE, start if states else -1)
-        self._cut(TRAINING, self._base_step + start)
+        self._truncate(CURVE, start if states else -1)
+        self._truncate(TRAINING, self._base_step + start)
         return start
 
     def add(self, name: str, rows: Sequence[Any]) -> None:
@@ -68,7 +68,7 @@ class CandidateDir:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def flush(self) -> None:
-        """Bring the lines to the disk: neither state nor journal may know more than they."""
+        """Bring the lines to disk: neither a saved state nor the journal may be ahead of them."""
         for path in (self.path / CURVE, self.path / TRAINING, self.path):
             if path.exists():
                 flush_to_disk(path)
@@ -80,25 +80,25 @@ class CandidateDir:
                 manifest.remove_checkpoint(other)
 
     def mark_failed(self, reason: str, *, rank: int) -> None:
-        """Leave word of a failure that ends this process."""
+        """Write the reason of a failure that ends this process."""
         write_atomically(self.path / f"{_FAILED}{rank}.json", json.dumps({"reason": reason}))
 
     def mark_hung(self, *, attempt: int, seconds: float) -> None:
-        """Leave word that an attempt made no progress for ``seconds``."""
+        """Note that an attempt made no progress for ``seconds``."""
         with (self.path / _HUNG).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"attempt": attempt, "seconds": seconds}) + "\n")
 
     def failure(self) -> str:
-        """Why this candidate must not be tried again, from what earlier processes left."""
+        """Why this candidate must not be tried again, as earlier processes noted; or empty."""
         for path in sorted(self.path.glob(f"{_FAILED}*.json")):
             return str(read_rows(path)[0]["reason"])
         hung = {row["attempt"]: row["seconds"] for row in read_rows(self.path / _HUNG)}
-        if len(hung) < _ATTEMPTS:
+        if len(hung) < _MAX_ATTEMPTS:
             return ""
         return f"no progress for {min(hung.values()):g} s in {len(hung)} attempts; see stacks/"
 
-    def _cut(self, name: str, last: int) -> None:
+    def _truncate(self, name: str, last_step: int) -> None:
         rows = read_rows(self.path / name)
-        kept = [row for row in rows if row["step"] <= last]
+        kept = [row for row in rows if row["step"] <= last_step]
         if (self.path / name).exists():
             write_atomically(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))

@@ -1,7 +1,7 @@
 """The coordinator of a growth event: it hands out probes, drops candidates and decides.
 
-One is on rank 0 and serves all probe groups, one call at a time.  Everything it knows it can read
-again from the journal and the candidates' files, so a kill costs at most what was being trained.
+One is on rank 0 and serves all probe groups, one call at a time.  After a kill its state is read
+from the journal and the candidates' files, so at most what was being trained is lost.
 
 Two groups, candidates A to D, rungs at steps 4 and 8, and a rule that keeps two at the first rung::
 
@@ -41,7 +41,7 @@ class Coordinator:
 
     Args:
         run: directory of the run.
-        journal: of the run; what it says of the event already is not done again.
+        journal: of the run; steps of the event that it records already are not repeated.
         event: what is searched.
         costs: of the event's steps and evaluations, for the decision.
         on_result: called after each result with the candidate, the result and the group.

@@ -16,7 +16,7 @@ MIN_CANDIDATES = 3
 Losses = dict[str, float]
 
 
-def ended_curves(curves: Mapping[str, Curve]) -> dict[str, dict[int, float]]:
+def finished_curves(curves: Mapping[str, Curve]) -> dict[str, dict[int, float]]:
     """The candidates that have a finite loss at the last step that any has one at.
 
     Each as step after growth to validation loss in nats a token, finite losses only.
@@ -29,7 +29,7 @@ def ended_curves(curves: Mapping[str, Curve]) -> dict[str, dict[int, float]]:
     return {id_: curve for id_, curve in finite.items() if final in curve}
 
 
-def analyse(
+def analyse_curves(
     curves: Mapping[str, Curve],
     *,
     lag: int,
@@ -62,7 +62,7 @@ def analyse(
         policy would have chosen from all candidates: its losses are None where it did not reach the
         final step, the row is None where there is no such candidate or evaluation.
     """
-    ended = ended_curves(curves)
+    ended = finished_curves(curves)
     steps = sorted(set.intersection(*map(set, ended.values()))) if ended else []
     choices = {
         **_choices(curves, lag=lag, chosen=chosen),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lag_megatron.config import GrowthConfig
 from lag_megatron.errors import RunError
 from lag_megatron.selection.curve import Evaluation, rung_batches, rung_value
-from lag_megatron.selection.evidence import ties
+from lag_megatron.selection.evidence import tied_candidates
 from lag_megatron.selection.ranking import rank
 from lag_megatron.selection.rules import Verdict
 
@@ -122,7 +122,7 @@ def _ties(
         for id_, record in finished.items()
         if id_ in ranking and (losses := rung_batches(settings.compared_by, record.curve, lag))
     }
-    return ties(batches, winner=ranking[0]) if ranking and ranking[0] in batches else []
+    return tied_candidates(batches, winner=ranking[0]) if ranking and ranking[0] in batches else []
 
 
 def _checked(

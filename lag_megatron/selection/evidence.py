@@ -52,7 +52,7 @@ def relative_regret(early: Losses, late: Losses) -> float | None:
     return absolute / spread if spread > 0 else 0.0
 
 
-def ties(batches: Mapping[str, Sequence[float]], *, winner: str) -> list[str]:
+def tied_candidates(batches: Mapping[str, Sequence[float]], *, winner: str) -> list[str]:
     """Candidates that the validation set cannot tell from the winner.
 
     A candidate ties when the 95 % percentile-bootstrap interval of its mean loss difference to

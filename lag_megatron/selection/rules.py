@@ -115,7 +115,7 @@ def can_still_win(
     return place < _places(growth, alive)
 
 
-def planned(growth: GrowthConfig, *, candidates: int) -> list[tuple[int, int]]:
+def planned_rungs(growth: GrowthConfig, *, candidates: int) -> list[tuple[int, int]]:
     """Each rung and how many candidates train to it, where the guard never objects.
 
     With the lag ``auto`` the event is taken to go to the last rung and to stop nobody: the most

@@ -6,7 +6,7 @@ from lag_megatron.report.render.formatting import plural
 from lag_megatron.report.stats.run_files import Json
 from lag_megatron.study.results import LAST
 
-# Planned and real operations that lie further apart than this are told.
+# Planned and real operations that lie further apart than this are reported.
 _NEAR = 0.01
 
 

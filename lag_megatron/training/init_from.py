@@ -1,4 +1,4 @@
-"""Beginning a run at the weights of another: a checkpoint of any format that is read."""
+"""Starting a run from the weights of a checkpoint, of any format that can be read."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +12,15 @@ from lag_megatron.engine.engine import Engine
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.apply.grown_state import resharded
 
-# What two models of the same parameters may compute differently with.
-_COMPUTED = ("family", "num_attention_heads", "num_query_groups", "positions", "rotary_base",
+# Settings that change what a model computes but not the shapes of its parameters.
+_SETTINGS = ("family", "num_attention_heads", "num_query_groups", "positions", "rotary_base",
              "norm", "norm_eps", "norm_position", "activation", "tied_embeddings")  # fmt: skip
 
 
 def start_from(engine: Engine, path: Path, *, vocab_size: int) -> str:
-    """Give an engine the weights of a checkpoint; its optimizer, steps and text begin anew.
+    """Load the weights of a checkpoint into an engine; optimizer, steps and data start from zero.
 
-    No process holds the model: each rank reads what it keeps.
+    Each rank reads its own shards only.
 
     Args:
         engine: every rank calls with its own.
@@ -28,12 +28,12 @@ def start_from(engine: Engine, path: Path, *, vocab_size: int) -> str:
         vocab_size: rows of the vocabulary, to which those of transformers are padded.
 
     Returns:
-        what a person should know of it.
+        a note for the log.
 
     Raises:
         CheckpointError: if it is damaged, or of another model; the differences are named.
     """
-    opened: list[CheckpointSource] = []  # each rank's own: files are not sent
+    opened: list[CheckpointSource] = []  # each rank opens its own
     engine.world.run_on_all_ranks(lambda: opened.append(_opened(engine, path, vocab_size)))
     (source,) = opened
     world = engine.world
@@ -58,7 +58,7 @@ def _opened(engine: Engine, path: Path, vocab_size: int) -> CheckpointSource:
     source = open_checkpoint(path, vocab_size=vocab_size, weights_only=True)
     source.check_every_file()
     described = source.client_state.get("model")
-    found = list(_unlike(engine.config.model, described)) if described else []
+    found = list(_differences(engine.config.model, described)) if described else []
     if found:
         raise CheckpointError(
             f"{path}: another model than the configuration: {'; '.join(found)}. Change the "
@@ -67,8 +67,8 @@ def _opened(engine: Engine, path: Path, vocab_size: int) -> CheckpointSource:
     return source
 
 
-def _unlike(model: ModelConfig, described: dict[str, Any]) -> Iterator[str]:
-    for key in _COMPUTED:
+def _differences(model: ModelConfig, described: dict[str, Any]) -> Iterator[str]:
+    for key in _SETTINGS:
         ours = getattr(model, key)
         if key in described and described[key] != ours:
             yield f"model.{key} is {ours}, there {described[key]}"

@@ -1,4 +1,4 @@
-"""Starting and ending a run: everything around the stage loop."""
+"""A run from its command to its report: everything around the stage loop."""
 
 import contextlib
 import json
@@ -27,13 +27,13 @@ from lag_megatron.training.training_context import TrainingContext
 
 @dataclass(frozen=True, slots=True)
 class TrainRequest:
-    """What the user asked for.
+    """A run to train.
 
     Attributes:
-        config: the whole run.
-        run_dir: where it is kept, on a file system that all hosts see.
-        resume: ``auto`` goes on where the run stands, ``never`` insists on a new directory, a tag
-            goes back to that checkpoint.
+        config: of the run.
+        run_dir: its directory, on a file system that all hosts share.
+        resume: ``auto`` goes on from the newest checkpoint, ``never`` refuses a directory that
+            holds a run, a tag such as ``step00000800`` goes back to that checkpoint.
     """
 
     config: RunConfig
@@ -42,7 +42,7 @@ class TrainRequest:
 
 
 def train(request: TrainRequest) -> None:
-    """Train a run from wherever it stands to its end; every rank calls this.
+    """Train a run from its newest checkpoint to its end; every rank calls this.
 
     Raises:
         LagError: for a mistake of the user or of the machine, before anything is damaged.
@@ -54,19 +54,19 @@ def train(request: TrainRequest) -> None:
     world = start_world(tensor=config.parallel.tensor, timeout=config.parallel.timeout)
     run = RunDirectory(request.run_dir.resolve())
     with contextlib.ExitStack() as held:
-        finished = world.run_on_rank0(lambda: _take(run, request, held))
+        finished = world.run_on_rank0(lambda: _lock_run(run, request, held))
         if not finished:
             _require_shared(world, run)
             _train(world, run, request, stop)
         elif world.is_coordinator:
             Console().print(f"{run.root}: this run has finished.")
             Console().print(f"report: {write_report(run.root)}")
-    world.barrier()  # the report, and W&B's last words, may take longer than parallel.timeout
+    world.barrier()  # the report and W&B may take longer than parallel.timeout
     stop_world()
 
 
-def _take(run: RunDirectory, request: TrainRequest, held: contextlib.ExitStack) -> bool:
-    """Make the run directory ours and say whether its run has finished (coordinator only)."""
+def _lock_run(run: RunDirectory, request: TrainRequest, held: contextlib.ExitStack) -> bool:
+    """Lock and prepare the run directory; whether its run has finished (coordinator only)."""
     if request.resume == "never" and run.journal.exists():
         raise RunError(
             f"{run.root}: holds a run already, and --resume never asks for a new one. Remove it or "
@@ -84,14 +84,14 @@ def _take(run: RunDirectory, request: TrainRequest, held: contextlib.ExitStack) 
 
 
 def _require_shared(world: World, run: RunDirectory) -> None:
-    def look() -> None:
+    def check() -> None:
         if not (run.root / "config.yaml").is_file():
             raise RunError(
                 f"rank {world.rank} does not see {run.root}, which rank 0 has made. Put the run "
                 "directory on a file system that all hosts share."
             )
 
-    world.run_on_all_ranks(look)
+    world.run_on_all_ranks(check)
 
 
 def _train(world: World, run: RunDirectory, request: TrainRequest, stop: StopFlag) -> None:
@@ -102,11 +102,11 @@ def _train(world: World, run: RunDirectory, request: TrainRequest, stop: StopFla
     data = world.run_on_rank0(lambda: prepare_data(config.data, cache_dir=run.data_cache))
     world.run_on_all_ranks(lambda: open_prepared(data.folder))
     vocab_size = world.run_on_rank0(lambda: _vocab_size(config, data))
-    begun = world.run_on_rank0(lambda: as_journalled(config, Journal(run.journal).events))
-    # On a CPU a thread would take its time from the training.
+    resolved = world.run_on_rank0(lambda: as_journalled(config, Journal(run.journal).events))
+    # On a CPU a prefetching thread would slow the training down.
     feed = BatchLoader(data, config, world, prefetch=world.device.type == "cuda")
-    context = TrainingContext(begun, run, feed, stop, vocab_size)
-    world.run_on_rank0(lambda: _note_facts(world, run, config, data, vocab_size))
+    context = TrainingContext(resolved, run, feed, stop, vocab_size)
+    world.run_on_rank0(lambda: _write_facts(world, run, config, data, vocab_size))
     logs = _logs(world, run, config, data, console) if world.is_coordinator else None
     recorder = Recorder(logs)
     try:
@@ -149,10 +149,10 @@ def _vocab_size(config: RunConfig, data: Prepared) -> int:
     return size
 
 
-def _note_facts(
+def _write_facts(
     world: World, run: RunDirectory, config: RunConfig, data: Prepared, vocab_size: int
 ) -> None:
-    """Write ``run.json``, and refuse to train on other text than the run began with."""
+    """Write ``run.json``, and refuse to train on other text than the run started with."""
     path, digest = run.root / "run.json", data.digest
     before = json.loads(path.read_text()).get("data_digest") if path.exists() else digest
     if before != digest:

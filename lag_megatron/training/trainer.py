@@ -1,4 +1,4 @@
-"""The stage loop: train, grow, probe, decide, go on, and survive anything in between."""
+"""The stage loop: train a stage, search how to grow, train the next one; resumes after a kill."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +37,7 @@ from lag_megatron.training.wandb_event import show_event
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a run stands: in which stage, at which state (None: nothing trained yet)."""
+    """How far a run has come: its stage, and its newest state (None: nothing trained yet)."""
 
     stage: int
     checkpoint: Path | None
@@ -49,7 +49,7 @@ class Position:
 
 
 class Trainer:
-    """Takes a run from wherever it stands to its end; every rank has one."""
+    """Trains a run from its newest state to its end; every rank has one."""
 
     def __init__(self, context: TrainingContext, world: World, recorder: Recorder) -> None:
         self.world, self.recorder = world, recorder
@@ -79,7 +79,7 @@ class Trainer:
         self._ranges = stage_ranges(self.config.stages)
         self._monitor = StageMonitor(context, self.world, self.recorder)
 
-    # Where the run stands
+    # Resuming
 
     def _find_position(self) -> Position:
         """The newest committed state (coordinator only)."""
@@ -210,7 +210,7 @@ class Trainer:
         return last
 
     def _ends_stage(self, stage: int, step: int) -> bool:
-        """Whether the measured slope ends the stage here, which the journal then says."""
+        """Whether the measured slope ends the stage here, which is then journalled."""
         slope = self._monitor.slope_that_ends(stage)
         if slope is None:
             return False
@@ -223,7 +223,7 @@ class Trainer:
         return True
 
     def _reload_config(self) -> None:
-        """Apply what the journal says about the stages: their lengths and the winners' paths."""
+        """Apply what the journal records about the stages: their lengths and the winners' paths."""
         config = self.world.run_on_rank0(
             lambda: as_journalled(self.config, self.recorder.logs.journal.events)
         )

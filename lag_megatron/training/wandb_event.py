@@ -1,4 +1,4 @@
-"""A decided growth event as W&B shows it: a table, one chart, pictures, plan and decision."""
+"""A decided growth event in W&B: a table, one chart, pictures, plan and decision."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ Json = dict[str, Any]
 
 
 def show_event(wandb: Wandb, run: RunDirectory, event: GrowthEvent) -> None:
-    """Mirror a growth event from its files; returns at once, the figures are drawn later."""
+    """Send a growth event's files to W&B; returns at once, the figures are drawn later."""
     folder = run.growth(event.number)
     decision: Json = json.loads((folder / "decision.json").read_text())
     curves = {c["id"]: [(step, loss) for step, loss in c["curve"]] for c in decision["candidates"]}

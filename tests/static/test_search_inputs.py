@@ -1,4 +1,4 @@
-"""A search is given what it needs: it imports no run configuration and nothing of training.
+"""A search is given what it needs: no run configuration, nothing of training, no engine of its own.
 
 So a Python API or another trainer can drive it, and its coordinator runs without torch.
 """
@@ -30,6 +30,7 @@ def test_a_search_is_given_what_it_needs(path):
     assert not [name for name in names if name.split(".")[-1] == "RunConfig"]
     assert not [name for name in names if name.startswith("lag_megatron.config.schema.run")]
     assert not [name for name in names if name.startswith("lag_megatron.training")]
+    assert not [name for name in names if name.startswith("lag_megatron.engine.engine")]
 
 
 def test_the_search_is_found():

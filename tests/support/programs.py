@@ -1,15 +1,10 @@
-"""The programs in ``tools/``, called as functions with their arguments."""
+"""The commands behind the programs in ``tools/``, called as functions with their arguments."""
 
-import importlib.util
-
-from conftest import ROOT
+import importlib
 
 
 def program(name):
-    path = ROOT / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module(f"lag_megatron.cli.{name}")
     return lambda *arguments: module.main([str(a) for a in arguments])
 
 

@@ -12,5 +12,5 @@ if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
     [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
 fi
-export PYTHONPATH="$PWD:$PWD/tools/bench${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PYTHON" tools/bench/gpu.py "$@"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+exec "$PYTHON" tools/bench/gpu/run_all.py "$@"

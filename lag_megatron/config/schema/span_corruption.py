@@ -50,12 +50,12 @@ def span_lengths(
         share: share of the window's tokens to remove, above 0 and below 1.
         mode_token: whether a mode token comes first.
     """
-    room = seq_length + 1 - mode_token
-    for window in range(room, 1, -1):
+    capacity = seq_length + 1 - mode_token
+    for window in range(capacity, 1, -1):
         removed = min(max(round(window * share), 1), window - 1)
         spans = min(max(round(removed / mean_length), 1), window - removed)
         lengths = SpanLengths(window, removed, spans)
-        if lengths.inputs + lengths.targets <= room:
+        if lengths.inputs + lengths.targets <= capacity:
             return lengths
     return None
 

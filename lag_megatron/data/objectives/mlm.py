@@ -105,7 +105,7 @@ class MlmSamples:
             return second, first, 1
         return first, self._elsewhere(begin, self._limit - len(first), rng), 1
 
-    def _elsewhere(self, sentence: int, room: int, rng: np.random.RandomState) -> np.ndarray:
+    def _elsewhere(self, sentence: int, limit: int, rng: np.random.RandomState) -> np.ndarray:
         """Sentences of another document than ``sentence``'s, from a random one on.
 
         Devlin et al. then use the sentences that these replaced for the next sample; here they wait
@@ -117,7 +117,7 @@ class MlmSamples:
         other = self._filled[drawn + (self._filled[drawn] >= own)]
         start = rng.randint(bounds[other], bounds[other + 1])
         lengths = np.cumsum(self._documents.sequence_lengths[start : bounds[other + 1]])
-        stop = start + min(int(np.searchsorted(lengths, room)) + 1, len(lengths))
+        stop = start + min(int(np.searchsorted(lengths, limit)) + 1, len(lengths))
         return np.concatenate(self._documents[int(start) : int(stop)])
 
     def _join(

@@ -70,11 +70,11 @@ def train_on(
         validation: documents of each that are left out, (documents,) bool.
         weights: of the corpora.
     """
-    room = config.tokenizer.vocab_size * _TRAINING_BYTES_PER_TOKEN
+    budget = config.tokenizer.vocab_size * _TRAINING_BYTES_PER_TOKEN
 
     def sample() -> Iterator[str]:
         for corpus, held_out, share in zip(corpora, validation, Blend(weights).shares, strict=True):
-            yield from _some(corpus, ~held_out, limit=int(room * share), seed=config.seed)
+            yield from _some(corpus, ~held_out, limit=int(budget * share), seed=config.seed)
 
     return train_tokenizer(config.tokenizer, sample())
 

@@ -122,8 +122,8 @@ def join_parts(parts: Sequence[Path], folder: Path, tokenizer: Tokenizer) -> Enc
 
 def _is_complete(task: _EncodeTask) -> bool:
     """Whether an earlier call committed this part."""
-    seal = _record_path(task)
-    return seal.is_file() and seal.read_text(encoding="utf-8") == _record(task)
+    record = _record_path(task)
+    return record.is_file() and record.read_text(encoding="utf-8") == _record(task)
 
 
 def _encode(task: _EncodeTask) -> None:

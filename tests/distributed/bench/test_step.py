@@ -2,36 +2,28 @@
 
 import json
 import multiprocessing.pool
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import run_ranks
 
-BENCH = Path(__file__).parents[3] / "tools" / "bench"
 MODEL = {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 32, "num_attention_heads": 4,
          "num_query_groups": 4, "seq_length": 8}  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def bench_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-
-
 def job_of(family, dtype, weights):
-    import step_job
+    from tools.bench.training import step_job
 
     like = step_job.SHAPES[family]
     tiny = {"vocabulary": 64, "batch": 2, "peers": (), "lr": 1e-2}
-    step_job.SHAPES["tiny"] = step_job.Shape({**like.model, **MODEL}, **tiny)
-    return step_job.Job("tiny", dtype, weights, "cpu", profile=False)
+    step_job.SHAPES["tiny"] = step_job.StepShape({**like.model, **MODEL}, **tiny)
+    return step_job.StepJob("tiny", dtype, weights, "cpu", profile=False)
 
 
 def weights_and_losses(family, dtype, weights):
     """Of a tiny model: the file, and the first losses of this project's trainer."""
-    import step_job
-    import step_peers
+    from tools.bench.training import step_job, step_peers
 
     job = job_of(family, dtype, weights)
     step_job.write_weights("tiny", weights, "cpu")
@@ -41,7 +33,7 @@ def weights_and_losses(family, dtype, weights):
 
 
 def losses_of_stock(family, dtype, weights):
-    import step_peers
+    from tools.bench.training import step_peers
 
     job = job_of(family, dtype, weights)
     step = step_peers.stock(job)
@@ -64,21 +56,21 @@ def test_trainers_start_from_the_same_weights(family, dtype, tmp_path):
 
 
 def test_a_trainer_that_fails_is_told(capsys):
-    from step import _first
+    from tools.bench.training.step import _first_losses
 
     ours, theirs = multiprocessing.Pipe()
     theirs.send("stock")
     theirs.close()
-    assert _first("stock", ours) is None
+    assert _first_losses("stock", ours) is None
     assert "stock: ended before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fault", ["none", "losses differ", "stock failed"])
 def test_figures_say_whether_losses_agree(fault, tmp_path, monkeypatch):
-    import step
+    from tools.bench.training import step
 
     times = {"ours": 1.0} if fault == "stock failed" else {"ours": 1.0, "stock": 2.0}
-    monkeypatch.setattr(step, "_apart", lambda *given: None)
+    monkeypatch.setattr(step, "_in_new_process", lambda *given: None)
     monkeypatch.setattr(step, "_measure", lambda *given: (times, fault != "losses differ"))
     file = tmp_path / "figures.json"
     command = ["step.py", "--dtypes", "fp32", "--peers", "stock", "--json", str(file)]
@@ -93,7 +85,7 @@ def test_figures_say_whether_losses_agree(fault, tmp_path, monkeypatch):
 @pytest.mark.parametrize("peer", ["stock", "stock_sdpa"])
 def test_a_speedup_over_stock_asks_for_stock(peer, monkeypatch):
     """Others may have been asked for alone, or stock may have failed."""
-    import step
+    from tools.bench.training import step
 
     monkeypatch.setattr(step.multiprocessing.pool.Pool, "apply", lambda *given: 1e12)
     options = SimpleNamespace(shape="small_bert", device="cpu")
@@ -103,7 +95,7 @@ def test_a_speedup_over_stock_asks_for_stock(peer, monkeypatch):
 
 
 def test_losses_are_compared_with_the_first(capsys):
-    from step import _are_same
+    from tools.bench.training.step import _are_same
 
     assert _are_same({"ours": [2.0, 1.0], "stock": [2.0, 1.0005]}, 1e-3)
     assert not _are_same({"ours": [2.0, 1.0], "stock": [2.0, 1.1]}, 1e-3)

@@ -4,10 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-import convert_checkpoint
 import pytest
 from conftest import run_ranks, sparing
 
+from lag_megatron.cli import convert_checkpoint
 from lag_megatron.config import load_config
 from lag_megatron.errors import CheckpointError
 

@@ -14,13 +14,8 @@ ROOT = Path(__file__).parents[3]
 BENCH = ROOT / "tools" / "bench"
 
 
-@pytest.fixture(autouse=True)
-def bench_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: it would be measured")
-@pytest.mark.parametrize("script", ["gpu.sh", "gpu_kernels.py"])
+@pytest.mark.parametrize("script", ["gpu.sh", "gpu/gpu_kernels.py"])
 def test_without_a_gpu_one_line_says_so(script, tmp_path):
     file = tmp_path / "gpu.json"
     how = ["bash"] if script.endswith(".sh") else [sys.executable]
@@ -38,7 +33,7 @@ def test_without_a_gpu_one_line_says_so(script, tmp_path):
 
 
 def part(name, code, *, seconds=60.0, has_figures=True):
-    from gpu import Part
+    from tools.bench.gpu.run_all import Part
 
     return Part(name, seconds, ("-c", code), has_figures)
 
@@ -50,8 +45,8 @@ WRITES = (
 )
 
 
-def test_a_part_that_fails_is_told_and_the_rest_runs():
-    from gpu import exit_code, run_parts, table
+def test_a_part_that_fails_is_reported_and_the_rest_runs():
+    from tools.bench.gpu.run_all import exit_code, run_parts, table
 
     parts = [
         part("good", WRITES + "print('fine')"),
@@ -60,7 +55,7 @@ def test_a_part_that_fails_is_told_and_the_rest_runs():
         part("tests", "print('3 passed')", has_figures=False),
     ]
     first, *_, found = run_parts(parts, prefix="h200")
-    assert list(first["parts"]) == ["good"]  # what is known is told after each part
+    assert list(first["parts"]) == ["good"]  # results are written after each part
     assert first["figures"] == found["figures"]
     assert found["figures"] == {"h200_bert16_mfu": 0.5, "h200_copy_gb_s": 4}
     outcomes = {name: each["outcome"] for name, each in found["parts"].items()}
@@ -82,10 +77,10 @@ def test_a_part_that_fails_is_told_and_the_rest_runs():
 @pytest.mark.parametrize("is_deaf", [False, True])
 def test_a_part_is_ended_with_what_it_started(is_deaf, tmp_path, monkeypatch):
     """It says where it was, if it can."""
-    import gpu
-    from gpu import run_parts
+    from tools.bench.gpu import run_all
+    from tools.bench.gpu.run_all import run_parts
 
-    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    monkeypatch.setattr(run_all, "GRACE", 1.0)
 
     alive = tmp_path / "alive"
     ignore = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
@@ -108,7 +103,7 @@ def test_a_part_is_ended_with_what_it_started(is_deaf, tmp_path, monkeypatch):
 
 
 def test_what_a_part_leaves_running_is_ended(tmp_path):
-    from gpu import run_parts
+    from tools.bench.gpu.run_all import run_parts
 
     code = (
         "import subprocess, sys\n"
@@ -129,7 +124,7 @@ def test_what_a_part_leaves_running_is_ended(tmp_path):
 
 def test_a_key_that_ends_the_bench_ends_its_part(tmp_path, monkeypatch):
     """The part has a session of its own, which the terminal does not interrupt."""
-    from gpu import run_parts
+    from tools.bench.gpu.run_all import run_parts
 
     started = tmp_path / "pid"
     code = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
@@ -149,7 +144,7 @@ def test_a_key_that_ends_the_bench_ends_its_part(tmp_path, monkeypatch):
 
 
 def test_all_parts_take_less_than_ten_minutes():
-    from gpu import GRACE, PARTS
+    from tools.bench.gpu.run_all import GRACE, PARTS
 
     start = 15  # the import of torch, and the device's first call
     assert start + sum(each.seconds + GRACE for each in PARTS) <= 600
@@ -159,19 +154,19 @@ def test_all_parts_take_less_than_ten_minutes():
 
 
 def test_every_file_with_a_gpu_test_is_run():
-    from gpu import gpu_tests
+    from tools.bench.gpu.run_all import gpu_tests
 
     command = ["grep", "-rlw", "--include=test_*.py", "mark[.]gpu", "tests"]
     found = subprocess.check_output(command, cwd=ROOT, text=True)
     assert {str(ROOT / line) for line in found.splitlines()} == set(gpu_tests())
-    kinds = [Path(file).parent.name for file in gpu_tests()]
-    assert kinds == sorted(kinds, reverse=True)  # kernels' come first
+    kinds = [Path(file).relative_to(ROOT / "tests").parts[0] for file in gpu_tests()]
+    assert kinds == sorted(kinds, reverse=True)  # unit tests come first
     assert "distributed" in kinds
 
 
 def test_figures_are_named_by_the_device():
-    from gpu import renamed
-    from timing import device_prefix
+    from tools.bench.common.timing import device_prefix
+    from tools.bench.gpu.run_all import renamed
 
     assert device_prefix("NVIDIA H200") == "h200"
     assert device_prefix("NVIDIA H200 NVL") == "h200"
@@ -182,20 +177,19 @@ def test_figures_are_named_by_the_device():
 
 def test_mfu_counts_what_the_model_computes():
     """BERT-base of 16 layers, its head at 15 % of the positions: 0.777 GFLOP a token."""
-    from step_job import SHAPES, Job
+    from tools.bench.training.step_job import SHAPES, StepJob
 
     tokens = SHAPES["bert16"].batch * 512
-    job = Job("bert16", "bf16", Path(), "cpu", profile=False)
+    job = StepJob("bert16", "bf16", Path(), "cpu", profile=False)
     assert job.flops / tokens == pytest.approx(0.777e9, rel=0.01)
 
 
 def tiny_roofline():
-    import gpu_kernels
-
     from lag_megatron.distributed.world import start_world, stop_world
+    from tools.bench.gpu import gpu_kernels
 
     start_world(tensor=1)
-    gpu_kernels.megatrons_loss = lambda logits, labels: torch.nn.functional.cross_entropy(
+    gpu_kernels.megatron_loss = lambda logits, labels: torch.nn.functional.cross_entropy(
         logits[:, 0].float(), labels[:, 0], reduction="none"
     )  # Megatron's own is compiled, for seconds
     sizes = gpu_kernels.Sizes(
@@ -228,9 +222,8 @@ def test_every_kernel_has_its_share():
 
 def test_a_grown_state_is_the_one_its_bench_names():
     """12 layers to 16, the four from the fifth on twice."""
-    import grow_kernel
-
     from lag_megatron.kernels.grow import write_runs
+    from tools.bench.gpu import grow_kernel
 
     layer = 3
     old = {state: torch.rand(12 * layer) for state in grow_kernel.STATES}
@@ -251,21 +244,20 @@ def test_a_grown_state_is_the_one_its_bench_names():
 
 
 def test_layers_of_the_grow_bench_are_aligned_as_a_models_are(monkeypatch):
-    import grow_kernel
-
-    from lag_megatron.kernels.runs import table_of
+    from lag_megatron.kernels.common.runs import run_table
+    from tools.bench.gpu import grow_kernel
 
     seen = []
     monkeypatch.setattr(grow_kernel, "write_runs", seen.append)
     grow_kernel.shares(torch.device("cpu"), 12 * 1001, rounds=1)
     for runs in seen:
-        rows, _ = table_of(runs)
+        rows, _ = run_table(runs)
         assert (rows[:, 4] % 2 == 1).all()
 
 
 @pytest.mark.parametrize("has_file", [False, True])
 def test_what_was_not_measured_is_said(has_file, tmp_path):
-    import tables
+    from tools.bench import tables
 
     for bound in tables.BOUNDS:
         if bound.file != "gpu":

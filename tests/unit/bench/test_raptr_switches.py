@@ -1,6 +1,6 @@
-"""A jump of the loss where paths lengthen is told from the noise at constant length."""
+"""A jump of the loss where paths lengthen is distinguished from the noise at constant length."""
 
-import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +9,7 @@ from conftest import ROOT, pico_config
 from lag_megatron.config import RunConfig, StageConfig
 from lag_megatron.errors import RunError
 from lag_megatron.report.stats.run_files import RunFiles
-
-sys.path.insert(0, str(ROOT / "tools" / "bench"))
-
-from dataclasses import replace
-
-from raptr_switches import switches
+from tools.bench.training.raptr_switches import switches
 
 
 def files_of(config: RunConfig, losses: list[float]) -> RunFiles:
@@ -23,7 +18,7 @@ def files_of(config: RunConfig, losses: list[float]) -> RunFiles:
 
 
 @pytest.mark.parametrize(("jump", "above"), [(0.0, False), (0.2, True)])
-def test_a_jump_at_a_switch_is_told_from_noise(jump: float, above: bool) -> None:
+def test_a_jump_at_a_switch_stands_out_from_noise(jump: float, above: bool) -> None:
     stages = [StageConfig(steps=200, path_length=n) for n in (6, 9, 12)]
     config = replace(pico_config(num_layers=12), stages=tuple(stages))
     noise = np.random.default_rng(0).normal(0, 0.05, 600)

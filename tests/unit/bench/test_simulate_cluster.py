@@ -1,6 +1,5 @@
 """The arithmetic of simulated clusters: closed forms, bounds, what depends on what."""
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -9,11 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lag_megatron.config import ParallelConfig
-
-sys.path.insert(0, str(ROOT / "tools" / "bench"))
-
-import cluster_model as model
-import simulate_cluster as program
+from tools.bench.search import cluster_model as model
+from tools.bench.search import simulate_cluster as program
 
 FREE = model.Link(latency=0.0, bytes_per_second=float("inf"))
 # A millisecond a token, and nothing else costs anything.
@@ -46,7 +42,7 @@ REAL = replace(
 
 
 def job_of(*rungs, rows=64, parameters=1e6):
-    return model.Job(
+    return model.SearchJob(
         rows=rows,
         length=10,
         micro_rows=rows,
@@ -88,7 +84,7 @@ def test_one_candidate_is_probed_by_one_group(machine):
 
 def test_halving_with_a_group_for_each_candidate_takes_the_slowest_of_each_rung():
     durations = [[3.0, 7.0, 5.0, 1.0], [2.0, 4.0], [6.0]]
-    assert model.wall_of(durations, 4) == 7 + 4 + 6
+    assert model.wall_seconds(durations, 4) == 7 + 4 + 6
     found = wall(IDEAL, job_of((5, 8), (10, 3), (20, 1)), ranks=8, groups=8)
     assert found == pytest.approx(20 * 0.640)
 

@@ -2,18 +2,11 @@
 
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[3] / "tools" / "bench"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def bench_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
 
 
 def busy(seconds):
@@ -23,7 +16,7 @@ def busy(seconds):
 
 
 def test_on_a_cpu_only_what_the_process_does_counts():
-    from timing import medians
+    from tools.bench.common.timing import medians
 
     works = {"waits": lambda: time.sleep(0.05), "works": lambda: busy(0.02)}
     found = medians(works, CPU, rounds=3)
@@ -32,7 +25,7 @@ def test_on_a_cpu_only_what_the_process_does_counts():
 
 
 def test_what_is_made_ready_is_not_timed():
-    from timing import medians
+    from tools.bench.common.timing import medians
 
     done = []
     found = medians(
@@ -48,7 +41,7 @@ def test_what_is_made_ready_is_not_timed():
 @pytest.mark.parametrize("figure", ["gelu_float32_4x8", "residual_dropout_norm_bfloat16_4x8"])
 def test_forms_are_compared_as_training_calls_them(figure, tmp_path, monkeypatch):
     """Without a mode that torch asks in each call: it would cost most where tensors are small."""
-    import elementwise
+    from tools.bench.training import elementwise
 
     kind, modes, passes = figure.removesuffix("_4x8"), [], []
 

@@ -3,7 +3,6 @@
 import argparse
 import shutil
 
-import convert_checkpoint
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,7 @@ from hf_weights import hf_model, load_part, megatron_weights
 from programs import inspect
 
 from lag_megatron.checkpoint.storage.torch_zip import tensor_records
+from lag_megatron.cli import convert_checkpoint
 
 FILE = "model_optim_rng.pt"
 SHAPE = {"llama": True, "tensor": 2, "hidden_size": 16, "ffn_hidden_size": 24, "seq_length": 12}
@@ -74,10 +74,10 @@ def test_weights_arrive_in_deepspeed_and_transformers(saved, tmp_path, capsys):
 
 def test_inspect_tells_it(saved, capsys):
     assert inspect(saved[0]) == 0
-    told = capsys.readouterr().out
-    assert "Megatron-LM, a file for each rank" in told
-    assert "2 layers" in told
-    assert "2 tensor-parallel" in told
+    printed = capsys.readouterr().out
+    assert "Megatron-LM, a file for each rank" in printed
+    assert "2 layers" in printed
+    assert "2 tensor-parallel" in printed
 
 
 def test_what_is_missing_or_damaged_is_named(saved, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""tools/plan_stages.py as users call it: schedules, published figures, bad input."""
+"""The command plan_stages as users call it: schedules, published figures, bad input."""
 
 import json
 import math
@@ -9,9 +9,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from lag_megatron.cli import plan_stages as tool
 from lag_megatron.config.load import merge, parse_config, read_tree
 from lag_megatron.config.schema.stage_schedule import start_positions
-from tools import plan_stages as tool
 
 GROWN = ["--layers", "4", "8", "16", "--hidden", "1024"]
 

@@ -16,9 +16,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from lag_megatron.cli import prepare_data as tool
 from lag_megatron.config import load_config
 from lag_megatron.data import prepare_data
-from tools import prepare_data as tool
 
 CHUNK_MB = "0.0625"
 
@@ -102,23 +102,23 @@ def in_group(process: psutil.Process, group: int) -> bool:
         return False
 
 
-def test_users_mistakes_are_told(
+def test_users_mistakes_are_reported(
     text: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def told(*given: str) -> str:
+    def error_of(*given: str) -> str:
         assert tool.main(list(given)) == 2
         return capsys.readouterr().err
 
-    assert "give --config FILE" in told()
-    assert "--output: is needed with --source" in told("--source", "stdlib")
-    assert "--workers 0" in told(*arguments(text, whole, "--workers", "0"))
-    assert "says that already" in told("--config", "x.yaml", "--vocab-size", "300")
-    assert "holds other prepared data" in told(*arguments(text, whole, "--seed", "5"))
+    assert "give --config FILE" in error_of()
+    assert "--output: is needed with --source" in error_of("--source", "stdlib")
+    assert "--workers 0" in error_of(*arguments(text, whole, "--workers", "0"))
+    assert "says that already" in error_of("--config", "x.yaml", "--vocab-size", "300")
+    assert "holds other prepared data" in error_of(*arguments(text, whole, "--seed", "5"))
     prepared = ("--source", "prepared", "--paths", str(whole))
-    assert "prepared already" in told(*prepared, "--output", str(tmp_path))
+    assert "prepared already" in error_of(*prepared, "--output", str(tmp_path))
     damaged = tmp_path / "corpus.jsonl"
     damaged.write_text(text.read_text() + '{"txt": 1}\n')
-    found = told(*arguments(damaged, tmp_path / "out", "--workers", "1"))
+    found = error_of(*arguments(damaged, tmp_path / "out", "--workers", "1"))
     assert f"{damaged}:1501: got no such key" in found
 
 

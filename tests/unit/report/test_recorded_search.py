@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from searched_runs import LAST, exhaustive_run, halved_run, losses_of
 
+from lag_megatron.cli.report import main
 from lag_megatron.errors import RunError
 from lag_megatron.report import record_search, report_data, write_search
 from lag_megatron.report.stats.recorded_search import read_search, recorded_searches
 from lag_megatron.report.stats.rule_comparison import compare_rules
-from tools.report import main
 
 exhaustive = pytest.fixture(exhaustive_run)
 halved = pytest.fixture(halved_run)

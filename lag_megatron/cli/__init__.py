@@ -1,0 +1,1 @@
+"""Commands: each module parses the arguments of one and calls the library."""

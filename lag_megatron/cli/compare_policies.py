@@ -1,0 +1,94 @@
+"""Compare growth policies at equal FLOPs: every arm, learning rate and seed of a study file.
+
+The same command goes on after any interruption; finished runs are not repeated.  Exits 0 when all
+runs have finished, 1 when some failed, 2 for a user's error.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lag_megatron.cli.errors import print_error
+from lag_megatron.errors import LagError, RunError
+from lag_megatron.study import (
+    StudyFolder,
+    StudyPlan,
+    launch_runs,
+    load_study,
+    plan_study,
+    plan_text,
+    prepare_study,
+    write_study,
+)
+
+
+def main(argv: list[str] | None = None, *, root: Path = Path()) -> int:
+    """Parse the command line and run the study.
+
+    Returns 0 when all runs have finished, 1 when some failed, 2 for a user's error, and 128 + N
+    after the signal N.
+
+    Args:
+        argv: by default this process's.
+        root: folder of the checkout, whose ``launch/train.py`` trains.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        return _compare(options, script=root.resolve() / "launch" / "train.py")
+    except LagError as error:
+        return print_error(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", type=Path, metavar="STUDY.yaml")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/studies/<study>")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--dry-run", action="store_true", help="print the plan and its costs")
+    only.add_argument("--report-only", action="store_true", help="report what is there")
+    return parser
+
+
+def _compare(options: argparse.Namespace, *, script: Path) -> int:
+    if options.workers < 1:
+        raise RunError(f"--workers: must be 1 or more (got {options.workers}).")
+    plan = plan_study(load_study(options.study))
+    out = options.out or Path("runs") / "studies" / plan.study.name
+    folder = StudyFolder(out.resolve())
+    if options.report_only:
+        if not folder.root.is_dir():
+            raise RunError(
+                f"{folder.root}: nothing there to report. Run the study first, or give --out."
+            )
+        _say(f"report: {write_study(plan, folder)}")
+        return 0
+    _say(plan_text(plan, folder))
+    if options.dry_run:
+        return 0
+    return _run(plan, folder, script=script, workers=options.workers)
+
+
+def _run(plan: StudyPlan, folder: StudyFolder, *, script: Path, workers: int) -> int:
+    left = prepare_study(plan, folder, workers=workers)
+    ended = launch_runs(
+        left,
+        folder,
+        script=script,
+        launcher=plan.study.config.launcher,
+        workers=workers,
+        say=_say,
+    )
+    if ended.signal is not None:
+        _say("stopped; the same command goes on from here, --report-only reports what is there")
+        return 128 + ended.signal
+    _say(f"report: {write_study(plan, folder)}")
+    for failure in ended.failures:
+        print(f"failed: {failure.run.name}", file=sys.stderr)
+    return 1 if ended.failures else 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,106 @@
+"""Take a checkpoint from one format to another, growing it on the way if asked.
+
+SOURCE may be of DeepSpeed (ZeRO 0 to 3, or universal), of Megatron-Core (torch_dist), of torch
+(Distributed Checkpoint) or of transformers (BERT, GPT-2, Llama).
+"""
+
+import argparse
+from pathlib import Path
+
+from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
+from lag_megatron.checkpoint.open import open_checkpoint
+from lag_megatron.checkpoint.state.source import CheckpointSource, UnshardedCheckpoint
+from lag_megatron.checkpoint.writer.job import write
+from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.growth_options import add_growth_options, check_workers, plan_of, topology_of
+from lag_megatron.cli.progress import progress_bar
+from lag_megatron.errors import LagError, PlanError
+from lag_megatron.growth.apply.conversion import Conversion
+from lag_megatron.growth.apply.verify import differences
+
+_FORMATS = {
+    "zero": 'DeepSpeed loads it with load_checkpoint("{0}")',
+    "universal": 'DeepSpeed loads it with load_checkpoint("{0}") under '
+    '{{"checkpoint": {{"load_universal": true}}}}',
+    "megatron": "Megatron loads it with --load {0} --ckpt-format torch_dist",
+    "hf": 'transformers loads it with from_pretrained("{0}")',
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and convert; 2 for a user's error, 1 where --verify finds one."""
+    options = _parser().parse_args(argv)
+    try:
+        check_workers(options)
+        source = open_checkpoint(
+            options.source, vocab_size=options.vocab_size, weights_only=options.weights_only
+        )
+        if options.non_homogeneous_layers and options.to != "megatron":
+            raise PlanError(f"--non-homogeneous-layers: for --to megatron, not {options.to}.")
+        conversion = _conversion(options, source)
+        target = conversion.target_dir(options.target)
+        job = conversion.job(target)
+        print(f"{source.path} -> {target}")
+        for note in source.notes if isinstance(source, UnshardedCheckpoint) else ():
+            print(note)
+        print(f"to write: {job.needed / 2**20:.1f} MiB")
+        if options.dry_run:
+            return 0
+        with progress_bar(job.needed) as written:
+            is_new = write(job, workers=options.workers, written=written)
+        done = "written" if is_new else "there already"
+        print(f"{done}: {_FORMATS[options.to].format(options.target)}")
+        return _verify(conversion, target) if options.verify else 0
+    except LagError as error:
+        return print_error(error)
+
+
+def _verify(conversion: Conversion, target: Path) -> int:
+    found = list(differences(conversion, target))
+    for line in found:
+        print(line)
+    if not found:
+        print("verified: every tensor of the target has the source's values")
+    return 1 if found else 0
+
+
+def _conversion(options: argparse.Namespace, source: CheckpointSource) -> Conversion:
+    zero_stage = 1 if isinstance(source, UnshardedCheckpoint) else None  # there is no stage to keep
+    return Conversion(
+        source=source,
+        plan=plan_of(options, source, may_stay=True),
+        to=options.to,
+        topology=topology_of(options, source.topology, zero_stage=zero_stage),
+        tokenizer=_tokenizer(options.tokenizer),
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        vocabulary=options.vocab_size if options.to == "hf" else None,
+        stacked=not options.non_homogeneous_layers,
+    )
+
+
+def _tokenizer(file: Path | None) -> TokenizerFile | None:
+    if file is None:
+        return None
+    from lag_megatron.data.datasets.tokenizer import load_tokenizer  # brings Megatron: seconds
+
+    return TokenizerFile(file, end_id=load_tokenizer(file).eod)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="its directory, or one that points to it")
+    add("target", type=Path, metavar="TARGET", help="gets a tag; with --to hf it is the directory")
+    add("--to", required=True, choices=sorted(_FORMATS), help="the format to write")
+    add_growth_options(parser)
+    add("--vocab-size", type=int, metavar="N", help="rows of the vocabulary: from transformers "
+        "with padding (default: rounded up to 128), to transformers without")  # fmt: skip
+    add("--weights-only", action="store_true", help="leave out a torch_dist's optimizer states")
+    add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json to write with --to hf")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights of hf")
+    add("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of hf")
+    add("--non-homogeneous-layers", action="store_true", help="number the layers of megatron "
+        "rather than stacking them")  # fmt: skip
+    add("--verify", action="store_true", help="compare the target with the source afterwards")
+    return parser

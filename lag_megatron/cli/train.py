@@ -1,0 +1,91 @@
+"""Train, grow and probe a run: the command of ``launch/train.py``, on every rank."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+from lag_megatron.cli.errors import USER_ERROR
+from lag_megatron.cli.warning_filters import ignore_library_warnings
+from lag_megatron.config import RunConfig, load_config
+from lag_megatron.config.deepspeed import deepspeed_config, read_deepspeed_json
+from lag_megatron.distributed.hostfile import count_slots
+from lag_megatron.errors import LagError
+from lag_megatron.run.compile_cache import set_cache_dirs
+
+
+def main(argv: list[str] | None = None, *, root: Path = Path()) -> int:
+    """Parse the command line and train, or print the plan; 2 for a user's error.
+
+    Args:
+        argv: by default this process's.
+        root: folder of the checkout; builds of compilers are kept in its ``.cache``.
+    """
+    # Both have to be done before torch is imported, so nothing above may import it.
+    ignore_library_warnings()
+    set_cache_dirs(root.resolve())
+    options = _parser().parse_args(argv)
+    try:
+        config = load_config(options.config, overrides=options.set)
+        if options.deepspeed_config:
+            given = read_deepspeed_json(options.deepspeed_config)
+            config = dataclasses.replace(config, deepspeed={**config.deepspeed, **given})
+        if options.dry_run:
+            return _dry_run(config, options)
+        return _train(config, options)
+    except LagError as error:
+        return _print_error(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train, grow and probe a run.")
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override")
+    parser.add_argument("--run-dir", help="default: runs/<config name>")
+    parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's tag")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost")
+    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON; its autos are filled")
+    parser.add_argument("--hostfile", help="for a dry run: count the ranks of this hostfile")
+    # DeepSpeed's launcher gives it to every rank; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _dry_run(config: RunConfig, options: argparse.Namespace) -> int:
+    from lag_megatron.training.dry_run import describe_run
+
+    slots = count_slots(options.hostfile) if options.hostfile is not None else 0
+    world_size = slots or config.parallel.world_size or 1
+    deepspeed_config(config, world_size=world_size)
+    if _rank() == 0:
+        print(describe_run(config, world_size=world_size))
+    return 0
+
+
+def _train(config: RunConfig, options: argparse.Namespace) -> int:
+    run_dir = options.run_dir or Path("runs") / Path(options.config).stem
+    deepspeed_config(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    from lag_megatron.training.train import TrainRequest, train  # imports torch: seconds
+
+    train(TrainRequest(config, Path(run_dir), options.resume))
+    return 0
+
+
+def _print_error(error: LagError) -> int:
+    """Print an error once, or from every rank that may be the only one to have it."""
+    rank = _rank()
+    if rank == 0 or (_in_a_world() and not error.on_all_ranks):
+        where = "" if rank == 0 else f"[rank {rank}] "
+        print(f"{where}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return USER_ERROR
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _in_a_world() -> bool:
+    """Whether ranks have met; before that all of them find the same mistakes."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()

@@ -1,0 +1,1 @@
+"""Benches: one program for each claim of speed in the README."""

@@ -1,0 +1,1 @@
+"""What benches share: timing, synthetic training states, files of figures."""

@@ -1,0 +1,1 @@
+"""Benches of growing, converting and switching training states."""

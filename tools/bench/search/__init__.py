@@ -1,0 +1,1 @@
+"""Benches of searches: their cost, their rules, and clusters by arithmetic."""

@@ -1,0 +1,1 @@
+"""Benches of training steps and their parts, on a CPU."""
