@@ -31,7 +31,7 @@ def roles_for(
     untrained: Iterable[str] = (),
     others: Iterable[str] = (),
 ) -> ModelRoles:
-    """Roles of a model's parameters; of its layers all, if the plan asks for them.
+    """Roles of a model's parameters; of its layers all, if the plan asks for them, else any.
 
     Args:
         plan: what to do, with the user's names.
@@ -44,8 +44,11 @@ def roles_for(
         PlanError: if the user's names do not fit the model, or a role is not known that the plan
             asks for.
     """
+    is_needed = stack is not None and needs_roles(plan)
+    if plan.names is None and not is_needed:
+        return ModelRoles(stack, {}, None)
     roles = find_roles(shapes, stack, plan.names, untrained=untrained, others=others)
-    if stack is None or not needs_roles(plan):
+    if stack is None or not is_needed:
         return roles
     inside = [name for name in shapes if stack.match(name)]
     if any(origin.identity_norms or origin.zero_norms for origin in plan.layer_map):
