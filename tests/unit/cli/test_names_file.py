@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 from programs import grow, inspect, program
+from safetensors.torch import save_file
 
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 
@@ -27,6 +29,21 @@ def test_inspect_says_what_it_took(checkpoint, names, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["layers"] == 2
     assert facts["layer_stacks"] == [{"name": "decoder.layers.N", "layers": 2}]
+
+
+def test_inspect_names_both_of_two_stacks(names, tmp_path, capsys):
+    folder = tmp_path / "t5"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+    stacks = {
+        f"{half}.block.{i}.w": torch.ones(4) for half in ("encoder", "decoder") for i in (0, 1)
+    }
+    save_file(stacks, folder / "model.safetensors")
+    assert inspect(folder) == 0
+    both = "layers: 2 (encoder.block.N) or 1 (decoder.block.N); --names says which to grow"
+    assert both in capsys.readouterr().out
+    assert inspect(folder, *names('layers: "encoder.block.{}"')) == 0
+    assert "2 layers (encoder.block.N), " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
