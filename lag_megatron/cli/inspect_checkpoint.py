@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import open
 from lag_megatron.checkpoint.inspect import inspect_checkpoint
+from lag_megatron.checkpoint.open import detect, resolve_checkpoint
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.cli.errors import print_error
 from lag_megatron.config.schema.param_names import read_param_names
@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         "holds the layers, and roles of parameters (README, Names and roles)")  # fmt: skip
     options = parser.parse_args(argv)
     try:
-        path = open.resolve_checkpoint(options.path)
-        open.detect(path)
+        path = resolve_checkpoint(options.path)
+        detect(path)
         names = None if options.names is None else read_param_names(options.names)
         facts = inspect_checkpoint(path, verify=options.verify, names=names)
     except LagError as error:

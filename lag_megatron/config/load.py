@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from lag_megatron.config.schema.base import Tree
 from lag_megatron.config.schema.param_names import read_names_tree
 from lag_megatron.config.schema.run import RunConfig
 from lag_megatron.config.schema.stage_schedule import in_steps
@@ -21,8 +22,6 @@ from lag_megatron.config.validation.messages import describe_errors
 from lag_megatron.config.validation.run import find_problems
 from lag_megatron.config.validation.stages import length_problems
 from lag_megatron.errors import ConfigError
-
-Tree = dict[str, Any]
 
 
 def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig:
@@ -48,7 +47,7 @@ def parse_config(tree: Tree, *, source: str = "configuration") -> RunConfig:
     """Check a plain mapping and turn it into a :class:`RunConfig`."""
     tree, wrong = expand_stages(tree)
     tree = _merge_stage_growth(tree)
-    if wrong:  # the rest is looked at without stages, so that every mistake is reported at once
+    if wrong:  # the rest is checked without stages, so that all mistakes are reported together
         tree = {**tree, "stages": [{"steps": 1}]}
     try:
         config = TypeAdapter(RunConfig).validate_python(tree)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lag_megatron.checkpoint.state.compatibility import (
     require_same_optimizer,
@@ -19,7 +18,7 @@ from lag_megatron.checkpoint.zero.file_names import files_of, files_of_rank
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.checkpoint.zero.writer import bytes_of
 from lag_megatron.config import ModelConfig, RunConfig
-from lag_megatron.data.batch import to_device
+from lag_megatron.data.batch import Batch, to_device
 from lag_megatron.distributed.world import World, topology_of
 from lag_megatron.engine.base_cache import BaseCache
 from lag_megatron.engine.build import build_deepspeed_engine
@@ -42,7 +41,6 @@ from lag_megatron.model.parameter_groups import split_by_decay
 from lag_megatron.model.random_state import seed_step
 from lag_megatron.planning.random_paths import LayerPath
 
-Batch = dict[str, Tensor]
 Flag = Callable[[], bool]
 
 

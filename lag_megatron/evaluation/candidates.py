@@ -1,4 +1,4 @@
-"""Scores of every candidate of a growth event whose state was kept."""
+"""Scoring every candidate of a growth event whose checkpoint was kept."""
 
 import json
 from collections.abc import Callable, Iterator

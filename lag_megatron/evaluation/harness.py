@@ -1,4 +1,4 @@
-"""One run of lm-evaluation-harness with this project's task files."""
+"""Running lm-evaluation-harness with the task files of this package."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ _WINDOWS = ("max_position_embeddings", "n_positions")
 
 
 def require_harness() -> None:
-    """Refuse to begin without the harness.
+    """Check that the harness is installed.
 
     Raises:
         RunError: with the command that installs it.
@@ -62,7 +62,7 @@ def evaluate(
 
     Returns:
         by task: ``items``, ``passed_over`` (reason to number), ``file`` and ``metrics``
-        (name to ``value`` and ``stderr``, which is None where the harness knows none).
+        (name to ``value`` and ``stderr``, which is None where the harness has none).
 
     Raises:
         DataError: if a file is missing or of another form, before a model is loaded.
@@ -77,16 +77,16 @@ def evaluate(
 
 
 def _require_window(model: Path, tasks: Iterable[str]) -> None:
-    """Refuse tasks whose answers alone would fill the model's window."""
+    """Check that the model's window is longer than the answers of each task."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     window = next((config[key] for key in _WINDOWS if isinstance(config.get(key), int)), None)
     for task in tasks:
         settings = yaml.load((TASK_FOLDER / f"{task}.yaml").read_text(), Loader=_Plain)
-        longest = settings.get("generation_kwargs", {}).get("max_gen_toks", 0)
-        if window is not None and longest >= window:
+        answer_tokens = settings.get("generation_kwargs", {}).get("max_gen_toks", 0)
+        if window is not None and answer_tokens >= window:
             raise RunError(
-                f"{model}: the task {task} lets a model write {longest} tokens after its prompt, "
-                f"but this one has a window of {window}. Leave the task out with --tasks."
+                f"{model}: the task {task} lets a model write {answer_tokens} tokens after its "
+                f"prompt, but this one has a window of {window}. Leave the task out with --tasks."
             )
 
 

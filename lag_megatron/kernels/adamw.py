@@ -1,7 +1,7 @@
 """AdamW over one flat partition in one pass: clip, moments, fp32 master, the model's weights.
 
-Loshchilov and Hutter 2019 (arXiv 1711.05101, algorithm 2).  DeepSpeed makes five passes of it:
-gradients are joined, cast, clipped, applied and the masters cast back.
+Loshchilov and Hutter 2019 (arXiv 1711.05101, algorithm 2).  DeepSpeed makes five passes: it
+concatenates, casts, clips and applies gradients, and casts the masters back.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ def adamw_step(partition: Partition, rates: Rates, scale: Tensor) -> None:
 
 
 def adamw_on_gpu(partition: Partition, rates: Rates, scale: Tensor, *, by: str = "") -> None:
-    """As :func:`adamw_step` with one kernel, ``triton`` or ``cuda``, without waiting for it.
+    """As :func:`adamw_step` on a GPU with the kernel ``triton`` or ``cuda``; it is asynchronous.
 
     By default Triton's, where that is installed.
     """

@@ -27,7 +27,7 @@ def write_runs(runs: Sequence[WriteRun]) -> None:
 
 
 def write_runs_by_torch(runs: Sequence[WriteRun]) -> None:
-    """The reference."""
+    """The reference implementation, in torch operations; used on a CPU."""
     for run in runs:
         if run.source is None:
             run.target.fill_(run.scale)
@@ -38,7 +38,7 @@ def write_runs_by_torch(runs: Sequence[WriteRun]) -> None:
 
 
 def write_runs_on_gpu(runs: Sequence[WriteRun], *, by: str = "") -> None:
-    """As :func:`write_runs` with one kernel, ``triton`` or ``cuda``, without waiting for it.
+    """As :func:`write_runs` on a GPU with the kernel ``triton`` or ``cuda``; it is asynchronous.
 
     By default Triton's, where that is installed.
     """

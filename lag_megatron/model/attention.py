@@ -1,4 +1,4 @@
-"""Core attention: torch's scaled dot product, or plain products where a CPU is made for them.
+"""Core attention: torch's scaled dot product, or matmuls on a CPU with matrix instructions.
 
 Masks are booleans, True where attention is hidden, as Megatron's are.
 """
@@ -21,8 +21,8 @@ from lag_megatron.kernels.cpu.attention_cpu import attend_cpu, one_pass_softmax
 def prefix_mask(prefix_length: Tensor, length: int) -> Tensor:
     """The mask of a batch's last rows, those that begin with a prefix, bool (n, 1, s, s).
 
-    Rows before them need none: the number of rows of the mask alone tells the attention which they
-    are, also where recomputation passes the mask along.
+    Rows before them need none: the attention applies a mask of n rows to the batch's last n rows,
+    also in recomputation, which passes the mask along.
 
     Args:
         prefix_length: int64 (n,); positions below it see each other in both directions.
@@ -175,7 +175,7 @@ def matmul_attention(
 
 
 def prefers_matmul_attention(query: Tensor) -> bool:
-    """Whether attention by plain products is the faster one for a (b, h, s, k) in training.
+    """Whether :func:`matmul_attention` is faster in training, for a query (b, h, s, k).
 
     By what the CPU can do and not by a trial, since a run has to go on with the same numbers; the
     lengths are those of ``tools/bench/training/attention.py``'s committed table.

@@ -1,7 +1,7 @@
 """Layers that a training step may leave out (Random Path Training).
 
-A layer that is left out hands its input on: nothing of it is computed or kept, and its hooks, by
-which ZeRO-3 fetches weights, do not run.
+A layer that is left out returns its input: it computes and stores nothing, and its hooks, by which
+ZeRO-3 fetches weights, do not run.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Which parameters decay, and the optimizer with these two groups."""
+"""The optimizer, with weight decay for matrices alone."""
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter

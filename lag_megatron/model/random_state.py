@@ -1,4 +1,4 @@
-"""Random numbers as a function of (seed, step, rank): nothing to save, nothing to lose on resume.
+"""Random numbers as a function of (seed, step, rank): checkpoints need no RNG state.
 
 Megatron's tracker keeps two streams: the default one, equal on tensor-parallel ranks, for what is
 replicated, and ``model-parallel-rng``, different on each, for what is split.

@@ -1,4 +1,4 @@
-"""What the families share: Megatron-Core's configuration, its layers and their norms."""
+"""What GPT and BERT share: Megatron-Core's configuration, layer specs and norms."""
 
 import functools
 from typing import Any
@@ -27,7 +27,7 @@ _ACTIVATIONS = {
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, *, num_layers: int
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of a model of ours."""
+    """Megatron-Core's configuration for a model."""
     is_bf16 = parallel.precision == "bf16"
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     recompute = parallel.recompute == "layers"

@@ -1,4 +1,4 @@
-"""What looking for a good growth costs beside a run's own steps, as its rule plans it."""
+"""The planned cost of a growth event's search, beyond the run's own steps."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class SearchCost:
         probe_steps: optimizer steps of all candidates, the winner's included.
         kept_steps: the winner's, which are the first steps of the stage that follows.
         evaluations: of the weights, over all candidates.
-        averaged_evaluations: of averaged weights, which the rung value ``ema`` asks for.
+        averaged_evaluations: of averaged weights, for the rung value ``ema``.
         flops_per_step: floating-point operations of one optimizer step of the grown model, on
             average over the paths that candidates have.
         flops_per_evaluation: of one pass over the validation set.
@@ -84,13 +84,13 @@ def search_cost(config: RunConfig, stage: int, *, candidates: int, vocab_size: i
 def _flops_per_step(config: RunConfig, stage: int, *, steps: int, vocab_size: int) -> int:
     """On average over the first ``steps`` steps of the stage and the paths that are tried."""
     start = stage_ranges(config.stages)[stage].start
-    begun = range(start, start + max(1, min(steps, config.stages[stage].steps)))
+    steps_run = range(start, start + max(1, min(steps, config.stages[stage].steps)))
     tried = [
         with_path_length(config, stage, length)
         for length in config.growth_before(stage).pool.path_length
     ] or [config]
-    spent = sum(steps_flops(one, begun, vocab_size=vocab_size) for one in tried)
-    return spent // (len(begun) * len(tried))
+    spent = sum(steps_flops(one, steps_run, vocab_size=vocab_size) for one in tried)
+    return spent // (len(steps_run) * len(tried))
 
 
 def _probe_steps(config: RunConfig, stage: int, *, candidates: int) -> tuple[int, int]:

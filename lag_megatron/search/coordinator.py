@@ -27,9 +27,9 @@ from lag_megatron.run.directory import RunDirectory, write_json
 from lag_megatron.run.journal import Journal
 from lag_megatron.run.metrics import MetricRow
 from lag_megatron.search.candidates import CandidateState, CandidateTable
-from lag_megatron.search.cost_model import CostModel
 from lag_megatron.search.decision import drop_losers, search_decision, winner_metrics
 from lag_megatron.search.event import Assignment, GrowthEvent, ProbeResult
+from lag_megatron.search.step_costs import StepCosts
 from lag_megatron.selection import can_still_win, judge, rung_value
 
 _POLL_SECONDS = 0.5
@@ -53,7 +53,7 @@ class Coordinator:
         journal: Journal,
         event: GrowthEvent,
         *,
-        costs: CostModel,
+        costs: StepCosts,
         on_result: OnResult,
     ) -> None:
         self._run, self._journal, self._event = run, journal, event

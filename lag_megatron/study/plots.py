@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lag_megatron.report.sections.matplotlib_figures import (
     BLUE,
@@ -14,10 +13,10 @@ from lag_megatron.report.sections.matplotlib_figures import (
     ORANGE,
     SOFT,
     WIDE,
+    Canvas,
 )
 from lag_megatron.report.stats.run_files import Json
 
-Canvas = Any  # matplotlib.figure.Figure, which may not be there to import
 Size = tuple[float, float]
 
 LABELS = {

@@ -18,7 +18,7 @@ from lag_megatron.run.journal import Journal
 from lag_megatron.search.candidate_dir import CURVE, TRAINING, CandidateDir
 from lag_megatron.search.coordinator import Coordinator
 from lag_megatron.search.event import GrowthEvent, ProbeResult
-from lag_megatron.training.search_costs import cost_model
+from lag_megatron.training.probe_costs import step_costs
 
 BASE_STEP = 100
 
@@ -48,7 +48,7 @@ class SimulatedSearch:
             growth=settings, pool=pool,
         )  # fmt: skip
         config = replace(pico_config(), growth=settings)
-        self.costs = cost_model(config, self.event, vocab_size=64, validation_tokens=64)
+        self.costs = step_costs(config, self.event, vocab_size=64, validation_tokens=64)
         self.losses = losses
         self._steps = []  # appended to by many threads
 

@@ -1,4 +1,4 @@
-"""Runs of elements that are written in one pass, and the table of them that kernels read."""
+"""Runs of elements that are written in one launch, and their table, which kernels read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ def run_table(runs: Sequence[WriteRun], *, tile: int = TILE) -> tuple[Tensor, Te
 
 
 def _require_flat(run: WriteRun) -> None:
-    """Addresses are all that a kernel gets, so that nothing but this would notice."""
+    """Check shapes, strides and types: a kernel gets addresses alone and cannot."""
     count = run.target.numel()
     for tensor in (run.target, run.source, run.weights):
         if tensor is not None:

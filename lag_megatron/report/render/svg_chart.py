@@ -33,7 +33,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A vertical line; ``label`` stands above it, if there is room."""
+    """A vertical line; ``label`` is drawn above it if it fits."""
 
     value: float
     label: str

@@ -1,4 +1,4 @@
-"""Rules replayed on a recorded search: what each would have chosen, at what cost."""
+"""Rules replayed on a recorded search: the choice and the cost of each."""
 
 import sys
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def compare_rules(
 
     Raises:
         ConfigError: if a setting does not hold.
-        RunError: if a rule needs an evaluation that was not recorded, or nobody would be left.
+        RunError: if a rule needs an evaluation that was not recorded, or no candidate is left.
     """
     names = rules or [str(search.config.get("rule", GrowthConfig().rule))]
     return {
