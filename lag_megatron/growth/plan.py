@@ -5,8 +5,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from lag_megatron.config.schema.param_names import ParamNames, parse_param_names
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.operators import layer_map_of
 from lag_megatron.growth.operators.layer_map import LayerMap, keeps_old_norms, moves_second_norm
@@ -32,6 +33,8 @@ class GrowthPlan:
         seed: key of freshly drawn weights.
         init_std: standard deviation of freshly drawn weights; projections back into the residual
             stream take ``init_std / sqrt(2 * target_layers)``, as Megatron-Core does.
+        names: what the user says of the model's parameter names, where no table has them; a plain
+            mapping is taken too.
 
     Raises:
         PlanError: when the operator cannot be applied to these shapes.
@@ -44,8 +47,12 @@ class GrowthPlan:
     moments: MomentPolicy | Literal["auto"] = "auto"
     seed: int = 1234
     init_std: float = 0.02
+    names: ParamNames | None = None
 
     def __post_init__(self) -> None:
+        if self.names is not None and not isinstance(self.names, ParamNames):
+            names = parse_param_names(self.names, where="names")
+            object.__setattr__(self, "names", names)
         if self.moments not in (*MOMENT_POLICIES, "auto"):
             allowed = ", ".join(("auto", *MOMENT_POLICIES))
             raise PlanError(f"moments {self.moments!r} is not a policy. Allowed: {allowed}.")
@@ -89,7 +96,17 @@ class GrowthPlan:
 
     def to_json(self) -> str:
         """Canonical JSON, the same for equal plans."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, from which ``GrowthPlan(**values)`` makes an equal plan.
+
+        Without names they are those of plans from before there were any, and so is the digest.
+        """
+        values = asdict(self)
+        if self.names is None:
+            del values["names"]
+        return values
 
     @staticmethod
     def from_json(text: str, *, source: str = "plan") -> "GrowthPlan":
