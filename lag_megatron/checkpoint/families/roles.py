@@ -82,16 +82,16 @@ def find_roles(
         PlanError: if a pattern matches nothing, or two match one name.
     """
     names = list(names)
-    told = _given_roles([*dict.fromkeys([*names, *others])], given.roles if given else {})
+    by_user = _given_roles([*dict.fromkeys([*names, *others])], given.roles if given else {})
     tails: dict[str, bool] = {}  # of layers: whether the user has said the role of all of them
     for name in names:
         if stack and (match := stack.match(name)):
-            tails[match.tail] = tails.get(match.tail, True) and name in told
+            tails[match.tail] = tails.get(match.tail, True) and name in by_user
     family = _family_of(names, tails, stack)
     known: dict[str, Role] = dict.fromkeys(untrained, "fixed")
     if family:
         known |= {n: role for n in names if (role := _table_role(family, stack, n)) is not None}
-    return ModelRoles(stack, known | told, family)
+    return ModelRoles(stack, known | by_user, family)
 
 
 @functools.cache
