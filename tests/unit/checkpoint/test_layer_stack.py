@@ -76,8 +76,8 @@ def test_two_stacks_of_comparable_size_are_refused():
             {"name": "encoder.block.N", "layers": 4},
         ],
     }
-    told = {"layers": 4, "layer_stacks": [{"name": "encoder.block.N", "layers": 4}]}
-    assert describe_layers(shapes, names) == told
+    expected = {"layers": 4, "layer_stacks": [{"name": "encoder.block.N", "layers": 4}]}
+    assert describe_layers(shapes, names) == expected
     assert count_layers(shapes) == 6
 
 

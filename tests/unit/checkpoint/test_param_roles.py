@@ -218,8 +218,8 @@ def test_frozen_parameters_without_a_role_are_fixed():
     assert roles.of("blocks.0.mix.weight") == "fixed"
     assert roles.of("blocks.0.up.weight") is None
     given = ParamNames({"*.mix.weight": "branch_input"})
-    told = find_roles(shapes, stack, given, untrained=["blocks.0.mix.weight"])
-    assert told.of("blocks.0.mix.weight") == "branch_input"
+    roles = find_roles(shapes, stack, given, untrained=["blocks.0.mix.weight"])
+    assert roles.of("blocks.0.mix.weight") == "branch_input"
 
 
 def test_buffers_and_further_names_may_be_matched():
