@@ -98,9 +98,9 @@ def test_a_role_that_is_not_known_is_asked_for(plan):
     # What is printed is a names file in which only the words are missing.
     printed = yaml.safe_load(lines.replace("ROLE", "fixed"))
     assert len(printed["roles"]) >= len(TAILS)
-    chosen = {p: "branch_output" if p.endswith(".down") else "fixed" for p in printed["roles"]}
+    roles = {p: "branch_output" if p.endswith(".down") else "fixed" for p in printed["roles"]}
     depth_map(
-        plan_of(plan.operator, plan.target_layers, names={"roles": chosen}, **plan.options), [SHAPES]
+        plan_of(plan.operator, plan.target_layers, names={"roles": roles}, **plan.options), [SHAPES]
     )
 
 
