@@ -192,10 +192,10 @@ def test_other_documents_are_drawn_evenly(tokenizer: Tokenizer, tmp_path: Path) 
     samples = samples_of(documents, tokenizer, sentence_pairs="next")
     rng, own = np.random.RandomState(0), 8
     sentence = int(documents.document_indices[own])
-    drawn = Counter(int(samples._elsewhere(sentence, 1, rng)[0]) for _ in range(3000))
+    drawn = Counter(int(samples._from_another_document(sentence, 1, rng)[0]) for _ in range(3000))
     assert drawn.keys() == {number for number in range(30) if number % 5} - {own}
     assert stats.chisquare(list(drawn.values())).pvalue > CERTAINTY
-    assert len(samples._elsewhere(sentence, 3, rng)) <= 3
+    assert len(samples._from_another_document(sentence, 3, rng)) <= 3
 
 
 def test_shares_of_masks(documents: IndexedDataset, tokenizer: Tokenizer) -> None:
