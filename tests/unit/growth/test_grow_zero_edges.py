@@ -14,7 +14,7 @@ from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.apply.grown_state import GrownState, resharded, retarget
-from lag_megatron.growth.growth_map import grown_names
+from lag_megatron.growth.growth_map import growth_map_of
 from lag_megatron.growth.plan import GrowthPlan
 
 
@@ -39,8 +39,9 @@ def unpartitioned(checkpoint, tmp_path):
 
 def test_two_stacks_of_layers_are_not_mixed():
     names = [f"{stack}.layers.{n}.w" for stack in ("encoder", "decoder") for n in (0, 1)]
-    with pytest.raises(PlanError, match=r"2 stacks of layers \(decoder.layers., encoder.layers.\)"):
-        list(grown_names(names, plan().layer_map))
+    two = "encoder.layers.N with 2, decoder.layers.N with 2"
+    with pytest.raises(PlanError, match=f"2 stacks of layers of comparable size: {two}"):
+        growth_map_of(plan(), [dict.fromkeys(names, (4, 4))], {})
 
 
 def test_an_empty_view_of_a_tensor_shifts_nothing(copy, tmp_path):
