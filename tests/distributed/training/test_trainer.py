@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_is_refused(damage, halfway, tiny):
         run_ranks(train, 2, tiny, halfway, ["growth.max_loss=0.01"])
 
 
-def test_a_tag_that_is_not_there_is_told(halfway, tiny):
+def test_a_tag_that_is_not_there_is_named(halfway, tiny):
     with pytest.raises(RunError, match="--resume step7"):
         run_ranks(train, 2, tiny, halfway, ["growth.max_loss=0.01"], "step7")
 

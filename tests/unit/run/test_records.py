@@ -41,7 +41,7 @@ def test_a_torn_last_line_never_happened(torn, tmp_path):
     assert [e["event"] for e in Journal(path).events] == ["stage_started", "decision"]
 
 
-def test_a_broken_line_within_is_told(tmp_path):
+def test_a_broken_line_within_is_named(tmp_path):
     path = tmp_path / "journal.jsonl"
     path.write_text('{"event": "a"}\nnonsense\n{"event": "b"}\n')
     with pytest.raises(RunError, match=r"journal.jsonl:2"):
@@ -68,7 +68,7 @@ def hold(path, started, release):
 
 
 def test_a_run_directory_has_one_writer(tmp_path, monkeypatch):
-    monkeypatch.setattr(directory, "_LOCK_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(directory, "_LOCK_TIMEOUT_SECONDS", 0.2)
     context = multiprocessing.get_context("fork")
     started, release = context.Event(), context.Event()
     holder = context.Process(target=hold, args=(tmp_path, started, release))

@@ -171,9 +171,11 @@ def test_plan_and_decision_are_an_artifact(written):
 
 
 def test_an_exception_in_training_loses_no_row(tmp_path):
+    tests = ROOT / "tests"
+    folders = [str(p) for p in (Path(__file__).parent, tests, tests / "support", ROOT)]
     code = f"""
 import sys, time
-sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)]}
+sys.path[:0] = {folders}
 from pathlib import Path
 from test_wandb_logger import mirror, train_row
 run = mirror(Path({str(tmp_path)!r}))
@@ -192,7 +194,7 @@ raise RuntimeError("training failed")
     assert fragment.exit_code == 1
 
 
-def told(capsys):
+def wandb_warnings(capsys):
     return [line for line in capsys.readouterr().err.splitlines() if "W&B" in line]
 
 
@@ -243,7 +245,7 @@ def test_a_failure_is_told_once_and_stops_nothing(where, tmp_path, monkeypatch, 
     broken.summary({"a": 1})
     broken.probe(1, "a", [{"step": 0}])
     broken.finish(exit_code=0)
-    (line,) = told(capsys)
+    (line,) = wandb_warnings(capsys)
     assert line.startswith("W&B failed and is off for this run: ")
     assert type(ERRORS[where]).__name__ in line
     assert str(ERRORS[where]) in line
@@ -254,7 +256,7 @@ def test_a_lost_run_directory_is_told_once(tmp_path, monkeypatch, capsys):
     lost = mirror(tmp_path / "gone")
     lost.log(train_row(1, stage=0))
     lost.finish(exit_code=0)
-    (line,) = told(capsys)
+    (line,) = wandb_warnings(capsys)
     assert "No such file or directory" in line
 
 
@@ -265,7 +267,7 @@ def test_a_slow_upload_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     run = mirror(tmp_path)
     run.log(train_row(1, stage=0))
     run.finish(exit_code=0)
-    (line,) = told(capsys)
+    (line,) = wandb_warnings(capsys)
     assert line.endswith(f"wandb sync {tmp_path}/wandb/r")
 
 
@@ -289,7 +291,7 @@ def test_training_does_not_wait_for_wandb(stuck, tmp_path, capsys):
     assert time.perf_counter() - started < 0.5  # 5 ms a row, on a loaded machine too
     run.finish(exit_code=0, timeout=0.2)
     assert time.perf_counter() - started < 5
-    (line,) = told(capsys)
+    (line,) = wandb_warnings(capsys)
     assert "not all of it was written within 0 s" in line
 
 
@@ -298,7 +300,7 @@ def test_what_waits_is_bounded(stuck, tmp_path, monkeypatch, capsys):
     run = mirror(tmp_path)
     for step in range(6):
         run.log(train_row(step, stage=0))
-    (line,) = told(capsys)
+    (line,) = wandb_warnings(capsys)
     assert "does not keep up" in line
 
 
