@@ -1,6 +1,6 @@
 """Typed, strict configuration."""
 
-from lag_megatron.config.load import dump_config, load_config, parse_config
+from lag_megatron.config.load import dump_config, load_config, parse_config, parse_growth
 from lag_megatron.config.schema.data import (
     DataConfig,
     MlmConfig,
@@ -43,4 +43,5 @@ __all__ = [
     "load_config",
     "padded_vocab_size",
     "parse_config",
+    "parse_growth",
 ]

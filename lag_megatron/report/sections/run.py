@@ -15,7 +15,7 @@ MAX_ROWS = 40
 
 
 def blocks(data: Json, pictures: Mapping[int, Mapping[str, Path]] | None) -> Iterator[Block]:
-    """The report of :func:`report_data`'s numbers, with each growth event's PNG files by name.
+    """The report of :func:`run_report_data`'s numbers, with each growth event's PNG files by name.
 
     ``pictures`` is None where matplotlib is missing, which the report says.
     """
