@@ -17,8 +17,8 @@ setup(
         "lag_megatron": [
             "evaluation/tasks/*.yaml",
             "kernels/cuda/*.cu",
-            "kernels/*.cpp",
-            "kernels/*.h",
+            "kernels/cpu/*.cpp",
+            "kernels/cpu/*.h",
         ]
     },
     install_requires=[

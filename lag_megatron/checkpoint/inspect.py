@@ -1,4 +1,4 @@
-"""Facts and faults of a checkpoint of any kind, as JSON values."""
+"""What a checkpoint of any kind holds and what is wrong with it, as JSON values."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ UNVERIFIED = "unverified: there is no manifest to compare with, so damage cannot
 
 
 def inspect_checkpoint(path: Path, *, verify: bool = False) -> dict[str, Any]:
-    """What a checkpoint holds; ``problems`` lists its faults, and ``sound`` says there are none.
+    """The facts of :func:`open.describe_any`, with ``sound`` and a list of ``problems``.
 
-    Only ``path`` and ``complete`` are there besides where the checkpoint cannot be read.
+    Where the checkpoint cannot be read, ``path`` and ``complete`` are the only other facts.
 
     Args:
         path: the checkpoint's own directory.

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Compare growth policies at equal FLOPs: every arm, learning rate and seed of a study file.
 
 The same command goes on after any interruption; finished runs are not repeated.  Exits 0 when all
@@ -24,7 +23,10 @@ from lag_megatron.study import (
 
 
 def main(argv: list[str] | None = None, *, root: Path = Path()) -> int:
-    """Parse the command line and run the study; 0, 1, 2 as above, 128 + N after the signal N.
+    """Parse the command line and run the study.
+
+    Returns 0 when all runs have finished, 1 when some failed, 2 for a user's error, and 128 + N
+    after the signal N.
 
     Args:
         argv: by default this process's.

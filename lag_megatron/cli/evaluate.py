@@ -31,8 +31,8 @@ from lag_megatron.cli.errors import print_error
 from lag_megatron.cli.warning_filters import ignore_library_warnings
 from lag_megatron.errors import ConfigError, LagError
 from lag_megatron.evaluation.candidates import score_candidates
-from lag_megatron.evaluation.export import ExportOptions, as_transformers, resolve
-from lag_megatron.evaluation.harness import evaluate, require_harness, table
+from lag_megatron.evaluation.export import ExportOptions, export_to_transformers, find_checkpoint
+from lag_megatron.evaluation.harness import evaluate, format_results, require_harness
 from lag_megatron.evaluation.task_data import TASKS, find_file, read_documents
 
 
@@ -103,13 +103,13 @@ def _run(options: argparse.Namespace) -> None:
     about = {"model": str(options.model), "dtype": options.dtype, "limit": options.limit}
     if options.candidates:
         for candidate, found in score_candidates(options.model, results):
-            print(f"{candidate}\n{table(found)}", flush=True)
+            print(f"{candidate}\n{format_results(found)}", flush=True)
             written[candidate] = found
     else:
-        path = resolve(options.model)
+        path = find_checkpoint(options.model)
         about["evaluated"] = str(path)
         written = results(path)
-        print(table(written))
+        print(format_results(written))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**about, "results": written}, indent=1)
@@ -123,7 +123,7 @@ def _evaluate(
     if folder and options.candidates:  # growthNN/<id>, as in the run directory
         folder = folder.joinpath(*path.parts[-3:-1])
     export = ExportOptions(tokenizer=options.tokenizer, dtype=options.dtype, folder=folder)
-    with as_transformers(path, export) as model:
+    with export_to_transformers(path, export) as model:
         return evaluate(model, data, **settings)
 
 

@@ -1,4 +1,4 @@
-"""Typed, strict configuration."""
+"""The configuration of a run: read from YAML into frozen dataclasses, with every error reported."""
 
 from lag_megatron.config.load import dump_config, load_config, parse_config, parse_growth
 from lag_megatron.config.schema.data import (

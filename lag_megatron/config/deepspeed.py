@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON from our configuration: "auto" is filled, a contradiction is refused."""
+"""DeepSpeed's configuration from a run's: "auto" is filled in, contradictions are errors."""
 
 import json
 from collections.abc import Mapping
@@ -39,10 +39,11 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
 def deepspeed_config(config: RunConfig, *, world_size: int) -> dict[str, Any]:
     """The complete dictionary for ``deepspeed.initialize``.
 
-    Values of ``config.deepspeed`` may be "auto" or equal ours; options that we do not know pass.
+    Values of ``config.deepspeed`` may be "auto" or equal to those that follow from the run's
+    configuration; options without a counterpart there are passed on.
 
     Raises:
-        ConfigError: naming every value that contradicts ours.
+        ConfigError: naming every value that contradicts the run's configuration.
     """
     parallel = config.parallel
     replicas = data_parallel_size(parallel, world_size=world_size)
@@ -96,7 +97,7 @@ def _contradictions(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: st
 
 
 def _refused(theirs: Mapping[str, Any]) -> list[str]:
-    """Options whose checkpoints could not be grown, told now rather than weeks later."""
+    """Options whose checkpoints could not be grown: reported before training, not after it."""
     zero = theirs.get("zero_optimization") or {}
     problems = [
         f"deepspeed.zero_optimization.{option}: orders or stores shards in a way that cannot be "

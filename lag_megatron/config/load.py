@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from lag_megatron.config.schema.base import Tree
 from lag_megatron.config.schema.run import GrowthConfig, RunConfig
 from lag_megatron.config.schema.stage_schedule import in_steps
 from lag_megatron.config.stage_policy import expand_stages
@@ -19,8 +20,6 @@ from lag_megatron.config.validation.messages import describe_errors
 from lag_megatron.config.validation.run import find_problems, growth_problems
 from lag_megatron.config.validation.stages import length_problems
 from lag_megatron.errors import ConfigError
-
-Tree = dict[str, Any]
 
 
 def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig:
@@ -43,7 +42,7 @@ def parse_config(tree: Tree, *, source: str = "configuration") -> RunConfig:
     """Check a plain mapping and turn it into a :class:`RunConfig`."""
     tree, wrong = expand_stages(tree)
     tree = _merge_stage_growth(tree)
-    if wrong:  # the rest is looked at without stages, so that every mistake is told at once
+    if wrong:  # the rest is checked without stages, so that all mistakes are reported together
         tree = {**tree, "stages": [{"steps": 1}]}
     try:
         config = TypeAdapter(RunConfig).validate_python(tree)
@@ -89,7 +88,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently drop the first."""
+    """Raises for a key that is given twice; YAML would silently drop the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

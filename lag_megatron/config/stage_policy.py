@@ -2,21 +2,19 @@
 
 ``stages: {policy: last, layers: [4, 8, 12], steps: 300000, split: proportional}`` is short for
 three stages and two growth events, ``stages: {policy: raptr, layers: [12], paths: [6, 8, 10, 12],
-steps: 300000}`` for four stages of one size; nothing behind this module knows the short form.
+steps: 300000}`` for four stages of one size.  Everything else sees the list of stages alone.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from lag_megatron.config.schema.base import FORBID
+from lag_megatron.config.schema.base import FORBID, Tree
 from lag_megatron.config.schema.raptr import RaptrConfig, fixed_layers
 from lag_megatron.config.schema.shares import shares
 from lag_megatron.config.validation.messages import describe_errors
-
-Tree = dict[str, Any]
 
 # Karp et al. 2024, appendix A.3: every index up to the paper's fourth stage, even ones after it.
 _STAGES_WITH_ALL_INDICES = 4
@@ -24,7 +22,7 @@ _STAGES_WITH_ALL_INDICES = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StackingConfig:
-    """What grows when.
+    """The short form of ``stages``: which sizes are trained, for how long, grown by which policy.
 
     Attributes:
         policy: ``adaptive``: LAG before every stage, among duplicates, at all places up to the
@@ -70,7 +68,7 @@ class StackingConfig:
 
 
 def expand_stages(tree: Tree) -> tuple[Tree, list[str]]:
-    """``tree`` with its stages as a list, and what is wrong with their short form."""
+    """``tree`` with its stages as a list, and every mistake in their short form."""
     short = tree.get("stages")
     if not isinstance(short, dict):
         return tree, []
@@ -90,7 +88,7 @@ def expand_stages(tree: Tree) -> tuple[Tree, list[str]]:
 
 
 def _least(tree: Tree, layers: int) -> int:
-    """How long a path is at the least: as many layers as ``raptr`` fixes, if that holds."""
+    """The shortest path: the number of layers that ``raptr`` fixes, 1 at least."""
     try:
         raptr = TypeAdapter(RaptrConfig).validate_python(tree.get("raptr") or {})
     except ValidationError:  # which is reported with everything else that is wrong
@@ -137,7 +135,7 @@ def _problems(stacking: StackingConfig, least: int) -> list[str]:
 
 
 def _path_problems(stacking: StackingConfig) -> list[str]:
-    """Mistakes in what is said of paths."""
+    """Mistakes in the settings of paths."""
     share = stacking.flops_share
     if stacking.policy != "raptr":
         given = {
@@ -194,7 +192,7 @@ def _either(stacking: StackingConfig) -> int | tuple[int, ...] | None:
 
 def _amount(stacking: StackingConfig) -> int | tuple[int, ...]:
     amount = _either(stacking)
-    assert amount is not None  # _problems has seen to it
+    assert amount is not None, "checked in _problems"
     return amount
 
 
@@ -230,7 +228,7 @@ def _path(length: int, layers: int) -> Tree:
 
 
 def _growth(policy: str, stage: int) -> Tree:
-    """What the policy says of the growth before a stage; the global ``growth`` says the rest."""
+    """The policy's settings of the growth before a stage, laid over the global ``growth``."""
     if stage == 0:
         return {}
     if policy != "adaptive":

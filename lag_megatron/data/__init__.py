@@ -1,4 +1,4 @@
-"""Text to batches: sources, tokenizer, Megatron's bin/idx files, and samples by step."""
+"""From text to batches: ``prepare`` writes datasets, ``objectives`` draws samples from them."""
 
 from lag_megatron.data.batch import Batch
 from lag_megatron.data.datasets.blended_dataset import Prepared, PreparedMixture

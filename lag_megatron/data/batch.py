@@ -1,4 +1,4 @@
-"""What a step would have to ask a device about its batch, said before the batch is there."""
+"""Batches in the form that a step needs, so that no shape depends on values on a device."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,14 @@ Batch = dict[str, Tensor]
 
 
 def normalize_batch(batch: Batch) -> Batch:
-    """The same rows, so that no shape depends on values that lie on a device.
+    """The same rows in a fixed form; a batch that has it already is returned as it is.
 
     ``padding_mask`` is left out where no row is padded.  Rows that begin with a prefix come last;
-    ``prefix_length`` is theirs alone, and left out where there is none.  What is ready stays so.
+    ``prefix_length`` has an entry for these alone, and is left out where there are none.  The step
+    can then choose its kernels without reading values back from the device.
+
+    Args:
+        batch: tensors with one row a sample, on the CPU.
     """
     found = dict(batch)
     if "padding_mask" in found and bool(found["padding_mask"].all()):
@@ -30,5 +34,5 @@ def normalize_batch(batch: Batch) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch where it is computed with; from pinned memory nothing waits for it."""
+    """The normalized batch on ``device``; from pinned memory the copy is asynchronous."""
     return {name: t.to(device, non_blocking=True) for name, t in normalize_batch(batch).items()}

@@ -1,4 +1,4 @@
-"""This rank's part of every global batch."""
+"""Micro-batches: one data-parallel rank's part of every global batch."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -91,7 +91,7 @@ class BatchLoader:
 
     @staticmethod
     def _pinned(make: Callable[[int], list[Batch]]) -> Callable[[int], list[Batch]]:
-        """Only from pinned memory does a copy to the device not wait."""
+        """``make`` into pinned memory, from which copies to the device are asynchronous."""
         if not torch.cuda.is_available():
             return make
         return lambda number: [

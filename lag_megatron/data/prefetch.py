@@ -8,9 +8,10 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Calls ``make`` in a thread of its own, one number before it is asked for.
+    """Calls ``make`` in a thread, one number before its result is needed.
 
-    ``make`` must depend on the number alone; what it raises comes where its result would.
+    ``make`` must depend on the number alone; its exceptions are raised by :meth:`take` and
+    :meth:`each` in place of its result.
     """
 
     def __init__(self, make: Callable[[int], T]) -> None:
@@ -19,7 +20,7 @@ class Prefetcher(Generic[T]):
         self._next: tuple[int, Future[T]] | None = None
 
     def take(self, number: int) -> T:
-        """``make(number)``; its successor is begun."""
+        """``make(number)``; starts ``make(number + 1)``."""
         if self._next is None or self._next[0] != number:
             self._next = (number, self._thread.submit(self._make, number))
         made = self._next[1].result()

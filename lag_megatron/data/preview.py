@@ -1,4 +1,4 @@
-"""What the batches of a configuration look like, as text to read."""
+"""The first samples of a run as readable text, and statistics over many of them."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ def describe_samples(prepared: Prepared, config: RunConfig, *, count: int) -> st
     """Return the first samples of a run, readable, and what many of them are made of.
 
     A prefix stands in ``[[ ]]``, what is predicted in ``{ }``; a masked token is
-    ``{what the model sees -> what it is to say}``. Padding is left out and counted.
+    ``{input -> label}``. Padding is left out and counted.
 
     Args:
         prepared: tokens and tokenizer.

@@ -75,8 +75,9 @@ class Channel:
         return self._connection.poll()
 
     def close(self) -> None:
-        """Close the connection."""
-        self._connection.close()
+        """Close the connection; the thread that receives calls this."""
+        with self._sending:  # a descriptor that is closed during a send may already be a file's
+            self._connection.close()
 
 
 class Server:

@@ -20,10 +20,10 @@ from lag_megatron.checkpoint.state.box import Shape, collapse
 from lag_megatron.checkpoint.state.layout import Container, State
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.growth.apply.copy_plan import Draw, Move
-from lag_megatron.growth.apply.fill import Filler
+from lag_megatron.growth.apply.fill import GrowthFiller
 from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.weight_init import Constant, fill
-from lag_megatron.kernels.runs import Run
+from lag_megatron.kernels.common.runs import WriteRun
 
 # Elements that are read and cached together.
 PAGE = 1 << 20
@@ -80,7 +80,7 @@ class BaseCache:
     Args:
         tiers: where it may be cached, the fastest first.
         page: elements that are read together.
-        verbose: whether to log where the base is cached.  That it is not is always logged.
+        verbose: whether to log where the base is cached; if it is not, that is always logged.
     """
 
     def __init__(
@@ -121,7 +121,9 @@ class BaseCache:
         return cls([local, pinned] if on_device else [pinned], verbose=verbose)
 
     @torch.no_grad()
-    def runs(self, growth: GrownState, fill: Filler, targets: Sequence[Target]) -> list[Run] | None:
+    def runs(
+        self, growth: GrownState, fill: GrowthFiller, targets: Sequence[Target]
+    ) -> list[WriteRun] | None:
         """What one kernel launch has to write; drawn values are in their places afterwards.
 
         Returns:
@@ -149,7 +151,7 @@ class BaseCache:
         self._pages.clear()
         _log(f"the base of this event is read from its shards for each candidate: {why}.")
 
-    def _read(self, fill: Filler, moves: Sequence[tuple[Region, Move]]) -> bool:
+    def _read(self, fill: GrowthFiller, moves: Sequence[tuple[Region, Move]]) -> bool:
         """Read the pages that are needed and not cached; whether there was memory for them."""
         missing: dict[tuple[_Buffer, int], Region] = {}
         for region, move in moves:
@@ -183,13 +185,13 @@ class BaseCache:
             _log(f"{wanted / 2**20:.0f} MiB of this event's base are kept in {tier.name}.")
         return tier
 
-    def _length(self, fill: Filler, region: Region, buffer: _Buffer, number: int) -> int:
+    def _length(self, fill: GrowthFiller, region: Region, buffer: _Buffer, number: int) -> int:
         """Elements of a page: fewer where its buffer ends."""
         source, _ = fill.sides(trained=True, state=region.state)
         return min(self._page, source.layout.filled[buffer.container] - number * self._page)
 
     def _filled(
-        self, page: Tensor, fill: Filler, region: Region, buffer: _Buffer, number: int
+        self, page: Tensor, fill: GrowthFiller, region: Region, buffer: _Buffer, number: int
     ) -> Tensor:
         """A page with its values."""
         there = fill.elements(region, buffer.tensor_rank, buffer.container)
@@ -197,7 +199,7 @@ class BaseCache:
         assert values.dtype is torch.float32, f"{buffer.state} is cached as {values.dtype}"
         return page.copy_(values)
 
-    def _write(self, target: Target, plan: Sequence[Move | Draw]) -> Iterator[Run]:
+    def _write(self, target: Target, plan: Sequence[Move | Draw]) -> Iterator[WriteRun]:
         """The runs of one buffer; padding becomes 0."""
         yield from _gaps(target)
         for step in plan:
@@ -209,7 +211,7 @@ class BaseCache:
             else:
                 yield from _drawn(target, step)
 
-    def _copies(self, target: Target, move: Move) -> Iterator[Run]:
+    def _copies(self, target: Target, move: Move) -> Iterator[WriteRun]:
         buffer = _Buffer(move.tensor_rank, move.source.container, target.region.state)
         for there, here, count in _spans(move.shape, move.target.strides, move.source.strides):
             start, end = move.source.offset + here, move.source.offset + here + count
@@ -222,13 +224,13 @@ class BaseCache:
                 start, place = start + length, place + length
 
 
-def _run(target: Target, start: int, source: Tensor | None, count: int, scale: float) -> Run:
+def _run(target: Target, start: int, source: Tensor | None, count: int, scale: float) -> WriteRun:
     here = slice(start, start + count)
     weights = None if target.weights is None else target.weights[here]
-    return Run(target.values[here], source, scale, weights)
+    return WriteRun(target.values[here], source, scale, weights)
 
 
-def _drawn(target: Target, step: Draw) -> Iterator[Run]:
+def _drawn(target: Target, step: Draw) -> Iterator[WriteRun]:
     """Draw the values into their places; what is left to write is the weights."""
     values = target.values
     start = values.storage_offset() + step.target.offset
@@ -239,10 +241,10 @@ def _drawn(target: Target, step: Draw) -> Iterator[Run]:
     for start, _, count in _spans(step.shape, step.target.strides, step.target.strides):
         here = slice(step.target.offset + start, step.target.offset + start + count)
         drawn = values[here]
-        yield Run(drawn, drawn, 1.0, target.weights[here])
+        yield WriteRun(drawn, drawn, 1.0, target.weights[here])
 
 
-def _gaps(target: Target) -> Iterator[Run]:
+def _gaps(target: Target) -> Iterator[WriteRun]:
     """Zeros between and after the segments of a buffer."""
     end = 0
     for begin, length in (

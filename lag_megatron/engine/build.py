@@ -24,7 +24,7 @@ from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.distributed.world import DeepSpeedGroups, World
 from lag_megatron.engine.deepspeed_adapter import full_shape
 from lag_megatron.model import build_model
-from lag_megatron.model.cuda_graphs import graph_layers
+from lag_megatron.model.cuda_graphs import capture_layers
 from lag_megatron.model.initialize import initialize_weights, mark_cut_parameters
 from lag_megatron.model.parameter_groups import make_optimizer
 from lag_megatron.model.random_state import seed_everywhere
@@ -51,7 +51,7 @@ def build_deepspeed_engine(
         )
     mark_cut_parameters(model)
     if config.parallel.cuda_graphs:
-        graph_layers(model)
+        capture_layers(model)
     if draw_weights:
         gathered = partial(_gathered, sharded=sharded)
         initialize_weights(model, config, world, num_layers=num_layers, gathered=gathered)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lag_megatron.checkpoint.state.compatibility import (
     require_same_optimizer,
@@ -19,7 +18,7 @@ from lag_megatron.checkpoint.zero.file_names import files_of, files_of_rank
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.checkpoint.zero.writer import bytes_of
 from lag_megatron.config import ModelConfig, RunConfig
-from lag_megatron.data.batch import to_device
+from lag_megatron.data.batch import Batch, to_device
 from lag_megatron.distributed.world import World, topology_of
 from lag_megatron.engine.base_cache import BaseCache
 from lag_megatron.engine.build import build_deepspeed_engine
@@ -38,11 +37,10 @@ from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.apply.grown_state import GrownState, resharded
 from lag_megatron.growth.plan import GrowthPlan
 from lag_megatron.model import labels_of, loss_sums, mean_loss
-from lag_megatron.model.parameter_groups import decay_split
+from lag_megatron.model.parameter_groups import split_by_decay
 from lag_megatron.model.random_state import seed_step
 from lag_megatron.planning.random_paths import LayerPath
 
-Batch = dict[str, Tensor]
 Flag = Callable[[], bool]
 
 
@@ -252,7 +250,7 @@ class Engine:
 
     @property
     def _trained(self) -> list[list[torch.nn.Parameter]]:
-        decayed, others = decay_split(self.module, shape_of=full_shape)
+        decayed, others = split_by_decay(self.module, shape_of=full_shape)
         return [group for group in (decayed, others) if group]
 
     def _require_loadable(self, checkpoint: Path) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lag_megatron.engine.deepspeed_adapter import PartitionedAdapter
 from lag_megatron.engine.deepspeed_adapter.partitioned import ZeroPartition
 from lag_megatron.kernels.adamw import adamw_step, squared_norms
-from lag_megatron.kernels.partition import Partition, Rates
+from lag_megatron.kernels.common.partition import Partition, Rates
 
 
 def use_fused_step(zero: PartitionedAdapter) -> None:

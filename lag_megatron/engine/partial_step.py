@@ -25,7 +25,7 @@ from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.engine.deepspeed_adapter import DeepSpeedAdapter
 from lag_megatron.engine.state import EngineState
 from lag_megatron.errors import RunError
-from lag_megatron.model.layer_dropping import layers_on
+from lag_megatron.model.layer_dropping import only_layers
 from lag_megatron.planning.random_paths import LayerPath
 
 
@@ -144,5 +144,5 @@ def _around_steps(
 def _on_path(adapter: DeepSpeedAdapter, path: LayerPath) -> Iterator[None]:
     """While this is open, the layers of ``path`` run alone; the others get gradients of 0."""
     adapter.prepare_partial_step()
-    with layers_on(adapter.module, path):
+    with only_layers(adapter.module, path):
         yield

@@ -71,7 +71,7 @@ class EngineState:
         require_same_parameters(growth.source.path, growth.layout.groups, self._layout.groups)
         if not weights_only:
             require_same_optimizer(growth.source.path, growth.layout, self._layout)
-        expected = [self._layout.lengths[c] for c in self._layout.held(self._data_rank)]
+        expected = [self._layout.lengths[c] for c in self._layout.buffers_of_rank(self._data_rank)]
         found = [master.numel() for master in self.masters]
         if found != expected or not all(master.is_contiguous() for master in self.masters):
             raise PlanError(
@@ -121,7 +121,7 @@ class EngineState:
     def overwrite_weights(self, growth: GrownState) -> None:
         """Overwrite masters alone; no collective call."""
         fill = growth.filler(tensor_rank=self._place["tensor_rank"])
-        for container, held in self._layout.held(self._data_rank).items():
+        for container, held in self._layout.buffers_of_rank(self._data_rank).items():
             region = Region("fp32", held, self._layout.lengths[container])
             fill(region, self._buffer(self.masters[container.key], "fp32"))
 
@@ -187,7 +187,7 @@ class EngineState:
         """What every buffer holds, its number, and its values."""
         masters = self.masters
         for state, layout in self._layouts.items():
-            for container, held in layout.held(self._data_rank).items():
+            for container, held in layout.buffers_of_rank(self._data_rank).items():
                 tensor = self._buffer(masters[container.key], state)
                 yield Region(state, held, layout.lengths[container]), container.key, tensor
 
@@ -245,7 +245,7 @@ class EngineState:
         for state, layout in self._layouts.items():
             if state != "fp32" and not moments:
                 continue
-            for container, held in layout.held(self._data_rank).items():
+            for container, held in layout.buffers_of_rank(self._data_rank).items():
                 master = masters[container.key]
                 buffer = self._buffer(master, state)
                 found[id(master)] += [

@@ -1,4 +1,4 @@
-"""Scores of every candidate of a growth event whose state was kept."""
+"""Scoring every candidate of a growth event whose checkpoint was kept."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from lag_megatron.evaluation.task_data import Json
 SCORES_FILE = "scores.json"
 
 
-def kept_states(run: Path) -> list[Path]:
+def candidate_checkpoints(run: Path) -> list[Path]:
     """The newest committed state of each candidate of each event, in order.
 
     Raises:
@@ -35,7 +35,7 @@ def score_candidates(run: Path, evaluate: Callable[[Path], Json]) -> Iterator[tu
     Yields:
         ``growthNN/<id>`` and the results of ``evaluate`` on its state, each after it is written.
     """
-    for state in kept_states(run):
+    for state in candidate_checkpoints(run):
         results = evaluate(state)
         scores = {task: r["metrics"][SCORES[task]]["value"] for task, r in results.items()}
         file = state.parent / SCORES_FILE

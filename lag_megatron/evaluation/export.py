@@ -1,4 +1,4 @@
-"""What is to be evaluated: a directory of transformers, made from a checkpoint where need be."""
+"""The model to evaluate as a transformers directory, exported from a checkpoint if needed."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ class ExportOptions:
     folder: Path | None = None
 
 
-def resolve(path: Path) -> Path:
+def find_checkpoint(path: Path) -> Path:
     """The checkpoint's or the model's own directory; of a run, its newest checkpoint.
 
     Raises:
@@ -61,11 +61,11 @@ def resolve(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def as_transformers(path: Path, options: ExportOptions) -> Iterator[Path]:
-    """A directory of transformers with the model of ``path``, which :func:`resolve` gave.
+def export_to_transformers(path: Path, options: ExportOptions) -> Iterator[Path]:
+    """A transformers directory with the model of ``path``, which is from :func:`find_checkpoint`.
 
     Raises:
-        ConfigError: if that is no decoder.
+        ConfigError: if the model is not a decoder.
     """
     if hf_format.looks_like_transformers(path):
         if options.tokenizer or options.folder:
@@ -88,14 +88,14 @@ def as_transformers(path: Path, options: ExportOptions) -> Iterator[Path]:
         conversion = Conversion(
             source=checkpoint,
             to="hf",
-            tokenizer=tokenizer_of(path, options.tokenizer),
+            tokenizer=find_tokenizer(path, options.tokenizer),
             dtype=options.dtype,
         )
         write(conversion.job(folder))
         yield folder
 
 
-def tokenizer_of(path: Path, given: Path | None) -> TokenizerFile:
+def find_tokenizer(path: Path, given: Path | None) -> TokenizerFile:
     """The tokenizer that a checkpoint was trained with: the one given, or its run's.
 
     Raises:

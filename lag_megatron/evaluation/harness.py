@@ -1,4 +1,4 @@
-"""One run of lm-evaluation-harness with this project's task files."""
+"""Running lm-evaluation-harness with the task files of this package."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ _WINDOWS = ("max_position_embeddings", "n_positions")
 
 
 def require_harness() -> None:
-    """Refuse to begin without the harness.
+    """Check that the harness is installed.
 
     Raises:
         RunError: with the command that installs it.
@@ -62,7 +62,7 @@ def evaluate(
 
     Returns:
         by task: ``items``, ``passed_over`` (reason to number), ``file`` and ``metrics``
-        (name to ``value`` and ``stderr``, which is None where the harness knows none).
+        (name to ``value`` and ``stderr``, which is None where the harness has none).
 
     Raises:
         DataError: if a file is missing or of another form, before a model is loaded.
@@ -71,22 +71,22 @@ def evaluate(
     require_harness()
     documents = {task: read_documents(task, path) for task, path in data.items()}
     if isinstance(model, Path):
-        _require_room(model, data)
+        _require_window(model, data)
     found = _run(model, data, limit=limit, batch_size=batch_size, device=device)
     return {task: _task(task, found, documents[task], data[task]) for task in data}
 
 
-def _require_room(model: Path, tasks: Iterable[str]) -> None:
-    """Refuse tasks whose answers alone would fill the model's window."""
+def _require_window(model: Path, tasks: Iterable[str]) -> None:
+    """Check that the model's window is longer than the answers of each task."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     window = next((config[key] for key in _WINDOWS if isinstance(config.get(key), int)), None)
     for task in tasks:
         settings = yaml.load((TASK_FOLDER / f"{task}.yaml").read_text(), Loader=_Plain)
-        room = settings.get("generation_kwargs", {}).get("max_gen_toks", 0)
-        if window is not None and room >= window:
+        answer_tokens = settings.get("generation_kwargs", {}).get("max_gen_toks", 0)
+        if window is not None and answer_tokens >= window:
             raise RunError(
-                f"{model}: the task {task} lets a model write {room} tokens after its prompt, but "
-                f"this one has a window of {window}. Leave the task out with --tasks."
+                f"{model}: the task {task} lets a model write {answer_tokens} tokens after its "
+                f"prompt, but this one has a window of {window}. Leave the task out with --tasks."
             )
 
 
@@ -142,7 +142,7 @@ def _task(task: str, found: Json, documents: Documents, path: Path) -> Json:
     }
 
 
-def table(results: Json) -> str:
+def format_results(results: Json) -> str:
     """The results as lines of text, one a metric."""
     lines = [("task", "metric", "value", "stderr", "items")]
     for task, result in results.items():

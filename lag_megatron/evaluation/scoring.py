@@ -1,4 +1,4 @@
-"""How an answer is scored, where the harness's own metrics are not the published ones."""
+"""Metrics whose published definitions differ from the harness's own."""
 
 import re
 import string
@@ -7,11 +7,11 @@ from typing import Any
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_BLANKED = str.maketrans({mark: " " for mark in string.punctuation + "\u2018\u2019\u00b4"})
+_TO_SPACES = str.maketrans({mark: " " for mark in string.punctuation + "\u2018\u2019\u00b4"})
 
 
 def normalize(text: str) -> str:
-    """Lower case, without punctuation, articles and surplus blanks.
+    """Lower case, without punctuation, articles and extra spaces.
 
     The normalisation of SQuAD's evaluation (Rajpurkar et al. 2016), which TyDi QA's gold-passage
     task shares.
@@ -20,8 +20,8 @@ def normalize(text: str) -> str:
 
 
 def normalize_trivia(text: str) -> str:
-    """The same with a blank for each mark, as TriviaQA's evaluation does (Joshi et al. 2017)."""
-    return _bare(text.lower().translate(_BLANKED))
+    """As :func:`normalize`, but each mark becomes a space (TriviaQA: Joshi et al. 2017)."""
+    return _bare(text.lower().translate(_TO_SPACES))
 
 
 def exact_match(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
@@ -42,7 +42,7 @@ def _match(
     doc: Mapping[str, Any], results: Sequence[str], normalized: Callable[[str], str]
 ) -> dict[str, float]:
     (given,) = map(normalized, results)
-    # An answer of nothing but an article is no answer: silence would be right.
+    # An answer of nothing but an article normalizes to "", which an empty output would match.
     return {"exact_match": float(bool(given) and given in map(normalized, doc["answers"]))}
 
 

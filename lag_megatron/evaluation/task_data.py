@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.errors import DataError
-from lag_megatron.evaluation.tydiqa import gold_passages
-
-Json = dict[str, Any]
+from lag_megatron.evaluation.tydiqa import Json, gold_passages
 
 # What a folder of data is searched for.
 PATTERNS = {
@@ -82,7 +80,7 @@ def read_documents(task: str, path: Path) -> Documents:
         ) from None
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{path}: not of the form that the task {task} takes: {_said(error)}. "
+            f"{path}: not of the form that the task {task} takes: {_reason(error)}. "
             f"Expected {FORMS[task]}."
         ) from None
     needed = 1 + _SHOTS[task]
@@ -96,7 +94,7 @@ def read_documents(task: str, path: Path) -> Documents:
     return documents
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return f"no field {error}" if isinstance(error, LookupError) else str(error)
 
 

@@ -1,7 +1,7 @@
 """AdamW over one flat partition in one pass: clip, moments, fp32 master, the model's weights.
 
-Loshchilov and Hutter 2019 (arXiv 1711.05101, algorithm 2).  DeepSpeed makes five passes of it:
-gradients are joined, cast, clipped, applied and the masters cast back.
+Loshchilov and Hutter 2019 (arXiv 1711.05101, algorithm 2).  DeepSpeed makes five passes: it
+concatenates, casts, clips and applies gradients, and casts the masters back.
 """
 
 import importlib.util
@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lag_megatron.kernels.adamw_cpu import adamw_cpu, squares_cpu
-from lag_megatron.kernels.partition import Partition, Rates
+from lag_megatron.kernels.common.partition import Partition, Rates
+from lag_megatron.kernels.cpu.adamw_cpu import adamw_cpu, squares_cpu
 
 
 def adamw_step(partition: Partition, rates: Rates, scale: Tensor) -> None:
@@ -26,13 +26,13 @@ def adamw_step(partition: Partition, rates: Rates, scale: Tensor) -> None:
         LagError: if this device's kernel cannot be built.
     """
     if partition.master.device.type == "cuda":
-        on_device(partition, rates, scale)
+        adamw_on_gpu(partition, rates, scale)
     elif bool(scale.isfinite()):
         adamw_cpu(partition, rates, float(scale))
 
 
-def on_device(partition: Partition, rates: Rates, scale: Tensor, *, by: str = "") -> None:
-    """As :func:`adamw_step` with one kernel, ``triton`` or ``cuda``, without waiting for it.
+def adamw_on_gpu(partition: Partition, rates: Rates, scale: Tensor, *, by: str = "") -> None:
+    """As :func:`adamw_step` on a GPU with the kernel ``triton`` or ``cuda``; it is asynchronous.
 
     By default Triton's, where that is installed.
     """
@@ -49,10 +49,10 @@ def on_device(partition: Partition, rates: Rates, scale: Tensor, *, by: str = ""
 
 def _launcher(by: str) -> Callable[..., None]:
     if by == "triton":
-        from lag_megatron.kernels.adamw_triton import adamw_triton
+        from lag_megatron.kernels.triton.adamw_triton import adamw_triton
 
         return adamw_triton
-    from lag_megatron.kernels.cuda.adamw import adamw_cuda
+    from lag_megatron.kernels.cuda.adamw_cuda import adamw_cuda
 
     return adamw_cuda
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lag_megatron.kernels.runs import Run, table_of
+from lag_megatron.kernels.common.runs import WriteRun, run_table
 
 
-def write_runs(runs: Sequence[Run]) -> None:
+def write_runs(runs: Sequence[WriteRun]) -> None:
     """Write all runs; no two may write the same element, nor one read what another writes.
 
     Raises:
@@ -21,13 +21,13 @@ def write_runs(runs: Sequence[Run]) -> None:
     if not runs:
         return
     if runs[0].target.is_cuda:
-        on_device(runs)
+        write_runs_on_gpu(runs)
     else:
-        by_torch(runs)
+        write_runs_by_torch(runs)
 
 
-def by_torch(runs: Sequence[Run]) -> None:
-    """The reference."""
+def write_runs_by_torch(runs: Sequence[WriteRun]) -> None:
+    """The reference implementation, in torch operations; used on a CPU."""
     for run in runs:
         if run.source is None:
             run.target.fill_(run.scale)
@@ -37,17 +37,17 @@ def by_torch(runs: Sequence[Run]) -> None:
             run.weights.copy_(run.target)
 
 
-def on_device(runs: Sequence[Run], *, by: str = "") -> None:
-    """As :func:`write_runs` with one kernel, ``triton`` or ``cuda``, without waiting for it.
+def write_runs_on_gpu(runs: Sequence[WriteRun], *, by: str = "") -> None:
+    """As :func:`write_runs` on a GPU with the kernel ``triton`` or ``cuda``; it is asynchronous.
 
     By default Triton's, where that is installed.
     """
-    launch_of(runs, by=by)()
+    make_launch(runs, by=by)()
 
 
-def launch_of(runs: Sequence[Run], *, by: str = "") -> Callable[[], None]:
+def make_launch(runs: Sequence[WriteRun], *, by: str = "") -> Callable[[], None]:
     """The launch that writes runs, with its table on the device; it may be repeated."""
-    rows, scales = table_of(runs)
+    rows, scales = run_table(runs)
     if not len(rows):
         return lambda: None
     kinds = {run.weights.dtype for run in runs if run.weights is not None} or {torch.float32}
@@ -56,8 +56,8 @@ def launch_of(runs: Sequence[Run], *, by: str = "") -> Callable[[], None]:
     if device.type == "cuda":
         rows, scales = (t.pin_memory().to(device, non_blocking=True) for t in (rows, scales))
     if (by or ("triton" if importlib.util.find_spec("triton") else "cuda")) == "triton":
-        from lag_megatron.kernels.grow_triton import grow_triton as launch
+        from lag_megatron.kernels.triton.grow_triton import grow_triton as launch
     else:
-        from lag_megatron.kernels.cuda.grow import grow_cuda as launch
+        from lag_megatron.kernels.cuda.grow_cuda import grow_cuda as launch
     (kind,) = kinds
     return lambda: launch(rows, scales, kind)

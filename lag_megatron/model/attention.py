@@ -1,4 +1,4 @@
-"""Core attention: torch's scaled dot product, or plain products where a CPU is made for them.
+"""Core attention: torch's scaled dot product, or matmuls on a CPU with matrix instructions.
 
 Masks are booleans, True where attention is hidden, as Megatron's are.
 """
@@ -15,14 +15,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lag_megatron.kernels.attention_cpu import attend_cpu, one_pass_softmax
+from lag_megatron.kernels.cpu.attention_cpu import attend_cpu, one_pass_softmax
 
 
 def prefix_mask(prefix_length: Tensor, length: int) -> Tensor:
     """The mask of a batch's last rows, those that begin with a prefix, bool (n, 1, s, s).
 
-    Rows before them need none: the number of rows of the mask alone tells the attention which they
-    are, also where recomputation passes the mask along.
+    Rows before them need none: the attention applies a mask of n rows to the batch's last n rows,
+    also in recomputation, which passes the mask along.
 
     Args:
         prefix_length: int64 (n,); positions below it see each other in both directions.
@@ -49,7 +49,7 @@ class SDPACoreAttention(MegatronModule):
     Letters: s sequence, b batch, h query heads and g key-value heads of this rank, k head size.
     """
 
-    by_products = True  # where products_win says so
+    use_matmul = True  # where prefers_matmul_attention agrees
 
     def __init__(
         self,
@@ -96,8 +96,8 @@ class SDPACoreAttention(MegatronModule):
 
     def _attend(self, heads: list[Tensor], hidden: Tensor | None) -> Tensor:
         query, key, value = heads
-        if self.by_products and self.training and products_win(query):
-            return attend_by_products(
+        if self.use_matmul and self.training and prefers_matmul_attention(query):
+            return matmul_attention(
                 query,
                 key,
                 value,
@@ -132,7 +132,7 @@ class SDPACoreAttention(MegatronModule):
         return contextlib.nullcontext()
 
 
-def attend_by_products(
+def matmul_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -174,8 +174,8 @@ def attend_by_products(
     return out.view(batch, count, length, size)
 
 
-def products_win(query: Tensor) -> bool:
-    """Whether attention by plain products is the faster one for a (b, h, s, k) in training.
+def prefers_matmul_attention(query: Tensor) -> bool:
+    """Whether :func:`matmul_attention` is faster in training, for a query (b, h, s, k).
 
     By what the CPU can do and not by a trial, since a run has to go on with the same numbers; the
     lengths are those of ``tools/bench/training/attention.py``'s committed table.

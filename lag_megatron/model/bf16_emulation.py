@@ -1,4 +1,4 @@
-"""Products of bf16 matrices on a CPU without instructions for them.
+"""Matmuls in bf16 on a CPU without instructions for them.
 
 There torch multiplies element by element, 9 to 60 times slower than in fp32 (AVX2, torch 2.13).
 fp32 holds bf16 exactly, so the operands are widened, and the product is rounded once: what hardware
@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
-def emulates_products(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device multiplies matrices of this type without instructions for it."""
+def needs_bf16_emulation(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device lacks matmul instructions for this type."""
     if dtype is not torch.bfloat16 or device.type != "cpu":
         return False
     mkldnn = torch.backends.mkldnn.is_available()
     return not (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def widen_products(model: torch.nn.Module) -> None:
-    """Have a model's linear layers multiply in fp32, and round the product to what they gave."""
+def emulate_bf16_matmuls(model: torch.nn.Module) -> None:
+    """Make a model's linear layers multiply in fp32 and round the product to their own type."""
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             vars(module)["_forward_impl"] = _widened(module._forward_impl)
@@ -50,7 +50,7 @@ def _widened(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class _Copies:
-    """fp32 copies for one product; backward holds on to none of them but makes them anew."""
+    """fp32 copies for one product; none are saved for backward, which makes them again."""
 
     def __init__(self) -> None:
         self._sources: dict[int, Tensor] = {}  # by the address of the copy

@@ -1,6 +1,6 @@
-"""What Megatron-Core takes from CUDA, for machines without: the one place where it is patched.
+"""Replacements for what Megatron-Core takes from CUDA, on machines without it.
 
-There is no official hook for any of this; where CUDA is, nothing is touched.
+Megatron-Core has no hooks for this, so its modules are patched, here alone; with CUDA nothing is.
 """
 
 import contextlib
@@ -57,11 +57,11 @@ class CpuRngTracker:
             self._current = before
 
 
-def run_megatron_without_cuda() -> None:
+def install_cpu_shims() -> None:
     """Give Megatron a CPU in place of CUDA's device and generator; does nothing where CUDA is.
 
-    Its buffers of sequence parallelism and its rotary embedding ask for the current device, its
-    recomputation for the generator's state.
+    Its sequence-parallel buffers and rotary embedding need the current device, its recomputation
+    the generator's state.
     """
     module: Any = megatron_random
     if torch.cuda.is_available() or isinstance(module._CUDA_RNG_STATE_TRACKER, CpuRngTracker):

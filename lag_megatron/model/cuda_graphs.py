@@ -1,5 +1,8 @@
 """Transformer layers replayed as CUDA graphs, forward and backward, at fixed addresses.
 
+Experimental, and off by default (``parallel.cuda_graphs``): tests replay with a stand-in for CUDA's
+capture on a CPU, and it has never run on a GPU.  Without the option nothing calls it.
+
 A whole backward pass cannot be one graph: DeepSpeed's hooks on gradients keep count in Python, and
 reduce on another stream.  A layer's can.  Its parameters' gradients leave the graph as an ordinary
 autograd node's, so that the hooks find them as they do without.
@@ -29,7 +32,7 @@ class Capture(Protocol):
         """The tensors that hold the work's results, and what computes them anew."""
 
 
-class CudaCapture:
+class CudaGraphCapture:
     """Capture by CUDA graphs, which share their memory: what one frees, the next takes."""
 
     def __init__(self) -> None:
@@ -52,7 +55,7 @@ class CudaCapture:
         return results, graph.replay
 
 
-def graph_layers(model: torch.nn.Module, make: Callable[[], Capture] = CudaCapture) -> None:
+def capture_layers(model: torch.nn.Module, make: Callable[[], Capture] = CudaGraphCapture) -> None:
     """Have every transformer layer of a model replay its training passes.
 
     A batch's backward pass has to end before the next one's forward pass, and layers must draw no
@@ -66,7 +69,7 @@ def graph_layers(model: torch.nn.Module, make: Callable[[], Capture] = CudaCaptu
     Raises:
         ConfigError: if there is no GPU to make them.
     """
-    if make is CudaCapture and not torch.cuda.is_available():
+    if make is CudaGraphCapture and not torch.cuda.is_available():
         raise ConfigError("parallel.cuda_graphs: there is no GPU here. Set it to false.")
     for layer in model.modules():
         if isinstance(layer, TransformerLayer):
@@ -84,8 +87,8 @@ class _Forward:
 
     def __call__(self, *, hidden_states: Tensor, **others: Any) -> tuple[Tensor, Any]:
         given = {name: value for name, value in others.items() if isinstance(value, Tensor)}
-        strange = [n for n, value in others.items() if value is not None and n not in given]
-        assert not strange, f"arguments that no graph can follow: {strange}"
+        unsupported = [n for n, value in others.items() if value is not None and n not in given]
+        assert not unsupported, f"arguments that cannot be captured: {unsupported}"
         graph = None
         if self._layer.training and torch.is_grad_enabled():
             graph = self._graph_for(hidden_states, given)

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
-from lag_megatron.checkpoint.state.tensor_parallel import cut_dim, pieces, unsharded_shape
+from lag_megatron.checkpoint.state.tensor_parallel import cut_dim, shard_boxes, unsharded_shape
 from lag_megatron.config import RunConfig
 from lag_megatron.distributed.world import World
 from lag_megatron.growth.weight_init import fill, megatron_init
@@ -50,7 +50,7 @@ def initialize_weights(
         )
         with gathered(parameter):
             shape = unsharded_shape(name, tuple(parameter.shape), tensor_size=world.tensor_size)
-            for piece in pieces(
+            for piece in shard_boxes(
                 name,
                 shape,
                 tensor_rank=world.tensor_rank,

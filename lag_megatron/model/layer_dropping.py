@@ -1,7 +1,7 @@
 """Layers that a training step may leave out (Random Path Training).
 
-A layer that is left out hands its input on: nothing of it is computed or kept, and its hooks, by
-which ZeRO-3 fetches weights, do not run.
+A layer that is left out returns its input: it computes and stores nothing, and its hooks, by which
+ZeRO-3 fetches weights, do not run.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from lag_megatron.planning.random_paths import LayerPath
 Add = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 
 
-class PathLayer(TransformerLayer):
+class DroppableLayer(TransformerLayer):
     """Megatron-Core's layer, which may be left out, and whose branches may be scaled.
 
     Attributes:
@@ -60,9 +60,9 @@ class PathLayer(TransformerLayer):
 
 
 @contextlib.contextmanager
-def layers_on(model: torch.nn.Module, path: LayerPath) -> Iterator[None]:
+def only_layers(model: torch.nn.Module, path: LayerPath) -> Iterator[None]:
     """While this is open, only the layers of ``path`` run."""
-    layers = [module for module in model.modules() if isinstance(module, PathLayer)]
+    layers = [module for module in model.modules() if isinstance(module, DroppableLayer)]
     assert len(layers) == path.num_layers, (len(layers), path)
     for number, layer in enumerate(layers):
         layer.runs, layer.branch_scale = number in path.layers, path.branch_scale

@@ -19,8 +19,8 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from lag_megatron.config import ModelConfig
-from lag_megatron.kernels.softmax import reads, statistics, to_gradient
-from lag_megatron.model.bf16_emulation import emulates_products
+from lag_megatron.kernels.softmax import has_kernel, logits_to_gradient, row_statistics
+from lag_megatron.model.bf16_emulation import needs_bf16_emulation
 
 # Bytes of a chunk's logits: on a CPU enough rows for fast products while they stay near the cache,
 # on a GPU enough to fill it.
@@ -29,7 +29,7 @@ _TILE = 128  # rows of a product that a GPU takes at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class VocabShard:
     """Which of the vocabulary's rows this rank has, and with whom it shares the others."""
 
     first: int = 0
@@ -81,7 +81,7 @@ class LossLinear(ColumnParallelLinear):
             hidden_sbd = copy_to_tensor_model_parallel_region(hidden_sbd, group=self.tp_group)
         parts = dist.get_world_size(self.tp_group) if dist.is_initialized() else 1
         rank = dist.get_rank(self.tp_group) if parts > 1 else 0
-        mine = Slice(rank * weight.shape[0], self.tp_group if parts > 1 else None)
+        mine = VocabShard(rank * weight.shape[0], self.tp_group if parts > 1 else None)
         # Labels are turned, not hidden states: Megatron-Core sums gradients over tensor-parallel
         # ranks in a copy, which it drops, where they are not contiguous.
         loss = linear_cross_entropy(
@@ -103,7 +103,7 @@ def linear_cross_entropy(
     bias: Tensor | None,
     labels: Tensor,
     loss_mask: Tensor,
-    mine: Slice | None = None,
+    mine: VocabShard | None = None,
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -132,14 +132,14 @@ def linear_cross_entropy(
         kept = loss_mask != 0
         if not bool(kept.all()):
             hidden, labels, loss_mask = hidden[kept], labels[kept], loss_mask[kept]
-    if emulates_products(hidden.dtype, hidden.device):
+    if needs_bf16_emulation(hidden.dtype, hidden.device):
         hidden, weight = hidden.float(), weight.float()
         bias = None if bias is None else bias.float()
     size = chunk or _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) // hidden.element_size()
     rows = max(1, size // max(weight.shape[0], 1))
     if hidden.is_cuda:
         rows = rows // _TILE * _TILE or rows
-    options = (mine or Slice(), label_smoothing, z_loss, rows, torch.is_grad_enabled())
+    options = (mine or VocabShard(), label_smoothing, z_loss, rows, torch.is_grad_enabled())
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, loss_mask, options)
     return loss
 
@@ -163,7 +163,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = F.linear(hidden[part], weight, bias)
-            if not reads(logits.dtype, logits.device):
+            if not has_kernel(logits.dtype, logits.device):
                 logits = logits.to(wide)
             share = loss_mask[part].to(wide)
             total += _chunk(logits, labels[part], share, mine, smoothing, z_loss, whole)
@@ -189,7 +189,7 @@ def _chunk(
     logits: Tensor,
     labels: Tensor,
     share: Tensor,
-    mine: Slice,
+    mine: VocabShard,
     smoothing: float,
     z_loss: float,
     vocabulary: Tensor,
@@ -198,7 +198,7 @@ def _chunk(
     place = labels - mine.first
     is_mine = (place >= 0) & (place < logits.shape[1])
     place = place.clamp(0, logits.shape[1] - 1)
-    top, sums = statistics(logits, place, is_mine, with_sum=smoothing > 0)
+    top, sums = row_statistics(logits, place, is_mine, with_sum=smoothing > 0)
     highest = mine.reduce(top.clone(), dist.ReduceOp.MAX)
     below = top - highest  # of what this rank's rows of the vocabulary are relative to
     sums[0] += torch.where(is_mine, below, 0.0)
@@ -215,7 +215,7 @@ def _chunk(
         losses += z_loss * whole_log.square()
         factor = factor * (1.0 + 2.0 * z_loss * whole_log)
     taken = torch.where(is_mine, (smoothing - 1.0) * share, 0.0)
-    to_gradient(logits, top, factor, smoothing * share / vocabulary, place, taken)
+    logits_to_gradient(logits, top, factor, smoothing * share / vocabulary, place, taken)
     return (losses * share).sum()
 
 

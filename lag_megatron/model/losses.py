@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lag_megatron.model.attention import prefix_mask
 
-Batch = dict[str, Tensor]
+MicroBatch = dict[str, Tensor]
 
 
-def loss_sums(model: torch.nn.Module, batch: Batch) -> Tensor:
+def loss_sums(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
     """Sum over its labels of each part of the loss, in nats, shape (parts,), fp32.
 
     The first part is the cross-entropy of tokens; models with a sentence head have a second.  A
@@ -22,7 +22,7 @@ def loss_sums(model: torch.nn.Module, batch: Batch) -> Tensor:
     return _masked(model, batch) if "masked_positions" in batch else _causal(model, batch)
 
 
-def _causal(model: torch.nn.Module, batch: Batch) -> Tensor:
+def _causal(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
     names = ("tokens", "position_ids", "labels", "loss_mask")
     tokens, position_ids, labels, loss_mask = (batch[name] for name in names)
     mask = None
@@ -32,7 +32,7 @@ def _causal(model: torch.nn.Module, batch: Batch) -> Tensor:
     return loss[None]
 
 
-def _masked(model: torch.nn.Module, batch: Batch) -> Tensor:
+def _masked(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
     loss, sentence = model(
         batch["tokens"],
         batch["position_ids"],
@@ -48,7 +48,7 @@ def _masked(model: torch.nn.Module, batch: Batch) -> Tensor:
     return torch.stack(parts)
 
 
-def labels_of(batches: Sequence[Batch]) -> list[float]:
+def labels_of(batches: Sequence[MicroBatch]) -> list[float]:
     """How many labels each part of the loss has in these batches together."""
     counts = [sum(float(batch["loss_mask"].sum()) for batch in batches)]
     if all("sentence_labels" in batch for batch in batches):

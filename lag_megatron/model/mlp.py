@@ -6,7 +6,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lag_megatron.kernels.activation import activate, one_pass_wins
+from lag_megatron.kernels.cpu.activation_cpu import activate, one_pass_wins
 
 
 class OnePassMLP(MLP):
@@ -33,6 +33,6 @@ class OnePassMLP(MLP):
 def one_pass_mlp(kind: str, parts: MLPSubmodules) -> type[OnePassMLP]:
     """The MLP of an activation, for Megatron's spec slot ``mlp``.
 
-    It is a class and no spec: each layer would warn of a spec for an MLP that it does not know.
+    A class and not a spec: every Megatron layer warns of specs for MLPs other than its own.
     """
     return type("OnePassMLP", (OnePassMLP,), {"kind": kind, "parts": parts})

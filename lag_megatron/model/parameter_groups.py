@@ -1,4 +1,4 @@
-"""Which parameters decay, and the optimizer that is told so."""
+"""The optimizer, with weight decay for matrices alone."""
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
@@ -13,7 +13,7 @@ from lag_megatron.model.adafactor import Adafactor
 ShapeOf = Callable[[Tensor], Sequence[int]]
 
 
-def decay_split(
+def split_by_decay(
     model: torch.nn.Module, *, shape_of: ShapeOf = attrgetter("shape")
 ) -> tuple[list[Any], list[Any]]:
     """Matrices, which decay, and vectors (biases and norms), which do not.
@@ -32,9 +32,9 @@ def make_optimizer(
     """The optimizer, which decays matrices alone; its learning rate is 0 until a step sets it.
 
     AdamW is torch's fused one, a single pass over the partition on a CPU too; Adafactor has none.
-    See :func:`decay_split` for ``shape_of``.
+    See :func:`split_by_decay` for ``shape_of``.
     """
-    decayed, others = decay_split(model, shape_of=shape_of)
+    decayed, others = split_by_decay(model, shape_of=shape_of)
     groups = [
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": others, "weight_decay": 0.0},

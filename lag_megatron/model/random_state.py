@@ -1,4 +1,4 @@
-"""Random numbers as a function of (seed, step, rank): nothing to save, nothing to lose on resume.
+"""Random numbers as a function of (seed, step, rank): checkpoints need no RNG state.
 
 Megatron's tracker keeps two streams: the default one, equal on tensor-parallel ranks, for what is
 replicated, and ``model-parallel-rng``, different on each, for what is split.
@@ -10,14 +10,14 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from lag_megatron.distributed.world import World
-from lag_megatron.model.cpu_shims import run_megatron_without_cuda
+from lag_megatron.model.cpu_shims import install_cpu_shims
 
 _SPLIT_STREAM = "model-parallel-rng"
 
 
 def seed_everywhere(seed: int) -> None:
     """Give every rank the same streams, for what is drawn before the first step."""
-    run_megatron_without_cuda()
+    install_cpu_shims()
     _set_streams(seed, seed)
 
 

@@ -1,4 +1,4 @@
-"""What the families share: Megatron-Core's configuration, its layers and their norms."""
+"""What GPT and BERT share: Megatron-Core's configuration, layer specs and norms."""
 
 import functools
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lag_megatron.config import ModelConfig, ParallelConfig
 from lag_megatron.model.attention import SDPACoreAttention
-from lag_megatron.model.layer_dropping import PathLayer
+from lag_megatron.model.layer_dropping import DroppableLayer
 from lag_megatron.model.mlp import one_pass_mlp
 
 _ACTIVATIONS = {
@@ -27,7 +27,7 @@ _ACTIVATIONS = {
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, *, num_layers: int
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of a model of ours."""
+    """Megatron-Core's configuration for a model."""
     is_bf16 = parallel.precision == "bf16"
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     recompute = parallel.recompute == "layers"
@@ -73,7 +73,7 @@ def block_spec(model: ModelConfig, *, num_layers: int) -> TransformerBlockSubmod
     parts.mlp = one_pass_mlp(model.activation, parts.mlp.submodules)
     if model.family == "bert":
         parts.self_attention.params["attn_mask_type"] = AttnMaskType.padding
-    layer.module = PostNormLayer if is_post else PathLayer
+    layer.module = PostNormLayer if is_post else DroppableLayer
     if is_post:
         parts.sharded_state_dict_keys_map = {}  # renames the norms that are not there
     return TransformerBlockSubmodules(
@@ -99,7 +99,7 @@ class TorchNorm:
         return norm
 
 
-class PostNormLayer(PathLayer):
+class PostNormLayer(DroppableLayer):
     """x = norm(x + attention(x)), then norm(x + mlp(x)) (Vaswani et al. 2017, section 3.1)."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:

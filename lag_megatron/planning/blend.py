@@ -1,4 +1,4 @@
-"""Which source each sample of a run comes from: shares by weight, for any length of run."""
+"""The order in which a mixture's sources are sampled: shares by weight, for any length of run."""
 
 import heapq
 import math

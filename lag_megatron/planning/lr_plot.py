@@ -1,4 +1,4 @@
-"""The learning rate over a run as a plot of characters."""
+"""The learning rate over a run, plotted with characters."""
 
 import textwrap
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ HEIGHT = 8
 
 
 def plot_lr(config: RunConfig) -> Iterator[str]:
-    """Lines of the plot, with a mark where each stage starts, then what happens there in words.
+    """Lines of the plot with a mark where each stage starts, then a sentence on each stage.
 
     ``#`` is the rate of all parameters; where those of new layers have less, ``#`` is theirs and
     ``.`` the others'.
@@ -41,7 +41,7 @@ def plot_lr(config: RunConfig) -> Iterator[str]:
 
 
 def _wrapped(text: str) -> list[str]:
-    """A sentence under the plot, in as many lines as it takes."""
+    """A sentence under the plot, wrapped."""
     return textwrap.wrap(text, 98, initial_indent=" " * 11, subsequent_indent=" " * 13)
 
 
@@ -52,7 +52,7 @@ def _mark(rate: Rate, height: float) -> str:
 
 
 def _events(config: RunConfig, stage: int, steps: range) -> Iterator[str]:
-    """What else than the schedule's own course happens to the rate in a stage."""
+    """Changes of the rate in a stage that the schedule alone does not cause."""
     schedule = config.optimizer.schedule
     position = start_positions(config)[stage]
     before = schedule_position(steps.start - 1, config) + 1 if stage else 0

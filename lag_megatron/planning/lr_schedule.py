@@ -18,7 +18,7 @@ class Rate:
 
     Attributes:
         lr: of all parameters, or of those that are not in new layers.
-        new_layers: what the rate of the parameters of new layers is of it, from 0 to 1.
+        new_layers: factor on ``lr`` for the parameters of new layers, from 0 to 1.
     """
 
     lr: float
@@ -41,7 +41,7 @@ def rate_at(step: int, config: RunConfig) -> Rate:
 
 
 def schedule_position(step: int, config: RunConfig) -> int:
-    """Where step ``step`` of the run stands in the schedule, in steps from 0."""
+    """Position of the run's step ``step`` in the schedule, in steps from 0."""
     position = first = 0
     for start, stage in zip(start_positions(config), config.stages, strict=True):
         if step >= first:
@@ -51,7 +51,7 @@ def schedule_position(step: int, config: RunConfig) -> int:
 
 
 def scheduled_lr(position: int, config: RunConfig) -> float:
-    """What the schedule says at a position.
+    """The schedule's learning rate at a position, counted in steps from 0.
 
     Warm-up is linear in all: position 0 takes ``lr / warmup_steps``, position ``warmup_steps - 1``
     the full rate.  Then ``constant`` stays there, and ``inverse_sqrt`` takes ``lr *

@@ -1,7 +1,7 @@
 """Which layers run in a step of Random Path Training: a pure function of (seed, step).
 
-So all ranks draw the same, micro-batches and recomputed layers see the same path, and there is
-nothing to save.  Panigrahi et al. 2024 (arXiv 2402.05913), section 3.
+All ranks draw the same path, micro-batches and recomputed layers use the same one, and checkpoints
+hold no random state.    Panigrahi et al. 2024 (arXiv 2402.05913), section 3.
 """
 
 import math
@@ -60,7 +60,7 @@ def path_at(step: int, config: RunConfig) -> LayerPath | None:
 
 
 def layers_run(config: RunConfig, steps: range) -> Counter[int]:
-    """How many of these steps of the run, 0-based, have so many layers run."""
+    """Number of layers that run -> how many of these steps of the run (0-based) have it."""
     found: Counter[int] = Counter()
     for stage, part, rule in path_parts(config):
         here = range(max(steps.start, part.start), min(steps.stop, part.stop))
@@ -77,7 +77,7 @@ def layers_run(config: RunConfig, steps: range) -> Counter[int]:
 
 
 def _counts(config: RunConfig, rule: PathRule, steps: range, num_layers: int) -> Counter[int]:
-    """How many of these steps run so many layers, where that is left to chance."""
+    """As :func:`layers_run`, for a rule by probability."""
     found: Counter[int] = Counter()
     for start in range(steps.start, steps.stop, _CHUNK_STEPS):
         chunk = range(start, min(start + _CHUNK_STEPS, steps.stop))

@@ -1,4 +1,4 @@
-"""What looking for a good growth costs beside a run's own steps, as its rule plans it."""
+"""The planned cost of a growth event's search, beyond the run's own steps."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from lag_megatron.config import RunConfig
 from lag_megatron.config.schema.stage_schedule import stage_ranges
 from lag_megatron.planning.cost import steps_flops, validation_flops_per_token
 from lag_megatron.planning.random_paths import with_path_length
-from lag_megatron.selection import planned
+from lag_megatron.selection import planned_rungs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +20,7 @@ class SearchCost:
         probe_steps: optimizer steps of all candidates, the winner's included.
         kept_steps: the winner's, which are the first steps of the stage that follows.
         evaluations: of the weights, over all candidates.
-        averaged_evaluations: of averaged weights, which the rung value ``ema`` asks for.
+        averaged_evaluations: of averaged weights, for the rung value ``ema``.
         flops_per_step: floating-point operations of one optimizer step of the grown model, on
             average over the paths that candidates have.
         flops_per_evaluation: of one pass over the validation set.
@@ -61,8 +61,8 @@ class SearchCost:
 def search_cost(config: RunConfig, stage: int, *, candidates: int, vocab_size: int) -> SearchCost:
     """The planned cost of the growth event before ``stage``, with a pool of ``candidates``.
 
-    Where the rule may spare or add steps (``halving`` with its guard, lag ``auto``), this is its
-    plan (:func:`~lag_megatron.selection.planned`), and what it took stands in ``decision.json``.
+    Where the rule may save or add steps (``halving`` with its guard, lag ``auto``), this follows
+    :func:`~lag_megatron.selection.planned_rungs`; the real cost is in ``decision.json``.
     """
     growth = config.growth_before(stage)
     shape = {"num_layers": config.layers_of(stage), "vocab_size": vocab_size}
@@ -84,13 +84,13 @@ def search_cost(config: RunConfig, stage: int, *, candidates: int, vocab_size: i
 def _flops_per_step(config: RunConfig, stage: int, *, steps: int, vocab_size: int) -> int:
     """On average over the first ``steps`` steps of the stage and the paths that are tried."""
     start = stage_ranges(config.stages)[stage].start
-    begun = range(start, start + max(1, min(steps, config.stages[stage].steps)))
+    steps_run = range(start, start + max(1, min(steps, config.stages[stage].steps)))
     tried = [
         with_path_length(config, stage, length)
         for length in config.growth_before(stage).pool.path_length
     ] or [config]
-    spent = sum(steps_flops(one, begun, vocab_size=vocab_size) for one in tried)
-    return spent // (len(begun) * len(tried))
+    spent = sum(steps_flops(one, steps_run, vocab_size=vocab_size) for one in tried)
+    return spent // (len(steps_run) * len(tried))
 
 
 def _probe_steps(config: RunConfig, stage: int, *, candidates: int) -> tuple[int, int]:
@@ -99,7 +99,7 @@ def _probe_steps(config: RunConfig, stage: int, *, candidates: int) -> tuple[int
     if growth.exhaustive:
         return candidates * config.stages[stage].steps, config.stages[stage].steps
     steps = before = 0
-    for rung, left in planned(growth, candidates=candidates):
+    for rung, left in planned_rungs(growth, candidates=candidates):
         steps += left * (rung - before)
         before = rung
     return steps, before

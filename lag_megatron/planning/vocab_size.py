@@ -1,4 +1,4 @@
-"""How many rows the embedding will have, before there is a tokenizer."""
+"""The number of embedding rows, estimated where the tokenizer does not exist yet."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ from lag_megatron.errors import ConfigError
 def estimate_vocab_size(config: RunConfig) -> tuple[int, str]:
     """Rows of the embedding, and where the number comes from.
 
-    ``auto`` is known for certain only once the tokenizer is there: until then it is the size asked
-    for, rounded up as for training.
+    ``auto`` is exact only once the tokenizer exists: until then it is the configured size, rounded
+    up as for training.
 
     Raises:
-        ConfigError: if the tokenizer's file is none.
+        ConfigError: if the tokenizer's file is not a ``tokenizer.json``.
     """
     if isinstance(config.model.vocab_size, int):
         return config.model.vocab_size, "given"

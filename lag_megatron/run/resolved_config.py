@@ -9,10 +9,10 @@ from lag_megatron.planning.random_paths import with_path_length
 
 
 def as_journalled(config: RunConfig, events: Iterable[Mapping[str, Any]]) -> RunConfig:
-    """``config`` with what the run found out about its stages.
+    """``config`` with what the journal records about the stages.
 
-    Those that a measured slope ended are as long as they were, and those that begin with a
-    candidate that has paths have its paths.
+    A stage that a measured slope ended has the length that it had then.  A stage that starts from a
+    candidate with paths has these paths.
 
     Args:
         config: as the run was asked for.

@@ -69,11 +69,11 @@ def _launchers() -> dict[int, str]:
 
 def _is_launcher(pid: int) -> bool:
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return False
-    programs = {Path(word).name for word in words[:2]}
-    modules = {after for before, after in itertools.pairwise(words) if before == "-m"}
+    programs = {Path(argument).name for argument in arguments[:2]}
+    modules = {after for before, after in itertools.pairwise(arguments) if before == "-m"}
     return bool(programs & _PROGRAMS) or any(name.startswith(_MODULES) for name in modules)
 
 

@@ -130,7 +130,7 @@ class Wandb:
             return
         if self._worker is None:
             self._worker = threading.Thread(
-                target=self._make_calls, name="wandb-mirror", daemon=True
+                target=self._make_calls, name="wandb-logger", daemon=True
             )
             self._worker.start()
         try:

@@ -1,4 +1,4 @@
-"""What is known of each candidate of an event: the replay of the journal and their files."""
+"""How far each candidate of an event has come, read from the journal and the candidates' files."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ class CandidateState:
         steps: optimizer steps taken since growth.
         attempts: how often a group has started to train it.
         seconds: wall time of its probes.
-        saved_state: the newest state that the journal knows.
+        saved_state: the newest saved state in the journal.
         group: the probe group that trains it now.
         curve: evaluations by steps after growth.
     """

@@ -12,7 +12,7 @@ from lag_megatron.growth.pool import Candidate
 from lag_megatron.run.directory import RunDirectory
 from lag_megatron.run.metrics import MetricRow
 from lag_megatron.run.signals import StopFlag
-from lag_megatron.search.cost_model import CostModel
+from lag_megatron.search.step_costs import StepCosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class SearchContext:
 
     run: RunDirectory
     stop: StopFlag
-    costs: CostModel
+    costs: StepCosts
     checkpoint_interval: int
     equal_memory: bool
 

@@ -1,7 +1,7 @@
 """The coordinator of a growth event: it hands out probes, drops candidates and decides.
 
-One is on rank 0 and serves all probe groups, one call at a time.  Everything it knows it can read
-again from the journal and the candidates' files, so a kill costs at most what was being trained.
+One is on rank 0 and serves all probe groups, one call at a time.  After a kill its state is read
+from the journal and the candidates' files, so at most what was being trained is lost.
 
 Two groups, candidates A to D, rungs at steps 4 and 8, and a rule that keeps two at the first rung::
 
@@ -27,10 +27,10 @@ from lag_megatron.run.directory import RunDirectory, write_json
 from lag_megatron.run.journal import Journal
 from lag_megatron.run.metrics import MetricRow
 from lag_megatron.search.candidates import CandidateState, CandidateTable
-from lag_megatron.search.cost_model import CostModel
 from lag_megatron.search.decision import drop_losers, search_decision, winner_metrics
 from lag_megatron.search.event import Assignment, GrowthEvent, ProbeResult
 from lag_megatron.search.rungs import Rungs
+from lag_megatron.search.step_costs import StepCosts
 
 _POLL_SECONDS = 0.5
 OnResult = Callable[[CandidateState, ProbeResult, int], object]
@@ -41,7 +41,7 @@ class Coordinator:
 
     Args:
         run: directory of the run.
-        journal: of the run; what it says of the event already is not done again.
+        journal: of the run; steps of the event that it records already are not repeated.
         event: what is searched.
         costs: of the event's steps and evaluations, for the decision; None if they are not known.
         on_result: called after each result with the candidate, the result and the group.
@@ -53,7 +53,7 @@ class Coordinator:
         journal: Journal,
         event: GrowthEvent,
         *,
-        costs: CostModel | None,
+        costs: StepCosts | None,
         on_result: OnResult,
     ) -> None:
         self._run, self._journal, self._event = run, journal, event

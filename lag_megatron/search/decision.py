@@ -7,8 +7,8 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.run.directory import RunDirectory
 from lag_megatron.run.metrics import MetricRow, validation_row
 from lag_megatron.search.candidates import CandidateState, CandidateTable
-from lag_megatron.search.cost_model import CostModel
 from lag_megatron.search.event import GrowthEvent
+from lag_megatron.search.step_costs import StepCosts
 from lag_megatron.selection import ProbeCost, ProbeRecord, Verdict, build_decision, replay
 
 
@@ -16,7 +16,7 @@ def search_decision(
     event: GrowthEvent,
     table: CandidateTable,
     *,
-    costs: CostModel | None,
+    costs: StepCosts | None,
     coordinator_seconds: float,
 ) -> dict[str, Any]:
     """The content of ``decision.json``.
@@ -77,7 +77,7 @@ def _verdicts(event: GrowthEvent, table: CandidateTable) -> tuple[Verdict, ...]:
 
 
 def _cost(
-    event: GrowthEvent, table: CandidateTable, costs: CostModel | None, coordinator_seconds: float
+    event: GrowthEvent, table: CandidateTable, costs: StepCosts | None, coordinator_seconds: float
 ) -> ProbeCost:
     states = table.candidates
     steps = sum(state.steps for state in states)

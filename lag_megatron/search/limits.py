@@ -75,7 +75,7 @@ def memory_limit(candidate_dir: CandidateDir, *, step_fits: Callable[[], bool]) 
 
 def _is_out_of_memory(error: BaseException) -> bool:
     # On a CPU torch raises a plain RuntimeError.
-    words = ("allocate memory", "OutOfMemoryError")
+    messages = ("allocate memory", "OutOfMemoryError")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        word in str(error) for word in words
+        message in str(error) for message in messages
     )

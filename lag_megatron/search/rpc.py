@@ -2,11 +2,11 @@
 
 Each group's leader has a connection of its own to rank 0, which answers it in a thread of its own,
 so a group waits for the coordinator but never for another group.  The death of a group, or of rank
-0, is noticed at once.  Messages are JSON objects with one key that says what they are:
+0, is noticed at once.  Messages are JSON objects:
 
     leader to rank 0    {"call": name, "argument": ...}   a question
-                        {"signal": reason}                this process was asked to stop meanwhile
-    rank 0 to leader    {"answer": ..., "last": bool}     to the leader's question
+                        {"signal": reason}                a signal came while it waits
+    rank 0 to leader    {"answer": ..., "last": bool}     to the question; both close after the last
                         {"stop": reason}                  at any time: all groups end
 """
 
@@ -80,7 +80,7 @@ class RemoteClient:
 
     def __init__(self, connection: Channel, flag: StopFlag) -> None:
         self._connection, self._flag = connection, flag
-        self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()  # None: lost
         threading.Thread(target=self._receive, daemon=True, name="coordinator client").start()
 
     def ask(self, loaded_candidate: int | None) -> Assignment:
@@ -100,17 +100,19 @@ class RemoteClient:
         self._call("stop", reason)
 
     def _call(self, name: str, argument: Any) -> Any:
-        answer, signal_sent = None, False
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the receiving thread then ends too
             _send(self._connection, {"call": name, "argument": argument})
-            while True:
-                with contextlib.suppress(queue.Empty):
-                    answer = self._answers.get(timeout=_POLL_SECONDS)
-                    break
-                if name == "ask" and self._flag.asked and not signal_sent:
-                    signal_sent = True  # the coordinator then answers the question with the stop
+        signal_sent = False
+        while True:
+            with contextlib.suppress(queue.Empty):
+                answer = self._answers.get(timeout=_POLL_SECONDS)
+                break
+            if name == "ask" and self._flag.asked and not signal_sent:
+                signal_sent = True  # the coordinator then answers the question with the stop
+                with contextlib.suppress(OSError):
                     _send(self._connection, {"signal": _reason(self._flag)})
         if answer is None:
+            self._answers.put(None)  # for later calls
             raise RunError(
                 "the coordinator on rank 0 is gone. The same command goes on from what it has "
                 "written down."
@@ -129,9 +131,9 @@ class RemoteClient:
                 if message["last"]:
                     return
         except (EOFError, OSError):
-            self._answers.put(None)
             self._flag.ask("the coordinator on rank 0 is gone")
         finally:
+            self._answers.put(None)
             self._connection.close()
 
 
@@ -230,7 +232,6 @@ def connect(
     several = group.size < world.size
     server = CoordinatorServer(coordinator, flag) if coordinator and several else None
     address = world.broadcast(server.address if server else None)
-
     clients: list[CoordinatorClient] = [LocalClient(coordinator, flag)] if coordinator else []
 
     def connect_leader() -> None:

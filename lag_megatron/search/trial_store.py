@@ -12,11 +12,11 @@ from lag_megatron.run.journal import Journal
 from lag_megatron.search.candidate_dir import CURVE, TRAINING
 from lag_megatron.search.candidates import CandidateState
 from lag_megatron.search.coordinator import Coordinator
-from lag_megatron.search.cost_model import CostModel
 from lag_megatron.search.event import Assignment, GrowthEvent, ProbeResult
 from lag_megatron.search.reported_losses import ReportedLosses
 from lag_megatron.search.saved_state import commit_state, saved_files
 from lag_megatron.search.search_directory import SearchDirectory
+from lag_megatron.search.step_costs import StepCosts
 from lag_megatron.search.trial import Trial, Winner
 
 
@@ -30,7 +30,7 @@ class TrialStore:
     """
 
     def __init__(
-        self, directory: SearchDirectory, event: GrowthEvent, costs: CostModel | None
+        self, directory: SearchDirectory, event: GrowthEvent, costs: StepCosts | None
     ) -> None:
         self.directory, self._event, self._costs = directory, event, costs
         self._mutex = threading.Lock()

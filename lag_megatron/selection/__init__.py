@@ -1,4 +1,4 @@
-"""Selection: which candidate wins, on what evidence, and what another choice would have cost."""
+"""Selection rules: which candidate wins, the evidence for it, and the regret of other choices."""
 
 from lag_megatron.selection.curve import Curves, Evaluation, rung_batches, rung_value
 from lag_megatron.selection.decision import ProbeCost, ProbeRecord, build_decision
@@ -8,11 +8,11 @@ from lag_megatron.selection.evidence import (
     regret,
     relative_regret,
     spearman,
-    ties,
+    tied_candidates,
 )
 from lag_megatron.selection.ranking import lag_rule, least_disturbed, losses_at, rank
 from lag_megatron.selection.replay import Replay, replay
-from lag_megatron.selection.rules import Verdict, can_still_win, judge, planned
+from lag_megatron.selection.rules import Verdict, can_still_win, judge, planned_rungs
 from lag_megatron.selection.transition import MARGIN, phase_transition, self_correlation
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "paired_interval",
     "pearson",
     "phase_transition",
-    "planned",
+    "planned_rungs",
     "rank",
     "regret",
     "relative_regret",
@@ -41,5 +41,5 @@ __all__ = [
     "rung_value",
     "self_correlation",
     "spearman",
-    "ties",
+    "tied_candidates",
 ]

@@ -1,4 +1,4 @@
-"""What early losses tell about final ones: the quantities of Karp et al. 2024, 2406.02469."""
+"""How well early losses predict final ones: the measures of Karp et al. 2024, arXiv 2406.02469."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ from lag_megatron.selection.ranking import Curve, lag_rule, least_disturbed, los
 RECALL_AT = (1, 2, 3, 4, 5)
 MIN_CANDIDATES = 3
 
-Losses = dict[str, float]
+FiniteLosses = dict[str, float]
 
 
-def ended_curves(curves: Mapping[str, Curve]) -> dict[str, dict[int, float]]:
+def finished_curves(curves: Mapping[str, Curve]) -> dict[str, dict[int, float]]:
     """The candidates that have a finite loss at the last step that any has one at.
 
     Each as step after growth to validation loss in nats a token, finite losses only.
@@ -29,7 +29,7 @@ def ended_curves(curves: Mapping[str, Curve]) -> dict[str, dict[int, float]]:
     return {id_: curve for id_, curve in finite.items() if final in curve}
 
 
-def analyse(
+def analyse_curves(
     curves: Mapping[str, Curve],
     *,
     lag: int,
@@ -41,8 +41,8 @@ def analyse(
     """How well the loss t steps after growth predicts the final one (Karp et al. 2024, section 4).
 
     The final step is the last that any candidate has a loss at, and only candidates that reached
-    it are compared: where the rule stopped some, this is about the survivors, and only
-    ``growth.exhaustive`` leaves nobody out.  The steps are those at which all compared have a loss.
+    it are compared: where the rule stopped some, these are the survivors, and only
+    ``growth.exhaustive`` compares all.  The steps are those at which all compared have a loss.
     Fewer than three compared, and everything but ``steps`` and ``base_val_loss`` is None.
 
     Args:
@@ -62,7 +62,7 @@ def analyse(
         policy would have chosen from all candidates: its losses are None where it did not reach the
         final step, the row is None where there is no such candidate or evaluation.
     """
-    ended = ended_curves(curves)
+    ended = finished_curves(curves)
     steps = sorted(set.intersection(*map(set, ended.values()))) if ended else []
     choices = {
         **_choices(curves, lag=lag, chosen=chosen),
@@ -103,7 +103,7 @@ def _choices(curves: Mapping[str, Curve], *, lag: int, chosen: str | None) -> di
     return choices if chosen in (None, by_lag) else {**choices, "chosen": chosen}
 
 
-def _row(id_: str | None, final: Losses) -> dict[str, Any] | None:
+def _row(id_: str | None, final: FiniteLosses) -> dict[str, Any] | None:
     """What choosing that candidate costs: final loss and regret in nats, and its share."""
     if id_ is None:
         return None
@@ -120,12 +120,12 @@ def _row(id_: str | None, final: Losses) -> dict[str, Any] | None:
     }
 
 
-def _recall(losses: Losses, final: Losses, k: int) -> int:
+def _recall(losses: FiniteLosses, final: FiniteLosses, k: int) -> int:
     """1 if the best candidate in the end is among the ``k`` best now, equal losses in order."""
     return int(lag_rule(final) in rank(losses)[:k])
 
 
-def _regrets(at: Sequence[Losses]) -> dict[str, Any]:
+def _regrets(at: Sequence[FiniteLosses]) -> dict[str, Any]:
     """Against the last table, for each of them."""
     final = at[-1]
     return {
@@ -135,7 +135,7 @@ def _regrets(at: Sequence[Losses]) -> dict[str, Any]:
     }
 
 
-def _correlations(at: Sequence[Losses]) -> dict[str, Any]:
+def _correlations(at: Sequence[FiniteLosses]) -> dict[str, Any]:
     from scipy.stats import rankdata
 
     losses = np.array([list(table.values()) for table in at], dtype=np.float64)

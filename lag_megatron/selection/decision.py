@@ -9,14 +9,14 @@ from typing import Any, Literal
 from lag_megatron.config import GrowthConfig
 from lag_megatron.errors import RunError
 from lag_megatron.selection.curve import Evaluation, rung_batches, rung_value
-from lag_megatron.selection.evidence import ties
+from lag_megatron.selection.evidence import tied_candidates
 from lag_megatron.selection.ranking import rank
 from lag_megatron.selection.rules import Verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeRecord:
-    """What a candidate's probe gave.
+    """The result of one candidate's probe.
 
     Attributes:
         status: ``stopped`` for a candidate that the rule did not let go on; ``failed`` for one
@@ -57,17 +57,17 @@ def build_decision(
     base_val_loss: float | None,
     cost: ProbeCost,
 ) -> dict[str, Any]:
-    """Say who was chosen and on what evidence; the result is ``decision.json``.
+    """The chosen candidate and the evidence for it, as ``decision.json`` holds them.
 
-    The chosen one is the first of the last verdict that has not failed since; where all of those
-    have, which takes an exhaustive run, the best of the others at that rung.  A candidate whose
-    losses are not all finite, or that finished without a value at the deciding rung, has failed
-    whatever its record says.  Candidates stand in the order of ``pool``.
+    The chosen candidate is the first of the last verdict that has not failed since; where all of
+    those have, which takes an exhaustive run, the best of the others at that rung.  A candidate
+    whose losses are not all finite, or that finished without a value at the deciding rung, has
+    failed whatever its record says.  Candidates stand in the order of ``pool``.
 
     Args:
         records: what was measured; a candidate of the pool without one was not probed.
         pool, growth, settings: all candidates, number of the event, and its rule.
-        verdicts: one a rung, the last one decided; fewer only when nobody is left.
+        verdicts: one for each rung, the last one decided; fewer only when no candidate is left.
         base_val_loss, cost: in nats per token before growth, and of all probes.
 
     Raises:
@@ -79,7 +79,7 @@ def build_decision(
     probed = {id_: check(records.get(id_), stopped=reasons.get(id_, "")) for id_ in pool}
     finished = {id_: record for id_, record in probed.items() if record.status == "finished"}
     if not finished:
-        raise RunError(_nobody_left(probed, growth=growth))
+        raise RunError(_no_candidate_left(probed, growth=growth))
     undecided = not verdicts or not verdicts[-1].decided
     assert not undecided, f"growth {growth}: step {lag} did not decide between {list(finished)}"
     ranking = [id_ for id_ in verdicts[-1].goes_on if id_ in finished]
@@ -117,19 +117,19 @@ def _best(finished: Mapping[str, ProbeRecord], settings: GrowthConfig, lag: int)
 def _ties(
     finished: Mapping[str, ProbeRecord], ranking: Sequence[str], settings: GrowthConfig, lag: int
 ) -> list[str]:
-    """Those whose value at the lag the validation batches cannot tell from the first one's."""
+    """Candidates whose value at the lag does not differ significantly from the first one's."""
     batches = {
         id_: losses
         for id_, record in finished.items()
         if id_ in ranking and (losses := rung_batches(settings.compared_by, record.curve, lag))
     }
-    return ties(batches, winner=ranking[0]) if ranking and ranking[0] in batches else []
+    return tied_candidates(batches, winner=ranking[0]) if ranking and ranking[0] in batches else []
 
 
 def _checked(
     record: ProbeRecord | None, *, settings: GrowthConfig, lag: int, stopped: str
 ) -> ProbeRecord:
-    """The record with its losses believed rather than its status; the curve is finite."""
+    """The record with the status that follows from its losses; its curve is finite."""
     if record is None:
         return ProbeRecord(status="failed", reason="was not probed")
     bad = [e for e in record.curve if not math.isfinite(e.loss)]
@@ -146,7 +146,7 @@ def _checked(
     return record
 
 
-def _nobody_left(probed: Mapping[str, ProbeRecord], *, growth: int) -> str:
+def _no_candidate_left(probed: Mapping[str, ProbeRecord], *, growth: int) -> str:
     reasons = "\n".join(f"  {id_}: {record.reason}" for id_, record in probed.items())
     return (
         f"growth {growth}: none of the {len(probed)} candidates is left, so nothing can go on.\n"

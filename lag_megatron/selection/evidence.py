@@ -1,4 +1,4 @@
-"""How far a choice can be trusted: correlation of rankings, regret, and ties by bootstrap."""
+"""Evidence for a choice: rank correlation, regret, and ties by bootstrap."""
 
 from collections.abc import Mapping, Sequence
 
@@ -52,12 +52,12 @@ def relative_regret(early: Losses, late: Losses) -> float | None:
     return absolute / spread if spread > 0 else 0.0
 
 
-def ties(batches: Mapping[str, Sequence[float]], *, winner: str) -> list[str]:
-    """Candidates that the validation set cannot tell from the winner.
+def tied_candidates(batches: Mapping[str, Sequence[float]], *, winner: str) -> list[str]:
+    """Candidates whose loss does not differ significantly from the winner's.
 
     A candidate ties when the 95 % percentile-bootstrap interval of its mean loss difference to
     the winner, paired over validation batches, holds 0.  The seed is fixed: equal losses give
-    equal answers.  A single batch tells nobody apart.
+    equal answers.  With a single validation batch every candidate ties.
     """
     return [
         id_

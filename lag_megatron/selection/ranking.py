@@ -32,8 +32,8 @@ def lag_rule(losses: Losses) -> str | None:
 def least_disturbed(losses: Losses) -> str | None:
     """LAG@0: the candidate with the lowest loss right after growing.
 
-    ``None`` also when several have the same, as after growths that all keep the function: then
-    it says nothing.
+    ``None`` also when several have the same, as after growths that all preserve the function: then
+    the losses at step 0 do not rank them.
     """
     present = [loss for loss in losses.values() if _finite(loss) is not None]
     return None if len(present) > 1 and len(set(present)) == 1 else lag_rule(losses)

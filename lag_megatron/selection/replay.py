@@ -1,4 +1,4 @@
-"""A rule on recorded curves: what it would have chosen, and at what cost."""
+"""Replaying a rule on recorded curves: its choice and its cost."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Status = Literal["finished", "stopped", "failed"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replay:
-    """What a rule would have done.
+    """The outcome of a rule on recorded curves.
 
     Attributes:
         chosen: the candidate it would have chosen.
@@ -23,7 +23,7 @@ class Replay:
         steps: optimizer steps each candidate would have taken.
         verdicts: one a rung.
         status: how each candidate would have ended.
-        reasons: in words, why it would have stopped or failed; empty for those that finished.
+        reasons: text on why it would have stopped or failed; empty for those that finished.
     """
 
     chosen: str
@@ -42,8 +42,8 @@ class Replay:
 def replay(growth: GrowthConfig, curves: Curves, *, pool: Sequence[str]) -> Replay:
     """Run the rule of ``growth`` over recorded curves as the live coordinator would.
 
-    Only evaluations at ``growth.evaluation_steps()`` are looked at: a finer recording tells the
-    rule no more than the run would have.  A candidate fails where its curve ends before an
+    Only evaluations at ``growth.evaluation_steps()`` are used, as in the run, even where more were
+    recorded.  A candidate fails where its curve ends before an
     evaluation that the rule needs, is not finite or is above ``growth.max_loss``; its steps are
     those of its last evaluation before.
 
@@ -57,7 +57,7 @@ def replay(growth: GrowthConfig, curves: Curves, *, pool: Sequence[str]) -> Repl
         recording.require(rung)
         alive = [id_ for id_ in alive if recording.reaches(id_, rung)]
         if not alive:
-            raise RunError(recording.nobody_left(rung))
+            raise RunError(recording.no_candidate_left(rung))
         verdict = judge(growth, rung, recording.until(rung), alive=alive)
         verdicts.append(verdict)
         for id_, reason in verdict.stopped.items():
@@ -97,7 +97,7 @@ class _Recording:
         self.ends[id_] = _End(status, steps, reason)
 
     def until(self, rung: int) -> dict[str, list[Evaluation]]:
-        """What the coordinator would have seen at ``rung``: no candidate beyond its own end."""
+        """The evaluations that the coordinator would have had at ``rung``."""
         planned = set(self.growth.evaluation_steps())
         return {
             id_: [
@@ -131,7 +131,7 @@ class _Recording:
             )
 
     def reaches(self, id_: str, rung: int) -> bool:
-        """Whether the candidate reaches the rung with a value; notes its end if it does not."""
+        """Whether the candidate reaches the rung with a value; records its end if it does not."""
         curve = {e.step: e for e in self.until(rung)[id_]}
         good = 0
         for step in sorted({*curve, *_needed(self.growth, rung)}):
@@ -156,13 +156,13 @@ class _Recording:
             )
         return ""
 
-    def nobody_left(self, rung: int) -> str:
+    def no_candidate_left(self, rung: int) -> str:
         reasons = "\n".join(f"  {id_}: {self.ends[id_].reason}" for id_ in self.pool)
         return f"none of the {len(self.pool)} candidates is left at step {rung}.\n{reasons}"
 
 
 def _needed(growth: GrowthConfig, rung: int) -> list[int]:
-    """Steps up to ``rung`` whose evaluations decide what ``judge`` says there."""
+    """Steps up to ``rung`` whose evaluations the verdict there depends on."""
     planned = [step for step in growth.evaluation_steps() if step <= rung]
     if growth.lag == "auto":
         return planned

@@ -1,4 +1,4 @@
-"""The rules: after each rung, who goes on and whether the event is decided."""
+"""The selection rules: which candidates continue after a rung, and when the event is decided."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,18 +11,19 @@ from lag_megatron.selection.evidence import spearman
 from lag_megatron.selection.ranking import Losses, rank
 from lag_megatron.selection.transition import MARGIN, ROUNDING, phase_transition
 
-# What counts as a ranking that lasts where ``min_rank_correlation`` is switched off.
+# A ranking with this correlation is stable where ``min_rank_correlation`` is switched off.
 LASTING = 0.8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What a rule says after a rung.
+    """The outcome of a rule at one rung.
 
     Attributes:
         rung: the step after growth that all candidates left have reached.
-        goes_on: best first; when ``decided``, the ranking, and the first is the chosen one.
-        stopped: why, in words, of every candidate that ends here.
+        goes_on: the candidates that continue, best first; when ``decided``, the whole ranking,
+            the first of which is chosen.
+        stopped: candidate -> reason, for those that end here.
         decided: there is no further rung.
         rank_correlation: Spearman, over the candidates at the rung, of their ranking shortly
             before (at 0.8 of the rung) and there; None where it was not evaluated there, where
@@ -49,16 +50,16 @@ class Verdict:
 
 
 def judge(growth: GrowthConfig, rung: int, curves: Curves, *, alive: Sequence[str]) -> Verdict:
-    """Apply the rule of ``growth`` after ``rung``; evaluations beyond it are not looked at.
+    """Apply the rule of ``growth`` after ``rung``; evaluations after it are ignored.
 
     Halving stops all but the best ``1 / eta``, rounded up, where the guard finds the ranking
-    stable.  The guard needs evidence: where the correlation cannot be had (two candidates, a rung
-    of 2 steps or fewer, equal losses) nobody is stopped.  For two candidates this costs one of
+    stable.  Where the correlation is undefined (two candidates, a rung of 2 steps or fewer, equal
+    losses) no candidate is stopped.  For two candidates this costs one of
     them its remaining steps, and the last comparison is the one that the event is for.  A
     ``min_rank_correlation`` of -1 switches the guard off.
 
-    With the lag ``auto`` the event is decided at twice the phase transition or later, and nobody
-    is stopped before the transition is known.
+    With the lag ``auto`` the event is decided at twice the phase transition or later, and no
+    candidate is stopped before the transition is known.
 
     Args:
         growth: the settings.
@@ -111,15 +112,15 @@ def can_still_win(
     if rung >= growth.last_rung:
         return place == 0
     if growth.lag == "auto" or growth.rule != "halving" or has_guard(growth):
-        return True  # all may go on, which is known only when all are here
+        return True  # the number that continues is known only when all have arrived
     return place < _places(growth, alive)
 
 
-def planned(growth: GrowthConfig, *, candidates: int) -> list[tuple[int, int]]:
-    """Each rung and how many candidates train to it, where the guard never objects.
+def planned_rungs(growth: GrowthConfig, *, candidates: int) -> list[tuple[int, int]]:
+    """Each rung and how many candidates train to it, if the guard always finds the ranking stable.
 
-    With the lag ``auto`` the event is taken to go to the last rung and to stop nobody: the most
-    that it can cost.
+    With the lag ``auto`` this is the most that the event can cost: all candidates train to the last
+    rung.
     """
     plan, left = [], candidates
     for rung in growth.rung_steps():
@@ -135,7 +136,7 @@ def guard_step(rung: int) -> int:
 
 
 def has_guard(growth: GrowthConfig) -> bool:
-    """Whether halving looks at the stability of the ranking before it stops anybody."""
+    """Whether halving checks that the ranking is stable before it stops candidates."""
     return growth.rank_bar > -1
 
 
@@ -155,7 +156,7 @@ def _rank_correlation(
     growth: GrowthConfig, rung: int, curves: Curves, values: Losses
 ) -> float | None:
     before = guard_step(rung)
-    if before == rung:  # so short a rung has no evaluation of its own shortly before
+    if before == rung:  # so short a rung has no earlier evaluation to compare with
         return None
     earlier = {id_: rung_value(growth.compared_by, curves[id_], before) for id_ in values}
     if None in earlier.values():
@@ -166,8 +167,8 @@ def _rank_correlation(
 def _transition(growth: GrowthConfig, rung: int, curves: Curves) -> int | None:
     """The transition as seen at the rung.
 
-    Under halving it stands as first seen: from there on candidates are missing, and those left
-    are the alike ones, whose order among themselves says little about the transition.
+    Under halving the first one seen stays: later rungs lack the candidates that were stopped, and
+    those left differ too little to show a transition.
     """
     threshold = growth.rank_bar if has_guard(growth) else LASTING
     looks = (rung,) if growth.rule == "lag" else growth.rung_steps()

@@ -1,4 +1,4 @@
-"""When a ranking becomes one that lasts: the phase transition of Karp et al. 2024, figure 4."""
+"""When the ranking becomes stable: the phase transition of Karp et al. 2024, figure 4."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from lag_megatron.selection.curve import Curves
 # The decision is made at this multiple of the transition or later.  The paper leaves between 2
 # (UL2: transition near 1000, lag 2000) and 4 (BERT: near 50, lag 200).
 MARGIN = 2.0
-# A transition at t is believed when the ranking was seen to last until this multiple of t, ...
+# A transition at t counts when the ranking stays stable until this multiple of t, ...
 EVIDENCE = 1.5
 # ... at no fewer evaluations than these, t included.
 MIN_EVALUATIONS = 3
@@ -48,7 +48,7 @@ def phase_transition(curves: Curves, *, threshold: float, until: int) -> int | N
       noisy evaluation would hide the transition from every block that holds it;
     * so does the typical (median) pair of t with the others, and that of the last evaluation.
       Without this a step just before the transition hides among many after it, and a transition
-      that has only begun among many before it;
+      that has just started among many before it;
     * there is evidence: three evaluations or more, the last at 1.5 t or later;
     * it is another ranking than that right after growth, if step 0 was evaluated: the median
       correlation of step 0 with the block is below half the threshold (half, because step 0 is a

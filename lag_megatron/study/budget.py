@@ -1,4 +1,4 @@
-"""What a run is planned to cost, and how long its last stage may be for a given budget."""
+"""The planned cost of a run, and the longest last stage within a budget."""
 
 import bisect
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ class PlannedCost:
         return self.training + self.search
 
 
-class CostModel:
+class RunCostModel:
     """The planned cost of a configuration as a function of the length of its last stage.
 
     The size of the vocabulary is the dry run's: an estimate where the tokenizer is not there yet.

@@ -1,4 +1,4 @@
-"""What a study's numbers say, in sentences; none says more than its interval."""
+"""Sentences on a study's results; a difference is claimed only where its interval excludes 0."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from lag_megatron.report.render.formatting import plural
 from lag_megatron.report.stats.run_files import Json
 from lag_megatron.study.results import LAST
 
-# Planned and real operations that lie further apart than this are told.
+# Relative difference between planned and real FLOPs above which it is reported.
 _NEAR = 0.01
 
 

@@ -1,4 +1,4 @@
-"""Running the runs of a study as processes of their own, some at a time."""
+"""Launching the runs of a study as subprocesses, several at a time."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ class StudyFolder:
         return self.root / "logs" / f"{run.name}.log"
 
     def finished(self, run: PlannedRun) -> bool:
-        """Whether the run's journal says so; exit codes do not."""
+        """Whether the run's journal has the event ``run_finished``; exit codes are not used."""
         journal = read_lines(self.run(run).journal)
         return any(line.get("event") == "run_finished" for line in journal)
 
@@ -115,7 +115,7 @@ def launch_runs(
 
     Args:
         script: ``launch/train.py``.
-        say: takes one line for the person who watches.
+        say: prints one line of progress.
     """
     waiting, free = deque(runs), deque(range(workers))
     active: list[_Child] = []
@@ -176,7 +176,7 @@ def _command(
 
 
 def _start(command: Sequence[str], log: Path, workers: int) -> "subprocess.Popen[bytes]":
-    """In a session of its own, so that Ctrl-C comes to it through us, as a SIGTERM."""
+    """Start a run in a session of its own: Ctrl-C reaches it as a SIGTERM from this process."""
     environment = {**os.environ, "PATH": _path()}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     with log.open("ab") as output:
@@ -203,7 +203,7 @@ def _free_port() -> int:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The numbers of the signals that came, in place of what they would do."""
+    """Collect the numbers of received signals instead of their default actions."""
     received: list[int] = []
     before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in _SIGNALS}
     try:
@@ -214,13 +214,13 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _stop(active: Sequence[_Child], received: list[int], say: Callable[[str], None]) -> None:
-    """End what still runs: ranks and launchers alike, which are one group of processes."""
+    """End the runs that are active; a launcher and its ranks are one process group."""
     if not active:
         return
-    _signal_all(active, signal.SIGTERM)  # before a word to a terminal that may be gone
+    _signal_all(active, signal.SIGTERM)  # before printing to a terminal that may be closed
     say(f"ending {', '.join(child.run.name for child in active)} ...")
-    deadline, heard = time.monotonic() + _GRACE_SECONDS, len(received)
-    while time.monotonic() < deadline and len(received) <= heard:
+    deadline, signals = time.monotonic() + _GRACE_SECONDS, len(received)
+    while time.monotonic() < deadline and len(received) <= signals:
         if not any(_alive(child) for child in active):
             return
         time.sleep(_POLL_SECONDS)

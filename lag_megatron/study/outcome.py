@@ -1,4 +1,4 @@
-"""What a finished run has cost and gained, from the files of its directory."""
+"""The loss curve and the costs of a finished run, from the files of its directory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lag_megatron.config import RunConfig, check_probe_groups, parse_config
-from lag_megatron.config.load import Tree, merge
+from lag_megatron.config.load import merge
+from lag_megatron.config.schema.base import Tree
 from lag_megatron.config.validation.run import find_problems
 from lag_megatron.errors import ConfigError, PlanError
-from lag_megatron.study.budget import CostModel, PlannedCost, with_last_steps
+from lag_megatron.study.budget import PlannedCost, RunCostModel, with_last_steps
 from lag_megatron.study.schema import Study, study_error
 
 _ENDLESS = ("constant", "inverse_sqrt")
@@ -174,13 +175,13 @@ def _unplannable(config: RunConfig, name: str) -> Iterator[str]:
             )
 
 
-def _prices(study: Study, configs: Mapping[tuple[str, str], RunConfig]) -> dict[str, CostModel]:
+def _prices(study: Study, configs: Mapping[tuple[str, str], RunConfig]) -> dict[str, RunCostModel]:
     """Of each arm; learning rates do not change what a run costs."""
     prices, lines = {}, []
     rate = next(iter(study.config.learning_rates))
     for arm in study.config.arms:
         try:
-            prices[arm] = CostModel(configs[arm, rate])
+            prices[arm] = RunCostModel(configs[arm, rate])
         except PlanError as error:
             lines.append(f"arms.{arm}: {error}")
     if lines:
@@ -189,7 +190,7 @@ def _prices(study: Study, configs: Mapping[tuple[str, str], RunConfig]) -> dict[
 
 
 def _budget(
-    study: Study, configs: Mapping[tuple[str, str], RunConfig], prices: Mapping[str, CostModel]
+    study: Study, configs: Mapping[tuple[str, str], RunConfig], prices: Mapping[str, RunCostModel]
 ) -> int:
     budget = study.config.budget
     if budget.of is None:
@@ -200,7 +201,7 @@ def _budget(
 
 
 def _too_short(
-    config: RunConfig, arm: str, budget: int, price: CostModel, steps: int
+    config: RunConfig, arm: str, budget: int, price: RunCostModel, steps: int
 ) -> Iterator[str]:
     """What the budget makes impossible: no last stage, or one shorter than its settings need."""
     if steps == 0:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lag_megatron.report.sections.matplotlib_figures import (
     BLUE,
@@ -14,10 +13,10 @@ from lag_megatron.report.sections.matplotlib_figures import (
     ORANGE,
     SOFT,
     WIDE,
+    Canvas,
 )
 from lag_megatron.report.stats.run_files import Json
 
-Canvas = Any  # matplotlib.figure.Figure, which may not be there to import
 Size = tuple[float, float]
 
 LABELS = {
@@ -91,8 +90,8 @@ def _curves_of(
                 low, high = ([point[key] for point in points] for key in ("low", "high"))
                 axes.fill_between(costs, low, high, color=style["color"], alpha=0.15, lw=0)
             late += [p["loss"] for p in points if p[axis] >= _EARLY * costs[-1]]
-        room = 0.06 * (max(late) - min(late)) or 0.01
-        axes.set_ylim(min(late) - room, max(late) + room)
+        padding = 0.06 * (max(late) - min(late)) or 0.01
+        axes.set_ylim(min(late) - padding, max(late) + padding)
         axes.set_xlim(left=0)
         axes.set(xlabel=LABELS[axis], ylabel="validation loss (nats a token)", title=rate)
         axes.legend(loc="best")

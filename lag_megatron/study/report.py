@@ -1,4 +1,4 @@
-"""What a study's report says, in which order."""
+"""The report of a study, as blocks in order."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,7 +31,7 @@ _NOTES = (
 def study_blocks(results: Json, pictures: Mapping[str, Path] | None) -> Iterator[Block]:
     """The report of :func:`~lag_megatron.study.results.study_results`' numbers.
 
-    ``pictures`` is None where matplotlib is missing, which the report says.
+    ``pictures`` is None where matplotlib is not installed.
     """
     yield Heading(1, f"{results['study']}: policies at equal FLOPs")
     for sentence in finding_sentences(results):

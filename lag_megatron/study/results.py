@@ -53,7 +53,7 @@ def study_results(plan: StudyPlan, folder: StudyFolder) -> Json:
 
 
 def flops_to_reach(curve: Sequence[CurvePoint], loss: float) -> float | None:
-    """Where a curve first comes to a loss, straight between validations; None if it never does."""
+    """FLOPs at which a curve first reaches a loss, interpolated linearly; None if it never does."""
     for number, point in enumerate(curve):
         if point.loss <= loss:
             if number == 0:

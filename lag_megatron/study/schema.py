@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lag_megatron.config.load import Tree, read_tree
-from lag_megatron.config.schema.base import FORBID
+from lag_megatron.config.load import read_tree
+from lag_megatron.config.schema.base import FORBID, Tree
 from lag_megatron.config.validation.messages import describe_errors
 from lag_megatron.errors import ConfigError
 

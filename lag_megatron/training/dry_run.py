@@ -24,7 +24,7 @@ from lag_megatron.planning.lr_plot import plot_lr
 from lag_megatron.planning.random_paths import mean_layers_run, with_longest_paths
 from lag_megatron.planning.search_cost import SearchCost, search_cost
 from lag_megatron.planning.vocab_size import estimate_vocab_size
-from lag_megatron.selection import planned
+from lag_megatron.selection import planned_rungs
 
 MIB = 2**20
 
@@ -198,7 +198,9 @@ def _rule(config: RunConfig, stage: int, candidates: int) -> str:
         return f"Rule {growth.rule}, lag auto, at most {candidates} x {last}"
     if growth.rule == "lag":
         return f"Rule lag, lag {last}: {candidates} x {last}"
-    parts = [f"{left} to step {rung}" for rung, left in planned(growth, candidates=candidates)]
+    parts = [
+        f"{left} to step {rung}" for rung, left in planned_rungs(growth, candidates=candidates)
+    ]
     return f"Rule halving, eta {growth.eta}: {', '.join(parts)}"
 
 

@@ -8,7 +8,7 @@ from lag_megatron.growth.pool import Candidate
 from lag_megatron.run.metrics import MetricRow
 from lag_megatron.search.context import SearchContext
 from lag_megatron.search.event import GrowthEvent
-from lag_megatron.training.search_costs import cost_model
+from lag_megatron.training.search_costs import step_costs
 from lag_megatron.training.training_context import TrainingContext
 
 _ACCUMULATION = "gradient_accumulation_steps"
@@ -40,11 +40,11 @@ class DeepSpeedProbeTrainer:
 
 def search_context(context: TrainingContext, event: GrowthEvent) -> SearchContext:
     """What a search of ``event`` has to know of the run."""
-    costs = cost_model(
+    costs = step_costs(
         context.config,
         event,
         vocab_size=context.vocab_size,
-        validation_tokens=context.feed.validation_tokens,
+        validation_tokens=context.loader.validation_tokens,
     )
     return SearchContext(
         run=context.run,
@@ -70,5 +70,5 @@ def build_group_trainer(
         vocab_size=context.vocab_size,
         draw_weights=False,
     )
-    feed = context.feed.for_world(group)
-    return DeepSpeedProbeTrainer(replace(context, feed=feed), engine, event.number)
+    loader = context.loader.for_world(group)
+    return DeepSpeedProbeTrainer(replace(context, loader=loader), engine, event.number)

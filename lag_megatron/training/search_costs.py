@@ -10,13 +10,13 @@ from lag_megatron.planning.cost import (
     validation_flops_per_token,
 )
 from lag_megatron.planning.random_paths import with_path_length
-from lag_megatron.search.cost_model import CostModel
 from lag_megatron.search.event import GrowthEvent
+from lag_megatron.search.step_costs import StepCosts
 
 
-def cost_model(
+def step_costs(
     config: RunConfig, event: GrowthEvent, *, vocab_size: int, validation_tokens: int
-) -> CostModel:
+) -> StepCosts:
     """Costs of the model that ``event`` grows to.
 
     Args:
@@ -35,7 +35,7 @@ def cost_model(
     per_token = validation_flops_per_token(
         config, num_layers=event.target_layers, vocab_size=vocab_size
     )
-    return CostModel(
+    return StepCosts(
         tokens_per_step=tokens_per_step(config),
         training_flops=training_flops,
         evaluation_flops=validation_tokens * per_token,

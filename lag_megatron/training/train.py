@@ -104,8 +104,8 @@ def _train(world: World, run: RunDirectory, request: TrainRequest, stop: StopFla
     vocab_size = world.run_on_rank0(lambda: _vocab_size(config, data))
     resolved = world.run_on_rank0(lambda: as_journalled(config, Journal(run.journal).events))
     # On a CPU a prefetching thread would slow the training down.
-    feed = BatchLoader(data, config, world, prefetch=world.device.type == "cuda")
-    context = TrainingContext(resolved, run, feed, stop, vocab_size)
+    loader = BatchLoader(data, config, world, prefetch=world.device.type == "cuda")
+    context = TrainingContext(resolved, run, loader, stop, vocab_size)
     world.run_on_rank0(lambda: _write_facts(world, run, config, data, vocab_size))
     logs = _logs(world, run, config, data, console) if world.is_coordinator else None
     recorder = Recorder(logs)

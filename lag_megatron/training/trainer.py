@@ -189,7 +189,7 @@ class Trainer:
             self._save(engine, stage, end, history)
         loss = self.world.run_on_rank0(self._monitor.last_validation_loss)
         facts: dict[str, Any] = {"val_loss": loss}
-        if sources := self.context.feed.tokens_by_source(end):
+        if sources := self.context.loader.tokens_by_source(end):
             facts["tokens_by_source"] = sources
         self.recorder.log_event("stage_finished", once={"stage": stage}, step=end, **facts)
 
@@ -210,7 +210,7 @@ class Trainer:
         return last
 
     def _ends_stage(self, stage: int, step: int) -> bool:
-        """Whether the measured slope ends the stage here, which the journal then says."""
+        """Whether the measured slope ends the stage here, which is then journalled."""
         slope = self._monitor.slope_that_ends(stage)
         if slope is None:
             return False
@@ -223,7 +223,7 @@ class Trainer:
         return True
 
     def _reload_config(self) -> None:
-        """Apply what the journal says about the stages: their lengths and the winners' paths."""
+        """Apply what the journal records about the stages: their lengths and the winners' paths."""
         config = self.world.run_on_rank0(
             lambda: as_journalled(self.config, self.recorder.logs.journal.events)
         )

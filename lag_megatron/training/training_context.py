@@ -22,14 +22,14 @@ class TrainingContext:
     Attributes:
         config: of the run.
         run: directory of its files.
-        feed: this rank's batches.
+        loader: this rank's batches.
         stop: set when the run is asked to end.
         vocab_size: rows of the vocabulary, padding included.
     """
 
     config: RunConfig
     run: RunDirectory
-    feed: BatchLoader
+    loader: BatchLoader
     stop: StopFlag
     vocab_size: int
 
@@ -49,7 +49,7 @@ class TrainingContext:
         started = time.perf_counter()
         rate, path = rate_at(step, config), path_at(step, config)
         result = engine.train_step(
-            self.feed.micro_batches(step),
+            self.loader.micro_batches(step),
             step=step,
             lr=rate.lr,
             new_layers=rate.new_layers,
@@ -79,4 +79,4 @@ class TrainingContext:
 
     def evaluate(self, engine: Engine) -> list[float]:
         """Mean loss of each batch of the fixed validation set, in nats per label."""
-        return engine.evaluate(self.feed.validation())
+        return engine.evaluate(self.loader.validation())

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SEARCH = sorted((ROOT / "lag_megatron" / "search").glob("*.py"))
 WITHOUT_TORCH = (
-    *("ask_tell", "candidate_dir", "candidates", "coordinator", "cost_model", "decision", "event"),
+    *("ask_tell", "candidate_dir", "candidates", "coordinator", "step_costs", "decision", "event"),
     *("trial", "trial_store"),
 )
 

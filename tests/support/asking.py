@@ -34,7 +34,7 @@ def make_base(path):
 
 
 def candidates():
-    """Those of ``probing.Stand``."""
+    """Those of ``probing.SimulatedSearch``."""
     return pool(4, 6, seed=1)
 
 

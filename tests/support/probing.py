@@ -1,4 +1,4 @@
-"""Probe groups without engines: real folders, journal and coordinator, made-up losses.
+"""Probe groups without engines: real directories, journal and coordinator, made-up losses.
 
 A candidate's loss is a function of its index and step alone, as training is one of state and step.
 """
@@ -18,7 +18,7 @@ from lag_megatron.run.journal import Journal
 from lag_megatron.search.candidate_dir import CURVE, TRAINING, CandidateDir
 from lag_megatron.search.coordinator import Coordinator
 from lag_megatron.search.event import GrowthEvent, ProbeResult
-from lag_megatron.training.search_costs import cost_model
+from lag_megatron.training.search_costs import step_costs
 
 BASE_STEP = 100
 
@@ -34,7 +34,7 @@ def loss_of(index, step):
     return 4 + 2 * math.exp(-step / 8) + lasting - passing + noise
 
 
-class Stand:
+class SimulatedSearch:
     """A growth event on disk that groups can work on, be killed in, and begin again."""
 
     def __init__(self, root, *, losses=loss_of, stage_steps=50, **growth):
@@ -48,7 +48,7 @@ class Stand:
             growth=settings, pool=pool,
         )  # fmt: skip
         config = replace(pico_config(), growth=settings)
-        self.costs = cost_model(config, self.event, vocab_size=64, validation_tokens=64)
+        self.costs = step_costs(config, self.event, vocab_size=64, validation_tokens=64)
         self.losses = losses
         self._steps = []  # appended to by many threads
 
@@ -70,38 +70,38 @@ class Stand:
     ):
         """What a group does with an assignment; ``point`` may kill it at any named place."""
         candidate = self.event.pool[assignment.candidate]
-        folder = CandidateDir(self.run.probe(1, candidate.id), BASE_STEP)
-        steps = held if held is not None else folder.resume(rung=assignment.rung)
-        known = {row["step"] for row in folder.curve()}
+        candidate_dir = CandidateDir(self.run.probe(1, candidate.id), BASE_STEP)
+        steps = held if held is not None else candidate_dir.resume(rung=assignment.rung)
+        known = {row["step"] for row in candidate_dir.curve()}
         failure = ""
         for at in (step for step in self.event.evaluations if step <= assignment.rung):
             while steps < at:
                 point("step")
                 steps += 1
                 self._steps.append(steps)
-                folder.add(TRAINING, [{"step": BASE_STEP + steps, "train/loss": 1.0}])
+                candidate_dir.add(TRAINING, [{"step": BASE_STEP + steps, "train/loss": 1.0}])
                 if steps % interval == 0:
-                    self._save(folder, steps, point)
+                    self._save(candidate_dir, steps, point)
             if steps == at and at not in known:
                 loss = self.losses(assignment.candidate, at)
                 if not math.isfinite(loss):
                     failure = f"validation loss is {loss} at step {at}"
                     break
                 row = {"step": at, "val_loss": loss, "val_loss_batches": [loss - 0.1, loss + 0.1]}
-                folder.add(CURVE, [row])
-        rows = tuple(folder.curve())
+                candidate_dir.add(CURVE, [row])
+        rows = tuple(candidate_dir.curve())
         result = ProbeResult(
             assignment.candidate, assignment.rung, steps, rows, failure=failure, seconds=1.0
         )
         point("trained")
         if not failure and needs_checkpoint(result):
-            self._save(folder, steps, point)
-            result = replace(result, state=folder.state_at(steps).name)
+            self._save(candidate_dir, steps, point)
+            result = replace(result, state=candidate_dir.state_at(steps).name)
         point("saved")
         return result
 
-    def _save(self, folder, steps, point):
-        state = folder.state_at(steps)
+    def _save(self, candidate_dir, steps, point):
+        state = candidate_dir.state_at(steps)
         if manifest.is_committed(state):
             return
         draft = manifest.temporary(state)
@@ -112,7 +112,7 @@ class Stand:
         manifest.commit(
             state, files={"shard": manifest.file_entry(draft / "shard")}, metadata={"step": steps}
         )
-        folder.keep_only(state)
+        candidate_dir.keep_only(state)
 
     def work(self, *, point=lambda name: None, group=0):
         """One group to the end; returns the decision and the winner's state."""
@@ -148,11 +148,11 @@ class Stand:
         }
 
 
-def killer(moments, share):
+def killer(rng, share):
     """A point that kills with probability ``share``."""
 
     def point(name):
-        if moments.random() < share:
+        if rng.random() < share:
             raise Killed(name)
 
     return point

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lag_megatron.checkpoint.state.layout import Topology, make_layout
-from lag_megatron.growth.apply.copy_plan import Move, Side, plan_rank
+from lag_megatron.growth.apply.copy_plan import Move, ShardedModel, plan_rank
 from lag_megatron.growth.growth_map import depth_map
 from lag_megatron.growth.weight_init import fill
 
@@ -145,14 +145,14 @@ def grow_dense(plan, tensors, state="fp32"):
     groups = [{name: tuple(tensor.shape) for name, tensor in tensors.items()}]
     growth = depth_map(plan, groups, query_groups=GROUPS)
     topology = Topology(zero_stage=0, data_size=1, tensor_size=1, precision="fp32")
-    source = Side(make_layout(groups, topology), topology, groups[0], False)
+    source = ShardedModel(make_layout(groups, topology), topology, groups[0], False)
     shapes = growth.groups[0]
-    target = Side(make_layout(growth.groups, topology), topology, shapes, False)
+    target = ShardedModel(make_layout(growth.groups, topology), topology, shapes, False)
     old = {part.container: tensors[name].flatten()
            for name, (part,) in source.layout.segments.items()}  # fmt: skip
     new = {c: torch.full((n,), math.nan, dtype=torch.float64)
            for c, n in target.layout.lengths.items()}  # fmt: skip
-    segments = list(target.layout.of_rank(0))
+    segments = list(target.layout.segments_of_rank(0))
     for step in plan_rank(growth, source, target, state, segments=segments, tensor_rank=0):
         view = _view(new[step.target.container], step.target, step.shape)
         if isinstance(step, Move):

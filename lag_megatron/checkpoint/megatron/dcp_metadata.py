@@ -25,7 +25,7 @@ METADATA = ".metadata"
 _SMALL = 1 << 20  # bytes; larger objects are not settings
 
 
-class _StandIn:
+class _MetadataStandIn:
     """Keeps an object's arguments and state, without behaviour."""
 
     def __init__(self, *arguments: object) -> None:
@@ -35,19 +35,19 @@ class _StandIn:
         self.__dict__.update(state if isinstance(state, dict) else {"state": state})
 
 
-class _Metadata(_StandIn): ...
+class _Metadata(_MetadataStandIn): ...
 
 
-class _Tensor(_StandIn): ...
+class _Tensor(_MetadataStandIn): ...
 
 
-class _Object(_StandIn): ...
+class _Object(_MetadataStandIn): ...
 
 
-class _Index(_StandIn): ...
+class _Index(_MetadataStandIn): ...
 
 
-class _StorageInfo(_StandIn): ...
+class _StorageInfo(_MetadataStandIn): ...
 
 
 _DCP = "torch.distributed.checkpoint"
@@ -75,7 +75,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
             ("pathlib", "PosixPath"),
             ("pathlib._local", "PosixPath"),  # Python 3.13
         ],
-        _StandIn,
+        _MetadataStandIn,
     ),
     **{("torch", name): value for name, value in vars(torch).items() if type(value) is torch.dtype},
 }
@@ -266,7 +266,7 @@ def _cover_fault(boxes: list[Box], shape: Shape) -> str:
     covered = sum(numel(box.shape) for box in boxes)
     if covered != numel(shape):
         return f"its pieces hold {covered} of {numel(shape)} elements"
-    if any(a.meet(b) for a, b in _near(ordered)):
+    if any(a.intersect(b) for a, b in _near(ordered)):
         return "its pieces overlap, so others are missing"
     return ""
 

@@ -31,7 +31,7 @@ from lag_megatron.checkpoint.state.deepspeed_defaults import (
 from lag_megatron.checkpoint.state.layout import State
 from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.state.source import UnshardedCheckpoint
-from lag_megatron.checkpoint.state.tensor_parallel import is_gated, pieces, unsharded_shape
+from lag_megatron.checkpoint.state.tensor_parallel import is_gated, shard_boxes, unsharded_shape
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records
@@ -60,7 +60,7 @@ def open_legacy(path: Path) -> UnshardedCheckpoint:
         CheckpointError: if a rank is missing, ranks are pipeline-parallel, a file is damaged, or
             the model is not Megatron-Core's.
     """
-    return _Reader(path).source
+    return _LegacyReader(path).source
 
 
 def describe_legacy(path: Path) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def describe_legacy(path: Path) -> dict[str, Any]:
         "notes": [],
     }
     try:
-        reader = _Reader(path)
+        reader = _LegacyReader(path)
         shapes, source = reader.shapes, reader.source
     except CheckpointError as error:
         return facts | {"problems": [str(error)]}
@@ -102,7 +102,7 @@ def find_legacy_corruption(path: Path, scope: VerifyScope = EVERYTHING) -> Itera
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _LegacyReader:
     path: Path
 
     @property
@@ -185,7 +185,7 @@ class _Reader:
         first, last = start // width, -(-(start + length) // width)
         rows = torch.empty((last - first, *shape[1:]), dtype=self.parts[0][name].dtype)
         for rank, part in enumerate(self.parts):
-            for piece in pieces(
+            for piece in shard_boxes(
                 name, shape, tensor_rank=rank, tensor_size=size, gated=is_gated(self.shapes)
             ):
                 low = max(first, piece.box.low[0])

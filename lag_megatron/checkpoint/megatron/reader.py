@@ -66,7 +66,7 @@ def open_megatron(path: Path, *, weights_only: bool = False) -> UnshardedCheckpo
         contents = replace(contents, tensors=kept)
     elif optimizer:
         _require_known_optimizer(path, contents, optimizer, note)
-    return _Reader(path, contents, common, note).source
+    return _DistReader(path, contents, common, note).source
 
 
 def _require_known_optimizer(
@@ -110,7 +110,7 @@ def prefixes_of(contents: Contents) -> list[tuple[str, State]]:
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _DistReader:
     path: Path
     contents: Contents
     common: Mapping[str, Any]
@@ -216,7 +216,7 @@ class _Reader:
         found = torch.empty(length, dtype=tensor.dtype)
         for wanted in interval_boxes(tensor.shape, start, length):
             for box, place in tensor.chunks:
-                both = wanted.meet(box)
+                both = wanted.intersect(box)
                 if both is None or place is None:
                     continue
                 values = self._stored(place, tensor.dtype, box.shape)

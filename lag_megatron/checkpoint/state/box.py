@@ -27,7 +27,7 @@ class Box:
     low: Shape
     shape: Shape
 
-    def meet(self, other: "Box") -> "Box | None":
+    def intersect(self, other: "Box") -> "Box | None":
         """The box that both cover, or None."""
         low = tuple(map(max, self.low, other.low))
         high = tuple(

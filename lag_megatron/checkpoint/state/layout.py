@@ -117,7 +117,7 @@ class Layout:
         """Numbers of the buffers that a data-parallel rank holds."""
         return sorted(c.key for c in self.lengths if c.data_rank == data_rank)
 
-    def of_rank(self, data_rank: int) -> Iterator[tuple[str, Segment]]:
+    def segments_of_rank(self, data_rank: int) -> Iterator[tuple[str, Segment]]:
         """Every parameter's segments on one data-parallel rank."""
         if isinstance(self.segments, EvenParts):
             for name in self.segments:
@@ -141,10 +141,10 @@ class Layout:
                 return
             yield part
 
-    def held(self, data_rank: int) -> dict[Container, tuple[tuple[str, Segment], ...]]:
+    def buffers_of_rank(self, data_rank: int) -> dict[Container, tuple[tuple[str, Segment], ...]]:
         """The segments in each buffer of a data-parallel rank, in the order of its elements."""
         held: dict[Container, list[tuple[str, Segment]]] = {}
-        for name, segment in self.of_rank(data_rank):
+        for name, segment in self.segments_of_rank(data_rank):
             held.setdefault(segment.container, []).append((name, segment))
         return {
             container: tuple(sorted(held.get(container, ()), key=lambda part: part[1].offset))

@@ -48,7 +48,7 @@ class Region:
             yield replace(self, segments=tuple(held), length=end - begin)
 
 
-class Fill(Protocol):
+class RegionFiller(Protocol):
     """Makes the values of regions: copied, scaled or drawn."""
 
     def prefetch(self, region: Region) -> None:

@@ -25,7 +25,7 @@ GATED = re.compile(r"mlp\.linear_fc1\.(weight|bias)$")
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ShardBox:
     """A box of the unsharded parameter, and its corner in one rank's shard."""
 
     box: Box
@@ -75,13 +75,13 @@ def local_shape(name: str, shape: Shape, *, tensor_size: int, gated: bool = Fals
     return (*shape[:dim], shape[dim] // tensor_size, *shape[dim + 1 :])
 
 
-def pieces(
+def shard_boxes(
     name: str, shape: Shape, *, tensor_rank: int, tensor_size: int, gated: bool
-) -> Iterator[Piece]:
+) -> Iterator[ShardBox]:
     """The boxes of an unsharded parameter of ``shape`` that one rank holds."""
     dim = cut_dim(name)
     if dim is None or tensor_size == 1:
-        yield Piece(full_box(shape), (0,) * len(shape))
+        yield ShardBox(full_box(shape), (0,) * len(shape))
         return
     parts = 2 if gated and GATED.search(name) else 1
     unit = shape[dim] // (parts * tensor_size)
@@ -90,4 +90,4 @@ def pieces(
         low[dim] = part * (shape[dim] // parts) + tensor_rank * unit
         local[dim] = part * unit
         extent = (*shape[:dim], unit, *shape[dim + 1 :])
-        yield Piece(Box(tuple(low), extent), tuple(local))
+        yield ShardBox(Box(tuple(low), extent), tuple(local))

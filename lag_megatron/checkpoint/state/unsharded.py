@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.layout import Container, Segment, State
-from lag_megatron.checkpoint.state.region import Fill, Region
+from lag_megatron.checkpoint.state.region import Region, RegionFiller
 from lag_megatron.checkpoint.state.source import CheckFn
 from lag_megatron.checkpoint.state.spec import CheckpointSpec
 
@@ -32,7 +32,7 @@ class UnshardedState:
 
     path: Path
     spec: CheckpointSpec
-    fill: Fill
+    fill: RegionFiller
     check: CheckFn
 
     @cached_property

@@ -34,11 +34,11 @@ def open_universal(path: Path) -> UnshardedCheckpoint:
     degrees = checkpoint.header.get("checkpoint_parallel_dimensions") or {}
     if degrees.get("pp_degree", 1) != 1:
         raise CheckpointError(f"{path}: pipeline-parallel checkpoints are not understood here.")
-    return _Reader(path, checkpoint).source
+    return _UniversalReader(path, checkpoint).source
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _UniversalReader:
     path: Path
     checkpoint: Universal
 

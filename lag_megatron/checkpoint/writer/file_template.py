@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lag_megatron.checkpoint.state.region import Fill
+from lag_megatron.checkpoint.state.region import RegionFiller
 from lag_megatron.checkpoint.state.spec import PlaceholderTensors
 from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.file_writer import (
@@ -88,7 +88,7 @@ class FileTemplateCache:
         path: Path,
         objects: Any,
         placeholders: PlaceholderTensors,
-        fill: Fill,
+        fill: RegionFiller,
         context: WriteContext,
         *,
         lay_out: LayOutFn,

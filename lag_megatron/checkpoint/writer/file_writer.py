@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint.state.region import Fill
+from lag_megatron.checkpoint.state.region import RegionFiller
 from lag_megatron.checkpoint.writer.checksums import ChecksumStream
 from lag_megatron.checkpoint.writer.context import (
     DEFAULT_CONTEXT,
@@ -41,7 +41,7 @@ _WRITE_BYTES = 1 << 18
 
 
 def write_spans(
-    path: Path, spans: Sequence[Span], fill: Fill, context: WriteContext = DEFAULT_CONTEXT
+    path: Path, spans: Sequence[Span], fill: RegionFiller, context: WriteContext = DEFAULT_CONTEXT
 ) -> dict[str, Any]:
     """Write every span and leave all other bytes as they are; the caller flushes the file.
 
@@ -63,7 +63,7 @@ def write_spans(
 
 
 def fill_file(
-    file: int, spans: Sequence[Span], fill: Fill, context: WriteContext
+    file: int, spans: Sequence[Span], fill: RegionFiller, context: WriteContext
 ) -> dict[str, Any]:
     """``write_spans`` for the descriptor of a file that is open for reading and writing."""
     pool = OrderedPool(file_pieces(spans, os.fstat(file).st_size, fill))
@@ -85,7 +85,7 @@ def fill_file(
 
 
 def write_image(
-    file: int, image: bytearray, spans: Sequence[Span], fill: Fill, context: WriteContext
+    file: int, image: bytearray, spans: Sequence[Span], fill: RegionFiller, context: WriteContext
 ) -> dict[str, Any]:
     """Write a small file from memory: ``image`` is all of it, with the values still to be made."""
     checksums = ChecksumStream(file, (span.region.state for span in spans))
@@ -125,7 +125,7 @@ class _PieceWriter:
     def __init__(
         self,
         file: int,
-        fill: Fill,
+        fill: RegionFiller,
         progress: ProgressFn,
         checksums: ChecksumStream,
         buffers: dict[str, Tensor],

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lag_megatron.checkpoint.state.region import Fill, Region
+from lag_megatron.checkpoint.state.region import Region, RegionFiller
 
 # Large enough that planning a piece costs little beside copying it, small enough for the cache.
 PIECE_BYTES = 1 << 20
@@ -71,7 +71,7 @@ class ByteRange:
 Piece = Sequence[ByteRange]  # neighbours in the file, or one range alone
 
 
-def file_pieces(spans: Sequence[Span], size: int, fill: Fill) -> Iterator[Piece]:
+def file_pieces(spans: Sequence[Span], size: int, fill: RegionFiller) -> Iterator[Piece]:
     """All pieces of a file of ``size`` bytes, in order; ``fill`` is asked to read ahead of them.
 
     Args:
@@ -93,7 +93,7 @@ def file_pieces(spans: Sequence[Span], size: int, fill: Fill) -> Iterator[Piece]
         yield piece
 
 
-def _ranges(spans: Sequence[Span], size: int, fill: Fill) -> Iterator[ByteRange]:
+def _ranges(spans: Sequence[Span], size: int, fill: RegionFiller) -> Iterator[ByteRange]:
     at = 0
     for span in spans:
         if span.offset > at:
@@ -114,7 +114,7 @@ def _ranges(spans: Sequence[Span], size: int, fill: Fill) -> Iterator[ByteRange]
         yield ByteRange(at, size)
 
 
-def _transposed_ranges(span: Span, fill: Fill) -> Iterator[ByteRange]:
+def _transposed_ranges(span: Span, fill: RegionFiller) -> Iterator[ByteRange]:
     """A matrix that is stored transposed: all of it, or some rows at a time."""
     rows = max(1, _BLOCK_BYTES // (span.width * span.dtype.itemsize))
     if rows * span.width >= span.region.length:

@@ -88,7 +88,7 @@ def _frozen_parts(
             Region("fp32", held, spec.frozen.lengths[container], trained=False, forward=True),
             dtype=dtype,
         )
-        for container, held in spec.frozen.held(data_rank).items()
+        for container, held in spec.frozen.buffers_of_rank(data_rank).items()
     }
 
 

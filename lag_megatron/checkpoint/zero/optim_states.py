@@ -104,7 +104,7 @@ def _by_group(
 ) -> dict[str, Any]:
     """ZeRO 1 and 2: one flat buffer for each parameter group."""
     topology, layout = spec.topology, spec.layout
-    held = layout.held(data_rank)
+    held = layout.buffers_of_rank(data_rank)
     state: dict[int, Any] = {}
     masters: list[Tensor] = []
     paddings: list[int] = []
@@ -139,7 +139,7 @@ def _by_subgroup(
     group_of = [group for group, _ in layout.subgroups]
     state: dict[int, Any] = {}
     masters: list[Tensor] = []
-    for container, parts in layout.held(data_rank).items():
+    for container, parts in layout.buffers_of_rank(data_rank).items():
         length = layout.lengths[container]
         state[container.key] = _entry(
             spec.groups[group_of[container.key]].counters, parts, length, placeholders

@@ -205,7 +205,7 @@ class ZeroCheckpoint:
             require_buffer_lengths(
                 self.path / name, self.layout, self.topology, None, states, data_rank
             )
-            require_same_slices(self.path / name, states, self.layout.held(data_rank))
+            require_same_slices(self.path / name, states, self.layout.buffers_of_rank(data_rank))
             inner = torch_optimizer_state(self.topology, None, states)
             require_known_states(self.path / name, inner, self.optimizer)
             first = self._load(self._optimizer_file(0, 0))

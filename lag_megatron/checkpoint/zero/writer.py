@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import Layout, Topology
-from lag_megatron.checkpoint.state.region import Fill
+from lag_megatron.checkpoint.state.region import RegionFiller
 from lag_megatron.checkpoint.state.spec import DTYPES, CheckpointSpec, PlaceholderTensors
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.writer.context import DEFAULT_CONTEXT, WriteContext
@@ -26,7 +26,7 @@ _BYTES = 4
 def write_rank(
     folder: Path,
     spec: CheckpointSpec,
-    fill: Fill,
+    fill: RegionFiller,
     *,
     tensor_rank: int,
     data_rank: int,
@@ -76,7 +76,7 @@ def write_objects(
     path: Path,
     objects: Any,
     placeholders: PlaceholderTensors,
-    fill: Fill,
+    fill: RegionFiller,
     context: WriteContext,
     templates: FileTemplateCache | None = None,
 ) -> dict[str, Any]:

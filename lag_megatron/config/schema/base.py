@@ -1,3 +1,9 @@
-"""What every part of the configuration shares."""
+"""What all sections of the configuration share."""
 
+from typing import Any
+
+# Of every dataclass: unknown keys are errors.
 FORBID = {"extra": "forbid"}
+
+# A configuration as YAML gives it, before it is checked.
+Tree = dict[str, Any]

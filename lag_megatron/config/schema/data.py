@@ -34,8 +34,8 @@ class MlmConfig:
     Attributes:
         probability: share of a sample's tokens that are to be predicted.
         whole_word: mask all pieces of a word or none.
-        sentence_pairs: what ``model.sentence_head`` tells: ``order`` (ALBERT's: were the segments
-            swapped) or ``next`` (BERT's: does the second follow the first).
+        sentence_pairs: what ``model.sentence_head`` predicts: ``order`` (ALBERT's: were the
+            segments swapped) or ``next`` (BERT's: does the second follow the first).
     """
 
     __pydantic_config__ = FORBID
@@ -44,7 +44,7 @@ class MlmConfig:
     sentence_pairs: Literal["none", "order", "next"] = "none"
 
     def predictions(self, seq_length: int) -> int:
-        """The most tokens that are predicted in a sample: places that each batch has for them."""
+        """The most tokens predicted in a sample, and so the length of a batch's ``labels``."""
         return math.ceil(self.probability * seq_length)
 
 

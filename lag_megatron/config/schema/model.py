@@ -13,7 +13,7 @@ class ModelConfig:
     Attributes:
         norm_position: ``post`` is Devlin et al.'s BERT, ``pre`` Megatron's.
         activation: ``gelu`` is the tanh approximation (GPT-2), ``gelu_exact`` the erf (BERT).
-        token_types: rows of the embedding that tells BERT's segments apart; 0 has none.
+        token_types: rows of BERT's segment embedding; 0 has none.
         sentence_head: BERT's pooler and the head that classifies pairs of segments.
         label_smoothing: share of a token's target that is spread evenly over the vocabulary.
         z_loss: coefficient of the squared log of the softmax's sum, as of PaLM (1e-4 there).  Both

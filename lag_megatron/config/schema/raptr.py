@@ -1,4 +1,4 @@
-"""Random Path Training: how the layers of a step are drawn, and what becomes of the others."""
+"""Random Path Training: which layers run in a step, and how the others are treated."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ from typing import Literal
 from lag_megatron.config.schema.base import FORBID
 from lag_megatron.config.schema.shares import shares
 
-# What a stage says of its paths: one value, or several for equal parts of it, one after the other.
+# One value for a whole stage, or several for equal parts of it, one after the other.
 Lengths = int | tuple[int, ...]
 Probabilities = float | tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RaptrConfig:
-    """What holds of all paths (Panigrahi et al. 2024, arXiv 2402.05913, section 3).
+    """Settings of all paths (Panigrahi et al. 2024, arXiv 2402.05913, section 3).
 
-    Which stages have paths, and how long these are, is said by ``stages.N.path_length`` or
-    ``stages.N.keep_probability``.
+    ``stages.N.path_length`` or ``stages.N.keep_probability`` set which stages have paths, and
+    their lengths.
 
     Attributes:
         fixed: layers that run in every step, 0-based, from the top if negative.

@@ -1,4 +1,4 @@
-"""How long the parts of a span-corrupted sample are (T5's arithmetic, for a decoder)."""
+"""Lengths of the parts of a span-corrupted sample (T5's arithmetic, for a decoder)."""
 
 from dataclasses import dataclass
 
@@ -50,12 +50,12 @@ def span_lengths(
         share: share of the window's tokens to remove, above 0 and below 1.
         mode_token: whether a mode token comes first.
     """
-    room = seq_length + 1 - mode_token
-    for window in range(room, 1, -1):
+    available = seq_length + 1 - mode_token
+    for window in range(available, 1, -1):
         removed = min(max(round(window * share), 1), window - 1)
         spans = min(max(round(removed / mean_length), 1), window - removed)
         lengths = SpanLengths(window, removed, spans)
-        if lengths.inputs + lengths.targets <= room:
+        if lengths.inputs + lengths.targets <= available:
             return lengths
     return None
 

@@ -1,4 +1,4 @@
-"""How long each stage is, and where it stands in the learning rate's schedule."""
+"""The length of each stage, and its position in the learning rate schedule."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +18,7 @@ def stage_ranges(stages: Sequence[StageConfig]) -> tuple[range, ...]:
 
 def in_steps(config: RunConfig) -> RunConfig:
     """``config`` with the length of every stage in steps."""
-    # At least 1: a batch of none is refused afterwards, in words.
+    # At least 1: an empty batch is reported by the validation that follows.
     per_step = max(1, config.parallel.global_batch * config.model.seq_length)
     stages = tuple(
         stage

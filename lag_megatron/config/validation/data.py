@@ -1,4 +1,4 @@
-"""What text, tokenizer and objective must satisfy."""
+"""Checks of the text sources, the tokenizer and the objective."""
 
 import math
 import re
@@ -9,8 +9,8 @@ from lag_megatron.config.schema.run import RunConfig
 from lag_megatron.config.validation.objective import objective_problems
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-# Files of a mixture's own folder, where its sources' folders may be made by their names, and the
-# ending of what is being made.
+# Files in a mixture's folder, where the folders of its sources may be written as well, and the
+# suffix of unfinished folders.
 _TAKEN = ("tokenizer.json", "mixture.json", "meta.json", "draft.json", "lock")
 _UNFINISHED = ".part"
 

@@ -1,4 +1,4 @@
-"""One line for each mistake in a configuration, in the words of the schema."""
+"""Readable messages for what pydantic finds wrong: one line for each mistake."""
 
 import dataclasses
 import difflib
@@ -25,7 +25,7 @@ _WORDS = {
 def describe_errors(
     error: ValidationError, tree: Mapping[str, Any], *, schema: Any = RunConfig
 ) -> list[str]:
-    """What pydantic found wrong with ``tree``: path, value, what is allowed, nearest known key.
+    """A line for each mistake in ``tree``: path, value, what is allowed, nearest known key.
 
     A value that fits no member of a union is one mistake, and so is a mistake in the global
     ``growth`` that the stages inherit.
@@ -83,7 +83,7 @@ def _value(tree: Any, location: Location) -> Any:
 
 
 def _allowed(schema: Any) -> str:
-    """``int | Literal["auto"]`` in words: a whole number or 'auto'."""
+    """A type as text: ``int | Literal["auto"]`` is "a whole number or 'auto'"."""
     origin, args = typing.get_origin(schema), typing.get_args(schema)
     if _is_union(schema):
         return _join([_allowed(member) for member in args])

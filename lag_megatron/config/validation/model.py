@@ -1,4 +1,4 @@
-"""What the model's shape, and the ways to compute it, must satisfy."""
+"""Checks of the model's shape and of how it is computed."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What the objectives ask of their own settings, of the tokenizer and of the model."""
+"""Checks of an objective's settings, and of the tokenizer and model that it needs."""
 
 import math
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def objective_problems(config: RunConfig) -> Iterator[str]:
         yield from _mlm(config)
     if data.objective == "ul2":
         found = list(_ul2(data.ul2, config.model.seq_length))
-        # With impossible spans the number of sentinels would say nothing.
+        # With impossible spans the number of sentinels is undefined.
         yield from found or _sentinels(config)
 
 
@@ -100,7 +100,7 @@ def _sentinels(config: RunConfig) -> Iterator[str]:
 
 
 def _made_before(data: DataConfig) -> bool:
-    """Whether the tokenizer comes with prepared text, so that only its folder can tell.
+    """Whether the tokenizer comes with prepared text, so that it cannot be checked here.
 
     One source of a mixture that is prepared brings the tokenizer of all.
     """

@@ -1,4 +1,4 @@
-"""What the optimizer and its learning rate must satisfy."""
+"""Checks of the optimizer and its learning rate schedule."""
 
 import math
 from collections.abc import Iterator

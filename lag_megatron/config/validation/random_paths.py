@@ -1,4 +1,4 @@
-"""What Random Path Training must satisfy: how long paths are, and of what."""
+"""Checks of Random Path Training: lengths, probabilities and candidates' paths."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ def path_problems(config: RunConfig) -> Iterator[str]:
     for number, stage in enumerate(config.stages):
         where, layers = f"stages.{number}", config.layers_of(number)
         if layers < 1 or stage.steps < 1:
-            continue  # refused as such
+            continue  # reported elsewhere
         if stage.path_length is not None and stage.keep_probability is not None:
             yield f"{where}: give either path_length or keep_probability."
         if stage.path_length is not None:
@@ -102,34 +102,34 @@ def _candidates(config: RunConfig, number: int) -> Iterator[str]:
 
 
 def _alike(config: RunConfig, number: int, where: str) -> Iterator[str]:
-    """Candidates whose paths are the same up to the decision, between which it would be chance."""
+    """Candidates whose paths are the same up to the decision, which could not compare them."""
     stage, growth = config.stages[number], config.growth_before(number)
     if growth.lag == "auto" and not growth.rungs:
-        return  # refused as such
+        return  # reported elsewhere
     end = stage.steps if growth.exhaustive else min(growth.last_rung, stage.steps)
     seen: dict[object, Lengths] = {}
     for value in growth.pool.path_length:
         if not value or min(value if isinstance(value, tuple) else (value,)) < 1:
-            continue  # refused as such
-        begun = tuple(
+            continue  # reported elsewhere
+        before_decision = tuple(
             (part.start, min(part.stop, end), rule)
             for part, rule in path_rules(stage.steps, value, None)
             if part.start < max(end, 1)
         )
-        if begun in seen:
+        if before_decision in seen:
             yield (
-                f"{where}: {_spelt(seen[begun])} and {_spelt(value)} are the same for the {end} "
-                "steps before the decision. Remove one, or decide later."
+                f"{where}: {_as_text(seen[before_decision])} and {_as_text(value)} are the same "
+                f"for the {end} steps before the decision. Remove one, or decide later."
             )
-        seen.setdefault(begun, value)
+        seen.setdefault(before_decision, value)
 
 
-def _spelt(value: Lengths) -> str:
+def _as_text(value: Lengths) -> str:
     return str(list(value) if isinstance(value, tuple) else value)
 
 
 def _unused(config: RunConfig) -> Iterator[str]:
-    """Paths that would be tried, if there were candidates."""
+    """Paths for candidates of growth events that do not exist."""
     stages = range(1, len(config.stages))
     for number in stages:
         growth = config.stages[number].growth

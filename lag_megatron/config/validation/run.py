@@ -1,4 +1,4 @@
-"""What a configuration must satisfy beyond the types of its values."""
+"""Checks of a whole configuration beyond the types of its values."""
 
 import math
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def find_problems(config: RunConfig) -> list[str]:
 
 
 def check_probe_groups(config: RunConfig, *, world_size: int) -> None:
-    """Refuse probe groups that cannot share a world evenly, before anything is trained.
+    """Check that each event's probe groups divide the data-parallel replicas evenly.
 
     Raises:
         ConfigError: if some event's number of groups does not divide the data-parallel replicas.
@@ -87,7 +87,7 @@ def _parallel(parallel: ParallelConfig) -> Iterator[str]:
 
 
 def _graphs(config: RunConfig) -> Iterator[str]:
-    """A replay finds everything where it was, on one rank, and draws the same numbers again."""
+    """Settings under which a layer cannot be replayed: a graph has fixed addresses and numbers."""
     parallel = config.parallel
     if not parallel.cuda_graphs:
         return

@@ -1,4 +1,4 @@
-"""What the length of a stage, and where it stands in the schedule, must satisfy."""
+"""Checks of the lengths of stages and of their positions in the schedule."""
 
 from collections.abc import Iterator
 

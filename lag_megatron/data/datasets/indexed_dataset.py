@@ -1,4 +1,4 @@
-"""Megatron's files of tokens, opened without its messages."""
+"""Megatron's ``.bin`` and ``.idx`` files of tokens, opened without its log messages."""
 
 import logging
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ def open_documents(prefix: str) -> IndexedDataset:
 
 @contextmanager
 def without_logging() -> Iterator[None]:
-    """Silence Megatron, which warns at every build that it saves no index files."""
+    """Suppress Megatron's warning at every build that it saves no index files."""
     logger = logging.getLogger("megatron.core.datasets")
     level = logger.level
     logger.setLevel(logging.ERROR)

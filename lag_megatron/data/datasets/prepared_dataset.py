@@ -1,4 +1,4 @@
-"""Prepared data: a folder with tokens, tokenizer and what is known about them."""
+"""A folder of tokens, tokenizer and metadata, written by ``prepare`` and opened by every rank."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ class PreparedData:
         train_documents: documents to train on.
         validation_documents: documents to validate on.
         unigram_entropy: nats per validation token under the training tokens' frequencies (each
-            count plus one): the loss of a model that knows nothing but how common a token is.
+            count plus one): the loss of a model that predicts token frequencies alone.
         skipped_files: documents passed over, being empty or (in the standard library) not UTF-8.
         bytes: bytes of text.
         content_hash: 32 hex digits over the texts and their order.

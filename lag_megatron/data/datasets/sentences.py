@@ -1,4 +1,4 @@
-"""Sentences of a text, by a rule of two lines: good enough to cut samples and pairs at."""
+"""Splitting a text into sentences by a regular expression."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Text to token ids by a Hugging Face ``tokenizer.json``, with what Megatron asks of tokenizers."""
+"""A Hugging Face ``tokenizer.json`` with the attributes that Megatron's datasets read."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,7 +45,7 @@ class Tokenizer:
         padding: id of the token that fills a sample up, or None.
         sentinels: ids of ``<extra_id_0>``, ``<extra_id_1>``, ...: what stands for a span taken out.
         modes: id of each of UL2's mode tokens that the vocabulary has, by name.
-        unique_identifiers: what tells this tokenizer from others.
+        unique_identifiers: what Megatron's caches distinguish tokenizers by.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, eod: int) -> None:
@@ -201,7 +201,7 @@ def add_sentinels(backend: tokenizers.Tokenizer, count: int) -> None:
     """Add UL2's mode tokens and sentinels up to ``count``, where they are not there already.
 
     Raises:
-        DataError: if the vocabulary's numbers leave no room at its end.
+        DataError: if the vocabulary's ids have gaps, so that new ids would collide.
     """
     if not count:
         return

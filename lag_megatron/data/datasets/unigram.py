@@ -1,4 +1,4 @@
-"""How well a model does that knows nothing but how common each token is."""
+"""The loss of a unigram model: token frequencies and nothing else."""
 
 from collections.abc import Sequence
 

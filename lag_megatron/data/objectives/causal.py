@@ -22,7 +22,7 @@ class CausalSamples:
 
     Args:
         documents: one sequence a document, its end included.
-        tokenizer: that made them.
+        tokenizer: the one that made them.
         seq_length: tokens per sample; the last label is the next sample's first token.
         seed: of the order.
         split: whose text it is.

@@ -1,4 +1,4 @@
-"""Which tokens a masked language model predicts, and what stands in their places."""
+"""Choosing the tokens that a masked language model predicts, and their replacements."""
 
 import numpy as np
 

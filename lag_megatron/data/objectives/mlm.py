@@ -1,8 +1,8 @@
 """Masked language modelling: BERT's samples of one segment or two.
 
-Megatron-Core cuts documents into samples (``build_mapping``). What is done to a sample is that of
-its ``BERTMaskedWordPieceDataset``, over arrays: token by token, as there, it takes several
-milliseconds a sample, more than a GPU needs to train on it.
+Megatron-Core cuts documents into samples (``build_mapping``). A sample is made as in
+its ``BERTMaskedWordPieceDataset``, but with array operations: token by token, as there, it takes
+several milliseconds, more than a GPU needs to train on it.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ class MlmSamples:
 
     Args:
         documents: one sequence a sentence.
-        tokenizer: that made them.
+        tokenizer: the one that made them.
         mlm: how tokens are masked and segments paired.
         seq_length: tokens per sample, special ones and padding included.
         seed: of the order, the segments and the masks.
@@ -103,13 +103,15 @@ class MlmSamples:
             return first, second, 0
         if self._mlm.sentence_pairs == "order":
             return second, first, 1
-        return first, self._elsewhere(begin, self._limit - len(first), rng), 1
+        return first, self._from_another_document(begin, self._limit - len(first), rng), 1
 
-    def _elsewhere(self, sentence: int, room: int, rng: np.random.RandomState) -> np.ndarray:
-        """Sentences of another document than ``sentence``'s, from a random one on.
+    def _from_another_document(
+        self, sentence: int, max_tokens: int, rng: np.random.RandomState
+    ) -> np.ndarray:
+        """About ``max_tokens`` of another document than ``sentence``'s, from a random sentence on.
 
-        Devlin et al. then use the sentences that these replaced for the next sample; here they wait
-        for the next pass.
+        Devlin et al. use the sentences that these replace for the next sample; here they are left
+        out of this pass.
         """
         bounds = self._documents.document_indices
         own = np.searchsorted(bounds, sentence, side="right") - 1
@@ -117,7 +119,7 @@ class MlmSamples:
         other = self._filled[drawn + (self._filled[drawn] >= own)]
         start = rng.randint(bounds[other], bounds[other + 1])
         lengths = np.cumsum(self._documents.sequence_lengths[start : bounds[other + 1]])
-        stop = start + min(int(np.searchsorted(lengths, room)) + 1, len(lengths))
+        stop = start + min(int(np.searchsorted(lengths, max_tokens)) + 1, len(lengths))
         return np.concatenate(self._documents[int(start) : int(stop)])
 
     def _join(

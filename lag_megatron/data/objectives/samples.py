@@ -1,4 +1,4 @@
-"""From a prepared text, an objective and a seed to samples, pass after pass."""
+"""Opening the samples of an objective over prepared text, epoch by epoch."""
 
 from typing import Protocol
 
@@ -41,7 +41,7 @@ def open_samples(
     Args:
         data: names the objective and holds its options.
         documents: as the objective needs them (for mlm one sequence a sentence).
-        tokenizer: that made them.
+        tokenizer: the one that made them.
         seq_length: of a sample.
         seed: of the order, and of all that is random in a sample.
         split: whose text it is.
@@ -63,7 +63,7 @@ class Epochs:
     Args:
         data: names the objective.
         prefix: path of the tokens without ``.bin`` or ``.idx``.
-        tokenizer: that made them.
+        tokenizer: the one that made them.
         seq_length: of a sample.
         seed: pass ``e`` is seeded by (seed, e).
 

@@ -40,7 +40,7 @@ class Ul2Samples:
 
     Args:
         windows: of the text.
-        tokenizer: that made it.
+        tokenizer: the one that made it.
         ul2: shares and kinds of denoisers.
         seq_length: tokens per sample.
         seed: of the denoisers.

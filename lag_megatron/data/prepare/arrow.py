@@ -52,7 +52,7 @@ def table_texts(
 
 @contextlib.contextmanager
 def _explained(path: Path, kind: str) -> Iterator[None]:
-    """Turns what pyarrow raises about a file into our error."""
+    """Raise pyarrow's errors about a file as :class:`DataError`."""
     arrow = pyarrow(wanted_for=str(path))
     try:
         yield

@@ -29,7 +29,7 @@ from lag_megatron.errors import DataError
 
 _SAMPLE_BYTES = 1 << 20
 _INDEX_BYTES_PER_DOCUMENT = 24
-_ROOM_MARGIN = 1.1
+_DISK_MARGIN = 1.1
 
 
 def validation_mask(corpus: Corpus, config: DataConfig, *, where: str = "data") -> np.ndarray:
@@ -51,7 +51,7 @@ def validation_mask(corpus: Corpus, config: DataConfig, *, where: str = "data") 
 
 
 def open_complete(folder: Path, *, digest: str) -> PreparedData | None:
-    """What is already prepared there, or None.
+    """The complete dataset in ``folder``, or None.
 
     Raises:
         DataError: if it was made of something else, or is damaged.
@@ -89,10 +89,11 @@ def build_folder(
         validation: of each document whether it is validated on, (documents,) bool.
         sentences: store each sentence as a sequence of its document.
         make_tokenizer: called once, also over several calls.
-        workers: who encodes.
+        workers: processes that encode.
 
     Raises:
-        DataError: if the place is taken, the disk too small or the text was changed meanwhile.
+        DataError: if ``folder`` holds other files, the disk is too small, or the text changes
+            meanwhile.
     """
     work = folder.with_name(f"{folder.name}.part")
     if done := open_complete(folder, digest=digest):
@@ -100,11 +101,11 @@ def build_folder(
         return done
     staging_dir.require_free(folder)
     with staging_dir.exclusive(work, digest=digest):
-        if done := open_complete(folder, digest=digest):  # by the process that we waited for
+        if done := open_complete(folder, digest=digest):  # by the process that held the lock
             staging_dir.remove(work)
             return done
         tokenizer = _tokenizer(work / TOKENIZER, make_tokenizer)
-        _require_room(work, corpus, tokenizer)
+        _require_disk_space(work, corpus, tokenizer)
         encode_corpus(
             corpus,
             validation,
@@ -167,7 +168,7 @@ def _assemble(
     flush_to_disk(whole / META)
 
 
-def _require_room(work: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
+def _require_disk_space(work: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
     """Refuse a disk that cannot hold the tokens twice, once in parts and once joined.
 
     Raises:
@@ -182,7 +183,7 @@ def _require_room(work: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
     texts = list(_sample(corpus))
     tokens = sum(len(ids) for ids in tokenizer.encode_documents(texts))
     per_byte = tokens / sum(len(text.encode()) for text in texts)
-    needed = int((2 * item * per_byte * corpus.bytes + index) * _ROOM_MARGIN)
+    needed = int((2 * item * per_byte * corpus.bytes + index) * _DISK_MARGIN)
     if needed > free:
         raise DataError(
             f"{work}: no room for the prepared data: about {needed / 1e9:.2f} GB are needed for "

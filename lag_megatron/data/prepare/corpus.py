@@ -60,7 +60,9 @@ class Corpus:
         for number, chunk in enumerate(self.chunks):
             part = self.part(mask, number)
             if part.any():
-                texts = read_again(self.source, chunk, count=len(part), digest=self.digests[number])
+                texts = reread_chunk(
+                    self.source, chunk, count=len(part), digest=self.digests[number]
+                )
                 yield from (text for text, take in zip(texts, part, strict=True) if take)
 
 
@@ -74,7 +76,7 @@ def open_corpus(
 
     Args:
         config: names the source.
-        workers: who reads; None is this process.
+        workers: processes that read; None is this one.
         chunk_bytes: of the files, read at a time by a worker.
 
     Raises:
@@ -108,7 +110,7 @@ def open_corpus(
     )
 
 
-def read_again(source: TextSource, chunk: Chunk, *, count: int, digest: str) -> Iterator[str]:
+def reread_chunk(source: TextSource, chunk: Chunk, *, count: int, digest: str) -> Iterator[str]:
     """The documents of a chunk, of which there must be ``count`` with the corpus's ``digest``.
 
     Raises:

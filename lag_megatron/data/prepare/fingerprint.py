@@ -1,4 +1,4 @@
-"""What shapes prepared files beside the text: the tokenizer, and the settings as a digest."""
+"""The fingerprint of prepared data, and the tokenizer that goes into it."""
 
 import dataclasses
 import json
@@ -24,11 +24,11 @@ _TRAINING_BYTES_PER_TOKEN = 2048
 
 
 def data_fingerprint(config: DataConfig, *, content: Any, tokenizer: Tokenizer | None) -> str:
-    """32 hex digits over everything that shapes the files.
+    """32 hex digits over everything that the prepared files depend on.
 
     Args:
         config: the settings.
-        content: what tells the texts, as JSON.
+        content: hashes of the texts, as JSON.
         tokenizer: None is one that is trained on them.
     """
     settings = dataclasses.asdict(config.tokenizer)
@@ -70,11 +70,11 @@ def train_on(
         validation: documents of each that are left out, (documents,) bool.
         weights: of the corpora.
     """
-    room = config.tokenizer.vocab_size * _TRAINING_BYTES_PER_TOKEN
+    total_bytes = config.tokenizer.vocab_size * _TRAINING_BYTES_PER_TOKEN
 
     def sample() -> Iterator[str]:
         for corpus, held_out, share in zip(corpora, validation, Blend(weights).shares, strict=True):
-            yield from _some(corpus, ~held_out, limit=int(room * share), seed=config.seed)
+            yield from _some(corpus, ~held_out, limit=int(total_bytes * share), seed=config.seed)
 
     return train_tokenizer(config.tokenizer, sample())
 

@@ -1,4 +1,4 @@
-"""From sources of text to prepared folders, made once and kept."""
+"""Preparing the data of a configuration: tokenize once, reuse the result afterwards."""
 
 import errno
 from collections.abc import Mapping, Sequence
@@ -49,8 +49,8 @@ def prepare_data(
     """Tokenize the sources into ``cache_dir/<digest>``, or open what is already there.
 
     One process calls this; the others open the folder with :func:`open_prepared`.  The digest
-    covers the texts and what shapes the files.  A folder appears there only when it is complete;
-    interrupted work is kept beside it, and the next call goes on with it.
+    covers the texts and all settings that the files depend on.  A folder appears there only when it
+    is complete; interrupted work is kept beside it, and the next call resumes it.
 
     A mixture has a folder for each source and one that names them and holds their tokenizer, which
     is trained on all by weight, unless a source is ``prepared``: then its tokenizer serves all.
@@ -127,7 +127,9 @@ def _prepare_mixture(job: _Job) -> PreparedMixture:
     if _is_complete(folder, digest, places):
         return PreparedMixture.open(folder)
     with staging_dir.exclusive(folder, digest=digest, complete=folder / MIXTURE):
-        if (folder / MIXTURE).is_file():  # by the process that we waited for, or of moved sources
+        if (
+            folder / MIXTURE
+        ).is_file():  # by the process that held the lock, or with other source paths
             if not _is_complete(folder, digest, places):
                 write_places(folder, places)
             return PreparedMixture.open(folder)
@@ -184,7 +186,7 @@ def _build_sources(
 
 
 def _is_complete(folder: Path, digest: str, places: Mapping[str, Path]) -> bool:
-    """Whether the mixture is there and knows where the sources are that were prepared before.
+    """Whether the mixture is complete and names the current folders of its prepared sources.
 
     Raises:
         DataError: if it is another mixture.

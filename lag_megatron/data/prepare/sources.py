@@ -1,4 +1,4 @@
-"""Where text lies: the files of a source, cut into chunks that one worker reads at a time."""
+"""The files of a text source, in chunks that one worker reads at a time."""
 
 import glob
 import json
@@ -45,7 +45,7 @@ Chunk = tuple[FileSlice, ...]
 
 @dataclass(frozen=True, slots=True)
 class TextSource:
-    """A kind of source and where it is; what a worker needs beside a chunk to read it.
+    """A kind of source and its paths: what a worker needs besides a chunk to read it.
 
     Attributes:
         kind: ``stdlib``, ``text``, ``jsonl``, ``parquet`` or ``datasets``.
@@ -138,7 +138,7 @@ class TextSource:
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
-    """The message for a file that the system does not give."""
+    """The error for a file that cannot be read."""
     return DataError(
         f"{path}: cannot read the file: {error.strerror or error}. Check that it is there, and "
         "that this user may read it."

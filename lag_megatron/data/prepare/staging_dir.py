@@ -1,4 +1,4 @@
-"""Folders that are being made: one process at a time, and only what it began itself."""
+"""Staging folders: one process writes, a killed one is resumed, a complete one is renamed."""
 
 import contextlib
 import errno
@@ -21,18 +21,18 @@ _UNMARKED = "draft.part"
 
 @contextlib.contextmanager
 def exclusive(folder: Path, *, digest: str, complete: Path | None = None) -> Iterator[Path]:
-    """A folder to make something in, alone, that outlives a kill; the next call goes on with it.
+    """Lock a folder for writing; an interrupted one is resumed by the next call with its digest.
 
     Args:
         folder: made if it is not there.
-        digest: of what is made; a folder that was begun for something else is refused.
-        complete: the file that is in the folder once it is complete, perhaps by the process that
-            we waited for: then the caller looks itself at what is there, alone as well.
+        digest: of the result; a folder that was started for another one is an error.
+        complete: a file that exists once the folder is complete; another process may have written
+            it before this one got the lock, so the caller checks it again.
 
     Raises:
-        DataError: if the folder holds what this program did not begin with this digest.
+        DataError: if the folder holds other files, or was started with another digest.
     """
-    _require_own(folder, complete)  # a folder that is refused is left without our lock
+    _require_own(folder, complete)  # before the lock file is created in it
     with _locked(folder):
         if complete is not None and complete.is_file():
             try:
@@ -46,7 +46,7 @@ def exclusive(folder: Path, *, digest: str, complete: Path | None = None) -> Ite
 
 
 def finish(folder: Path) -> None:
-    """The folder is complete as it is: remove what marks it as begun."""
+    """Remove the marker and the lock of a folder that is complete."""
     for name in (_MARKER, _LOCK):
         (folder / name).unlink(missing_ok=True)
     flush_to_disk(folder)
@@ -89,14 +89,14 @@ def foreign(target: Path) -> DataError:
 def remove(folder: Path) -> None:
     """Remove a staging folder, whose content has been published.
 
-    Its marker and lock go last: nobody ever sees there files of unknown origin.
+    Its marker and lock are removed last, so that its files are always marked as its own.
     """
     last = (_MARKER, _LOCK)
     for path in (folder / name for name in (*(_names(folder) - set(last)), *last)):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            # What cannot be removed only takes room; another process may be removing it, too.
+            # Another process may be removing the same file.
             with contextlib.suppress(OSError):
                 path.unlink()
     with contextlib.suppress(OSError):
@@ -105,8 +105,8 @@ def remove(folder: Path) -> None:
 
 def _require_own(folder: Path, complete: Path | None) -> None:
     names = _names(folder)
-    # Another process may be at work: what is asked is one look at the names, for it removes the
-    # marker after the rest; and only then the file, for it is there before the marker goes.
+    # Another process may be writing.  It removes the marker after all other files, so the names are
+    # listed once; it writes ``complete`` before it removes the marker, so that is checked second.
     if _MARKER in names or (complete is not None and complete.is_file()):
         return
     if others := sorted(names - {_LOCK, _UNMARKED}):
@@ -121,9 +121,9 @@ def _begin(folder: Path, digest: str) -> None:
     if not marker.is_file():
         part.write_text(json.dumps({"digest": digest}), encoding="utf-8")
         part.rename(marker)
-    elif (begun := _digest_of(marker)) != digest:
+    elif (found := _digest_of(marker)) != digest:
         raise DataError(
-            f"{folder}: half-written, from other text or settings ({begun} then, {digest} now). "
+            f"{folder}: half-written, from other text or settings ({found} then, {digest} now). "
             "Start what was begun there again, or delete the folder."
         )
 
@@ -144,16 +144,16 @@ def _digest_of(marker: Path) -> str:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Wait for the process that is at work there, if any."""
+    """Wait for the process that has the lock, if any."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             opened = (folder / _LOCK).open("a")
-        except FileNotFoundError:  # whoever was at work there has removed the folder just now
+        except FileNotFoundError:  # the other process has just removed the folder
             continue
         with opened as lock:
             _wait_for(lock, folder)
-            # Whoever was waited for may have removed the folder, and the lock with it.
+            # The process that had the lock may have removed the folder, and the lock file with it.
             if _is_at(lock, folder / _LOCK):
                 yield
                 return

@@ -11,7 +11,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from lag_megatron.data.datasets.prepared_dataset import checksum
 from lag_megatron.data.datasets.tokenizer import Tokenizer, load_tokenizer
-from lag_megatron.data.prepare.corpus import Corpus, read_again
+from lag_megatron.data.prepare.corpus import Corpus, reread_chunk
 from lag_megatron.data.prepare.sources import Chunk, TextSource
 from lag_megatron.data.prepare.worker_pool import WorkerPool
 
@@ -44,7 +44,7 @@ class _EncodeTask:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """What was written.
+    """Counts over the tokens that were written.
 
     Attributes:
         documents: of each split.
@@ -72,7 +72,7 @@ def encode_corpus(
         tokenizer: path of the tokenizer.json.
         parts: folder, of this corpus, split and tokenizer alone.
         sentences: store each sentence as a sequence of its document.
-        workers: who encodes.
+        workers: processes that encode.
 
     Raises:
         DataError: if a file was changed since the corpus was opened.
@@ -122,13 +122,13 @@ def join_parts(parts: Sequence[Path], folder: Path, tokenizer: Tokenizer) -> Enc
 
 def _is_complete(task: _EncodeTask) -> bool:
     """Whether an earlier call committed this part."""
-    seal = _record_path(task)
-    return seal.is_file() and seal.read_text(encoding="utf-8") == _record(task)
+    path = _record_path(task)
+    return path.is_file() and path.read_text(encoding="utf-8") == _record(task)
 
 
 def _encode(task: _EncodeTask) -> None:
     tokenizer = _tokenizer(task.tokenizer)
-    texts = read_again(task.source, task.chunk, count=len(task.validation), digest=task.digest)
+    texts = reread_chunk(task.source, task.chunk, count=len(task.validation), digest=task.digest)
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     builders = [
         IndexedDatasetBuilder(f"{task.prefix}.{split}.bin", dtype=dtype) for split in SPLITS
@@ -170,10 +170,10 @@ def _record_path(task: _EncodeTask) -> Path:
 
 
 def _record(task: _EncodeTask) -> str:
-    """What the last file of a part says.
+    """The content of a part's record, which is written after its other files.
 
-    The checksums tell a whole part from a torn one after a power cut too, without waiting for the
-    disk at each of many small files.
+    Its checksums show whether a part is complete, after a power failure too, without an fsync for
+    each of many small files.
     """
     files = {path.name: checksum(path) for path in _files_of(task) if path.is_file()}
     return json.dumps({"digest": task.digest, "files": files})

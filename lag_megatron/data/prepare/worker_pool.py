@@ -1,4 +1,4 @@
-"""Work on chunks by several processes, with results in the order of the chunks."""
+"""A pool of processes that yields results in the order of the tasks."""
 
 import contextlib
 import multiprocessing
@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 
 class WorkerPool:
-    """Processes that end with this one; a single worker is this process itself.
+    """Worker processes that end with this one; with a count of 1 this process does the work.
 
     Args:
         count: of the processes.
@@ -79,7 +79,7 @@ class WorkerPool:
 def _start_quietly() -> None:
     """Start the server without what Megatron and torch say at import of optional packages.
 
-    The server's interpreter knows this one's filters only from the environment.
+    Warning filters reach the server's interpreter only through the environment.
     """
     before = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = "ignore"
@@ -93,7 +93,7 @@ def _start_quietly() -> None:
 
 
 def _begin_worker() -> None:
-    """One thread a worker, and no worker without its parent, which alone answers to Ctrl-C."""
+    """Ignore Ctrl-C, use one thread, and exit when the parent process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()

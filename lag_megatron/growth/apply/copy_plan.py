@@ -26,7 +26,7 @@ from lag_megatron.checkpoint.state.box import (
 )
 from lag_megatron.checkpoint.state.layout import Container, Layout, Segment, State, Topology
 from lag_megatron.checkpoint.state.optimizer_states import role_of
-from lag_megatron.checkpoint.state.tensor_parallel import Piece, cut_dim, pieces
+from lag_megatron.checkpoint.state.tensor_parallel import ShardBox, cut_dim, shard_boxes
 from lag_megatron.growth.growth_map import Copy, GrowthMap
 from lag_megatron.growth.weight_init import WeightInit
 
@@ -63,7 +63,7 @@ class Draw:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class ShardedModel:
     """The source or the target of a growth.
 
     Attributes:
@@ -78,18 +78,18 @@ class Side:
     shapes: Mapping[str, Shape]
     gated: bool
 
-    def pieces(self, name: str, tensor_rank: int) -> Iterator[Piece]:
+    def shard_boxes(self, name: str, tensor_rank: int) -> Iterator[ShardBox]:
         """The boxes of an unsharded parameter that one tensor-parallel rank holds."""
         size = self.topology.tensor_size
-        yield from pieces(
+        yield from shard_boxes(
             name, self.shapes[name], tensor_rank=tensor_rank, tensor_size=size, gated=self.gated
         )
 
 
 def plan_rank(
     growth_map: GrowthMap,
-    source: Side,
-    target: Side,
+    source: ShardedModel,
+    target: ShardedModel,
     state: State,
     *,
     segments: Sequence[tuple[str, Segment]],
@@ -118,13 +118,13 @@ def plan_rank(
             continue
         local = target.layout.shapes[name]
         for part in interval_boxes(local, segment.start, segment.length):
-            for piece in target.pieces(name, tensor_rank):
-                held = part.meet(Box(piece.local, piece.box.shape))
+            for piece in target.shard_boxes(name, tensor_rank):
+                held = part.intersect(Box(piece.local, piece.box.shape))
                 if held is None:
                     continue
                 seen = held.move(piece.local, piece.box.low)
                 for block in growth_map.blocks[name]:
-                    box = seen.meet(block.box)
+                    box = seen.intersect(block.box)
                     if box is None:
                         continue
                     inside = box.move(piece.box.low, piece.local)
@@ -139,7 +139,7 @@ def plan_rank(
 
 
 def _unchanged_source(
-    growth_map: GrowthMap, source: Side, target: Side, name: str, state: State
+    growth_map: GrowthMap, source: ShardedModel, target: ShardedModel, name: str, state: State
 ) -> Copy | None:
     """The old parameter that a grown one copies as a whole, if both are sharded alike over ranks.
 
@@ -155,7 +155,9 @@ def _unchanged_source(
     return origin if same_cut or cut_dim(name) is None else None
 
 
-def _flat_moves(source: Side, origin: Copy, segment: Segment, tensor_rank: int) -> Iterator[Move]:
+def _flat_moves(
+    source: ShardedModel, origin: Copy, segment: Segment, tensor_rank: int
+) -> Iterator[Move]:
     """Contiguous copies of a segment from the same elements of an old parameter."""
     end = segment.start + segment.length
     holder = tensor_rank % source.topology.tensor_size
@@ -177,21 +179,21 @@ def _target_slice(segment: Segment, local: Shape, box: Box) -> StridedSlice:
 
 
 def _moves(
-    source: Side, origin: Copy, wanted: Box, target: StridedSlice, tensor_rank: int
+    source: ShardedModel, origin: Copy, wanted: Box, target: StridedSlice, tensor_rank: int
 ) -> Iterator[Move]:
     """Copies of the box ``wanted`` of an old parameter to the slice ``target``."""
     name = origin.parameter
     local = source.layout.shapes[name]
     steps = strides_of(local)
     for rank in _holders(name, source.topology, tensor_rank):
-        for piece in source.pieces(name, rank):
-            box = wanted.meet(piece.box)
+        for piece in source.shard_boxes(name, rank):
+            box = wanted.intersect(piece.box)
             if box is None:
                 continue
             held = box.move(piece.box.low, piece.local)
             for segment in source.layout.overlapping(name, *held.span_in(local)):
                 for part in interval_boxes(local, segment.start, segment.length):
-                    overlap = part.meet(held)
+                    overlap = part.intersect(held)
                     if overlap is None:
                         continue
                     lead = overlap.move(piece.local, piece.box.low).move(

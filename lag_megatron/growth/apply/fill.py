@@ -14,12 +14,12 @@ from lag_megatron.checkpoint.state.layout import Container, Layout, State, Topol
 from lag_megatron.checkpoint.state.optimizer_states import state_shape
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.checkpoint.state.source import CheckpointSource, Elements
-from lag_megatron.growth.apply.copy_plan import Draw, Move, Side, StridedSlice, plan_rank
+from lag_megatron.growth.apply.copy_plan import Draw, Move, ShardedModel, StridedSlice, plan_rank
 from lag_megatron.growth.growth_map import GrowthMap
 from lag_megatron.growth.weight_init import fill
 
 
-class Filler:
+class GrowthFiller:
     """Fills regions of one target tensor-parallel rank from a source, by a growth map.
 
     Args:
@@ -50,8 +50,8 @@ class Filler:
         old = (source.layout, source.frozen)
         self._sides = {
             (trained, state): (
-                Side(theirs, source.topology, _of_state(shapes, state), gated),
-                Side(here.states[state], topology, _of_state(grown, state), gated),
+                ShardedModel(theirs, source.topology, _of_state(shapes, state), gated),
+                ShardedModel(here.states[state], topology, _of_state(grown, state), gated),
             )
             for trained, there, here in zip((True, False), old, layouts, strict=True)
             for state, theirs in there.states.items()
@@ -60,7 +60,7 @@ class Filler:
         self._planned = threading.local()
         self._buffers: dict[tuple[bool, int, Container, State], Elements] = {}
 
-    def sides(self, *, trained: bool, state: State = "fp32") -> tuple[Side, Side]:
+    def sides(self, *, trained: bool, state: State = "fp32") -> tuple[ShardedModel, ShardedModel]:
         """Source and target of a state, of trained or of frozen parameters."""
         return self._sides[trained, state]
 

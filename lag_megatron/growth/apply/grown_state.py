@@ -30,7 +30,7 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer.context import DEFAULT_CONTEXT, WriteContext
 from lag_megatron.checkpoint.zero.writer import bytes_of, write_rank
 from lag_megatron.errors import PlanError
-from lag_megatron.growth.apply.fill import Filler
+from lag_megatron.growth.apply.fill import GrowthFiller
 from lag_megatron.growth.growth_map import Copy, GrowthMap, grown_names, growth_map_of
 from lag_megatron.growth.plan import GrowthPlan
 
@@ -86,9 +86,9 @@ class GrownState:
         """Bytes of the grown state's tensors, all ranks together."""
         return bytes_of(self.topology, self.layout, self.frozen)
 
-    def filler(self, *, tensor_rank: int) -> Filler:
+    def filler(self, *, tensor_rank: int) -> GrowthFiller:
         """The filler of one target tensor-parallel rank."""
-        return Filler(
+        return GrowthFiller(
             self.growth_map,
             self.source,
             self.topology,

@@ -74,7 +74,7 @@ def halved(target: ModelShape, growth: GrowthKind) -> ModelShape:
 
 
 def compare_published(law: ScalingLaw, *, log_base: float = 10.0) -> Iterator[PublishedFigure]:
-    """Every published figure that the law speaks about."""
+    """Every published figure that the law can be compared with."""
     yield from _thresholds(law)
     yield from _ratios(law)
     for size, step in _GRID_STEPS.items():

@@ -1,4 +1,4 @@
-"""The look of the page, for light and dark screens and for paper."""
+"""The CSS of the page, for light and dark screens and for paper."""
 
 STYLE = """
 :root {

@@ -33,7 +33,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A vertical line; ``label`` stands above it, if there is room."""
+    """A vertical line; ``label`` is drawn above it if it fits."""
 
     value: float
     label: str
@@ -124,8 +124,8 @@ def segment(x1: float, y1: float, x2: float, y2: float, *, style: str) -> str:
 def _span(low: float, high: float, *, margin: float) -> tuple[float, float]:
     if low == high:
         low, high = low - 0.5, high + 0.5
-    room = (high - low) * margin
-    return low - room, high + room
+    padding = (high - low) * margin
+    return low - padding, high + padding
 
 
 def _frame(axes: _Axes, *, x_label: str, y_label: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What early losses told about final ones at a growth event, and what the rule did at its rungs."""
+"""Sections on one growth event: early losses against final ones, and the rule's rungs."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a report says about one growth event, in which order."""
+"""The section of one growth event."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -10,7 +10,7 @@ BOX, GAP, TOP, COLUMN = 26, 18, 26, 150
 
 
 def lineage_blocks(models: Sequence[Json]) -> Iterator[Block]:
-    """The history as a drawing and in words; nothing for a run that has not grown."""
+    """A drawing and a table of every model's layers; nothing for a run that has not grown."""
     if len(models) < 2:
         return
     yield Heading(2, "Where the layers came from")

@@ -98,8 +98,8 @@ def _curves(figure: Canvas, growth: Json) -> None:
         axes.axhline(growth["base_val_loss"], color=SOFT, ls="-.", lw=1, label=label)
         later.append(growth["base_val_loss"])
     if len(set(later)) > 1:
-        room = (max(later) - min(later)) * 0.05
-        axes.set_ylim(min(later) - room, max(later) + room)
+        padding = (max(later) - min(later)) * 0.05
+        axes.set_ylim(min(later) - padding, max(later) + padding)
     _step_axis(axes, sorted({step for c in alive for step, _ in c["curve"]}), growth)
     axes.set(ylabel="validation loss (nats a token)", title="Candidates (dotted: random layers)")
     axes.legend(loc="best")

@@ -1,4 +1,4 @@
-"""What a report says, in which order."""
+"""The whole report of a run, as blocks in order."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,9 +15,11 @@ MAX_ROWS = 40
 
 
 def blocks(data: Json, pictures: Mapping[int, Mapping[str, Path]] | None) -> Iterator[Block]:
-    """The report of :func:`run_report_data`'s numbers, with each growth event's PNG files by name.
+    """The blocks of a report.
 
-    ``pictures`` is None where matplotlib is missing, which the report says.
+    Args:
+        data: what :func:`~lag_megatron.report.stats.run.run_report_data` returns.
+        pictures: PNG files by growth event and name; None where matplotlib is not installed.
     """
     yield Heading(1, data["name"])
     yield Text(_status(data))

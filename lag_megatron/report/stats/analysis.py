@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from lag_megatron.report.stats.run_files import Json
-from lag_megatron.selection.analysis import analyse
+from lag_megatron.selection.analysis import analyse_curves
 from lag_megatron.selection.ranking import Curve
 
 
@@ -16,7 +16,9 @@ def growth_analysis(
     chosen: str | None,
     scores: Mapping[str, Json],
 ) -> Json:
-    """:func:`~lag_megatron.selection.analysis.analyse`, with downstream scores where there are any.
+    """The analysis of one growth event's curves, with downstream scores where there are any.
+
+    See :func:`~lag_megatron.selection.analysis.analyse_curves` for its keys.
 
     Args:
         pool: the candidates as in ``pool.json``.
@@ -26,7 +28,7 @@ def growth_analysis(
         chosen: the rule's choice.
         scores: per candidate, task to value.
     """
-    analysis = analyse(
+    analysis = analyse_curves(
         curves,
         lag=lag,
         base_val_loss=base_val_loss,

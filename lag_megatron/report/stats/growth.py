@@ -105,7 +105,7 @@ def _event(files: RunFiles | SearchFiles, growth: GrowthFiles, event: str, **mat
 
 
 def _record(files: RunFiles | SearchFiles, growth: GrowthFiles, id_: str) -> Json:
-    """The decision's word on a candidate; before there is one, the journal's and its curve's."""
+    """A candidate's record from the decision; before that, from the journal and its curve."""
     for candidate in (growth.decision or {}).get("candidates", []):
         if candidate["id"] == id_:
             seconds = _event(files, growth, "probe_finished", id=id_).get("seconds")

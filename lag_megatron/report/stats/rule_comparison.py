@@ -1,4 +1,4 @@
-"""Rules replayed on a recorded search: what each would have chosen, at what cost."""
+"""Rules replayed on a recorded search: the choice and the cost of each."""
 
 import sys
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from lag_megatron.report.stats.analysis import growth_analysis
 from lag_megatron.report.stats.recorded_search import RecordedSearch
 from lag_megatron.report.stats.run_files import Json, finite
 from lag_megatron.selection import Evaluation, Replay, replay
-from lag_megatron.selection.analysis import ended_curves
+from lag_megatron.selection.analysis import finished_curves
 from lag_megatron.selection.ranking import Curve
 
 RULES = ("lag", "halving")
@@ -39,7 +39,7 @@ def compare_rules(
 
     Raises:
         ConfigError: if a setting does not hold.
-        RunError: if a rule needs an evaluation that was not recorded, or nobody would be left.
+        RunError: if a rule needs an evaluation that was not recorded, or no candidate is left.
     """
     names = rules or [str(search.config.get("rule", GrowthConfig().rule))]
     return {
@@ -148,7 +148,7 @@ def _outcome(search: RecordedSearch, settings: GrowthConfig) -> Json:
 def _price(search: RecordedSearch, done: Replay) -> Json:
     """Final loss of the choice, and how far above the lowest, over those trained to the end."""
     curves = loss_curves(search)
-    ended = ended_curves({id_: c for id_, c in curves.items() if done.status[id_] != "failed"})
+    ended = finished_curves({id_: c for id_, c in curves.items() if done.status[id_] != "failed"})
     step = max((max(curve) for curve in ended.values()), default=None)
     final = {id_: curve[step] for id_, curve in ended.items() if step is not None}
     price: Json = dict.fromkeys(("final_loss", "regret", "relative_regret"))

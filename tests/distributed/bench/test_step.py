@@ -55,7 +55,7 @@ def test_trainers_start_from_the_same_weights(family, dtype, tmp_path):
     assert all((w == 1).all() for n, w in weights.items() if n.endswith("norm.weight"))
 
 
-def test_a_trainer_that_fails_is_told(capsys):
+def test_a_trainer_that_fails_is_reported(capsys):
     from tools.bench.training.step import _first_losses
 
     ours, theirs = multiprocessing.Pipe()

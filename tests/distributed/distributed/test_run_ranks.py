@@ -34,12 +34,12 @@ def test_results_by_rank(size):
 
 def one_fails():
     if os.environ["RANK"] == "1":
-        raise RunError("no room")
+        raise RunError("disk full")
     time.sleep(60)
 
 
 def test_an_error_comes_with_its_rank_and_traceback():
-    with pytest.raises(RunError, match="no room") as caught:
+    with pytest.raises(RunError, match="disk full") as caught:
         run_ranks(one_fails, 2)
     assert "on rank 1 of 2" in caught.value.__notes__[0]
     assert "in one_fails" in caught.value.__notes__[0]

@@ -128,7 +128,7 @@ def targets_of(growth):
 
     targets = []
     for state, layout in growth.layout.states.items():
-        for container, held in layout.held(0).items():
+        for container, held in layout.buffers_of_rank(0).items():
             length = layout.lengths[container]
             region = Region(state, held, length)
             weights = torch.full((length,), 3.0, dtype=torch.bfloat16) if state == "fp32" else None
@@ -151,7 +151,7 @@ def test_every_region_is_what_shards_give(name, stage, tensor, base):
     from lag_megatron.checkpoint.state.layout import Topology
     from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
     from lag_megatron.growth.apply.grown_state import GrownState
-    from lag_megatron.kernels.grow import by_torch
+    from lag_megatron.kernels.grow import write_runs_by_torch
 
     topology = Topology(zero_stage=stage, data_size=2, tensor_size=tensor, precision="bf16")
     cache = small_cache()
@@ -160,7 +160,7 @@ def test_every_region_is_what_shards_give(name, stage, tensor, base):
         fill = growth.filler(tensor_rank=rank)
         cache.runs(growth, fill, targets_of(growth))
         targets = targets_of(growth)
-        by_torch(cache.runs(growth, fill, targets))
+        write_runs_by_torch(cache.runs(growth, fill, targets))
         for target in targets:
             expected = torch.full_like(target.values, 6.0)
             fill(target.region, expected)

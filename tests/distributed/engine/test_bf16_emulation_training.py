@@ -26,7 +26,7 @@ def wide_products_answer(wide):
     from lag_megatron import model
 
     for module in (model, model.linear_cross_entropy, bf16_emulation):
-        module.emulates_products = lambda dtype, device: wide and dtype is torch.bfloat16
+        module.needs_bf16_emulation = lambda dtype, device: wide and dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize(

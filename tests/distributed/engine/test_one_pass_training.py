@@ -9,15 +9,16 @@ def curve(config, one_pass):
     """Losses and gradient norms of 4 steps, and how often each kernel ran."""
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine.engine import Engine
-    from lag_megatron.kernels import activation, attention_cpu, softmax, softmax_cpu
+    from lag_megatron.kernels import softmax
+    from lag_megatron.kernels.cpu import activation_cpu, attention_cpu, softmax_cpu
     from lag_megatron.model import attention
 
-    attention.products_win = lambda query: True
+    attention.prefers_matmul_attention = lambda query: True
     calls = {}
-    for module in (activation, attention_cpu, softmax_cpu):
+    for module in (activation_cpu, attention_cpu, softmax_cpu):
         module.library = counted(module.library, calls)
     if not one_pass:
-        for module in (activation, attention_cpu, softmax):
+        for module in (activation_cpu, attention_cpu, softmax):
             module.builds_for_cpu = lambda: False
     world = start_world(tensor=config.parallel.tensor)
     engine = Engine(config, world, num_layers=config.model.num_layers, vocab_size=PICO_VOCABULARY)

@@ -62,7 +62,7 @@ def reference(config):
     """The same on one rank, without DeepSpeed; also the state, by kind and name."""
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import labels_of, loss_sums, mean_loss
-    from lag_megatron.model.parameter_groups import decay_split
+    from lag_megatron.model.parameter_groups import split_by_decay
 
     world = start_world(tensor=1)
     whole = engine_of(config, world).module
@@ -70,7 +70,7 @@ def reference(config):
         [
             {"params": group, "weight_decay": decay}
             for group, decay in zip(
-                decay_split(whole), (config.optimizer.weight_decay, 0.0), strict=True
+                split_by_decay(whole), (config.optimizer.weight_decay, 0.0), strict=True
             )
         ],
         lr=LR,

@@ -52,12 +52,12 @@ def trained(config, base, graphed):
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine.engine import Engine
     from lag_megatron.growth.apply.grown_state import GrownState
-    from lag_megatron.model.cuda_graphs import graph_layers
+    from lag_megatron.model.cuda_graphs import capture_layers
 
     world = start_world(tensor=1)
     engine = Engine(config, world, num_layers=4, vocab_size=PICO_VOCABULARY)
     if graphed and not config.parallel.cuda_graphs:
-        graph_layers(engine.module, Rerun)
+        capture_layers(engine.module, Rerun)
     found = [losses_of(engine, config, world, 0)]
     for name in ("duplicate", "random"):
         growth = GrownState(ZeroCheckpoint.open(base), PLANS[name], engine.topology)
@@ -106,14 +106,14 @@ def test_replayed_layers_train_the_same(stage, precision, llama, bases):
 def one_more_forward():
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model
-    from lag_megatron.model.cuda_graphs import graph_layers
+    from lag_megatron.model.cuda_graphs import capture_layers
 
     config = pico_config()
     start_world(tensor=1)
     model = build_model(config.model, config.parallel, num_layers=2, vocab_size=PICO_VOCABULARY)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    graph_layers(model, Rerun)
+    capture_layers(model, Rerun)
     tokens = torch.arange(8)[None]
     seen = []
     for rows in (1, 2, 3, 1):

@@ -53,9 +53,9 @@ def without_values(monkeypatch):
     def to_gradient(*tensors):
         assert {t.device.type for t in tensors} == {"meta"}
 
-    monkeypatch.setattr(loss, "reads", lambda *given: True)
-    monkeypatch.setattr(loss, "statistics", statistics)
-    monkeypatch.setattr(loss, "to_gradient", to_gradient)
+    monkeypatch.setattr(loss, "has_kernel", lambda *given: True)
+    monkeypatch.setattr(loss, "row_statistics", statistics)
+    monkeypatch.setattr(loss, "logits_to_gradient", to_gradient)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
 
 

@@ -215,7 +215,7 @@ def test_a_group_that_dies_stops_the_others_and_the_run_goes_on(dead, tiny, tmp_
         if os.environ["RANK"] == dead:
             os._exit(9)
 
-    # Of the two ranks, the error is either that one has died or that the other missed it.
+    # Of the two ranks, either the one that died is reported first or the one that missed it.
     with pytest.raises((ChildProcessError, RunError), match=f"(rank|group) {dead} "):
         run_ranks(train, 2, tiny, run_dir, split, "auto", at_step(11, 1, die))
     run_ranks(train, 2, tiny, run_dir, split)
@@ -259,8 +259,8 @@ def test_groups_meet_even_when_there_is_nothing_left_to_do(tiny, tmp_path):
     assert events_of(run_dir, "run_finished")
 
 
-def reports_on_all_ranks(count):
-    """On each rank: whether an error in its group is known to all ranks that have to report it."""
+def raised_elsewhere(count):
+    """On each rank: whether another rank reports an error in its group."""
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.search.partition import split_world
 
@@ -272,14 +272,14 @@ def reports_on_all_ranks(count):
     try:
         part.run_on_rank0(fail)
     except LagError as error:
-        on_all = error.on_all_ranks
+        elsewhere = error.on_all_ranks
     stop_world()
-    return on_all
+    return elsewhere
 
 
 def test_an_error_in_a_group_is_reported_once_by_its_leader():
-    assert run_ranks(reports_on_all_ranks, 4, 2) == [False, True, False, True]
-    assert run_ranks(reports_on_all_ranks, 2, 1) == [True, True]
+    assert run_ranks(raised_elsewhere, 4, 2) == [False, True, False, True]
+    assert run_ranks(raised_elsewhere, 2, 1) == [True, True]
 
 
 @pytest.mark.slow

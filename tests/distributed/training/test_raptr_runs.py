@@ -141,7 +141,7 @@ def saved_bytes(layers, path):
     """Bytes that autograd keeps of the layers in one forward pass, and how often each part ran."""
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.model import build_model, loss_sums
-    from lag_megatron.model.layer_dropping import layers_on
+    from lag_megatron.model.layer_dropping import only_layers
 
     config = pico_config(num_layers=layers)
     world = start_world(tensor=1)
@@ -164,7 +164,7 @@ def saved_bytes(layers, path):
         return tensor
 
     batch = random_batches(config, world, 0)[0]
-    held = layers_on(model, path) if path else torch.enable_grad()
+    held = only_layers(model, path) if path else torch.enable_grad()
     with held, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = loss_sums(model, batch)
     loss.sum().backward()

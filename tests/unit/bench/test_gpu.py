@@ -244,14 +244,14 @@ def test_a_grown_state_is_the_one_its_bench_names():
 
 
 def test_layers_of_the_grow_bench_are_aligned_as_a_models_are(monkeypatch):
-    from lag_megatron.kernels.runs import table_of
+    from lag_megatron.kernels.common.runs import run_table
     from tools.bench.gpu import grow_kernel
 
     seen = []
     monkeypatch.setattr(grow_kernel, "write_runs", seen.append)
     grow_kernel.shares(torch.device("cpu"), 12 * 1001, rounds=1)
     for runs in seen:
-        rows, _ = table_of(runs)
+        rows, _ = run_table(runs)
         assert (rows[:, 4] % 2 == 1).all()
 
 

@@ -16,7 +16,12 @@ from lag_megatron.checkpoint.state.box import (
     strides_of,
 )
 from lag_megatron.checkpoint.state.layout import Container, Topology, make_layout, unsharded_layout
-from lag_megatron.checkpoint.state.tensor_parallel import CUTS, local_shape, pieces, unsharded_shape
+from lag_megatron.checkpoint.state.tensor_parallel import (
+    CUTS,
+    local_shape,
+    shard_boxes,
+    unsharded_shape,
+)
 
 SHAPES = st.lists(st.integers(1, 6), max_size=4).map(tuple)
 GROUPS = st.lists(st.lists(SHAPES, min_size=1, max_size=6), min_size=1, max_size=3).map(
@@ -54,11 +59,11 @@ def test_boxes_meet_where_both_are(shape, data):
     one, other = some_box(), some_box()
     array = numbered(shape)
     common = set(inside(array, one).flat) & set(inside(array, other).flat)
-    met = one.meet(other)
+    met = one.intersect(other)
     assert (set(inside(array, met).flat) if met else set()) == common
-    assert met == other.meet(one)
+    assert met == other.intersect(one)
     assert array.flat[one.offset_in(shape)] == inside(array, one).flat[0]
-    assert one.meet(full_box(shape)) == one
+    assert one.intersect(full_box(shape)) == one
     assert one.move(one.low, other.low).low == other.low
 
 
@@ -116,7 +121,7 @@ def test_layouts_hold_every_element_once_and_fit(groups, topology):
         assert filled <= layout.lengths[container]
         if topology.zero_stage != 3:
             assert count.tolist() == [1] * filled + [0] * (len(count) - filled)
-    seen = [(n, s) for rank in range(topology.data_size) for n, s in layout.of_rank(rank)]
+    seen = [(n, s) for rank in range(topology.data_size) for n, s in layout.segments_of_rank(rank)]
     assert sorted(seen, key=str) == sorted(
         ((n, s) for n, segments in layout.segments.items() for s in segments), key=str
     )
@@ -190,7 +195,7 @@ def test_tensor_parallel_pieces_are_the_whole(name, shape, size, gated):
     seen = np.zeros(shape, int)
     for rank in range(size):
         held = np.zeros(local, int)
-        for piece in pieces(name, shape, tensor_rank=rank, tensor_size=size, gated=gated):
+        for piece in shard_boxes(name, shape, tensor_rank=rank, tensor_size=size, gated=gated):
             inside(seen, piece.box)[...] += 1
             inside(held, Box(piece.local, piece.box.shape))[...] += 1
         assert (held == 1).all()
@@ -201,7 +206,7 @@ def test_tensor_parallel_pieces_are_the_whole(name, shape, size, gated):
 def test_gate_and_up_halves_are_cut_each_for_itself():
     name, shape = "decoder.layers.0.mlp.linear_fc1.weight", (8, 2)
     rows = [
-        [p.box.low[0] for p in pieces(name, shape, tensor_rank=r, tensor_size=2, gated=True)]
+        [p.box.low[0] for p in shard_boxes(name, shape, tensor_rank=r, tensor_size=2, gated=True)]
         for r in range(2)
     ]
     assert rows == [[0, 4], [2, 6]]

@@ -23,7 +23,7 @@ from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, ConfigError, PlanError
-from lag_megatron.evaluation.export import ExportOptions, as_transformers
+from lag_megatron.evaluation.export import ExportOptions, export_to_transformers
 from lag_megatron.growth.apply.conversion import Conversion
 
 WORDS = 50  # of 64 rows: the rest is padding
@@ -180,7 +180,7 @@ def test_a_bert_fills_masks_as_ours_does(world, model, tmp_path):
     assert ids == [0, 7, 9, 2, 11, 1]
     with (
         pytest.raises(ConfigError, match="a BERT, which predicts tokens that are masked"),
-        as_transformers(path, ExportOptions(tokenizer=tokenizer.path)),
+        export_to_transformers(path, ExportOptions(tokenizer=tokenizer.path)),
     ):
         pytest.fail("the tasks of the harness ask decoders")
 

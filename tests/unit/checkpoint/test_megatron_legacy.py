@@ -74,10 +74,10 @@ def test_weights_arrive_in_deepspeed_and_transformers(saved, tmp_path, capsys):
 
 def test_inspect_tells_it(saved, capsys):
     assert inspect(saved[0]) == 0
-    told = capsys.readouterr().out
-    assert "Megatron-LM, a file for each rank" in told
-    assert "2 layers" in told
-    assert "2 tensor-parallel" in told
+    printed = capsys.readouterr().out
+    assert "Megatron-LM, a file for each rank" in printed
+    assert "2 layers" in printed
+    assert "2 tensor-parallel" in printed
 
 
 def test_what_is_missing_or_damaged_is_named(saved, tmp_path, capsys):

@@ -21,9 +21,9 @@ class Absent:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Absent())
-from lag_megatron.checkpoint import pickles
-from lag_megatron.checkpoint.zero import ZeroCheckpoint
-from lag_megatron.growth.offline import grow_checkpoint
+from lag_megatron.checkpoint.storage import torch_pickle
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.plan import GrowthPlan
 
 source, target, further = map(Path, sys.argv[1:])

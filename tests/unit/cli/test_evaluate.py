@@ -13,8 +13,8 @@ from tokenizers import models, pre_tokenizers
 from lag_megatron.cli.evaluate import main
 from lag_megatron.config import dump_config
 from lag_megatron.errors import CheckpointError, DataError, RunError
-from lag_megatron.evaluation.candidates import kept_states
-from lag_megatron.evaluation.export import resolve, tokenizer_of
+from lag_megatron.evaluation.candidates import candidate_checkpoints
+from lag_megatron.evaluation.export import find_checkpoint, find_tokenizer
 
 data = pytest.fixture(write_tasks, scope="module")
 
@@ -80,16 +80,16 @@ def test_what_cannot_be_evaluated_is_refused(run, tmp_path):
     (tmp_path / "config.yaml").touch()
     (tmp_path / "run.json").touch()
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
-        resolve(tmp_path)
+        find_checkpoint(tmp_path)
     with pytest.raises(RunError, match="no candidate's state was kept"):
-        kept_states(tmp_path)
+        candidate_checkpoints(tmp_path)
     elsewhere = tmp_path / "step3"
     shutil.copytree(run / "stage00" / "step3", elsewhere)
     (tmp_path / "run.json").unlink()
-    assert resolve(elsewhere) == elsewhere
+    assert find_checkpoint(elsewhere) == elsewhere
     with pytest.raises(DataError, match=r"not in a run directory.*--tokenizer"):
-        tokenizer_of(elsewhere, None)
-    assert tokenizer_of(run / "stage00" / "step3", None).end_id == 0
+        find_tokenizer(elsewhere, None)
+    assert find_tokenizer(run / "stage00" / "step3", None).end_id == 0
 
 
 def test_wrong_options_are_refused(run, data, capsys):

@@ -7,7 +7,7 @@ from lag_megatron.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("growth.lag=auto", r"growth.rungs: lag auto looks for .* at least three"),
         ("growth={lag: auto, rungs: [5, 10, 999]}", r"growth.rungs: 999 is longer than the stage"),
@@ -19,8 +19,8 @@ from lag_megatron.errors import ConfigError
         ("growth={exhaustive: true, eval_steps: [999]}", r"between 0 and the stage's end 300"),
     ],
 )
-def test_what_a_search_cannot_be(override, told):
-    with pytest.raises(ConfigError, match=told):
+def test_what_a_search_cannot_be(override, message):
+    with pytest.raises(ConfigError, match=message):
         config(override)
 
 

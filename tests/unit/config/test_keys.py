@@ -1,4 +1,4 @@
-"""Keys and values that no configuration has: each is told in a line, and all at once."""
+"""Keys and values that no configuration has: each is reported in a line, and all at once."""
 
 import pytest
 from configuring import problems

@@ -173,8 +173,8 @@ def test_any_spans_fit_and_come_back(
 ) -> None:
     lengths = span_lengths(seq_length, mean, share, mode_token=mode_token)
     assert lengths is not None
-    room = seq_length + 1 - mode_token
-    assert room - 2 <= lengths.inputs + lengths.targets <= room
+    capacity = seq_length + 1 - mode_token
+    assert capacity - 2 <= lengths.inputs + lengths.targets <= capacity
     assert abs(lengths.removed - share * lengths.window) <= 1
     assume(lengths.spans <= 100)
     sentinels = np.arange(10_000, 10_100)

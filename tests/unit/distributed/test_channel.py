@@ -269,15 +269,15 @@ def test_a_closed_server_accepts_nobody_and_keeps_its_channels(clients):
 
 
 def test_a_closed_server_leaves_no_thread(clients):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     server = channel.Server(clients.add)
     connected(server).close()
     clients.next()[1].close()
     server.close()
     deadline = time.monotonic() + PATIENCE_S
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
 
 
 def test_a_server_that_runs_out_of_file_descriptors_goes_on(clients, monkeypatch):

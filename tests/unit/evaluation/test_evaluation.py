@@ -95,7 +95,7 @@ def assert_one_shot(asked):
 
 def test_a_table_has_value_error_and_number_of_items(data):
     found = harness.evaluate(oracle(right=True), {t: data[t] for t in ("tydiqa", "wikitext")})
-    lines = harness.table(found).splitlines()
+    lines = harness.format_results(found).splitlines()
     assert lines[0].split() == ["task", "metric", "value", "stderr", "items"]
     assert lines[1].split() == ["tydiqa", "exact_match", "1.0000", "0.0000", "2"]
     assert lines[-1] == "tydiqa: 1 items passed over, in another language"

@@ -106,8 +106,8 @@ def test_other_ways_to_keep_the_same_weights(family, families, tmp_path, capsys)
             for name in ("expected", f"{other.name}-zero")
         ]
         assert files[0] == files[1], other
-    told = capsys.readouterr().out
-    assert ("left out, not of BertForMaskedLM: bert.embeddings.position_ids, " in told) == (
+    printed = capsys.readouterr().out
+    assert ("left out, not of BertForMaskedLM: bert.embeddings.position_ids, " in printed) == (
         family == "bert"
     )
 

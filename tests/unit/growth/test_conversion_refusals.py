@@ -1,4 +1,4 @@
-"""Conversions that are refused: what of the source does not fit, and where it is told."""
+"""Conversions that are refused: what of the source does not fit, and where the message points."""
 
 import dataclasses
 import os

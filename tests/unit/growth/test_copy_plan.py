@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lag_megatron.checkpoint.state.box import full_box
 from lag_megatron.checkpoint.state.layout import STATES, Topology, make_layout
 from lag_megatron.checkpoint.state.tensor_parallel import local_shape
-from lag_megatron.growth.apply.copy_plan import Move, Side, plan_rank
+from lag_megatron.growth.apply.copy_plan import Move, ShardedModel, plan_rank
 from lag_megatron.growth.growth_map import Copy, ParamBlock, depth_map, identity_map
 from lag_megatron.growth.plan import GrowthPlan
 from lag_megatron.growth.weight_init import Normal, fill, megatron_init
@@ -129,7 +129,7 @@ def side(groups, topology, gated):
         for group in groups
     ]
     shapes = {name: shape for group in groups for name, shape in group.items()}
-    return Side(make_layout(local, topology), topology, shapes, gated)
+    return ShardedModel(make_layout(local, topology), topology, shapes, gated)
 
 
 def dense(groups, seed):
@@ -146,7 +146,7 @@ def run(growth, source, target, state, sources, rank):
     buffers = {c: torch.full((n,), float("nan")) for c, n in target.layout.lengths.items()}
     written = {c: torch.zeros(n) for c, n in target.layout.lengths.items()}
     for data_rank in range(target.topology.data_size):
-        segments = list(target.layout.of_rank(data_rank))
+        segments = list(target.layout.segments_of_rank(data_rank))
         plan = plan_rank(growth, source, target, state, segments=segments, tensor_rank=rank)
         for step in plan:
             assert step.target.container.data_rank == data_rank
@@ -295,7 +295,7 @@ def test_depth_growth_needs_few_moves(stage, index, block_size, tensor_size):
     source, target = side(groups, topology, False), side(growth.groups, topology, False)
     moves = 0
     for rank in range(2):
-        segments = list(target.layout.of_rank(rank))
+        segments = list(target.layout.segments_of_rank(rank))
         moves += len(plan_rank(growth, source, target, "fp32", segments=segments, tensor_rank=0))
     runs = 2 * (4 // block_size) + 1  # stretches of layers that stand together before and after
     assert moves <= 2 * 2 * runs + 2  # two groups, two ranks, and one cut of each group

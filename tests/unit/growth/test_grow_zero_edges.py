@@ -169,7 +169,7 @@ def test_planning_for_512_ranks_costs_no_memory_for_each():
     groups = [{f"decoder.layers.{n}.w{i}": (999, 1023) for n in range(40) for i in range(9)}]
     topology = Topology(zero_stage=3, data_size=512, tensor_size=1, precision="bf16")
     layout = make_layout(groups, topology)
-    ((container, parts),) = layout.held(511).items()
+    ((container, parts),) = layout.buffers_of_rank(511).items()
     assert len(parts) == 360
     name, segment = parts[100]
     assert layout.segments[name][511] == segment

@@ -78,8 +78,8 @@ def test_what_is_linked_is_what_growing_makes(form, plan, layers, sources, tmp_p
         assert (tag / name).stat().st_nlink > 1
     capsys.readouterr()
     assert inspect(target, "--verify") == 0
-    told = capsys.readouterr().out
-    assert f"{len(shared(tag))} of {len(manifest.read_manifest(tag)['files'])} files" in told
+    printed = capsys.readouterr().out
+    assert f"{len(shared(tag))} of {len(manifest.read_manifest(tag)['files'])} files" in printed
     assert inspect(source, "--verify") == 0
 
 
@@ -141,7 +141,7 @@ def test_refusals(sources, checkpoint, tmp_path, capsys, monkeypatch):
 
 
 def test_a_changed_source_is_seen_in_both(sources, tmp_path, capsys):
-    """What is shared is one file: damage is damage to both, and told of both."""
+    """What is shared is one file: damage is damage to both, and reported for both."""
     source = shutil.copytree(sources / "universal", tmp_path / "source")
     assert link(source, tmp_path / "grown", "lag", PLANS["duplicate"]["options"], 3) == 0
     tag = tmp_path / "grown" / "step3_universal"

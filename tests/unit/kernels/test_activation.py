@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lag_megatron.kernels.activation import KINDS, activate, activate_by_torch, one_pass_wins
+from lag_megatron.kernels.cpu.activation_cpu import (
+    KINDS,
+    activate,
+    activate_by_torch,
+    one_pass_wins,
+)
 
 RESULTS = Path(__file__).parents[3] / "tools" / "bench" / "results" / "elementwise.json"
 DTYPES = [torch.float32, torch.bfloat16]
@@ -100,7 +105,7 @@ def test_what_is_not_in_the_table_is_torchs(monkeypatch):
     assert one_pass_wins(torch.zeros(1), "gelu")
     assert not one_pass_wins(torch.zeros(1, dtype=torch.float64), "gelu")
     assert not one_pass_wins(torch.zeros(1, device="meta"), "gelu")
-    monkeypatch.setattr("lag_megatron.kernels.activation.builds_for_cpu", lambda: False)
+    monkeypatch.setattr("lag_megatron.kernels.cpu.activation_cpu.builds_for_cpu", lambda: False)
     assert not one_pass_wins(torch.zeros(1), "gelu")
 
 

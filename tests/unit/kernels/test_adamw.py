@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from lag_megatron.errors import LagError
-from lag_megatron.kernels import build as build_module
 from lag_megatron.kernels.adamw import (
+    adamw_on_gpu,
     adamw_step,
-    on_device,
     squared_norms,
 )
-from lag_megatron.kernels.build import build, cuda_command, nvcc_path
-from lag_megatron.kernels.cuda.adamw import SOURCE
-from lag_megatron.kernels.partition import Partition, Rates
+from lag_megatron.kernels.common import build as build_module
+from lag_megatron.kernels.common.build import build, cuda_command, nvcc_path
+from lag_megatron.kernels.common.partition import Partition, Rates
+from lag_megatron.kernels.cuda.adamw_cuda import SOURCE
 
 RATES = Rates(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
@@ -62,7 +62,7 @@ def update(request):
     if torch.cuda.is_available():
         pytest.skip("Triton compiles here: the tests marked gpu run it")
     pytest.importorskip("triton")
-    return functools.partial(on_device, by="triton")
+    return functools.partial(adamw_on_gpu, by="triton")
 
 
 @pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16])
@@ -217,7 +217,7 @@ def test_a_gpus_update_is_the_formulas(by, length, first, gradient, weights):
         **{name: value.cpu().clone() for name, value in values.items()}, gradients=given.gradients
     )
     master, exp_avg, exp_avg_sq = formula(expected, 0.25)
-    on_device(moved, RATES, torch.tensor(0.25, device="cuda"), by=by)
+    adamw_on_gpu(moved, RATES, torch.tensor(0.25, device="cuda"), by=by)
     assert float(moved.step) == 4
     for found, right in zip(
         (moved.exp_avg, moved.exp_avg_sq, moved.master), (exp_avg, exp_avg_sq, master), strict=True
@@ -225,6 +225,6 @@ def test_a_gpus_update_is_the_formulas(by, length, first, gradient, weights):
         torch.testing.assert_close(found.cpu().double(), right, rtol=2e-6, atol=1e-6)
     assert torch.equal(moved.weights, moved.master.to(weights))
     before = moved.master.clone()
-    on_device(moved, RATES, torch.tensor(math.nan, device="cuda"), by=by)
+    adamw_on_gpu(moved, RATES, torch.tensor(math.nan, device="cuda"), by=by)
     assert torch.equal(moved.master, before)
     assert float(moved.step) == 4

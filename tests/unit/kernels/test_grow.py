@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from lag_megatron.kernels.build import build, cuda_command, nvcc_path
-from lag_megatron.kernels.cuda.grow import SOURCE
-from lag_megatron.kernels.grow import by_torch, on_device, write_runs
-from lag_megatron.kernels.runs import TILE, Run, table_of
+from lag_megatron.kernels.common.build import build, cuda_command, nvcc_path
+from lag_megatron.kernels.common.runs import TILE, WriteRun, run_table
+from lag_megatron.kernels.cuda.grow_cuda import SOURCE
+from lag_megatron.kernels.grow import write_runs, write_runs_by_torch, write_runs_on_gpu
 
 KINDS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def write_by(name):
     if name == "torch":
-        return by_torch
+        return write_runs_by_torch
     if torch.cuda.is_available():
         pytest.skip("Triton compiles here: the tests marked gpu run it")
     pytest.importorskip("triton")
-    return functools.partial(on_device, by="triton")
+    return functools.partial(write_runs_on_gpu, by="triton")
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -56,7 +56,7 @@ def test_scaled_copies_at_any_place(write, length, shift, start, scale, kind):
     """``shift`` and ``start`` move source and target off the boundaries of 16 bytes."""
     old, target, weights = buffers(length, kind)
     here = slice(start, start + length)
-    write([Run(target[here], old[shift : shift + length], scale, weights[here])])
+    write([WriteRun(target[here], old[shift : shift + length], scale, weights[here])])
     master, rounded = expected_of(old, length, shift, scale, kind)
     assert torch.equal(target[here], master)
     assert torch.equal(weights[here], rounded)
@@ -74,11 +74,11 @@ def test_runs_of_several_buffers_in_one_launch(write, kind):
     master[2000:2500] = drawn
     write(
         [
-            Run(master[:2000], old[1000:3000], 0.5, weights[:2000]),
-            Run(moment[5:2005], old[:2000]),
-            Run(master[2000:2500], master[2000:2500], 1.0, weights[2000:2500]),
-            Run(master[2500:3000], None, 0.1, weights[2500:3000]),
-            Run(moment[2005:2010], None, 0.0),
+            WriteRun(master[:2000], old[1000:3000], 0.5, weights[:2000]),
+            WriteRun(moment[5:2005], old[:2000]),
+            WriteRun(master[2000:2500], master[2000:2500], 1.0, weights[2000:2500]),
+            WriteRun(master[2500:3000], None, 0.1, weights[2500:3000]),
+            WriteRun(moment[2005:2010], None, 0.0),
         ]
     )
     tenth = torch.full((500,), 0.1)
@@ -92,10 +92,10 @@ def test_runs_of_several_buffers_in_one_launch(write, kind):
 
 def test_values_that_are_there_are_not_written_again():
     target = torch.ones(8)
-    run = Run(target[:4], target[:4])
+    run = WriteRun(target[:4], target[:4])
     assert run.source is not run.target  # two views; the same object is what says it
     same = target[:4]
-    rows, _ = table_of([run, Run(same, same)])
+    rows, _ = run_table([run, WriteRun(same, same)])
     assert (rows[:, 4] // 2).tolist() == [0, 1]
 
 
@@ -103,7 +103,7 @@ def test_what_is_no_number_stays_so(write):
     old, target, weights = buffers(100, torch.bfloat16)
     old[:100:2] = math.nan
     old[1] = math.inf
-    write([Run(target[:100], old[:100], 0.5, weights[:100])])
+    write([WriteRun(target[:100], old[:100], 0.5, weights[:100])])
     for found in (target[:100], weights[:100]):
         assert found[::2].isnan().all()
         assert found[1] == math.inf
@@ -113,30 +113,33 @@ def test_what_is_no_number_stays_so(write):
 def test_nothing_to_write():
     write_runs([])
     empty = torch.empty(0)
-    write_runs([Run(empty, empty.clone(), 1.0, empty.to(torch.bfloat16))])
-    rows, scales = table_of([])
+    write_runs([WriteRun(empty, empty.clone(), 1.0, empty.to(torch.bfloat16))])
+    rows, scales = run_table([])
     assert (rows.shape, scales.shape) == ((0, 5), (0,))
-    on_device([Run(empty, None)], by="triton")
+    write_runs_on_gpu([WriteRun(empty, None)], by="triton")
 
 
 def test_runs_with_gaps_are_refused():
     wide = torch.zeros(8)
     for run in (
-        Run(wide[::2], wide[:4].clone()),
-        Run(wide[:4], torch.zeros(8)[::2]),
-        Run(wide.view(2, 4), None),
-        Run(wide, torch.zeros(7)),
-        Run(wide.bfloat16(), None),
+        WriteRun(wide[::2], wide[:4].clone()),
+        WriteRun(wide[:4], torch.zeros(8)[::2]),
+        WriteRun(wide.view(2, 4), None),
+        WriteRun(wide, torch.zeros(7)),
+        WriteRun(wide.bfloat16(), None),
     ):
         with pytest.raises(AssertionError):
-            table_of([run])
+            run_table([run])
 
 
 def test_tiles_cover_each_run_once():
     target, weights = torch.zeros(25), torch.zeros(25, dtype=torch.bfloat16)
     source = torch.zeros(24)
-    runs = [Run(target[:20], source[1:21], 2.0, weights[:20]), Run(target[20:], None, 3.0)]
-    rows, scales = table_of(runs, tile=8)
+    runs = [
+        WriteRun(target[:20], source[1:21], 2.0, weights[:20]),
+        WriteRun(target[20:], None, 3.0),
+    ]
+    rows, scales = run_table(runs, tile=8)
     assert rows[:, 3].tolist() == [8, 8, 4, 5]
     assert scales.tolist() == [2, 2, 2, 3]
     assert (rows[:, 0] - target.data_ptr()).tolist() == [0, 32, 64, 80]
@@ -148,9 +151,9 @@ def test_tiles_cover_each_run_once():
 def test_bytes_are_those_of_one_pass():
     target, source = torch.zeros(10), torch.zeros(10)
     weights = torch.zeros(10, dtype=torch.bfloat16)
-    assert Run(target, source, 1.0, weights).bytes_moved == 10 * (4 + 4 + 2)
-    assert Run(target, None).bytes_moved == 10 * 4
-    assert Run(target, target, 1.0, weights).bytes_moved == 10 * (4 + 2)
+    assert WriteRun(target, source, 1.0, weights).bytes_moved == 10 * (4 + 4 + 2)
+    assert WriteRun(target, None).bytes_moved == 10 * 4
+    assert WriteRun(target, target, 1.0, weights).bytes_moved == 10 * (4 + 2)
 
 
 @pytest.mark.skipif(nvcc_path() is None, reason="no nvcc here: growth's CUDA kernel is not built")
@@ -170,8 +173,8 @@ def test_a_gpu_writes_what_the_reference_does(by, kind, pinned, length, shift, s
     here = slice(start, start + length)
     source = old.cpu().pin_memory() if pinned else old
     _, moment, _ = buffers(length, kind, "cuda")
-    run = Run(target[here], source[shift : shift + length], 0.3, weights[here])
-    on_device([run, Run(moment[here], None, 0.25)], by=by)
+    run = WriteRun(target[here], source[shift : shift + length], 0.3, weights[here])
+    write_runs_on_gpu([run, WriteRun(moment[here], None, 0.25)], by=by)
     master, rounded = expected_of(old, length, shift, 0.3, kind)
     assert torch.equal(target[here].cpu(), master)
     assert torch.equal(weights[here].cpu(), rounded)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from lag_megatron.kernels import softmax, softmax_cpu
+from lag_megatron.kernels import softmax
+from lag_megatron.kernels.cpu import softmax_cpu
 from lag_megatron.model.linear_cross_entropy import linear_cross_entropy
 
 pytest.importorskip("triton")
-from lag_megatron.kernels import softmax_triton
+from lag_megatron.kernels.triton import softmax_triton
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton compiles here: the tests marked gpu run it"
@@ -35,7 +36,7 @@ def kernels(request):
 def test_rows_are_as_torch_finds_them(kernels, count, columns, dtype):
     logits, place, is_mine = rows(count, columns, dtype)
     wide = logits.double()
-    top, sums = softmax.statistics(wide, place, is_mine)
+    top, sums = softmax.row_statistics(wide, place, is_mine)
     statistics, to_gradient = kernels
     found_top, found = statistics(logits, place, is_mine)
     torch.testing.assert_close(found_top.double(), top)
@@ -43,7 +44,7 @@ def test_rows_are_as_torch_finds_them(kernels, count, columns, dtype):
     draw = torch.Generator().manual_seed(0)
     factor, even, taken = (torch.rand(count, generator=draw) for _ in range(3))
     numbers = [t.double() for t in (factor, even)]
-    softmax.to_gradient(wide, top, *numbers, place, taken.double())
+    softmax.logits_to_gradient(wide, top, *numbers, place, taken.double())
     to_gradient(logits, found_top, factor, even, place, taken)
     if dtype is torch.float32:
         torch.testing.assert_close(logits.double(), wide, rtol=1e-5, atol=1e-6)
@@ -60,8 +61,8 @@ def test_a_row_with_no_number_has_none_as_its_sum(kernels):
 
 
 def test_fp16_is_torchs_on_a_cpu():
-    assert not softmax.reads(torch.float16, torch.device("cpu"))
-    assert softmax.reads(torch.bfloat16, torch.device("cpu"))
+    assert not softmax.has_kernel(torch.float16, torch.device("cpu"))
+    assert softmax.has_kernel(torch.bfloat16, torch.device("cpu"))
 
 
 @interpreted

@@ -25,23 +25,23 @@ _ADAMW = {
 }
 _ROWS = {"columns": "i32", "stride": "i32", "rows": "i32", "BLOCK": "constexpr"}
 KERNELS = {
-    "adamw": ("adamw_triton", "_adamw", _ADAMW, {"BLOCK": 1024}, 3),
+    "adamw": ("triton.adamw_triton", "_adamw", _ADAMW, {"BLOCK": 1024}, 3),
     "grow": (
-        "grow_triton",
+        "triton.grow_triton",
         "_grow",
         {"rows": "*i64", "scales": "*fp32", "KIND": "constexpr", "BLOCK": "constexpr"},
         {"KIND": "bf16", "BLOCK": 4096},
         1,
     ),
     "statistics": (
-        "softmax_triton",
+        "triton.softmax_triton",
         "_statistics",
         {"logits": "*bf16", "place": "*i64", "is_mine": "*i1", "found": "*fp32", **_ROWS},
         {"BLOCK": 4096},
         0,
     ),
     "gradient": (
-        "softmax_triton",
+        "triton.softmax_triton",
         "_gradient",
         {"logits": "*bf16", "place": "*i64", "numbers": "*fp32", **_ROWS},
         {"BLOCK": 4096},

@@ -19,7 +19,9 @@ def way(request, monkeypatch):
     """Both ways, whichever this CPU would take."""
     from lag_megatron.model import attention
 
-    monkeypatch.setattr(attention, "products_win", lambda query: request.param == "products")
+    monkeypatch.setattr(
+        attention, "prefers_matmul_attention", lambda query: request.param == "products"
+    )
 
 
 def attention(kind, groups):
@@ -120,12 +122,12 @@ def test_only_rows_with_a_prefix_are_masked(monkeypatch):
 
 def test_products_drop_weights_as_torch_does():
     """The share that is kept is scaled up: the mean over draws is the attention without dropout."""
-    from lag_megatron.model.attention import attend_by_products
+    from lag_megatron.model.attention import matmul_attention
 
     torch.manual_seed(0)
     heads = [torch.randn(1, 2, S, SIZE) for _ in range(3)]
-    whole = attend_by_products(*heads, None, scale=1.0)
-    draws = [attend_by_products(*heads, None, scale=1.0, dropout=0.3) for _ in range(4000)]
+    whole = matmul_attention(*heads, None, scale=1.0)
+    draws = [matmul_attention(*heads, None, scale=1.0, dropout=0.3) for _ in range(4000)]
     assert not torch.equal(draws[0], draws[1])
     torch.testing.assert_close(torch.stack(draws).mean(0), whole, rtol=0, atol=0.06)
 
@@ -136,7 +138,7 @@ def test_products_drop_weights_as_torch_does():
 @pytest.mark.parametrize("kind", ["causal", "rows", "padding", "none"])
 def test_one_pass_softmax_attends_as_torch_does(kind, groups, length, dtype):
     """Values and gradients against fp64, on views with gaps as the layers give them."""
-    from lag_megatron.kernels.attention_cpu import attend_cpu
+    from lag_megatron.kernels.cpu.attention_cpu import attend_cpu
 
     draw = torch.Generator().manual_seed(length)
     shapes = [(length, B, count, 2 * SIZE) for count in (HEADS, groups, groups)]
@@ -169,7 +171,7 @@ def test_one_pass_softmax_attends_as_torch_does(kind, groups, length, dtype):
 
 
 def test_one_pass_softmax_of_nothing_and_of_no_number():
-    from lag_megatron.kernels.attention_cpu import attend_cpu
+    from lag_megatron.kernels.cpu.attention_cpu import attend_cpu
 
     empty = torch.zeros(0, 2, 4, 3, requires_grad=True)
     attend_cpu(empty, empty, empty, None, causal=True, scale=1.0).sum().backward()
@@ -182,7 +184,7 @@ def test_one_pass_softmax_of_nothing_and_of_no_number():
 
 def test_the_committed_table_supports_the_choice(monkeypatch):
     """Where products are taken on a CPU with matrix instructions they were faster."""
-    from lag_megatron.model.attention import products_win
+    from lag_megatron.model.attention import prefers_matmul_attention
 
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     results = Path(__file__).parents[3] / "tools" / "bench" / "results" / "attention.json"
@@ -190,7 +192,7 @@ def test_the_committed_table_supports_the_choice(monkeypatch):
     taken = []
     for name, ratio in figures.items():
         _, dtype, length = name.split("_")
-        if products_win(torch.zeros(1, 1, int(length), 1, dtype=getattr(torch, dtype))):
+        if prefers_matmul_attention(torch.zeros(1, 1, int(length), 1, dtype=getattr(torch, dtype))):
             taken.append(name)
             assert ratio > 1, name
     assert len(taken) == 8

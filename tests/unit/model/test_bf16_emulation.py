@@ -3,20 +3,20 @@
 import pytest
 import torch
 
-from lag_megatron.model.bf16_emulation import _Copies, emulates_products, widen_products
+from lag_megatron.model.bf16_emulation import _Copies, emulate_bf16_matmuls, needs_bf16_emulation
 from lag_megatron.model.linear_cross_entropy import linear_cross_entropy
 
 CPU = torch.device("cpu")
 
 
 def test_what_a_cpu_can_do_decides(monkeypatch):
-    assert not emulates_products(torch.float32, CPU)
-    assert not emulates_products(torch.bfloat16, torch.device("cuda"))
+    assert not needs_bf16_emulation(torch.float32, CPU)
+    assert not needs_bf16_emulation(torch.bfloat16, torch.device("cuda"))
     for supported in (True, False):
         monkeypatch.setattr(
             torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda known=supported: known
         )
-        assert emulates_products(torch.bfloat16, CPU) is not supported
+        assert needs_bf16_emulation(torch.bfloat16, CPU) is not supported
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -27,7 +27,7 @@ def test_a_layer_rounds_its_product_once(bias):
     wide = torch.nn.functional.linear(
         hidden.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double()
     )
-    widen_products(torch.nn.Sequential(layer))
+    emulate_bf16_matmuls(torch.nn.Sequential(layer))
     out = layer(hidden)
     assert out.dtype is torch.bfloat16
     assert (out.float() != wide.float().bfloat16().float()).float().mean() < 0.01
@@ -56,7 +56,7 @@ def test_backward_holds_no_wide_copy(shape, monkeypatch):
         return kept[-1]
 
     monkeypatch.setattr(_Copies, "keep", watched)
-    widen_products(torch.nn.Sequential(layer))
+    emulate_bf16_matmuls(torch.nn.Sequential(layer))
     out = layer(hidden)
     assert [tensor.dtype for tensor, _ in kept] == [torch.bfloat16] * 2
     assert {tensor.data_ptr() for tensor, _ in kept} == {hidden.data_ptr(), layer.weight.data_ptr()}
@@ -77,7 +77,7 @@ def test_the_loss_head_takes_wide_products(monkeypatch):
     found = {}
     for wide in (True, False):
         monkeypatch.setattr(
-            "lag_megatron.model.linear_cross_entropy.emulates_products",
+            "lag_megatron.model.linear_cross_entropy.needs_bf16_emulation",
             lambda dtype, device, answer=wide: answer,
         )
         found[wide] = float(linear_cross_entropy(hidden, weight, None, labels, mask))

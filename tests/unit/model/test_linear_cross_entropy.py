@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lag_megatron.model.linear_cross_entropy import Slice, linear_cross_entropy
+from lag_megatron.model.linear_cross_entropy import VocabShard, linear_cross_entropy
 
 
 def inputs(rows, width, vocabulary, dtype, *, seed=0, bias=True):
@@ -126,4 +126,4 @@ def test_logits_of_the_whole_batch_never_exist(monkeypatch):
 
 
 def test_a_whole_vocabulary_is_the_default():
-    assert Slice() == Slice(first=0, group=None)
+    assert VocabShard() == VocabShard(first=0, group=None)

@@ -166,8 +166,8 @@ def test_adafactor_is_refused_where_it_would_not_be_factored() -> None:
 def test_the_curve_tells_rewinds_and_rises() -> None:
     stages = [{"steps": 40}, {"steps": 32, "num_layers": 3, "schedule_position": 20}]
     text = "\n".join(plot_lr(config(stages, growth_warmup_steps=8, growth_warmup="new")))
-    told = " ".join(text.split())
-    assert "stage 1: the schedule goes on from position 20 instead of 40; the rate of new" in told
+    shown = " ".join(text.split())
+    assert "stage 1: the schedule goes on from position 20 instead of 40; the rate of new" in shown
     top = text.splitlines()[0].partition("|")[2]
     assert top == "#" * 40 + "." * 7 + "#" * 25
     plain = "\n".join(plot_lr(config(40)))

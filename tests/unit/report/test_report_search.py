@@ -12,7 +12,7 @@ from test_report import parse
 
 from lag_megatron.errors import RunError
 from lag_megatron.report import plots_available, report_data, write_figures, write_report
-from lag_megatron.selection.analysis import analyse
+from lag_megatron.selection.analysis import analyse_curves
 
 exhaustive = pytest.fixture(exhaustive_run)
 halved = pytest.fixture(halved_run)
@@ -25,7 +25,7 @@ def test_the_analysis_is_that_of_the_files(exhaustive: Path) -> None:
     curves = losses_of(exhaustive)
     assert len(curves) == 29
     settings: dict[str, Any] = {"lag": 40, "base_val_loss": BASE_LOSS, "chosen": None}
-    expected = analyse(curves, **settings, last_block=[LAST], random_block=[RANDOM])
+    expected = analyse_curves(curves, **settings, last_block=[LAST], random_block=[RANDOM])
     expected["table"]["last_block"]["scores"] = {"lambada": 0.0832, "remark": "not a number"}
     (growth,) = data["growth"]
     assert growth["analysis"] == expected

@@ -43,7 +43,7 @@ def a_home_of_its_own(tmp_path_factory):
         yield home
 
 
-def mirror(folder, mode="auto"):
+def start_logger(folder, mode="auto"):
     tracking = TrackingConfig(wandb=WandbConfig(mode=mode))
     config = {"model": {"num_layers": 2}, "stages": [{"steps": 5}]}
     return Wandb(tracking, folder=folder, config=config, console=Console())
@@ -57,13 +57,13 @@ def written(tmp_path_factory):
     for name in ("pool.json", "decision.json"):
         (folder / name).write_text(json.dumps({"name": name}))
     Image.new("RGB", (6, 4), "red").save(folder / "heat.png")
-    first = mirror(folder)
+    first = start_logger(folder)
     for step in range(1, 6):
         first.log(train_row(step, stage=0))
     first.log({"step": 5, "tokens": 500, "stage": 0, "val/loss": 4.0})
     first.finish(exit_code=0)
     ids = json.loads((folder / "wandb_ids.json").read_text())
-    second = mirror(folder)
+    second = start_logger(folder)
     second.summary({"early": 1})
     for step in (4, 5, 6, 5):  # the last one W&B would refuse, with a warning of its own
         second.log(train_row(step, stage=0))
@@ -177,8 +177,8 @@ def test_an_exception_in_training_loses_no_row(tmp_path):
 import sys, time
 sys.path[:0] = {folders}
 from pathlib import Path
-from test_wandb_logger import mirror, train_row
-run = mirror(Path({str(tmp_path)!r}))
+from test_wandb_logger import start_logger, train_row
+run = start_logger(Path({str(tmp_path)!r}))
 run.log(train_row(1, stage=0))
 while not list(Path({str(tmp_path)!r}).glob("wandb/offline-run-*")):
     time.sleep(0.01)
@@ -200,7 +200,7 @@ def wandb_warnings(capsys):
 
 def wait_for_the_worker():
     for thread in threading.enumerate():
-        if thread.name == "wandb-mirror":
+        if thread.name == "wandb-logger":
             thread.join(10)
             assert not thread.is_alive()
 
@@ -237,7 +237,7 @@ def test_a_failure_is_told_once_and_stops_nothing(where, tmp_path, monkeypatch, 
     run = FakeRun(**({where: fail} if where in ("log", "finish") else {}))
     monkeypatch.setattr(wandb, "setup", fail if where == "setup" else lambda: None)
     monkeypatch.setattr(wandb, "init", fail if where == "init" else lambda **_: run)
-    broken = mirror(tmp_path)
+    broken = start_logger(tmp_path)
     broken.log(train_row(1, stage=0))
     broken.log(train_row(2, stage=1))
     wait_for_the_worker()
@@ -253,7 +253,7 @@ def test_a_failure_is_told_once_and_stops_nothing(where, tmp_path, monkeypatch, 
 
 def test_a_lost_run_directory_is_told_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(wandb, "setup", lambda: None)
-    lost = mirror(tmp_path / "gone")
+    lost = start_logger(tmp_path / "gone")
     lost.log(train_row(1, stage=0))
     lost.finish(exit_code=0)
     (line,) = wandb_warnings(capsys)
@@ -264,7 +264,7 @@ def test_a_slow_upload_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     slow = FakeRun(finish=failing(TimeoutError()), name="x", dir=str(tmp_path / "wandb/r/files"))
     monkeypatch.setattr(wandb, "setup", lambda: None)
     monkeypatch.setattr(wandb, "init", lambda **_: slow)
-    run = mirror(tmp_path)
+    run = start_logger(tmp_path)
     run.log(train_row(1, stage=0))
     run.finish(exit_code=0)
     (line,) = wandb_warnings(capsys)
@@ -283,7 +283,7 @@ def stuck(monkeypatch):
 
 
 def test_training_does_not_wait_for_wandb(stuck, tmp_path, capsys):
-    run = mirror(tmp_path)
+    run = start_logger(tmp_path)
     run.log(train_row(1, stage=0))
     started = time.perf_counter()
     for step in range(2, 102):
@@ -297,7 +297,7 @@ def test_training_does_not_wait_for_wandb(stuck, tmp_path, capsys):
 
 def test_what_waits_is_bounded(stuck, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(wandb_logger, "_QUEUE_LIMIT", 3)
-    run = mirror(tmp_path)
+    run = start_logger(tmp_path)
     for step in range(6):
         run.log(train_row(step, stage=0))
     (line,) = wandb_warnings(capsys)
@@ -309,7 +309,7 @@ def test_disabled_starts_nothing(by, tmp_path, monkeypatch, capsys):
     if by == "environment":
         monkeypatch.setenv("WANDB_MODE", "disabled")
     before = set(threading.enumerate())
-    run = mirror(tmp_path, "disabled" if by == "config" else "auto")
+    run = start_logger(tmp_path, "disabled" if by == "config" else "auto")
     run.log(train_row(1, stage=0))
     run.summary({"a": 1})
     run.finish(exit_code=0)
@@ -320,22 +320,22 @@ def test_disabled_starts_nothing(by, tmp_path, monkeypatch, capsys):
 
 def test_without_a_key_it_is_offline_and_says_how_to_sync(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "my run"
-    mirror(folder)
+    start_logger(folder)
     said = capsys.readouterr().out
     assert said.startswith("W&B is offline (no API key). ")
     assert said.endswith(f"wandb sync '{folder}'/wandb/offline-*\n")
-    mirror(folder, "offline")
+    start_logger(folder, "offline")
     assert capsys.readouterr().out.startswith("W&B is offline. ")
 
 
 def test_with_a_key_it_is_online(tmp_path, monkeypatch, capsys):
     (tmp_path / "netrc").write_text("machine wandb.example.org login user password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    mirror(tmp_path)
+    start_logger(tmp_path)
     assert "offline" in capsys.readouterr().out  # the key is another server's
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    mirror(tmp_path)
+    start_logger(tmp_path)
     monkeypatch.delenv("WANDB_BASE_URL")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
-    mirror(tmp_path)
+    start_logger(tmp_path)
     assert capsys.readouterr().out == ""

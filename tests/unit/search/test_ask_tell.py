@@ -21,7 +21,7 @@ from asking import (
     train,
     work,
 )
-from probing import Killed, Stand, killer
+from probing import Killed, SimulatedSearch, killer
 
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import CheckpointError, ConfigError, RunError
@@ -62,7 +62,7 @@ def first(search):
 @pytest.mark.parametrize("rule", RULES)
 def test_it_decides_as_the_live_search_does(rule, base, tmp_path):
     settings = {k: v for k, v in vars_of(RULES[rule].settings()).items() if k != "pool"}
-    stand = Stand(tmp_path / "live", **settings)
+    stand = SimulatedSearch(tmp_path / "live", **settings)
     _, state, rows = stand.work()
     search = begin(tmp_path / "asked", base, rule=RULES[rule], base_val_loss=6.0, costs=stand.costs)
     work(search)

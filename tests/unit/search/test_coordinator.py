@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from probing import BASE_STEP, Killed, Stand, killer, loss_of
+from probing import BASE_STEP, Killed, SimulatedSearch, killer, loss_of
 
 from lag_megatron.errors import RunError
 from lag_megatron.search.candidate_dir import CandidateDir
@@ -26,8 +26,8 @@ def without_times(decision):
     return {**decision, "cost": cost}
 
 
-def events_of(stand, name):
-    lines = stand.run.journal.read_text().splitlines()
+def events_of(search, name):
+    lines = search.run.journal.read_text().splitlines()
     return [e for e in map(json.loads, lines) if e["event"] == name]
 
 
@@ -45,26 +45,26 @@ QUICK = {("lag", 0), ("halving", 1), ("auto", 2), ("exhaustive", 3)}
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_live_event_does_what_its_replay_says(rule, tmp_path):
-    stand = Stand(tmp_path, **RULES[rule])
-    decision, state, rows = stand.work()
+    search = SimulatedSearch(tmp_path, **RULES[rule])
+    decision, state, rows = search.work()
     curves = {
-        c.id: [Evaluation(step, loss_of(i, step)) for step in stand.event.evaluations]
-        for i, c in enumerate(stand.event.pool)
+        c.id: [Evaluation(step, loss_of(i, step)) for step in search.event.evaluations]
+        for i, c in enumerate(search.event.pool)
     }
-    said = replay(stand.event.growth, curves, pool=list(curves))
-    assert decision["chosen"] == said.chosen
-    assert decision["lag"] == said.lag
-    exhaustive = stand.event.growth.exhaustive
-    steps = 50 if exhaustive else said.steps[decision["chosen"]]
+    replayed = replay(search.event.growth, curves, pool=list(curves))
+    assert decision["chosen"] == replayed.chosen
+    assert decision["lag"] == replayed.lag
+    exhaustive = search.event.growth.exhaustive
+    steps = 50 if exhaustive else replayed.steps[decision["chosen"]]
     assert state.name == f"step{BASE_STEP + steps:08d}"
     assert [r["step"] for r in rows if "train/loss" in r] == list(range(101, 101 + steps))
     if not exhaustive:
-        assert {c["id"]: c["steps"] for c in decision["candidates"]} == said.steps
-        assert decision["cost"]["probe_steps"] == said.probe_steps == stand.trained
-        kept = {id_: tags for id_, tags in stand.states().items() if tags}
+        assert {c["id"]: c["steps"] for c in decision["candidates"]} == replayed.steps
+        assert decision["cost"]["probe_steps"] == replayed.probe_steps == search.trained
+        kept = {id_: tags for id_, tags in search.states().items() if tags}
         assert kept == {decision["chosen"]: [steps]}
     else:
-        assert all(tags == [50] for tags in stand.states().values())
+        assert all(tags == [50] for tags in search.states().values())
 
 
 @pytest.mark.parametrize(
@@ -76,42 +76,42 @@ def test_a_live_event_does_what_its_replay_says(rule, tmp_path):
     ],
 )
 def test_kills_anywhere_end_in_the_same_decision(rule, seed, tmp_path):
-    undisturbed = Stand(tmp_path / "undisturbed", **RULES[rule])
+    undisturbed = SimulatedSearch(tmp_path / "undisturbed", **RULES[rule])
     expected, state, rows = undisturbed.work()
-    stand, moments = Stand(tmp_path / "killed", **RULES[rule]), random.Random(seed)
-    point, kills = killer(moments, 0.01), 0
+    search, rng = SimulatedSearch(tmp_path / "killed", **RULES[rule]), random.Random(seed)
+    point, kills = killer(rng, 0.01), 0
     while True:
         try:
-            decision, state_now, rows_now = stand.work(point=point)
+            decision, state_now, rows_now = search.work(point=point)
             break
         except Killed:
             kills += 1
     assert kills
     assert without_times(decision) == without_times(expected)
     assert rows_now == rows
-    assert state_now.relative_to(stand.run.root) == state.relative_to(undisturbed.run.root)
+    assert state_now.relative_to(search.run.root) == state.relative_to(undisturbed.run.root)
     # A kill costs what was trained since the last state.
-    assert stand.trained <= undisturbed.trained + 8 * kills
+    assert search.trained <= undisturbed.trained + 8 * kills
     for kind in ("probe_finished", "probe_stopped"):
-        ids = [e["id"] for e in events_of(stand, kind)]
+        ids = [e["id"] for e in events_of(search, kind)]
         assert len(ids) == len(set(ids))
 
 
 @pytest.mark.parametrize("rule", ["lag", "halving", "auto"])
 def test_many_groups_decide_as_one(rule, tmp_path):
-    alone = Stand(tmp_path / "one", **RULES[rule])
+    alone = SimulatedSearch(tmp_path / "one", **RULES[rule])
     expected, *_ = alone.work()
-    stand = Stand(tmp_path / "many", **RULES[rule])
-    coordinator = stand.coordinator()
+    search = SimulatedSearch(tmp_path / "many", **RULES[rule])
+    coordinator = search.coordinator()
     at_work, most, all_at_work = set(), [], threading.Barrier(3)
 
     def work(group):
-        moments, held = random.Random(group), (None, 0)
+        rng, held = random.Random(group), (None, 0)
         while True:
             assignment = coordinator.ask(group, held[0], stopped=lambda: "")
             if assignment.candidate is None:
                 return
-            time.sleep(moments.uniform(0, 0.02))
+            time.sleep(rng.uniform(0, 0.02))
             assert assignment.candidate not in at_work, "two groups train one candidate"
             at_work.add(assignment.candidate)
             most.append(len(at_work))
@@ -120,7 +120,7 @@ def test_many_groups_decide_as_one(rule, tmp_path):
                 most.append(len(at_work))
                 all_at_work.wait(30)
             there = held[1] if held == (assignment.candidate, assignment.trained_steps) else None
-            result = stand.advance(assignment, coordinator.needs_checkpoint, held=there)
+            result = search.advance(assignment, coordinator.needs_checkpoint, held=there)
             at_work.remove(assignment.candidate)
             coordinator.record(group, result)
             held = (assignment.candidate, result.steps)
@@ -134,14 +134,14 @@ def test_many_groups_decide_as_one(rule, tmp_path):
     decision, _ = coordinator.decide()
     assert coordinator.announce(decision).is_dir()
     assert max(most) == 3
-    assert stand.trained == alone.trained
+    assert search.trained == alone.trained
     assert without_times(decision) == without_times(expected)
 
 
 def test_a_stop_reaches_a_group_that_waits_for_the_others(tmp_path):
-    stand = Stand(tmp_path)
-    coordinator = stand.coordinator()
-    for group in range(len(stand.event.pool)):
+    search = SimulatedSearch(tmp_path)
+    coordinator = search.coordinator()
+    for group in range(len(search.event.pool)):
         assert coordinator.ask(group, None, stopped=lambda: "").candidate == group
     stops = []
     coordinator.on_stop = stops.append
@@ -159,21 +159,21 @@ def test_a_candidate_that_diverges_loses_wherever_it_does(tmp_path):
     def losses(index, step):
         return math.nan if (index, step) in {(2, 0), (3, 4), (5, 20)} else loss_of(index, step)
 
-    decision, *_ = Stand(tmp_path, losses=losses).work()
+    decision, *_ = SimulatedSearch(tmp_path, losses=losses).work()
     reasons = {c["reason"] for c in decision["candidates"] if c["status"] == "failed"}
     assert {"validation loss is nan at step 0", "validation loss is nan at step 4"} <= reasons
 
 
 def test_the_winner_may_fail_after_the_verdict_when_its_state_is_lost(tmp_path):
-    stand = Stand(tmp_path / "first")
-    chosen = stand.work()[0]["chosen"]
-    number = [c.id for c in stand.event.pool].index(chosen)
+    search = SimulatedSearch(tmp_path / "first")
+    chosen = search.work()[0]["chosen"]
+    number = [c.id for c in search.event.pool].index(chosen)
     broken = False
 
     def losses(index, step):
         return math.nan if broken and index == number else loss_of(index, step)
 
-    again = Stand(tmp_path / "again", losses=losses)
+    again = SimulatedSearch(tmp_path / "again", losses=losses)
 
     def point(name):
         if name == "decided":
@@ -193,54 +193,56 @@ def test_the_winner_may_fail_after_the_verdict_when_its_state_is_lost(tmp_path):
 @pytest.mark.parametrize("rule", ["lag", "halving", "auto"])
 def test_a_winner_that_is_trained_again_stays_it_whatever_rounding_does(rule, tmp_path):
     shift = 0.0
-    stand = Stand(tmp_path, losses=lambda index, step: loss_of(index, step) + shift, **RULES[rule])
+    search = SimulatedSearch(
+        tmp_path, losses=lambda index, step: loss_of(index, step) + shift, **RULES[rule]
+    )
 
     def point(name):
         if name == "decided":
             raise Killed
 
     with pytest.raises(Killed):
-        stand.work(point=point)
-    (chosen,) = (e["goes_on"][0] for e in events_of(stand, "rung_decided") if e["decided"])
-    for candidate in stand.event.pool:
-        CandidateDir(stand.run.probe(1, candidate.id), BASE_STEP).keep_only(None)
+        search.work(point=point)
+    (chosen,) = (e["goes_on"][0] for e in events_of(search, "rung_decided") if e["decided"])
+    for candidate in search.event.pool:
+        CandidateDir(search.run.probe(1, candidate.id), BASE_STEP).keep_only(None)
     shift = 0.05
-    decision, state, _ = stand.work()
+    decision, state, _ = search.work()
     assert decision["chosen"] == state.parent.name == chosen
 
 
 @pytest.mark.parametrize("rule", ["lag", "auto", "exhaustive"])
 def test_states_that_somebody_deleted_are_trained_again(rule, tmp_path):
-    stand = Stand(tmp_path, **RULES[rule])
+    search = SimulatedSearch(tmp_path, **RULES[rule])
 
     def point(name):
         if name == "decided":
             raise Killed
 
     with pytest.raises(Killed):
-        stand.work(point=point)
-    trained = stand.trained
-    for candidate in stand.event.pool:
-        CandidateDir(stand.run.probe(1, candidate.id), BASE_STEP).keep_only(None)
-    decision, state, _ = stand.work()
+        search.work(point=point)
+    trained = search.trained
+    for candidate in search.event.pool:
+        CandidateDir(search.run.probe(1, candidate.id), BASE_STEP).keep_only(None)
+    decision, state, _ = search.work()
     assert state.is_dir()
-    assert stand.trained > trained
+    assert search.trained > trained
     assert decision["chosen"] == state.parent.name
 
 
 def test_words_left_by_processes_that_ended_are_failures(tmp_path):
-    stand = Stand(tmp_path)
+    search = SimulatedSearch(tmp_path)
     first, second, third = (
-        CandidateDir(stand.run.probe(1, c.id), BASE_STEP) for c in stand.event.pool[:3]
+        CandidateDir(search.run.probe(1, c.id), BASE_STEP) for c in search.event.pool[:3]
     )
-    for folder in (first, second, third):
-        folder.path.mkdir(parents=True)
+    for candidate_dir in (first, second, third):
+        candidate_dir.path.mkdir(parents=True)
     first.mark_failed("out of memory on rank 3: tried to allocate 20 GiB", rank=3)
     for _rank in range(2):
         second.mark_hung(attempt=1, seconds=30)  # two ranks of one attempt
     for attempt in (1, 2):
         third.mark_hung(attempt=attempt, seconds=30)
-    decision, *_ = stand.work()
+    decision, *_ = search.work()
     found = [(c["status"], c["reason"]) for c in decision["candidates"][:3]]
     assert found[0] == ("failed", "out of memory on rank 3: tried to allocate 20 GiB")
     assert found[1][0] != "failed"
@@ -248,6 +250,6 @@ def test_words_left_by_processes_that_ended_are_failures(tmp_path):
 
 
 def test_an_event_without_survivors_names_every_reason(tmp_path):
-    stand = Stand(tmp_path, losses=lambda index, step: math.nan)
+    search = SimulatedSearch(tmp_path, losses=lambda index, step: math.nan)
     with pytest.raises(RunError, match="none of the 12 candidates"):
-        stand.work()
+        search.work()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lag_megatron.report.stats.analysis import on_top
-from lag_megatron.selection.analysis import analyse, ended_curves
+from lag_megatron.selection.analysis import analyse_curves, finished_curves
 
 STEPS = (0, 1, 2, 5, 10, 20, 50)
 KEYS = {
@@ -28,7 +28,7 @@ KEYS = {
 
 def analysed(curves, **given_):
     nothing = {"lag": 10, "base_val_loss": 4.0, "chosen": None}
-    return analyse(curves, **{**nothing, "last_block": [], "random_block": [], **given_})
+    return analyse_curves(curves, **{**nothing, "last_block": [], "random_block": [], **given_})
 
 
 def curves_of(matrix):
@@ -128,7 +128,7 @@ def test_only_steps_and_candidates_that_all_share():
         "c": [(0, 3.0), (10, 3.0), (20, 3.0)],
         "diverged": [(0, 0.6), (10, 4.0), (20, math.inf)],
     }
-    assert set(ended_curves(curves)) == {"a", "b", "c"}
+    assert set(finished_curves(curves)) == {"a", "b", "c"}
     found = analysed(curves)
     assert found["steps"] == [0, 20]
     assert found["spearman"] == pytest.approx([1.0, 1.0])

@@ -175,7 +175,7 @@ def test_decision_of_halving() -> None:
         "a": ProbeRecord(status="stopped", steps=20, curve=curves["a"][:2]),
         "b": ProbeRecord(status="finished", steps=40, curve=curves["b"]),
         "c": ProbeRecord(status="finished", steps=40, curve=curves["c"]),
-        "d": ProbeRecord(status="stopped", reason="told to", steps=20, curve=curves["d"]),
+        "d": ProbeRecord(status="stopped", reason="asked to", steps=20, curve=curves["d"]),
     }
     decision = build_decision(
         records,
@@ -198,7 +198,7 @@ def test_decision_of_halving() -> None:
         "3rd of 4 at step 20: 2.9000 against 2.1000 of the last that went on",
         "",
         "",
-        "told to",
+        "asked to",
     ]
     assert decision["cost"]["exhaustive_steps"] == 160
     assert [(r["goes_on"], r["stopped"]) for r in decision["rungs"]] == [

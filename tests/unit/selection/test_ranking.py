@@ -14,7 +14,7 @@ from lag_megatron.selection import (
     regret,
     relative_regret,
     spearman,
-    ties,
+    tied_candidates,
 )
 
 
@@ -84,12 +84,12 @@ def test_ties_are_paired() -> None:
         "same": winner,
     }
     expected = ["now better, now worse", "same"]
-    assert ties(batches, winner="winner") == expected
-    assert ties(batches, winner="winner") == expected
+    assert tied_candidates(batches, winner="winner") == expected
+    assert tied_candidates(batches, winner="winner") == expected
 
 
 def test_one_batch_tells_nobody_apart() -> None:
-    assert ties({"a": [1.0], "b": [9.0]}, winner="a") == ["b"]
+    assert tied_candidates({"a": [1.0], "b": [9.0]}, winner="a") == ["b"]
 
 
 def test_paired_interval_is_a_bootstrap_over_batches() -> None:

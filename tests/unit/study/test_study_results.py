@@ -202,5 +202,5 @@ def test_a_gain_that_goes_with_the_decay_is_told(recorded) -> None:
     [lag] = [arm for arm in results["arms"] if arm["arm"] == "lag"]
     lost = {**lag["against_reference"], "low": -0.1, "high": 0.1, "mean": 0.0, "holds_zero": True}
     results["arms"].append({**lag, "learning_rate": "decayed", "against_reference": lost})
-    told = "The gain of lag over scratch is shown with constant, but not with decayed."
-    assert told in finding_sentences(results)
+    sentence = "The gain of lag over scratch is shown with constant, but not with decayed."
+    assert sentence in finding_sentences(results)

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lag_megatron.distributed.world import start_world, stop_world
-from lag_megatron.kernels.adamw import adamw_step, on_device
-from lag_megatron.kernels.build import nvcc_path
-from lag_megatron.kernels.partition import Partition, Rates
+from lag_megatron.kernels.adamw import adamw_on_gpu, adamw_step
+from lag_megatron.kernels.common.build import nvcc_path
+from lag_megatron.kernels.common.partition import Partition, Rates
 from lag_megatron.model.linear_cross_entropy import linear_cross_entropy
 from tools.bench.common.figures import write_figures
 from tools.bench.common.timing import copy_rate, device_prefix, matmul_rate, medians
@@ -104,7 +104,7 @@ def _optimizer(
         gradients=[torch.randn(count, device=device).bfloat16()],
     )
     rates, scale = Rates(1e-3, (0.9, 0.95), 1e-8, 0.1), torch.ones((), device=device)
-    step = functools.partial(on_device, by=by) if by else adamw_step
+    step = functools.partial(adamw_on_gpu, by=by) if by else adamw_step
     taken = medians({"": lambda: step(partition, rates, scale)}, device, rounds=rounds)[""]
     moved = count * (2 * 12 + 2 + 2)
     return {f"optimizer_bandwidth_share{by and f'_{by}'}": moved / taken / bandwidth}

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
 import torch
 from torch import Tensor
 
-from lag_megatron.kernels.grow import launch_of, write_runs
-from lag_megatron.kernels.runs import Run
+from lag_megatron.kernels.common.runs import WriteRun
+from lag_megatron.kernels.grow import make_launch, write_runs
 from tools.bench.common.figures import write_figures
 from tools.bench.common.timing import copy_rate, device_prefix, medians
 
@@ -57,7 +57,7 @@ def shares(device: torch.device, parameters: int, *, rounds: int) -> dict[str, f
     old = {state: torch.randn(OLD * layer, device=device) for state in STATES}
     new = {state: torch.empty(NEW * layer, device=device) for state in STATES}
     weights = torch.empty(NEW * layer, dtype=torch.bfloat16, device=device)
-    sides: dict[str, list[Run]] = {
+    sides: dict[str, list[WriteRun]] = {
         "copied": runs_of(old, new, weights, layer, drawn=False),
         "drawn": runs_of(old, new, weights, layer, drawn=True),
     }
@@ -67,7 +67,7 @@ def shares(device: torch.device, parameters: int, *, rounds: int) -> dict[str, f
     }
     seconds = launched = medians(works, device, rounds=rounds, ahead=False)
     if device.type == "cuda":
-        launches = {name: launch_of(runs) for name, runs in sides.items()}
+        launches = {name: make_launch(runs) for name, runs in sides.items()}
         launched = medians(launches, device, rounds=rounds)
     ceiling = copy_rate(device, elements=NEW * layer, rounds=rounds)
     found = {
@@ -83,7 +83,7 @@ def shares(device: torch.device, parameters: int, *, rounds: int) -> dict[str, f
 
 def runs_of(
     old: dict[str, Tensor], new: dict[str, Tensor], weights: Tensor, layer: int, *, drawn: bool
-) -> list[Run]:
+) -> list[WriteRun]:
     """The runs that write a candidate, layer by layer."""
     origins = [*range(INDEX + BLOCK), *range(INDEX, OLD)]
     runs = []
@@ -94,11 +94,11 @@ def runs_of(
             follows = weights[here] if state == "fp32" else None
             is_new = INDEX + BLOCK <= place < INDEX + 2 * BLOCK
             if drawn and is_new and state == "fp32":
-                runs.append(Run(target, target, 1.0, follows))
+                runs.append(WriteRun(target, target, 1.0, follows))
             elif drawn and is_new and state == "exp_avg":
-                runs.append(Run(target, None, 0.0))
+                runs.append(WriteRun(target, None, 0.0))
             else:
-                runs.append(Run(target, source, 1.0, follows))
+                runs.append(WriteRun(target, source, 1.0, follows))
     return runs
 
 

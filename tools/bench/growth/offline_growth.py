@@ -100,7 +100,7 @@ def _needed(source: Path, plan: GrowthPlan, data_rank: int) -> int:
     sides = growth.filler(tensor_rank=0).sides(trained=True)
     regions = [
         Region(state, held, growth.layout.lengths[container])
-        for container, held in growth.layout.held(data_rank).items()
+        for container, held in growth.layout.buffers_of_rank(data_rank).items()
         for state in STATES
     ]
     if data_rank == 0:

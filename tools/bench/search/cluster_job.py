@@ -3,7 +3,7 @@
 from lag_megatron.config import GrowthConfig, RunConfig
 from lag_megatron.planning.cost import parameter_count
 from lag_megatron.planning.vocab_size import estimate_vocab_size
-from lag_megatron.selection import planned
+from lag_megatron.selection import planned_rungs
 from lag_megatron.training.dry_run import growth_pools
 from tools.bench.search.cluster_model import SearchJob
 
@@ -13,7 +13,7 @@ def job_of(config: RunConfig, number: int, growth: GrowthConfig) -> SearchJob:
     pool = growth_pools(config)[number]
     vocab_size, _ = estimate_vocab_size(config)
     rungs, before = [], -1
-    for rung, count in planned(growth, candidates=len(pool)):
+    for rung, count in planned_rungs(growth, candidates=len(pool)):
         evaluations = sum(before < step <= rung for step in growth.evaluation_steps())
         rungs.append((rung, count, evaluations))
         before = rung

@@ -13,7 +13,7 @@ from lag_megatron.errors import RunError
 from lag_megatron.report.stats.recorded_search import RecordedSearch, read_search
 from lag_megatron.report.stats.rule_comparison import compare_rules, loss_curves, settings_of
 from lag_megatron.selection import Evaluation, rung_value, spearman
-from lag_megatron.selection.analysis import ended_curves
+from lag_megatron.selection.analysis import finished_curves
 
 SMALLEST_POOL = 16
 VALUES = ("last", "mean", "ema")
@@ -166,7 +166,7 @@ def _correlation(search: RecordedSearch, value: Any, part: float) -> float | Non
     """Over the candidates that have both; only what the default would evaluate counts."""
     lag = _lag(search)
     planned = set(GrowthConfig(lag=lag).evaluation_steps())
-    ended = ended_curves(loss_curves(search))
+    ended = finished_curves(loss_curves(search))
     final = {id_: curve[max(curve)] for id_, curve in ended.items()}
     early = {
         id_: rung_value(

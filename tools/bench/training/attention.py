@@ -4,8 +4,8 @@
 python tools/bench/training/attention.py [--rounds 7] [--json FILE]
 
 One thread, process time, medians of rounds in turns, 4096 positions a batch in heads of 64.  A
-ratio above 1 is how much faster products are; `products_win` in `lag_megatron/model/attention.py`
-says where they are taken.
+ratio above 1 is how much faster products are; `prefers_matmul_attention` in
+`lag_megatron/model/attention.py` says where they are used.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lag_megatron.model.attention import attend_by_products
+from lag_megatron.model.attention import matmul_attention
 from tools.bench.common.figures import write_figures
 
 POSITIONS, HEADS, SIZE = 4096, 4, 64
@@ -53,7 +53,7 @@ def _ratio(causal: bool, dtype: torch.dtype, length: int, *, rounds: int) -> flo
     heads = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
 
     def products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend_by_products(query, key, value, None, causal=causal, scale=SIZE**-0.5)
+        return matmul_attention(query, key, value, None, causal=causal, scale=SIZE**-0.5)
 
     def torchs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal)

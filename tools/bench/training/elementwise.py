@@ -5,9 +5,9 @@ python tools/bench/training/elementwise.py [--device cpu|cuda] [--rounds 9] [--j
 
 Medians of rounds in turns, forward and backward, on a CPU process time of one thread.  Of an
 activation with its bias a figure is how much faster one pass is than the fastest of the others;
-`one_pass_wins` in `lag_megatron/kernels/activation.py` says where it is taken.  Where there is no
-pass of ours, which is bias, dropout, residual and the norm after them, and all on a GPU, a figure
-is how much faster the compiled form is.
+`one_pass_wins` in `lag_megatron/kernels/cpu/activation_cpu.py` says where it is taken.  Where there
+is no pass of ours, which is bias, dropout, residual and the norm after them, and all on a GPU, a
+figure is how much faster the compiled form is.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lag_megatron.kernels.activation import KINDS, activate, activate_by_torch
+from lag_megatron.kernels.cpu.activation_cpu import KINDS, activate, activate_by_torch
 from tools.bench.common.figures import write_figures
 from tools.bench.common.timing import medians
 

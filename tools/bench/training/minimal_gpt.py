@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lag_megatron.config import ModelConfig
-from lag_megatron.model.attention import products_win
+from lag_megatron.model.attention import prefers_matmul_attention
 
 
 class MinimalGpt(nn.Module):
@@ -54,7 +54,7 @@ class _Layer(nn.Module):
         batch, length, _ = joined.shape
         parts = joined.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = parts
-        if not products_win(query):
+        if not prefers_matmul_attention(query):
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
             scores = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)

@@ -95,11 +95,11 @@ def stock(job: StepJob, *, attention: type | None = None) -> Step:
     import deepspeed
 
     from lag_megatron.distributed.world import DeepSpeedGroups
-    from lag_megatron.model.cpu_shims import run_megatron_without_cuda
+    from lag_megatron.model.cpu_shims import install_cpu_shims
     from lag_megatron.model.random_state import seed_everywhere
 
     world = start_world(tensor=1)
-    run_megatron_without_cuda()
+    install_cpu_shims()
     seed_everywhere(0)
     deepspeed.init_distributed()
     model, loss_of = (_stock_bert if job.config.model.family == "bert" else _stock_gpt)(
@@ -210,7 +210,7 @@ def stock_sdpa(job: StepJob) -> Step:
     from lag_megatron.model.attention import SDPACoreAttention
 
     class Sdpa(SDPACoreAttention):
-        by_products = False
+        use_matmul = False
 
     return stock(job, attention=Sdpa)
 

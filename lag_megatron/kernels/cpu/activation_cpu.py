@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lag_megatron.kernels.build import address, builds_for_cpu, library
+from lag_megatron.kernels.common.build import builds_for_cpu, data_pointer, load_library
 
 SOURCE = Path(__file__).with_name("activation_cpu.cpp")
 KINDS = {"gelu": 0, "gelu_exact": 1, "swiglu": 2}
@@ -67,8 +67,8 @@ class _OnePass(torch.autograd.Function):
         width = hidden.shape[-1] // (2 if kind == "swiglu" else 1)
         out = hidden.new_empty((*hidden.shape[:-1], width))
         if out.numel():
-            library(SOURCE).lag_activation(
-                KINDS[kind], _is_bf16(hidden), *map(address, (hidden, bias, out)), *_sizes(out)
+            load_library(SOURCE).lag_activation(
+                KINDS[kind], _is_bf16(hidden), *map(data_pointer, (hidden, bias, out)), *_sizes(out)
             )
         ctx.save_for_backward(hidden, bias)
         ctx.kind = kind
@@ -82,10 +82,10 @@ class _OnePass(torch.autograd.Function):
         summed = bias is not None and ctx.needs_input_grad[1]
         of_bias = torch.zeros(hidden.shape[-1]) if summed else None
         if grad.numel():
-            library(SOURCE).lag_activation_back(
+            load_library(SOURCE).lag_activation_back(
                 KINDS[ctx.kind],
                 _is_bf16(hidden),
-                *map(address, (grad, hidden, bias, of_hidden, of_bias)),
+                *map(data_pointer, (grad, hidden, bias, of_hidden, of_bias)),
                 *_sizes(grad),
             )
         return of_hidden, None if of_bias is None else of_bias.to(hidden.dtype), None

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lag_megatron.errors import LagError
-from lag_megatron.kernels.build import address, library
-from lag_megatron.kernels.partition import Partition, Rates
+from lag_megatron.kernels.common.build import data_pointer, load_library
+from lag_megatron.kernels.common.partition import Partition, Rates
 
 SOURCE = Path(__file__).with_name("adamw_cpu.cpp")
 
@@ -39,8 +39,8 @@ def adamw_cpu(partition: Partition, rates: Rates, scale: float) -> None:
         *(scale, rates.lr / corrections[0], corrections[1] ** 0.5),
         *(1.0 - rates.lr * rates.weight_decay, 1.0 - beta1, beta2, 1.0 - beta2, rates.eps),
     )
-    library(SOURCE).lag_adamw(
-        *map(address, (partition.master, partition.exp_avg, partition.exp_avg_sq, weights)),
+    load_library(SOURCE).lag_adamw(
+        *map(data_pointer, (partition.master, partition.exp_avg, partition.exp_avg_sq, weights)),
         weights.dtype is torch.bfloat16,
         *_table(parts),
         *map(ctypes.c_float, numbers),
@@ -54,7 +54,7 @@ def squares_cpu(tensors: Sequence[Tensor]) -> float:
     Raises:
         LagError: if the kernel cannot be built.
     """
-    sum_of, parts = library(SOURCE).lag_squares, _plain(tensors)
+    sum_of, parts = load_library(SOURCE).lag_squares, _plain(tensors)
     sum_of.restype = ctypes.c_double
     return float(sum_of(*_table(parts), torch.get_num_threads()))
 

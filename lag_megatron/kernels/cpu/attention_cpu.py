@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lag_megatron.kernels.build import address, builds_for_cpu, library
+from lag_megatron.kernels.common.build import builds_for_cpu, data_pointer, load_library
 
 SOURCE = Path(__file__).with_name("attention_cpu.cpp")
 
@@ -66,7 +66,7 @@ class _Attend(torch.autograd.Function):
         key, value = (t.reshape(batch * groups, columns, size).contiguous() for t in (key, value))
         weights = query @ key.transpose(1, 2)
         if weights.numel():
-            library(SOURCE).lag_attention_softmax(
+            load_library(SOURCE).lag_attention_softmax(
                 *_typed(weights),
                 *map(c_long, (heads, length, columns, batch * heads * length)),
                 *_mask(hidden, (batch, heads, length, columns)),
@@ -86,8 +86,8 @@ class _Attend(torch.autograd.Function):
         of_value = weights.transpose(1, 2) @ grad
         of_scores = grad @ value.transpose(1, 2)
         if weights.numel():
-            library(SOURCE).lag_attention_softmax_back(
-                address(weights),
+            load_library(SOURCE).lag_attention_softmax_back(
+                data_pointer(weights),
                 *_typed(of_scores),
                 *map(c_long, (weights.shape[-1], weights.numel() // weights.shape[-1])),
                 c_float(ctx.scale),
@@ -100,12 +100,12 @@ class _Attend(torch.autograd.Function):
 
 def _typed(tensor: Tensor) -> tuple[Any, bool]:
     """Address, and whether bf16."""
-    return address(tensor), tensor.dtype is torch.bfloat16
+    return data_pointer(tensor), tensor.dtype is torch.bfloat16
 
 
 def _mask(hidden: Tensor | None, shape: tuple[int, ...]) -> tuple[Any, ...]:
     """Address and strides of a mask."""
     if hidden is None:
-        return address(None), *map(c_long, (0, 0, 0, 0))
+        return data_pointer(None), *map(c_long, (0, 0, 0, 0))
     whole = hidden.expand(shape)
-    return address(whole), *map(c_long, whole.stride())
+    return data_pointer(whole), *map(c_long, whole.stride())

@@ -5,14 +5,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lag_megatron.kernels.rounding import to_bf16
-from lag_megatron.kernels.runs import TILE
+from lag_megatron.kernels.common.runs import TILE
+from lag_megatron.kernels.triton.rounding import to_bf16
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def grow_triton(rows: Tensor, scales: Tensor, kind: torch.dtype) -> None:
-    """Launch the writing; arguments as of :func:`lag_megatron.kernels.cuda.grow.grow_cuda`."""
+    """Write the runs of a table with one launch on the current stream.
+
+    Args:
+        rows: int64 (n, 5) on the device, from
+            :func:`lag_megatron.kernels.common.runs.run_table`.
+        scales: fp32 (n,) on the device.
+        kind: type of the weights.
+    """
     _grow[(len(rows),)](rows, scales, KIND=_TYPES[kind], BLOCK=TILE, num_warps=8)
 
 

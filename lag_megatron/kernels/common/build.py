@@ -1,4 +1,4 @@
-"""Kernels in C++ and CUDA C++: compiled on first use, loaded without a header of torch's."""
+"""Compiling kernels in C++ and CUDA C++ on first use, and loading them with ctypes."""
 
 import ctypes
 import functools
@@ -32,7 +32,7 @@ def nvcc_path() -> str | None:
 
 
 def cpu_command() -> list[str]:
-    """How the C++ compiler is called.
+    """The command line of the C++ compiler.
 
     Raises:
         LagError: if there is none.
@@ -47,7 +47,7 @@ def cpu_command() -> list[str]:
 
 
 def builds_for_cpu() -> bool:
-    """Whether kernels in C++ can be had here; what has another form takes that where not."""
+    """Whether a C++ compiler is installed; callers with another implementation use that if not."""
     return _cpu_compiler() is not None
 
 
@@ -62,7 +62,7 @@ def _cpu_compiler() -> tuple[str, ...] | None:
 
 
 def cuda_command(architectures: Sequence[str]) -> list[str]:
-    """How nvcc is called for architectures such as "90".
+    """The command line of nvcc for architectures such as "90".
 
     Raises:
         LagError: if there is none.
@@ -78,14 +78,14 @@ def cuda_command(architectures: Sequence[str]) -> list[str]:
 
 
 def build(source: Path, command: Sequence[str], target: Path) -> None:
-    """Compile ``source`` to ``target``, which appears whole or not at all.
+    """Compile ``source`` to ``target``, atomically.
 
     Raises:
-        LagError: with what the compiler says.
+        LagError: with the compiler's output.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as draft:
-        built = Path(draft) / target.name
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        built = Path(folder) / target.name
         done = subprocess.run(
             [*command, str(source), "-o", str(built)], capture_output=True, text=True
         )
@@ -95,8 +95,8 @@ def build(source: Path, command: Sequence[str], target: Path) -> None:
 
 
 @functools.cache
-def library(source: Path) -> ctypes.CDLL:
-    """A kernel for this machine; what was built of the same source and command is taken again.
+def load_library(source: Path) -> ctypes.CDLL:
+    """The library of a kernel, from the cache if the same source and command were built before.
 
     Raises:
         LagError: if it cannot be compiled.
@@ -116,12 +116,12 @@ def library(source: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
-def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    """Where a kernel finds a tensor's elements; null without one."""
+def data_pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """The address of a tensor's elements for a kernel; null for None."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def _instructions() -> str:
-    """What this CPU can do: hosts of several kinds may share the folder."""
+    """The CPU's instruction sets: hosts of several kinds may share the cache."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -5,13 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lag_megatron.kernels.rounding import to_bf16
+from lag_megatron.kernels.triton.rounding import to_bf16
 
 _BLOCK = 4096
 
 
 def statistics_triton(logits: Tensor, place: Tensor, is_mine: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`lag_megatron.kernels.softmax.statistics`; the logits stay as they are."""
+    """As :func:`lag_megatron.kernels.softmax.row_statistics`; the logits stay as they are."""
     rows, columns = logits.shape
     found = torch.empty((4, rows), dtype=torch.float32, device=logits.device)
     if rows:
@@ -24,7 +24,7 @@ def statistics_triton(logits: Tensor, place: Tensor, is_mine: Tensor) -> tuple[T
 def to_gradient_triton(
     logits: Tensor, top: Tensor, factor: Tensor, even: Tensor, place: Tensor, taken: Tensor
 ) -> None:
-    """As :func:`lag_megatron.kernels.softmax.to_gradient`."""
+    """As :func:`lag_megatron.kernels.softmax.logits_to_gradient`."""
     rows, columns = logits.shape
     if rows:
         numbers = torch.stack([top, factor, even, taken]).float()

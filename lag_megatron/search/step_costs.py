@@ -7,7 +7,7 @@ from lag_megatron.growth.pool import Candidate
 
 
 @dataclass(frozen=True, slots=True)
-class CostModel:
+class StepCosts:
     """Costs of the model that an event grows to, all ranks together.
 
     Attributes:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lag_megatron.errors import LagError
-from lag_megatron.kernels.build import library
-from lag_megatron.kernels.partition import Rates
+from lag_megatron.kernels.common.build import load_library
+from lag_megatron.kernels.common.partition import Rates
 
-SOURCE = Path(__file__).with_name("adamw.cu")
+SOURCE = Path(__file__).with_name("adamw_cuda.cu")
 
 
 def adamw_cuda(
@@ -29,7 +29,7 @@ def adamw_cuda(
     Raises:
         LagError: if the kernel cannot be built or launched.
     """
-    error = library(SOURCE).lag_adamw(
+    error = load_library(SOURCE).lag_adamw(
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in state),
         ctypes.c_void_p(gradient.data_ptr()),
         gradient.dtype is torch.bfloat16,

@@ -1,4 +1,4 @@
-"""What an optimizer's step changes on one rank, and by which numbers."""
+"""The state that an optimizer step updates on one rank, and its hyper-parameters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Runs of elements that are written in one pass, and the table of them that kernels read."""
+"""Runs of elements that are written in one launch, and their table, which kernels read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _COLUMNS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class WriteRun:
     """Elements that are written one after the other; all tensors are flat and contiguous.
 
     Attributes:
@@ -39,7 +39,7 @@ class Run:
         return self.target.numel() * (read + written + weights)
 
 
-def table_of(runs: Sequence[Run], *, tile: int = TILE) -> tuple[Tensor, Tensor]:
+def run_table(runs: Sequence[WriteRun], *, tile: int = TILE) -> tuple[Tensor, Tensor]:
     """The runs in tiles, as the kernels read them.
 
     Returns:
@@ -74,8 +74,8 @@ def table_of(runs: Sequence[Run], *, tile: int = TILE) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(rows), torch.from_numpy(scales)
 
 
-def _require_flat(run: Run) -> None:
-    """Addresses are all that a kernel gets, so that nothing but this would notice."""
+def _require_flat(run: WriteRun) -> None:
+    """Check shapes, strides and types: a kernel gets addresses alone and cannot."""
     count = run.target.numel()
     for tensor in (run.target, run.source, run.weights):
         if tensor is not None:

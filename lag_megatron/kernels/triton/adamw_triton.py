@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lag_megatron.kernels.partition import Rates
-from lag_megatron.kernels.rounding import to_bf16
+from lag_megatron.kernels.common.partition import Rates
+from lag_megatron.kernels.triton.rounding import to_bf16
 
 _BLOCK = 1024
 
@@ -15,7 +15,15 @@ _BLOCK = 1024
 def adamw_triton(
     state: Sequence[Tensor], gradient: Tensor, weights: Tensor, numbers: Tensor, rates: Rates
 ) -> None:
-    """Launch the update; arguments as of :func:`lag_megatron.kernels.cuda.adamw.adamw_cuda`."""
+    """Launch the update on the current stream.
+
+    Args:
+        state: fp32 master, first and second moment, (n,) each.
+        gradient: flat, fp32 or bf16; elements missing at the end count as 0.
+        weights: (n,), fp32 or bf16.
+        numbers: fp32 (3,): the gradient's scale, step size, square root of the second correction.
+        rates: of this step.
+    """
     length = state[0].numel()
     _adamw[(triton.cdiv(length, _BLOCK),)](
         *state,

@@ -1,0 +1,1 @@
+"""Compiling and loading kernels, and the arguments that implementations share."""
