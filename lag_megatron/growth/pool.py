@@ -153,14 +153,8 @@ def pool(
         ConfigError: for values that are no such settings.
         PlanError: if a candidate cannot be built, or there is none.
     """
-    settings = {
-        "operator": operator,
-        "index": index,
-        "block_size": block_size,
-        "init": init,
-        "scale": scale,
-        "options": dict(options or {}),
-    }
+    settings: dict[str, Any] = {"operator": operator, "index": index, "block_size": block_size}
+    settings |= {"init": init, "scale": scale, "options": dict(options or {})}
     growth = parse_growth({"pool": settings, "moments": moments}, source="pool()")
     return build_pool(
         growth,
