@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import open
 from lag_megatron.checkpoint.inspect import inspect_checkpoint
+from lag_megatron.checkpoint.open import detect, resolve_checkpoint
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.cli.errors import print_error
 from lag_megatron.errors import LagError
@@ -25,8 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="read all files, compare checksums")
     options = parser.parse_args(argv)
     try:
-        path = open.resolve_checkpoint(options.path)
-        open.detect(path)
+        path = resolve_checkpoint(options.path)
+        detect(path)
     except LagError as error:
         return print_error(error)
     facts = inspect_checkpoint(path, verify=options.verify)
