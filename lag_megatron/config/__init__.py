@@ -1,6 +1,6 @@
 """The configuration of a run: read from YAML into frozen dataclasses, with every error reported."""
 
-from lag_megatron.config.load import dump_config, load_config, parse_config
+from lag_megatron.config.load import dump_config, load_config, parse_config, parse_growth
 from lag_megatron.config.schema.data import (
     DataConfig,
     MlmConfig,
@@ -43,4 +43,5 @@ __all__ = [
     "load_config",
     "padded_vocab_size",
     "parse_config",
+    "parse_growth",
 ]

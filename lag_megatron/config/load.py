@@ -14,12 +14,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from lag_megatron.config.schema.base import Tree
 from lag_megatron.config.schema.param_names import read_names_tree
-from lag_megatron.config.schema.run import RunConfig
+from lag_megatron.config.schema.run import GrowthConfig, RunConfig
 from lag_megatron.config.schema.stage_schedule import in_steps
 from lag_megatron.config.schema.unique_keys import UniqueKeyLoader
 from lag_megatron.config.stage_policy import expand_stages
 from lag_megatron.config.validation.messages import describe_errors
-from lag_megatron.config.validation.run import find_problems
+from lag_megatron.config.validation.run import find_problems, growth_problems
 from lag_megatron.config.validation.stages import length_problems
 from lag_megatron.errors import ConfigError
 
@@ -60,6 +60,30 @@ def parse_config(tree: Tree, *, source: str = "configuration") -> RunConfig:
     if lines := [*lines, *find_problems(config)]:
         raise ConfigError(_block(source, lines))
     return config
+
+
+def parse_growth(tree: Tree, *, source: str) -> GrowthConfig:
+    """Check the settings of one growth event on their own, outside of a configuration.
+
+    Its stage is taken to be as long as the lag, or the last rung, asks for.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    try:
+        growth = TypeAdapter(GrowthConfig).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(
+            _block(source, describe_errors(error, tree, schema=GrowthConfig))
+        ) from None
+    if lines := list(growth_problems(growth, "", steps=_longest(growth))):
+        raise ConfigError(_block(source, [line.removeprefix(".") for line in lines]))
+    return growth
+
+
+def _longest(growth: GrowthConfig) -> int:
+    steps = (*growth.rungs, *(() if growth.lag == "auto" else (growth.lag,)))
+    return max(steps, default=0)
 
 
 def dump_config(config: RunConfig) -> str:

@@ -1,11 +1,11 @@
 """The pool of a growth event: every candidate that the configuration asks for."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lag_megatron.config import GrowthConfig, PoolConfig, RunConfig
+from lag_megatron.config import GrowthConfig, PoolConfig, RunConfig, parse_growth
 from lag_megatron.config.schema.param_names import parse_param_names
 from lag_megatron.config.schema.raptr import Lengths
 from lag_megatron.errors import PlanError
@@ -100,27 +100,75 @@ def build_pool(
             names=names,
         )
 
-    pool = growth.pool
-    if pool.operator == "lag":
+    wanted = growth.pool
+    if wanted.operator == "lag":
         grown = [
             Candidate(id_, plan("lag", options))
-            for id_, options in _lag_options(pool, source_layers, target_layers)
+            for id_, options in _lag_options(wanted, source_layers, target_layers)
         ]
     else:
-        grown = [Candidate(pool.operator, plan(pool.operator, dict(pool.options)))]
+        grown = [Candidate(wanted.operator, plan(wanted.operator, dict(wanted.options)))]
     if not grown:
         raise PlanError(
             "the pool is empty: give growth.pool at least one index, block, init and scale."
         )
-    if pool.path_length:
+    if wanted.path_length:
         grown = [
             Candidate(f"{candidate.id}-p{_format_length(length)}", candidate.plan, length)
-            for candidate, length in itertools.product(grown, pool.path_length)
+            for candidate, length in itertools.product(grown, wanted.path_length)
         ]
     ids = [candidate.id for candidate in grown]
     if len(set(ids)) < len(ids):
         raise PlanError(f"two candidates of the pool have one name: {', '.join(ids)}.")
     return tuple(grown)
+
+
+def pool(
+    source_layers: int,
+    target_layers: int,
+    *,
+    operator: str = "lag",
+    index: str | int | Sequence[int] = "all",
+    block_size: str | int | Sequence[int] = "all",
+    init: Sequence[str] = ("random", "duplicate"),
+    scale: Sequence[float] = (1.0,),
+    options: Mapping[str, Any] | None = None,
+    moments: str = "auto",
+    seed: int = 1234,
+    init_std: float = 0.02,
+) -> tuple[Candidate, ...]:
+    """The candidates for growing ``source_layers`` to ``target_layers``, in a fixed order.
+
+    With the operator ``lag`` they are the product of ``index``, ``block_size``, ``init`` and
+    ``scale`` as far as it can be built; any other operator is a pool of one with its ``options``.
+
+    Args:
+        source_layers: layers of the base.
+        target_layers: layers of every candidate.
+        operator: name in ``lag_megatron.growth.operators.OPERATORS``.
+        index: where blocks are inserted: ``all``, ``even``, or one or several layers.
+        block_size: layers of a block: ``all``, or one or several sizes.
+        init: ``duplicate`` copies layers, ``random`` draws them.
+        scale: factors on the branches of new layers.
+        options: of an operator other than ``lag``.
+        moments: what the Adam moments of new layers become, see :class:`GrowthPlan`.
+        seed: key of freshly drawn weights.
+        init_std: standard deviation of freshly drawn weights.
+
+    Raises:
+        ConfigError: for values that are no such settings.
+        PlanError: if a candidate cannot be built, or there is none.
+    """
+    settings: dict[str, Any] = {"operator": operator, "index": index, "block_size": block_size}
+    settings |= {"init": init, "scale": scale, "options": dict(options or {})}
+    growth = parse_growth({"pool": settings, "moments": moments}, source="pool()")
+    return build_pool(
+        growth,
+        source_layers=source_layers,
+        target_layers=target_layers,
+        seed=seed,
+        init_std=init_std,
+    )
 
 
 def _format_length(length: Lengths) -> str:

@@ -10,8 +10,11 @@ from lag_megatron.report.sections.matplotlib_figures import (
     write_figures,
 )
 from lag_megatron.report.sections.page import blocks
+from lag_megatron.report.sections.search import search_blocks
 from lag_megatron.report.stats.recorded_search import record_search, write_search
-from lag_megatron.report.stats.run import report_data
+from lag_megatron.report.stats.run import run_report_data
+from lag_megatron.report.stats.run_files import Json, is_search
+from lag_megatron.report.stats.search import search_report_data
 
 __all__ = [
     "plots_available",
@@ -23,18 +26,27 @@ __all__ = [
 ]
 
 
+def report_data(run_dir: Path) -> Json:
+    """Every number of the report of a run directory, or of a search by ask and tell.
+
+    Raises:
+        RunError: if it is neither or a file in it is damaged.
+    """
+    return search_report_data(run_dir) if is_search(run_dir) else run_report_data(run_dir)
+
+
 def write_report(run_dir: Path) -> Path:
     """Write ``report.html``, ``report.md`` and ``figures/*.png``; returns the first's path.
 
     Raises:
-        RunError: if it is no run directory or a file in it is damaged.
+        RunError: if it is neither a run directory nor a search's, or a file in it is damaged.
     """
     data = report_data(run_dir)
     pictures = None
     if plots_available():
         folder = run_dir / "figures"
         pictures = {event["growth"]: draw_figures(event, folder) for event in data["growth"]}
-    content = list(blocks(data, pictures))
+    content = list((search_blocks if is_search(run_dir) else blocks)(data, pictures))
     (run_dir / "report.md").write_text(to_markdown(content), encoding="utf-8")
     page = run_dir / "report.html"
     page.write_text(to_html(content, title=f"{data['name']}: report"), encoding="utf-8")

@@ -1,10 +1,6 @@
 """The run directory: paths, the lock of the one job that writes there, and its settings."""
 
-import errno
-import fcntl
 import json
-import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -14,6 +10,7 @@ from typing import IO, Any
 from lag_megatron.atomic_io import write_atomically
 from lag_megatron.config import RunConfig, dump_config, load_config
 from lag_megatron.errors import ConfigError, RunError
+from lag_megatron.run.file_lock import lock_file
 
 # What may differ between two starts of one run: nothing that changes its numbers beyond rounding.
 _FREE_KEYS = (
@@ -31,6 +28,8 @@ _FREE_KEYS = (
     "stages.*.growth.probe_groups",
     "stages.*.growth.rung_timeout",
 )
+# In the directory of a search by ask and tell, what it was begun with; it has no ``config.yaml``.
+SEARCH_SETTINGS = "search.json"
 _LOCK_TIMEOUT_SECONDS = 40
 
 
@@ -73,8 +72,8 @@ class RunDirectory:
         return self.growth(growth) / candidate
 
     def relative(self, path: Path) -> str:
-        """A path below the run directory, as the journal has it."""
-        return str(path.relative_to(self.root))
+        """A path as the journal names it: within the run directory, or else the path as it is."""
+        return str(path.relative_to(self.root) if path.is_relative_to(self.root) else path)
 
 
 def tag_of(step: int) -> str:
@@ -96,33 +95,14 @@ def acquire(run: RunDirectory) -> IO[str]:
         RunError: if another job goes on writing there.
     """
     path = run.root / "lock"
-    file = path.open("a+")
-    deadline = time.monotonic() + _LOCK_TIMEOUT_SECONDS
-    while not _locked(file, path):
-        if time.monotonic() > deadline:
-            file.seek(0)
-            holder = file.read().strip() or "an unknown process"
-            file.close()
-            raise RunError(
-                f"{path}: the run is being written by {holder}. Wait for it, stop it, or give "
-                "another --run-dir."
-            )
-        time.sleep(0.5)
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
-    file.flush()
-    return file
 
+    def refusal(holder: str) -> str:
+        return (
+            f"{path}: the run is being written by {holder}. Wait for it, stop it, or give "
+            "another --run-dir."
+        )
 
-def _locked(file: IO[str], path: Path) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        file.close()
-        raise RunError(f"{path}: cannot lock: {error.strerror}.") from None
-    return True
+    return lock_file(path, timeout=_LOCK_TIMEOUT_SECONDS, refusal=refusal)
 
 
 def claim(run: RunDirectory, config: RunConfig) -> None:

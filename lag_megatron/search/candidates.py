@@ -1,6 +1,6 @@
 """How far each candidate of an event has come, read from the journal and the candidates' files."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -57,9 +57,24 @@ class CandidateState:
 
 
 class CandidateTable:
-    """All candidates in the order of the pool, and the verdicts so far."""
+    """All candidates in the order of the pool, and the verdicts so far.
 
-    def __init__(self, run: RunDirectory, journal: Journal, event: GrowthEvent) -> None:
+    Args:
+        run: directory of the run.
+        journal: what it says of the event is replayed.
+        event: whose candidates these are.
+        at_work: whether a group still trains what the journal says it was assigned last; by
+            default all groups began anew.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        journal: Journal,
+        event: GrowthEvent,
+        *,
+        at_work: Callable[[int], bool] = lambda group: False,
+    ) -> None:
         self._journal, self._event = journal, event
         self.candidates = [
             CandidateState(index, candidate.id, _candidate_dir(run, event, candidate.id))
@@ -70,6 +85,8 @@ class CandidateTable:
             if line.get("growth") == event.number:
                 self._replay(line)
         for candidate in self.candidates:
+            if candidate.group is not None and not at_work(candidate.group):
+                candidate.group = None
             candidate.add_curve(candidate.dir.curve())
             if candidate.reached not in candidate.curve:
                 candidate.reached = -1  # its files are gone: it starts again
@@ -196,11 +213,14 @@ def _apply(candidate: CandidateState, line: dict[str, Any]) -> None:
     event = line["event"]
     if event == "probe_started":
         candidate.attempts += 1
+        candidate.group = line["group"]
     elif event == "probe_eval" and "rung" in line:
+        candidate.group = None
         candidate.reached = candidate.steps = line["rung"]
         candidate.seconds += line["seconds"]
         candidate.saved_state = candidate.dir.path / line["state"] if line["state"] else None
     elif event == "probe_failed":
+        candidate.group = None
         candidate.status, candidate.reason, candidate.steps = "failed", line["reason"], line["step"]
         candidate.seconds += line["seconds"]
     elif event == "probe_stopped":

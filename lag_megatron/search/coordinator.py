@@ -29,8 +29,8 @@ from lag_megatron.run.metrics import MetricRow
 from lag_megatron.search.candidates import CandidateState, CandidateTable
 from lag_megatron.search.decision import drop_losers, search_decision, winner_metrics
 from lag_megatron.search.event import Assignment, GrowthEvent, ProbeResult
+from lag_megatron.search.rungs import Rungs
 from lag_megatron.search.step_costs import StepCosts
-from lag_megatron.selection import can_still_win, judge, rung_value
 
 _POLL_SECONDS = 0.5
 OnResult = Callable[[CandidateState, ProbeResult, int], object]
@@ -43,7 +43,7 @@ class Coordinator:
         run: directory of the run.
         journal: of the run; steps of the event that it records already are not repeated.
         event: what is searched.
-        costs: of the event's steps and evaluations, for the decision.
+        costs: of the event's steps and evaluations, for the decision; None if they are not known.
         on_result: called after each result with the candidate, the result and the group.
     """
 
@@ -53,17 +53,17 @@ class Coordinator:
         journal: Journal,
         event: GrowthEvent,
         *,
-        costs: StepCosts,
+        costs: StepCosts | None,
         on_result: OnResult,
     ) -> None:
         self._run, self._journal, self._event = run, journal, event
         self._costs, self._on_result = costs, on_result
         self._table = CandidateTable(run, journal, event)
+        self._rungs = Rungs(event, self._table)
         self._changed = threading.Condition()
         self._busy = 0.0
         self.on_stop: Callable[[str], object] = lambda reason: None
         self._stop = ""
-        self._winner_needs_state = ""
         self._loaded: dict[int, int | None] = {}  # by group
         # The import takes a second, which the first rung's decision need not wait for.
         threading.Thread(target=importlib.import_module, args=("scipy.stats",)).start()
@@ -89,12 +89,36 @@ class Coordinator:
                 rungs=list(event.rungs),
                 pool=[c.id for c in event.pool],
             )
-        self._table.stop_losers()
-        for candidate in self._table.alive:
-            if reason := candidate.dir.failure():
-                self._table.fail(candidate, reason)
-        if not self._over:
-            self._drop_states()
+        self._finish_interrupted()
+
+    def refresh(self, journal: Journal, *, at_work: Callable[[int], bool]) -> None:
+        """Replay the journal again, to which other processes have written since.
+
+        Args:
+            journal: read anew.
+            at_work: whether a group still trains what it was assigned last.
+        """
+        with self._locked():
+            self._journal = journal
+            self._table = CandidateTable(self._run, journal, self._event, at_work=at_work)
+            self._rungs = Rungs(self._event, self._table)
+            self._finish_interrupted()
+
+    def candidate(self, index: int) -> CandidateState:
+        """What is known of a candidate."""
+        return self._table.candidates[index]
+
+    def poll(self, group: int) -> Assignment | None:
+        """The next assignment of a group; None while all work is being done by others.
+
+        A group that has not recorded a result since gets the same candidate again.
+        """
+        with self._locked():
+            loaded_candidate = None
+            for candidate in self._table.alive:
+                if candidate.group == group:
+                    candidate.group, loaded_candidate = None, candidate.index
+            return self._next_assignment(group, loaded_candidate)
 
     def ask(
         self, group: int, loaded_candidate: int | None, *, stopped: Callable[[], str]
@@ -108,7 +132,7 @@ class Coordinator:
         """
         with self._locked():
             while True:
-                if self._stop and not self._over:  # an end that all groups see alike
+                if self._stop and not self._rungs.over:  # an end that all groups see alike
                     return Assignment(stop=self._stop)
                 assignment = self._next_assignment(group, loaded_candidate)
                 if assignment is not None:
@@ -122,18 +146,7 @@ class Coordinator:
     def needs_checkpoint(self, result: ProbeResult) -> bool:
         """Whether the candidate of a result can still win, so that its state has to be saved."""
         with self._locked():
-            growth, rung, alive = self._event.growth, result.rung, self._table.alive
-            mine = self._table.candidates[result.candidate]
-            if growth.exhaustive or mine.id == self._winner_needs_state:
-                return True
-            mine.add_curve(result.evaluations)
-            values = {
-                candidate.id: rung_value(growth.compared_by, candidate.evaluations, rung)
-                for candidate in alive
-                if candidate.reached >= rung or candidate is mine
-            }
-            pool = [candidate.id for candidate in alive]
-            return can_still_win(growth, rung, values, mine.id, pool=pool, alive=len(alive))
+            return self._rungs.needs_checkpoint(result)
 
     def record(self, group: int, result: ProbeResult) -> None:
         """Journal a result, and delete the saved states that cannot win any more."""
@@ -141,7 +154,7 @@ class Coordinator:
             candidate = self._table.add_result(result, group=group)
             if not result.failure and result.rung == self._event.decides_at:
                 self._table.finish(candidate)
-                self._drop_states()
+                self._rungs.drop_states()
             self._on_result(candidate, result, group)
 
     def stop(self, reason: str) -> None:
@@ -160,7 +173,7 @@ class Coordinator:
         )
         write_json(self._run.growth(self._event.number) / "decision.json", decision)
         winner = self._table.by_id(decision["chosen"])
-        tokens_per_step = self._costs.tokens_per_step
+        tokens_per_step = self._costs.tokens_per_step if self._costs else None
         return decision, winner_metrics(self._event, winner, tokens_per_step=tokens_per_step)
 
     def announce(self, decision: dict[str, Any]) -> Path:
@@ -177,6 +190,15 @@ class Coordinator:
             drop_losers(self._run, number, winner=winner.saved_state)
         return winner.saved_state
 
+    def _finish_interrupted(self) -> None:
+        """Finish what a kill interrupted."""
+        self._table.stop_losers()
+        for candidate in self._table.alive:
+            if reason := candidate.dir.failure():
+                self._table.fail(candidate, reason)
+        if not self._rungs.over:
+            self._rungs.drop_states()
+
     def _end(self, reason: str) -> None:
         if not self._stop:
             self._stop = reason
@@ -186,8 +208,8 @@ class Coordinator:
 
     def _next_assignment(self, group: int, loaded_candidate: int | None) -> Assignment | None:
         """None while there is nothing to do but wait for other groups."""
-        while not self._over:
-            rung = self._rung
+        while not self._rungs.over:
+            rung = self._rungs.current
             waiting = [c for c in self._table.alive if c.reached < rung]
             free = [c for c in waiting if c.group is None]
             if free:
@@ -198,7 +220,7 @@ class Coordinator:
                 )
             if waiting:
                 return None
-            self._finish_rung(rung)
+            self._rungs.finish_current()
         return Assignment()
 
     def _choice(
@@ -212,78 +234,6 @@ class Coordinator:
         candidate = (mine or others or free)[0]
         self._loaded[group] = candidate.index
         return candidate
-
-    def _finish_rung(self, rung: int) -> None:
-        """All candidates that are left have reached the rung: decide which of them go on."""
-        alive = self._table.alive
-        self._winner_needs_state = ""
-        if self._event.growth.exhaustive:
-            for candidate in alive:
-                if not candidate.has_saved_state:
-                    candidate.reached = -1  # deleted since; it is trained again
-            return
-        if self._table.decided and self._table.winner not in alive:
-            self._table.remove_last_verdict()
-        if not self._table.decided:
-            curves = {c.id: c.evaluations for c in self._table.candidates}
-            ids = [candidate.id for candidate in alive]
-            self._table.add_verdict(judge(self._event.growth, rung, curves, alive=ids))
-        if self._table.decided:
-            winner = self._table.winner
-            if not winner.has_saved_state:  # lost with a group that died, or deleted
-                winner.reached, self._winner_needs_state = -1, winner.id
-                return
-            for candidate in alive:
-                self._table.finish(candidate)
-        self._drop_states()
-
-    @property
-    def _rung(self) -> int:
-        """The rung that candidates are being brought to."""
-        if self._table.decided:
-            return self._table.verdicts[-1].rung
-        return self._event.rungs[len(self._table.verdicts)]
-
-    @property
-    def _over(self) -> bool:
-        """Whether nothing is left to train."""
-        alive = self._table.alive
-        if not alive:
-            return True
-        if self._event.growth.exhaustive:
-            return all(c.reached >= self._rung and c.has_saved_state for c in alive)
-        return (
-            self._table.decided
-            and all(c.reached >= self._rung for c in alive)
-            and self._table.winner in alive
-            and self._table.winner.has_saved_state
-        )
-
-    def _order(self, candidate: CandidateState) -> tuple[float, int]:
-        """By value at the deciding rung; earlier in the pool wins ties."""
-        growth, rung = self._event.growth, self._event.decides_at
-        assert rung is not None
-        value = rung_value(growth.compared_by, candidate.evaluations, rung)
-        return (float("inf") if value is None else value, candidate.index)
-
-    def _drop_states(self) -> None:
-        """Delete what cannot win any more."""
-        event = self._event
-        if event.growth.exhaustive:
-            return
-        at_end = [c for c in self._table.alive if c.reached == event.decides_at]
-        # A winner that was trained again stays it, whatever rounding did to its loss.
-        best = (
-            self._table.winner
-            if self._table.decided
-            else min(at_end, key=self._order, default=None)
-        )
-        for candidate in self._table.candidates:
-            lost = candidate.status in ("stopped", "failed") or (
-                candidate in at_end and candidate is not best
-            )
-            if lost and candidate.group is None:
-                candidate.dir.keep_only(None)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -13,7 +13,11 @@ from lag_megatron.selection import ProbeCost, ProbeRecord, Verdict, build_decisi
 
 
 def search_decision(
-    event: GrowthEvent, table: CandidateTable, *, costs: StepCosts, coordinator_seconds: float
+    event: GrowthEvent,
+    table: CandidateTable,
+    *,
+    costs: StepCosts | None,
+    coordinator_seconds: float,
 ) -> dict[str, Any]:
     """The content of ``decision.json``.
 
@@ -39,9 +43,11 @@ def drop_losers(run: RunDirectory, growth: int, *, winner: Path) -> None:
 
 
 def winner_metrics(
-    event: GrowthEvent, winner: CandidateState, *, tokens_per_step: int
+    event: GrowthEvent, winner: CandidateState, *, tokens_per_step: int | None
 ) -> list[MetricRow]:
-    """What the winner's steps measured, as lines of the run's metrics."""
+    """What the winner's steps measured, as lines of the run's metrics; none without tokens."""
+    if tokens_per_step is None:
+        return []
     last = event.base_step + winner.reached
     rows: list[MetricRow] = [row for row in winner.dir.training() if row["step"] <= last]
     for point in winner.evaluations:
@@ -71,18 +77,23 @@ def _verdicts(event: GrowthEvent, table: CandidateTable) -> tuple[Verdict, ...]:
 
 
 def _cost(
-    event: GrowthEvent, table: CandidateTable, costs: StepCosts, coordinator_seconds: float
+    event: GrowthEvent, table: CandidateTable, costs: StepCosts | None, coordinator_seconds: float
 ) -> ProbeCost:
     states = table.candidates
     steps = sum(state.steps for state in states)
     evaluations = sum(len(state.curve) for state in states)
     if event.growth.compared_by == "ema":  # right after growth the average is the weights
         evaluations += sum(max(len(state.curve) - 1, 0) for state in states)
-    trained = sum(costs.training_flops(event.pool[state.index], state.steps) for state in states)
+    tokens = flops = None
+    if costs is not None:
+        tokens = steps * costs.tokens_per_step
+        flops = evaluations * costs.evaluation_flops + sum(
+            costs.training_flops(event.pool[state.index], state.steps) for state in states
+        )
     return ProbeCost(
         probe_steps=steps,
-        tokens=steps * costs.tokens_per_step,
-        flops=trained + evaluations * costs.evaluation_flops,
+        tokens=tokens,
+        flops=flops,
         seconds=sum(state.seconds for state in states),
         coordinator_seconds=coordinator_seconds,
     )

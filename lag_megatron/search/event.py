@@ -17,7 +17,7 @@ class GrowthEvent:
         number: of the event, and of the stage that follows it.
         base: the checkpoint that all candidates grow from.
         base_step: optimizer steps of the run that it has seen.
-        base_val_loss: its validation loss, in nats per token.
+        base_val_loss: its validation loss, in nats per token; None if it is not known.
         source_layers: its depth.
         target_layers: depth of every candidate.
         stage_steps: length of the stage that follows, in optimizer steps.
@@ -28,7 +28,7 @@ class GrowthEvent:
     number: int
     base: Path
     base_step: int
-    base_val_loss: float
+    base_val_loss: float | None
     source_layers: int
     target_layers: int
     stage_steps: int

@@ -26,6 +26,7 @@ class ProbeLog:
     def print_start(self) -> None:
         """Print what is going to be searched."""
         event = self._event
+        assert event.base_val_loss is not None, "a run validates the state that it grows"
         rungs = ", ".join(map(str, event.rungs))
         self._recorder.print(
             f"growth {event.number}: {event.source_layers} -> {event.target_layers} layers, "

@@ -10,7 +10,6 @@ from typing import Any
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import require_sound
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.config import GrowthConfig
 from lag_megatron.distributed.world import World, local_world_size
 from lag_megatron.engine.base_cache import BaseCache
 from lag_megatron.engine.ema import WeightAverage, has_weight_average
@@ -22,6 +21,7 @@ from lag_megatron.run.metrics import MetricRow
 from lag_megatron.run.signals import Stopped
 from lag_megatron.search.candidate_dir import CURVE, TRAINING, CandidateDir
 from lag_megatron.search.context import ProbeTrainer, SearchContext
+from lag_megatron.search.divergence import divergence
 from lag_megatron.search.event import Assignment, GrowthEvent, ProbeResult
 from lag_megatron.search.limits import memory_limit, time_limit
 
@@ -207,7 +207,7 @@ class ProbeWorker:
         step = self.event.base_step + loaded.steps
         row, stop = self._trainer.train_step(loaded.candidate, step)
         loaded.steps += 1
-        failure = _failure(float(row["train/loss"]), self.event.growth, "training", loaded.steps)
+        failure = divergence(float(row["train/loss"]), self.event.growth, "training", loaded.steps)
         if not math.isfinite(float(row.get("train/grad_norm", 0.0))):
             failure = f"gradient norm is {row['train/grad_norm']} at step {loaded.steps}"
         if failure:
@@ -226,14 +226,14 @@ class ProbeWorker:
         growth, batches = self.event.growth, self._trainer.evaluate()
         loss = mean(batches)
         line: dict[str, Any] = {"step": loaded.steps, "val_loss": loss, "val_loss_batches": batches}
-        failure = _failure(loss, growth, "validation", loaded.steps)
+        failure = divergence(loss, growth, "validation", loaded.steps)
         if loaded.average and not failure:
             if loaded.steps:  # right after growth the average is the weights
                 with loaded.average.in_place():
                     batches = self._trainer.evaluate()
                 loss = mean(batches)
             line |= {"ema_val_loss": loss, "ema_val_loss_batches": batches}
-            failure = _failure(loss, growth, "averaged weights' validation", loaded.steps)
+            failure = divergence(loss, growth, "averaged weights' validation", loaded.steps)
         return line, failure
 
     def _add_row(self, loaded: _LoadedCandidate, name: str, row: dict[str, Any]) -> None:
@@ -256,11 +256,3 @@ class ProbeWorker:
         )
         world.run_on_rank0(lambda: loaded.dir.keep_only(state))
         return state
-
-
-def _failure(loss: float, growth: GrowthConfig, what: str, step: int) -> str:
-    if not math.isfinite(loss):
-        return f"{what} loss is {loss} at step {step}"
-    if loss > growth.max_loss:
-        return f"{what} loss {loss:.4g} is above growth.max_loss {growth.max_loss} at step {step}"
-    return ""

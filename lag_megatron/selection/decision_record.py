@@ -36,12 +36,13 @@ class ProbeRecord:
 class ProbeCost:
     """What all probes of an event took together, failed ones and the winner's included.
 
-    ``seconds`` is the sum over probes, however many were at work at a time.
+    ``seconds`` is the sum over probes, however many were at work at a time.  ``tokens`` and
+    ``flops`` are None where they are not known.
     """
 
     probe_steps: int
-    tokens: int
-    flops: float
+    tokens: int | None
+    flops: float | None
     seconds: float
     coordinator_seconds: float = 0.0
 
@@ -53,7 +54,7 @@ def build_decision(
     growth: int,
     settings: GrowthConfig,
     verdicts: Sequence[Verdict],
-    base_val_loss: float,
+    base_val_loss: float | None,
     cost: ProbeCost,
 ) -> dict[str, Any]:
     """The chosen candidate and the evidence for it, as ``decision.json`` holds them.

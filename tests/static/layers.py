@@ -29,9 +29,12 @@ LAYERS = (
         "directory (`run`: no torch)",
     ),
     (("engine",), "the DeepSpeed engine; no other package imports deepspeed"),
-    (("search",), "one growth event: coordinator, workers, decision"),
     (
-        ("training", "report", "evaluation", "study"),
+        ("search", "report"),
+        "one growth event: coordinator, workers, decision; the report of a run directory",
+    ),
+    (
+        ("training", "evaluation", "study"),
         "the loop over stages, and what is made of a run directory",
     ),
     (("cli",), "one module a command: parse, call the library"),

@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SEARCH = sorted((ROOT / "lag_megatron" / "search").glob("*.py"))
-WITHOUT_TORCH = ("candidate_dir", "candidates", "coordinator", "step_costs", "decision", "event")
+WITHOUT_TORCH = (
+    *("ask_tell", "candidate_dir", "candidates", "coordinator", "step_costs", "decision", "event"),
+    *("trial", "trial_store"),
+)
 
 
 def imported(path):

@@ -141,7 +141,7 @@ def _stages(config: RunConfig) -> Iterator[str]:
         elif config.has_event(number):
             where = f"stages.{number}.growth" if stage.growth else "growth"
             growth = config.growth_before(number)
-            yield from _growth(growth, where, stage.steps)
+            yield from growth_problems(growth, where, stage.steps)
             if growth.pool.operator == "post_ln_identity" and config.model.norm_position == "pre":
                 yield (
                     f"{where}.pool.operator: 'post_ln_identity' is for post-LN models, but "
@@ -154,7 +154,14 @@ def _stages(config: RunConfig) -> Iterator[str]:
                 )
 
 
-def _growth(growth: GrowthConfig, where: str, steps: int) -> Iterator[str]:
+def growth_problems(growth: GrowthConfig, where: str, steps: int) -> Iterator[str]:
+    """Every contradiction in the settings of a growth event, one line each.
+
+    Args:
+        growth: the settings.
+        where: their dotted path.
+        steps: length of the stage that follows, in optimizer steps.
+    """
     if list(growth.rungs) != sorted(set(growth.rungs)) or any(r <= 0 for r in growth.rungs):
         yield f"{where}.rungs: must be positive and strictly rising (got {list(growth.rungs)})."
     elif growth.lag == "auto" and len(growth.rungs) < 3:

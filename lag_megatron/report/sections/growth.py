@@ -204,7 +204,9 @@ def _cost(growth: Json) -> Iterator[tuple[str, str]]:
     cost = growth["cost"]
     yield "probe steps, all candidates", integer(cost["probe_steps"])
     share = cost["extra_of_continuation"]
-    extra = f"{cost['extra_steps']:,} = {cost['extra_of_run']:.1%} of the run's steps"
+    extra = f"{cost['extra_steps']:,}"
+    if cost["extra_of_run"] is not None:
+        extra += f" = {cost['extra_of_run']:.1%} of the run's steps"
     extra += "" if share is None else f", {share:.1%} of the stage's that follows"
     yield "beyond the winner's own", extra
     if cost["exhaustive_steps"]:

@@ -18,7 +18,7 @@ def blocks(data: Json, pictures: Mapping[int, Mapping[str, Path]] | None) -> Ite
     """The blocks of a report.
 
     Args:
-        data: what :func:`~lag_megatron.report.stats.run.report_data` returns.
+        data: what :func:`~lag_megatron.report.stats.run.run_report_data` returns.
         pictures: PNG files by growth event and name; None where matplotlib is not installed.
     """
     yield Heading(1, data["name"])

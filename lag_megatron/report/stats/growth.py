@@ -8,7 +8,7 @@ from lag_megatron.config import GrowthConfig
 from lag_megatron.growth.operators.layer_map import LayerOrigin, format_layer_map
 from lag_megatron.planning.cost import stage_flops
 from lag_megatron.report.stats.analysis import growth_analysis
-from lag_megatron.report.stats.run_files import GrowthFiles, Json, RunFiles, finite
+from lag_megatron.report.stats.run_files import GrowthFiles, Json, RunFiles, SearchFiles, finite
 from lag_megatron.selection import (
     least_disturbed,
     losses_at,
@@ -23,7 +23,7 @@ ENDINGS = ("failed", "stopped", "finished")
 VERDICT = ("rung", "rank_correlation", "transition", "goes_on", "stopped")
 
 
-def growth_data(files: RunFiles, growth: GrowthFiles) -> Json:
+def growth_data(files: RunFiles | SearchFiles, growth: GrowthFiles) -> Json:
     """What was grown, what the probes gave, who won and what it cost."""
     started = _event(files, growth, "growth_started")
     stage = _stage(files, growth)
@@ -66,13 +66,15 @@ def growth_data(files: RunFiles, growth: GrowthFiles) -> Json:
     }
 
 
-def growth_settings(files: RunFiles, growth: GrowthFiles) -> GrowthConfig:
+def growth_settings(files: RunFiles | SearchFiles, growth: GrowthFiles) -> GrowthConfig:
     """The configuration of that event."""
+    if isinstance(files, SearchFiles):
+        return files.settings
     stage = min(_stage(files, growth), len(files.config.stages) - 1)
     return files.config.growth_before(stage)
 
 
-def _stage(files: RunFiles, growth: GrowthFiles) -> int:
+def _stage(files: RunFiles | SearchFiles, growth: GrowthFiles) -> int:
     return int(_event(files, growth, "growth_started").get("stage", growth.growth))
 
 
@@ -82,7 +84,7 @@ def _lag(config: GrowthConfig, growth: GrowthFiles) -> int:
     return decided if isinstance(decided, int) else config.last_rung
 
 
-def _rungs(files: RunFiles, growth: GrowthFiles) -> list[Json]:
+def _rungs(files: RunFiles | SearchFiles, growth: GrowthFiles) -> list[Json]:
     """The verdicts at the rungs, the decision's or, before there is one, the journal's."""
     if growth.decision and "rungs" in growth.decision:
         return list(growth.decision["rungs"])
@@ -94,7 +96,7 @@ def _rungs(files: RunFiles, growth: GrowthFiles) -> list[Json]:
     return [verdicts[rung] for rung in sorted(verdicts)]
 
 
-def _event(files: RunFiles, growth: GrowthFiles, event: str, **match: object) -> Json:
+def _event(files: RunFiles | SearchFiles, growth: GrowthFiles, event: str, **match: object) -> Json:
     wanted: Json = {"event": event, "growth": growth.growth, **match}
     for line in reversed(files.journal):
         if all(line.get(key) == value for key, value in wanted.items()):
@@ -102,7 +104,7 @@ def _event(files: RunFiles, growth: GrowthFiles, event: str, **match: object) ->
     return {}
 
 
-def _record(files: RunFiles, growth: GrowthFiles, id_: str) -> Json:
+def _record(files: RunFiles | SearchFiles, growth: GrowthFiles, id_: str) -> Json:
     """A candidate's record from the decision; before that, from the journal and its curve."""
     for candidate in (growth.decision or {}).get("candidates", []):
         if candidate["id"] == id_:
@@ -196,24 +198,37 @@ def _spread(losses: Mapping[str, float | None]) -> float | None:
     return max(present) - min(present) if present else None
 
 
-def _cost(files: RunFiles, growth: GrowthFiles, *, lag: int, records: Mapping[str, Json]) -> Json:
+def _cost(
+    files: RunFiles | SearchFiles, growth: GrowthFiles, *, lag: int, records: Mapping[str, Json]
+) -> Json:
     """Probe steps; those of the winner go on in the run, the others are extra."""
-    config, decision, stage = files.config, growth.decision or {}, _stage(files, growth)
+    decision = growth.decision or {}
     cost = dict(decision.get("cost", {}))
     steps = int(cost.get("probe_steps", sum(r["steps"] for r in records.values())))
     kept = records[decision["chosen"]]["steps"] if decision.get("chosen") in records else 0
-    vocab_size = files.run.get("vocab_size")
-    flops, share = finite(cost.get("flops")), None
-    if flops is not None and isinstance(vocab_size, int):
-        stages = range(len(config.stages))
-        share = flops / sum(stage_flops(config, s, vocab_size=vocab_size) for s in stages)
+    extra = steps - kept
+    shares = dict.fromkeys(("extra_of_run", "extra_of_continuation", "flops_of_run"))
+    if isinstance(files, RunFiles):
+        shares = _shares(files, stage=_stage(files, growth), extra=extra, flops=cost.get("flops"))
     return {
         **cost,
         "probe_steps": steps,
         "exhaustive_steps": int(cost.get("exhaustive_steps", len(growth.pool) * lag)),
-        "extra_steps": steps - kept,
-        "extra_of_run": (steps - kept) / config.total_steps,
-        "extra_of_continuation": (steps - kept) / config.stages[stage].steps
+        "extra_steps": extra,
+        **shares,
+    }
+
+
+def _shares(files: RunFiles, *, stage: int, extra: int, flops: object) -> dict[str, float | None]:
+    """What an event costs as shares of the run around it."""
+    config, vocab_size = files.config, files.run.get("vocab_size")
+    known, share = finite(flops), None
+    if known is not None and isinstance(vocab_size, int):
+        stages = range(len(config.stages))
+        share = known / sum(stage_flops(config, s, vocab_size=vocab_size) for s in stages)
+    return {
+        "extra_of_run": extra / config.total_steps,
+        "extra_of_continuation": extra / config.stages[stage].steps
         if stage < len(config.stages)
         else None,
         "flops_of_run": share,

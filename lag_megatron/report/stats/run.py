@@ -20,7 +20,7 @@ from lag_megatron.report.stats.sources import sources_data
 TRAIN, VAL, SPEED = "train/loss", "val/loss", "train/tokens_per_second"
 
 
-def report_data(run_dir: Path) -> Json:
+def run_report_data(run_dir: Path) -> Json:
     """Every number of the report, read from the files of a run directory alone.
 
     Losses are in nats a token; steps are optimizer steps, those of a growth counted from growth.

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.config import RunConfig, load_config
+from lag_megatron.config import GrowthConfig, RunConfig, load_config, parse_growth
 from lag_megatron.errors import RunError
+from lag_megatron.run.directory import SEARCH_SETTINGS
 from lag_megatron.run.resolved_config import as_journalled
 
 Json = dict[str, Any]
@@ -22,6 +23,20 @@ class RunFiles:
     config: RunConfig
     run: Json
     metrics: tuple[Json, ...]
+    journal: tuple[Json, ...]
+    growths: tuple["GrowthFiles", ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchFiles:
+    """The directory of a search by ask and tell, which has one growth event and no run around it.
+
+    ``settings`` are the event's; ``base`` is the checkpoint that candidates grow from.
+    """
+
+    path: Path
+    settings: GrowthConfig
+    base: str
     journal: tuple[Json, ...]
     growths: tuple["GrowthFiles", ...]
 
@@ -62,6 +77,29 @@ def read_run(run_dir: Path) -> RunFiles:
         metrics=read_lines(run_dir / "metrics.jsonl"),
         journal=journal,
         growths=tuple(_growths(run_dir)),
+    )
+
+
+def is_search(directory: Path) -> bool:
+    """Whether a directory is that of a search by ask and tell."""
+    return (directory / SEARCH_SETTINGS).is_file()
+
+
+def read_search_files(directory: Path) -> SearchFiles:
+    """Read the directory of a search by ask and tell, decided or not.
+
+    Raises:
+        RunError: if a file in it is damaged.
+        ConfigError: if its settings do not hold.
+    """
+    search = _object(directory / SEARCH_SETTINGS)
+    assert search is not None, "asked for by is_search"
+    return SearchFiles(
+        path=directory,
+        settings=parse_growth(search["growth"], source=str(directory / SEARCH_SETTINGS)),
+        base=search["base"],
+        journal=read_lines(directory / "journal.jsonl"),
+        growths=tuple(_growths(directory)),
     )
 
 
