@@ -1,0 +1,225 @@
+"""The functions that a program imports: ``import lag_megatron as lag``.
+
+They take and return paths and plain values.  Each raises a :class:`lag_megatron.errors.LagError`
+(``lag.UserError``) for what a user can mend, and never ends the process.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lag_megatron.checkpoint.inspect import inspect_checkpoint
+from lag_megatron.checkpoint.open import detect, open_checkpoint, resolve_checkpoint
+from lag_megatron.checkpoint.state.source import UnshardedCheckpoint
+from lag_megatron.checkpoint.writer.job import write
+from lag_megatron.checkpoint.writer.progress_bar import progress_bar
+from lag_megatron.checkpoint.zero.header import resolve_tag
+from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
+from lag_megatron.errors import CheckpointError, PlanError
+from lag_megatron.growth.apply.conversion import Conversion, Format
+from lag_megatron.growth.apply.grow_zero import grow_checkpoint
+from lag_megatron.growth.apply.grown_state import GrownState, retarget
+from lag_megatron.growth.apply.verify import differences
+from lag_megatron.growth.plan import GrowthPlan
+
+PathLike = str | Path
+Precision = Literal["fp32", "bf16", "fp16"]
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What a checkpoint holds, and what is wrong with it.
+
+    Where it cannot be read, only ``path``, ``format`` and ``problems`` are known.
+
+    Attributes:
+        path: its own directory.
+        format: ``zero``, ``universal``, ``megatron``, ``dcp``, ``megatron_legacy`` or ``hf``.
+        step: optimizer steps taken; None where it is not recorded.
+        layers: number of layers.
+        parameters: number of elements of all parameters.
+        topology: ``precision``, ``data_parallel``, ``tensor_parallel``, ... of the ranks that
+            wrote it, as far as they are recorded.
+        optimizer: hyper-parameters by parameter group.
+        history: the growth plans that led to it, the oldest first.
+        problems: why it cannot be used; empty for a sound checkpoint.
+    """
+
+    path: Path
+    format: str
+    step: int | None = None
+    layers: int | None = None
+    parameters: int | None = None
+    topology: dict[str, Any]
+    optimizer: list[dict[str, Any]]
+    history: list[dict[str, Any]]
+    problems: list[str]
+
+
+def inspect(checkpoint: PathLike, *, verify: bool = False) -> CheckpointInfo:
+    """Say what a checkpoint of any format holds.
+
+    Args:
+        checkpoint: its directory, or one with a pointer file to it.
+        verify: read all files and compare them with their checksums.
+
+    Raises:
+        CheckpointError: if there is no checkpoint; one that is damaged has ``problems``.
+    """
+    path = resolve_checkpoint(Path(checkpoint))
+    kind = detect(path)
+    facts = inspect_checkpoint(path, verify=verify)
+    return CheckpointInfo(
+        path=path,
+        format=kind,
+        step=facts.get("step"),
+        layers=facts.get("layers"),
+        parameters=facts.get("parameters"),
+        topology=facts.get("topology", {}),
+        optimizer=facts.get("optimizer", []),
+        history=facts.get("growth_history", []),
+        problems=facts["problems"],
+    )
+
+
+def grow(
+    source: PathLike,
+    target: PathLike,
+    plan: GrowthPlan | None = None,
+    *,
+    world_size: int | None = None,
+    tensor_parallel: int | None = None,
+    zero_stage: int | None = None,
+    precision: Precision | None = None,
+    workers: int = 4,
+    progress: Progress | None = None,
+) -> Path:
+    """Grow a ZeRO checkpoint shard by shard, or move it to another number of ranks.
+
+    Args:
+        source: a tag directory, or one with a file ``latest``; never changed.
+        target: gets a directory named like the source's tag, and a file ``latest``.
+        plan: the growth; without one the model stays as it is.
+        world_size: ranks in all; this and the next three are the source's by default.
+        tensor_parallel: ranks that share a layer's tensors.
+        zero_stage: 0 to 3.
+        precision: of the weights that the forward pass uses.
+        workers: files that are written at a time.
+        progress: called with the number of bytes after each piece, from several threads; by
+            default a bar is shown on a terminal.
+
+    Returns:
+        the directory that was written; ``engine.load_checkpoint(target)`` takes it.
+
+    Raises:
+        PlanError: if the plan or the ranks do not fit the checkpoint, or the target exists.
+        CheckpointError: if the source is damaged or the disk too small.
+    """
+    _require_workers(workers)
+    opened = ZeroCheckpoint.open(resolve_tag(Path(source)))
+    plan = plan or GrowthPlan.for_source(opened, operator="identity")
+    topology = retarget(
+        opened.topology,
+        world_size=world_size,
+        tensor_size=tensor_parallel,
+        zero_stage=zero_stage,
+        precision=precision,
+    )
+    written = Path(target) / opened.path.resolve().name
+    size = GrownState(opened, plan, topology).bytes_to_write
+    with _reported(progress, size) as count:
+        grow_checkpoint(
+            opened.path, written, plan, topology=topology, workers=workers, written=count
+        )
+    return written
+
+
+def convert(
+    source: PathLike,
+    target: PathLike,
+    *,
+    to: Format,
+    plan: GrowthPlan | None = None,
+    world_size: int | None = None,
+    tensor_parallel: int | None = None,
+    zero_stage: int | None = None,
+    precision: Precision | None = None,
+    vocab_size: int | None = None,
+    weights_only: bool = False,
+    dtype: Precision = "fp32",
+    max_shard_size: int | str = "5GB",
+    verify: bool = False,
+    workers: int = 4,
+    progress: Progress | None = None,
+) -> Path:
+    """Take a checkpoint from one format to another, growing it on the way if there is a plan.
+
+    Args:
+        source: its directory, or one with a pointer file to it; of any format.
+        target: gets a tag directory; with ``to="hf"`` it is the directory.
+        to: ``zero``, ``universal``, ``megatron`` or ``hf``.
+        plan: the growth; without one the model stays as it is.
+        world_size: ranks of the training that will load it, as the next three; see :func:`grow`.
+        tensor_parallel: ranks that share a layer's tensors.
+        zero_stage: 0 to 3; by default the source's, or 1 if it has none.
+        precision: of the weights that the forward pass uses.
+        vocab_size: rows of the vocabulary: from transformers with padding, to it without.
+        weights_only: leave out the optimizer states of a torch_dist checkpoint.
+        dtype: of the weights of ``hf``.
+        max_shard_size: of a file of ``hf``, in bytes or as ``"5GB"``.
+        verify: compare every tensor of the target with the source afterwards.
+        workers: files that are written at a time.
+        progress: called with the number of bytes after each piece, from several threads; by
+            default a bar is shown on a terminal.
+
+    Returns:
+        the directory that was written, or was there already from the same conversion.
+
+    Raises:
+        PlanError: if the plan or the ranks do not fit the checkpoint.
+        CheckpointError: if the source is damaged, or ``verify`` finds a difference.
+    """
+    _require_workers(workers)
+    opened = open_checkpoint(Path(source), vocab_size=vocab_size, weights_only=weights_only)
+    if zero_stage is None and isinstance(opened, UnshardedCheckpoint):
+        zero_stage = 1
+    conversion = Conversion(
+        source=opened,
+        plan=plan or GrowthPlan.for_source(opened, operator="identity"),
+        to=to,
+        topology=retarget(
+            opened.topology,
+            world_size=world_size,
+            tensor_size=tensor_parallel,
+            zero_stage=zero_stage,
+            precision=precision,
+        ),
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        vocabulary=vocab_size if to == "hf" else None,
+    )
+    written = conversion.target_dir(Path(target))
+    job = conversion.job(written)
+    with _reported(progress, job.needed) as count:
+        write(job, workers=workers, written=count)
+    if verify and (found := list(differences(conversion, written))):
+        raise CheckpointError(f"{written}: differs from {source}: {'; '.join(found[:3])}.")
+    return written
+
+
+def _require_workers(workers: int) -> None:
+    if workers < 1:
+        raise PlanError(f"workers {workers}: expected at least 1.")
+
+
+@contextmanager
+def _reported(progress: Progress | None, size: int) -> Iterator[Progress]:
+    """The caller's callback, or a bar of ``size`` bytes on a terminal."""
+    if progress is not None:
+        yield progress
+        return
+    with progress_bar(size) as add:
+        yield add
