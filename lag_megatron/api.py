@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from lag_megatron.checkpoint.inspect import inspect_checkpoint
 from lag_megatron.checkpoint.open import detect, open_checkpoint, resolve_checkpoint
-from lag_megatron.checkpoint.state.source import UnshardedCheckpoint
+from lag_megatron.checkpoint.state.layout import Topology
+from lag_megatron.checkpoint.state.source import CheckpointSource, UnshardedCheckpoint
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.writer.progress_bar import progress_bar
 from lag_megatron.checkpoint.zero.header import resolve_tag
@@ -27,6 +28,22 @@ from lag_megatron.growth.plan import GrowthPlan
 PathLike = str | Path
 Precision = Literal["fp32", "bf16", "fp16"]
 Progress = Callable[[int], object]
+
+
+class Ranks(TypedDict, total=False):
+    """How a checkpoint is spread over ranks; what is left out is as in the source.
+
+    Attributes:
+        world_size: ranks in all.
+        tensor_parallel: ranks that share a layer's tensors.
+        zero_stage: 0 to 3.
+        precision: of the weights that the forward pass uses.
+    """
+
+    world_size: int
+    tensor_parallel: int
+    zero_stage: int
+    precision: Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +107,9 @@ def grow(
     target: PathLike,
     plan: GrowthPlan | None = None,
     *,
-    world_size: int | None = None,
-    tensor_parallel: int | None = None,
-    zero_stage: int | None = None,
-    precision: Precision | None = None,
     workers: int = 4,
     progress: Progress | None = None,
+    **ranks: Unpack[Ranks],
 ) -> Path:
     """Grow a ZeRO checkpoint shard by shard, or move it to another number of ranks.
 
@@ -103,13 +117,10 @@ def grow(
         source: a tag directory, or one with a file ``latest``; never changed.
         target: gets a directory named like the source's tag, and a file ``latest``.
         plan: the growth; without one the model stays as it is.
-        world_size: ranks in all; this and the next three are the source's by default.
-        tensor_parallel: ranks that share a layer's tensors.
-        zero_stage: 0 to 3.
-        precision: of the weights that the forward pass uses.
         workers: files that are written at a time.
         progress: called with the number of bytes after each piece, from several threads; by
             default a bar is shown on a terminal.
+        ranks: ``world_size``, ``zero_stage``, ...: see :class:`Ranks`.
 
     Returns:
         the directory that was written; ``engine.load_checkpoint(target)`` takes it.
@@ -121,13 +132,7 @@ def grow(
     _require_workers(workers)
     opened = ZeroCheckpoint.open(resolve_tag(Path(source)))
     plan = plan or GrowthPlan.for_source(opened, operator="identity")
-    topology = retarget(
-        opened.topology,
-        world_size=world_size,
-        tensor_size=tensor_parallel,
-        zero_stage=zero_stage,
-        precision=precision,
-    )
+    topology = _topology(opened, ranks)
     written = Path(target) / opened.path.resolve().name
     size = GrownState(opened, plan, topology).bytes_to_write
     with _reported(progress, size) as count:
@@ -143,10 +148,6 @@ def convert(
     *,
     to: Format,
     plan: GrowthPlan | None = None,
-    world_size: int | None = None,
-    tensor_parallel: int | None = None,
-    zero_stage: int | None = None,
-    precision: Precision | None = None,
     vocab_size: int | None = None,
     weights_only: bool = False,
     dtype: Precision = "fp32",
@@ -154,6 +155,7 @@ def convert(
     verify: bool = False,
     workers: int = 4,
     progress: Progress | None = None,
+    **ranks: Unpack[Ranks],
 ) -> Path:
     """Take a checkpoint from one format to another, growing it on the way if there is a plan.
 
@@ -162,10 +164,6 @@ def convert(
         target: gets a tag directory; with ``to="hf"`` it is the directory.
         to: ``zero``, ``universal``, ``megatron`` or ``hf``.
         plan: the growth; without one the model stays as it is.
-        world_size: ranks of the training that will load it, as the next three; see :func:`grow`.
-        tensor_parallel: ranks that share a layer's tensors.
-        zero_stage: 0 to 3; by default the source's, or 1 if it has none.
-        precision: of the weights that the forward pass uses.
         vocab_size: rows of the vocabulary: from transformers with padding, to it without.
         weights_only: leave out the optimizer states of a torch_dist checkpoint.
         dtype: of the weights of ``hf``.
@@ -174,6 +172,8 @@ def convert(
         workers: files that are written at a time.
         progress: called with the number of bytes after each piece, from several threads; by
             default a bar is shown on a terminal.
+        ranks: of the training that will load it: see :class:`Ranks`.  The ZeRO stage is 1 where
+            the source has none.
 
     Returns:
         the directory that was written, or was there already from the same conversion.
@@ -184,19 +184,13 @@ def convert(
     """
     _require_workers(workers)
     opened = open_checkpoint(Path(source), vocab_size=vocab_size, weights_only=weights_only)
-    if zero_stage is None and isinstance(opened, UnshardedCheckpoint):
-        zero_stage = 1
+    if isinstance(opened, UnshardedCheckpoint):
+        ranks.setdefault("zero_stage", 1)
     conversion = Conversion(
         source=opened,
         plan=plan or GrowthPlan.for_source(opened, operator="identity"),
         to=to,
-        topology=retarget(
-            opened.topology,
-            world_size=world_size,
-            tensor_size=tensor_parallel,
-            zero_stage=zero_stage,
-            precision=precision,
-        ),
+        topology=_topology(opened, ranks),
         dtype=dtype,
         max_shard_size=max_shard_size,
         vocabulary=vocab_size if to == "hf" else None,
@@ -208,6 +202,16 @@ def convert(
     if verify and (found := list(differences(conversion, written))):
         raise CheckpointError(f"{written}: differs from {source}: {'; '.join(found[:3])}.")
     return written
+
+
+def _topology(source: CheckpointSource, ranks: Ranks) -> Topology:
+    return retarget(
+        source.topology,
+        world_size=ranks.get("world_size"),
+        tensor_size=ranks.get("tensor_parallel"),
+        zero_stage=ranks.get("zero_stage"),
+        precision=ranks.get("precision"),
+    )
 
 
 def _require_workers(workers: int) -> None:

@@ -18,7 +18,7 @@ from lag_megatron.checkpoint.state.spec import DTYPES
 from lag_megatron.checkpoint.storage.integrity import VerifyScope
 from lag_megatron.checkpoint.zero.file_names import torch_optimizer_state
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.distributed.world import World
+from lag_megatron.distributed.rank_errors import run_on_all_ranks
 from lag_megatron.engine.deepspeed_adapter import (
     adapt,
     full_shape,
@@ -65,10 +65,10 @@ def grow_engine(engine: Any, checkpoint: str | Path, plan: GrowthPlan) -> dict[s
     """
     live = _LiveEngine(engine)
     found: list[GrownState] = []  # too large to be sent to other ranks
-    live.world.run_on_all_ranks(lambda: found.append(live.checked(Path(checkpoint), plan)))
+    run_on_all_ranks(lambda: found.append(live.checked(Path(checkpoint), plan)))
     (growth,) = found
-    written = live.world.run_on_all_ranks(lambda: live.overwrite(growth))
-    live.state.sync_weights(written=written[live.world.rank])
+    written = run_on_all_ranks(lambda: live.overwrite(growth))
+    live.state.sync_weights(written=written[dist.get_rank()])
     header = growth.source.header
     if engine.lr_scheduler is not None and header.get("lr_scheduler") is not None:
         engine.lr_scheduler.load_state_dict(header["lr_scheduler"])
@@ -87,16 +87,6 @@ class _LiveEngine:
         topology, place = place_of(engine)
         require_adaptable(engine, topology)
         adapter = adapt(engine, zero_stage=topology.zero_stage, precision=topology.precision)
-        self.world = World(
-            rank=dist.get_rank(),
-            size=dist.get_world_size(),
-            device=torch.device(engine.device),
-            control=dist.group.WORLD,  # type: ignore[arg-type]
-            data_group=engine.data_parallel_group,
-            data_size=topology.data_size,
-            tensor_size=topology.tensor_size,
-            **place,
-        )
         self._adapter, self._topology, self._place = adapter, topology, place
         self._module = adapter.module
         self._groups = _parameter_groups(self._module, adapter.trained_parameters)
@@ -112,7 +102,7 @@ class _LiveEngine:
         _require_same_model(growth, self._groups, self._module)
         self.state.require_compatible(growth)
         growth.source.check_every_file()
-        growth.source.require_sound(VerifyScope(self.world.rank, self.world.size))
+        growth.source.require_sound(VerifyScope(dist.get_rank(), dist.get_world_size()))
         return growth
 
     def overwrite(self, growth: GrownState) -> bool:
