@@ -29,7 +29,7 @@ def test_the_examples_on_disk_are_one_program(tmp_path):
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("[0, 1, 2, 3, 2, 3]")
+    assert "[0, 1, 2, 3, 2, 3]" in done.stdout.splitlines()
     assert "cannot be split into tensor-parallel groups" in done.stdout
     assert (tmp_path / "out" / "config.json").is_file()
 
@@ -38,9 +38,9 @@ def test_the_examples_on_disk_are_one_program(tmp_path):
 def test_the_example_of_grow_engine_under_a_launcher(tmp_path):
     (code,) = (text for title, text in examples().items() if "grow_engine" in title)
     (tmp_path / "program.py").write_text(code)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*launch, "--master-port=0", "program.py"],
+        [*launch, "--nproc-per-node=2", "program.py"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
