@@ -151,7 +151,6 @@ def convert(
     vocab_size: int | None = None,
     weights_only: bool = False,
     dtype: Precision = "fp32",
-    max_shard_size: int | str = "5GB",
     verify: bool = False,
     workers: int = 4,
     progress: Progress | None = None,
@@ -167,7 +166,6 @@ def convert(
         vocab_size: rows of the vocabulary: from transformers with padding, to it without.
         weights_only: leave out the optimizer states of a torch_dist checkpoint.
         dtype: of the weights of ``hf``.
-        max_shard_size: of a file of ``hf``, in bytes or as ``"5GB"``.
         verify: compare every tensor of the target with the source afterwards.
         workers: files that are written at a time.
         progress: called with the number of bytes after each piece, from several threads; by
@@ -184,17 +182,8 @@ def convert(
     """
     _require_workers(workers)
     opened = open_checkpoint(Path(source), vocab_size=vocab_size, weights_only=weights_only)
-    if isinstance(opened, UnshardedCheckpoint):
-        ranks.setdefault("zero_stage", 1)
-    conversion = Conversion(
-        source=opened,
-        plan=plan or GrowthPlan.for_source(opened, operator="identity"),
-        to=to,
-        topology=_topology(opened, ranks),
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        vocabulary=vocab_size if to == "hf" else None,
-    )
+    rows = vocab_size if to == "hf" else None
+    conversion = _conversion(opened, plan, ranks, to=to, dtype=dtype, vocabulary=rows)
     written = conversion.target_dir(Path(target))
     job = conversion.job(written)
     with _reported(progress, job.needed) as count:
@@ -202,6 +191,15 @@ def convert(
     if verify and (found := list(differences(conversion, written))):
         raise CheckpointError(f"{written}: differs from {source}: {'; '.join(found[:3])}.")
     return written
+
+
+def _conversion(
+    source: CheckpointSource, plan: GrowthPlan | None, ranks: Ranks, **settings: Any
+) -> Conversion:
+    if isinstance(source, UnshardedCheckpoint):
+        ranks.setdefault("zero_stage", 1)  # there is no stage to keep
+    plan = plan or GrowthPlan.for_source(source, operator="identity")
+    return Conversion(source=source, plan=plan, topology=_topology(source, ranks), **settings)
 
 
 def _topology(source: CheckpointSource, ranks: Ranks) -> Topology:

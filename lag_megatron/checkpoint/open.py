@@ -21,12 +21,13 @@ from lag_megatron.checkpoint.universal.reader import open_universal
 from lag_megatron.checkpoint.zero import describe
 from lag_megatron.checkpoint.zero.header import resolve_tag
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
+from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
 
 ZERO, UNIVERSAL, MEGATRON, DCP, HF = "zero", "universal", "megatron", "dcp", "hf"
 LEGACY = "megatron_legacy"
 _MEGATRON_POINTER = "latest_checkpointed_iteration.txt"
-_DESCRIBE: dict[str, Callable[[Path], dict[str, Any]]] = {
+_DESCRIBE: dict[str, Callable[[Path, ParamNames | None], dict[str, Any]]] = {
     UNIVERSAL: universal_format.describe_universal,
     MEGATRON: dist_checkpoint.describe_dist_checkpoint,
     DCP: dist_checkpoint.describe_dist_checkpoint,
@@ -89,20 +90,25 @@ def detect(path: Path) -> str:
     raise CheckpointError(f"{path}: holds no checkpoint. Give a tag directory.")
 
 
-def describe_any(path: Path) -> dict[str, Any]:
+def describe_any(path: Path, *, names: ParamNames | None = None) -> dict[str, Any]:
     """Facts about a checkpoint of any format; ``problems`` lists why it is not complete.
 
+    Args:
+        path: its own directory.
+        names: what the user says of its parameter names.
+
     Raises:
+        PlanError: if the user's names do not fit the model.
         CheckpointError: if it is too damaged to be read, or there is no checkpoint.
     """
     kind = detect(path)
     if kind == ZERO:
-        facts = describe.describe_zero(path)
+        facts = describe.describe_zero(path, names)
         extra = {"marker": manifest.MANIFEST, "notes": []}
         return {**facts, **extra, "problems": [], "complete": True}
     if manifest.is_committed(path):
         manifest.check_sizes(path)
-    facts = _DESCRIBE[kind](path)
+    facts = _DESCRIBE[kind](path, names)
     files = {
         str(file.relative_to(path)): file.stat().st_size
         for file in sorted(path.rglob("*"))

@@ -9,8 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lag_megatron.checkpoint import open
-from lag_megatron.checkpoint.open import open_checkpoint
+from lag_megatron.checkpoint.open import MEGATRON, UNIVERSAL, detect, open_checkpoint
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import UNSHARDED
 from lag_megatron.checkpoint.storage.integrity import is_verifiable
@@ -71,8 +70,8 @@ def _link(options: argparse.Namespace) -> None:
     if changes_topology(options):
         raise PlanError("--link keeps the topology: leave out what would change it.")
     source = open_checkpoint(options.source)
-    kind = open.detect(source.path)
-    jobs = {open.UNIVERSAL: hardlink_universal, open.MEGATRON: hardlink_dcp}
+    kind = detect(source.path)
+    jobs = {UNIVERSAL: hardlink_universal, MEGATRON: hardlink_dcp}
     if kind not in jobs:
         raise PlanError(
             f"{source.path}: a checkpoint of the kind {kind!r} has no file or entry for each "

@@ -9,6 +9,7 @@ import yaml
 
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import CheckpointSource
+from lag_megatron.config.schema.param_names import read_param_names
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.grown_state import retarget
 from lag_megatron.growth.operators import OPERATORS
@@ -28,6 +29,8 @@ def add_growth_options(parser: argparse.ArgumentParser) -> None:
     add("--moments", choices=("auto", *MOMENT_POLICIES), help="Adam's moments of new layers")
     add("--seed", type=int, help="names the values of randomly initialised layers")
     add("--init-std", type=float, help="of them; the default is what the checkpoint says")
+    add("--names", type=Path, metavar="FILE", help="YAML: roles of parameters, and the list of "
+        "layers, where no table knows the model's names (README, Names and roles)")  # fmt: skip
     add("--plan", type=Path, metavar="FILE", help="a plan as JSON in place of all of the above")
     add("--world-size", type=int, metavar="N", help="ranks in all; the default is the source's")
     add("--tensor-parallel", type=int, metavar="N", help="ranks that share a layer's tensors")
@@ -84,7 +87,7 @@ def plan_of(options: argparse.Namespace, source: CheckpointSource, *, may_stay: 
     """
     given = {key: getattr(options, key) for key in _PLAN if getattr(options, key) is not None}
     if options.plan is not None:
-        if given or options.set:
+        if given or options.set or options.names is not None:
             raise PlanError("--plan says everything: leave out the options of the growth.")
         return GrowthPlan.read(options.plan)
     if not given and may_stay:
@@ -100,6 +103,7 @@ def plan_of(options: argparse.Namespace, source: CheckpointSource, *, may_stay: 
         operator=operator,
         target_layers=target_layers,
         options=dict(_setting(text) for text in options.set),
+        names=None if options.names is None else read_param_names(options.names),
         **given,
     )
 

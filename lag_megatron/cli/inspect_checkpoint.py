@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint import open
 from lag_megatron.checkpoint.inspect import inspect_checkpoint
+from lag_megatron.checkpoint.open import detect, resolve_checkpoint
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.cli.errors import print_error
+from lag_megatron.config.schema.param_names import read_param_names
 from lag_megatron.errors import LagError
 
 
@@ -23,13 +24,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("path", type=Path, help="a checkpoint, or a folder that points to one")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--verify", action="store_true", help="read all files, compare checksums")
+    parser.add_argument("--names", type=Path, metavar="FILE", help="YAML: which list of modules "
+        "holds the layers, and roles of parameters (README, Names and roles)")  # fmt: skip
     options = parser.parse_args(argv)
     try:
-        path = open.resolve_checkpoint(options.path)
-        open.detect(path)
+        path = resolve_checkpoint(options.path)
+        detect(path)
+        names = None if options.names is None else read_param_names(options.names)
+        facts = inspect_checkpoint(path, verify=options.verify, names=names)
     except LagError as error:
         return print_error(error)
-    facts = inspect_checkpoint(path, verify=options.verify)
     problems = facts["problems"]
     print(json.dumps(facts, indent=1) if options.json else "\n".join(_lines(facts)))
     for problem in problems:
@@ -48,7 +52,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     ]
     progress = [f"step {facts['step']}"] if facts["step"] is not None else []
     progress += [f"{facts['tokens']:,} tokens"] if facts["tokens"] is not None else []
-    model = [f"{facts['layers']} layers"] if facts["layers"] is not None else []
+    model = [_layers(facts)] if facts["layers"] is not None or facts["layer_stacks"] else []
     model += [f"{facts['parameters']:,} parameters"] if facts["parameters"] is not None else []
     marker = facts["marker"]
     by = "manifest" if marker == manifest.MANIFEST else marker
@@ -66,6 +70,15 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     lines += map(_group_line, facts["optimizer"])
     lines += [f"  note        {note}" for note in facts["notes"]]
     return lines + [_growth_line(plan) for plan in facts["growth_history"]]
+
+
+def _layers(facts: dict[str, Any]) -> str:
+    stacks = facts["layer_stacks"]
+    if len(stacks) > 1:
+        listed = " or ".join(f"{stack['layers']} ({stack['name']})" for stack in stacks)
+        return f"layers: {listed}; --names says which to grow"
+    names = [f" ({stack['name']})" for stack in stacks]
+    return f"{facts['layers']} layers{''.join(names)}"
 
 
 def _group_line(group: dict[str, Any]) -> str:

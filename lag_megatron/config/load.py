@@ -13,8 +13,10 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from lag_megatron.config.schema.base import Tree
+from lag_megatron.config.schema.param_names import read_names_tree
 from lag_megatron.config.schema.run import RunConfig
 from lag_megatron.config.schema.stage_schedule import in_steps
+from lag_megatron.config.schema.unique_keys import UniqueKeyLoader
 from lag_megatron.config.stage_policy import expand_stages
 from lag_megatron.config.validation.messages import describe_errors
 from lag_megatron.config.validation.run import find_problems
@@ -29,12 +31,15 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
         path: YAML file; ``extends: other.yaml`` (relative to it) is read first.
         overrides: ``a.b=c`` strings; ``c`` is YAML, list items are addressed as ``stages.0.steps``.
 
+    A path under ``growth.names`` is relative to the file that gives it.
+
     Raises:
         ConfigError: with every problem found.
     """
     tree = read_tree(Path(path))
     for override in overrides:
         apply_override(tree, override)
+    _read_names_files(tree, Path(path).parent)
     return parse_config(tree, source=str(path))
 
 
@@ -63,18 +68,6 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100)
 
 
-class _Loader(yaml.SafeLoader):
-    """Raises for a key that is given twice; YAML would silently drop the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                problem = f"the key {key!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def read_tree(path: Path, *, seen: tuple[Path, ...] = ()) -> Tree:
     """One YAML file with everything it extends merged under it."""
     path = path.resolve()
@@ -82,7 +75,7 @@ def read_tree(path: Path, *, seen: tuple[Path, ...] = ()) -> Tree:
         chain = " -> ".join(p.name for p in (*seen, path))
         raise ConfigError(f"{path}: extends itself ({chain}). Remove one `extends:`.")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f" Files there: {', '.join(near)}." if near else ""
@@ -91,10 +84,20 @@ def read_tree(path: Path, *, seen: tuple[Path, ...] = ()) -> Tree:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, got {type(tree).__name__}.")
+    _read_names_files(tree, path.parent)
     base = tree.pop("extends", None)
     if base is None:
         return tree
     return merge(read_tree(path.parent / str(base), seen=(*seen, path)), tree)
+
+
+def _read_names_files(tree: Tree, folder: Path) -> None:
+    """Put what is in a names file where its path, relative to ``folder``, is given."""
+    stages = tree.get("stages")
+    parts = [tree, *(stages if isinstance(stages, list) else ())]
+    for growth in (part.get("growth") for part in parts if isinstance(part, dict)):
+        if isinstance(growth, dict) and isinstance(growth.get("names"), str):
+            growth["names"] = read_names_tree(folder / growth["names"])
 
 
 def merge(base: Tree, over: Mapping[str, Any]) -> Tree:

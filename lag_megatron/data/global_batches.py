@@ -12,7 +12,7 @@ from lag_megatron.data.batch import Batch
 from lag_megatron.data.datasets.blended_dataset import Prepared
 from lag_megatron.data.datasets.indexed_dataset import open_documents
 from lag_megatron.data.datasets.prepared_dataset import PreparedSource
-from lag_megatron.data.objectives.samples import Epochs, open_samples
+from lag_megatron.data.objectives.registry import Epochs, open_samples
 from lag_megatron.errors import DataError
 from lag_megatron.planning.blend import Blend
 

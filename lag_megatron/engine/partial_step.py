@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.engine.deepspeed_adapter import DeepSpeedAdapter
 from lag_megatron.engine.state import EngineState
 from lag_megatron.errors import RunError
@@ -77,7 +76,7 @@ def scaled_layer_lr(state: EngineState, layers: Collection[int], factor: float) 
             "optimizer.schedule.growth_warmup is 'new', but the state does not say which layers "
             "its last growth has added. Take 'all'."
         )
-    slices = state.slices(_belongs_to(layers))
+    slices = state.slices(state.in_layers(layers))
     with _around_steps(state, slices, lambda new, old: old.lerp_(new, factor)):
         yield
 
@@ -88,19 +87,9 @@ def frozen_layers(state: EngineState, layers: Collection[int]) -> Iterator[None]
 
     A copy of this rank's part of their state is held meanwhile.
     """
-    slices = state.slices(_belongs_to(layers), moments=True)
+    slices = state.slices(state.in_layers(layers), moments=True)
     with _around_steps(state, slices, lambda new, old: old):
         yield
-
-
-def _belongs_to(layers: Collection[int]) -> Callable[[str], bool]:
-    """Whether a parameter of a given name belongs to one of these layers."""
-
-    def belongs(name: str) -> bool:
-        match = LAYER.match(name)
-        return match is not None and int(match["layer"]) in layers
-
-    return belongs
 
 
 @contextlib.contextmanager

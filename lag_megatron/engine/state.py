@@ -4,7 +4,7 @@ It can be overwritten in place, by the code that writes shards, and read to be w
 address changes, so process groups, buffers and captured graphs stay.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lag_megatron.checkpoint.families.layer_stack import largest_stack
 from lag_megatron.checkpoint.state.compatibility import (
     require_same_optimizer,
     require_same_parameters,
@@ -261,6 +262,16 @@ class EngineState:
                     if wanted(name)
                 ]
         return found
+
+    def in_layers(self, layers: Collection[int]) -> Callable[[str], bool]:
+        """Whether a parameter of a given name belongs to one of these layers."""
+        stack = largest_stack(self._layout.shapes)
+
+        def belongs(name: str) -> bool:
+            match = stack.match(name) if stack else None
+            return match is not None and match.layer in layers
+
+        return belongs
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lag_megatron.checkpoint import open
 from lag_megatron.checkpoint.hf import format as hf_format
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
 from lag_megatron.checkpoint.hf.writer import Precision
+from lag_megatron.checkpoint.open import ZERO, detect, resolve_checkpoint
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
@@ -49,10 +49,10 @@ def find_checkpoint(path: Path) -> Path:
         if not tags:
             raise CheckpointError(f"{path}: a run that has no checkpoint yet.")
         return tags[-1]
-    path = open.resolve_checkpoint(path)
+    path = resolve_checkpoint(path)
     if hf_format.looks_like_transformers(path):
         return path
-    if (kind := open.detect(path)) != open.ZERO:
+    if (kind := detect(path)) != ZERO:
         raise CheckpointError(
             f"{path}: a checkpoint of the kind {kind!r}. Give a run directory, a ZeRO checkpoint "
             "or a directory of transformers."

@@ -13,25 +13,25 @@ those of unsharded parameters, whatever the topology.  For example, of some para
     layers.2.mlp.linear_fc2.weight        Normal(std 0.00816)        Constant 0  Copy(layers.1)
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from lag_megatron.checkpoint.families.layer_stack import (
+    LayerName,
+    LayerStack,
+    find_layer_stack,
+    largest_stack,
+)
+from lag_megatron.checkpoint.families.roles import ModelRoles
 from lag_megatron.checkpoint.state.box import Box, Shape, full_box
-from lag_megatron.checkpoint.state.optimizer_states import STATES, Role
-from lag_megatron.checkpoint.state.param_names import LAYER
+from lag_megatron.checkpoint.state.optimizer_states import STATES, AdamState
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.identity_init import IdentityInit, identity_init_of
 from lag_megatron.growth.operators.layer_map import LayerMap, LayerOrigin
 from lag_megatron.growth.plan import GrowthPlan, MomentPolicy
-from lag_megatron.growth.validate import (
-    BRANCH_OUTPUTS,
-    POST_NORMS,
-    check_layers,
-    check_number,
-    layers_of,
-)
-from lag_megatron.growth.weight_init import Constant, Normal, WeightInit, megatron_init
+from lag_megatron.growth.required_roles import roles_for
+from lag_megatron.growth.validate import check_layers, check_number, layers_of
+from lag_megatron.growth.weight_init import Constant, Normal, WeightInit, initial_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class ParamBlock:
     """A box of a grown parameter, and the source of its values by role."""
 
     box: Box
-    sources: Mapping[Role, ValueSource]
+    sources: Mapping[AdamState, ValueSource]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,7 @@ def growth_map_of(
     frozen: Mapping[str, Shape],
     *,
     query_groups: int | None = None,
+    others: Iterable[str] = (),
 ) -> GrowthMap:
     """The map of any plan.
 
@@ -84,14 +85,17 @@ def growth_map_of(
         groups: names and unsharded shapes of the old trained parameters by parameter group.
         frozen: those of the old parameters that are not trained.
         query_groups: of the model's attention, if known.
+        others: names of buffers and further names of parameters, which the plan's names may match.
 
     Raises:
         PlanError: if the plan does not fit the old model.
     """
     if plan.operator != "identity":
-        return depth_map(plan, groups, frozen=frozen, query_groups=query_groups)
-    if layers := layers_of(_all_shapes(groups, frozen)):
-        check_number(plan, layers)
+        return depth_map(plan, groups, frozen=frozen, query_groups=query_groups, others=others)
+    shapes = _all_shapes(groups, frozen)
+    if stack := largest_stack(shapes, plan.names):
+        check_number(plan, layers_of(shapes, stack))
+    roles_for(plan, shapes, stack, others=others)
     return identity_map(groups, frozen=frozen)
 
 
@@ -110,6 +114,7 @@ def depth_map(
     *,
     frozen: Mapping[str, Shape] | None = None,
     query_groups: int | None = None,
+    others: Iterable[str] = (),
 ) -> GrowthMap:
     """The map of a plan that changes the list of layers.
 
@@ -119,20 +124,27 @@ def depth_map(
         frozen: those of the old parameters that are not trained; a new layer's are frozen where its
             source's are.
         query_groups: of the model's attention, if known.
+        others: names of buffers and further names of parameters, which the plan's names may match.
 
     Raises:
-        PlanError: if the old model has another number of layers, unequal layers, or none of the
-            parameters that the plan changes.
+        PlanError: if the old model has another number of layers, unequal layers, unknown roles that
+            the plan asks for, or none of the parameters that it changes.
     """
-    layer = check_layers(plan, _all_shapes(groups, frozen or {}))
-    identity_init = identity_init_of(plan, layer, query_groups)
+    shapes_of_all = _all_shapes(groups, frozen or {})
+    stack = find_layer_stack(shapes_of_all, plan.names)
+    layer = check_layers(plan, shapes_of_all, stack)
+    roles = roles_for(plan, shapes_of_all, stack, untrained=frozen or (), others=others)
+    layer_blocks = _LayerBlocks(plan, roles, identity_init_of(plan, layer, roles, query_groups))
     blocks: dict[str, tuple[ParamBlock, ...]] = {}
 
     def grow(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         grown: dict[str, Shape] = {}
-        for name, old, origin in grown_names(list(shapes), plan.layer_map):
+        for name, old, origin in grown_names(list(shapes), plan.layer_map, stack):
             grown[name] = shapes[old]
-            blocks[name] = (_block(plan, name, shapes[old], old, origin, identity_init),)
+            block = _copy_all(old, shapes[old])
+            if origin is not None:
+                block = layer_blocks.block(name, block, old, origin)
+            blocks[name] = (block,)
         return grown
 
     grown_groups = [grow(group) for group in groups]
@@ -140,33 +152,27 @@ def depth_map(
 
 
 def grown_names(
-    names: Sequence[str], layer_map: LayerMap
+    names: Sequence[str], layer_map: LayerMap, stack: LayerStack | None
 ) -> Iterator[tuple[str, str, LayerOrigin | None]]:
     """The grown model's names in order, each with the old name it continues and its layer's origin.
 
     Parameters of layers have to be contiguous, as they are in a model's registration order.
     """
-    matches = [LAYER.match(name) for name in names]
+    matches = [stack.match(name) if stack else None for name in names]
     inside = [i for i, match in enumerate(matches) if match]
-    if not inside:
+    if stack is None or not inside:
         yield from ((name, name, None) for name in names)
         return
-    heads = sorted({match["head"] for match in matches if match})
-    if len(heads) > 1:
-        raise PlanError(
-            f"the model has {len(heads)} stacks of layers ({', '.join(heads)}); only models with "
-            "one can be grown in depth."
-        )
     first, last = inside[0], inside[-1]
-    by_layer: dict[int, list[re.Match[str]]] = {}
+    by_layer: dict[int, list[LayerName]] = {}
     for match in matches[first : last + 1]:
         if match is None:
             raise PlanError("the names of the layers' parameters do not stand together.")
-        by_layer.setdefault(int(match["layer"]), []).append(match)
+        by_layer.setdefault(match.layer, []).append(match)
     yield from ((name, name, None) for name in names[:first])
     for layer, origin in enumerate(layer_map):
         for match in by_layer.get(origin.source, ()):  # a layer may be wholly frozen, or trained
-            yield f"{match['head']}{layer}{match['tail']}", match[0], origin
+            yield stack.name(layer, match.tail), stack.name(match.layer, match.tail), origin
     yield from ((name, name, None) for name in names[last + 1 :])
 
 
@@ -188,54 +194,57 @@ def moment_policy(plan: GrowthPlan, origin: LayerOrigin) -> MomentPolicy:
     return "copy" if origin.init == "duplicate" and origin.branch_scale > 0 else "borrow"
 
 
-def _block(
-    plan: GrowthPlan,
-    name: str,
-    shape: Shape,
-    old: str,
-    origin: LayerOrigin | None,
-    identity_init: IdentityInit | None,
-) -> ParamBlock:
-    kept = _copy_all(old, shape)
-    if origin is None:
-        return kept
-    norm = next((branch for branch, part in POST_NORMS.items() if part in name), None)
-    if norm in origin.identity_norms:
-        plain: ValueSource = Constant(1.0 if name.endswith(".weight") else 0.0)
-        return ParamBlock(kept.box, dict.fromkeys(STATES, Constant(0.0)) | {"fp32": plain})
-    weights = _weights(plan, name, shape, old, origin, identity_init)
-    sources: dict[Role, ValueSource] = {**kept.sources, "fp32": weights}
-    is_handed_over = norm is not None and bool(origin.identity_norms)
-    if origin.is_new and not is_handed_over:
-        policy = moment_policy(plan, origin)
-        if policy in ("zero", "borrow"):
-            sources["exp_avg"] = Constant(0.0)
-        if policy == "zero":
-            sources["exp_avg_sq"] = Constant(0.0)
-    return ParamBlock(kept.box, sources)
+@dataclass(frozen=True)
+class _LayerBlocks:
+    """The blocks of the parameters of the grown model's layers."""
 
+    plan: GrowthPlan
+    roles: ModelRoles
+    identity_init: IdentityInit | None
 
-def _weights(
-    plan: GrowthPlan,
-    name: str,
-    shape: Shape,
-    old: str,
-    origin: LayerOrigin,
-    identity_init: IdentityInit | None,
-) -> ValueSource:
-    source: Copy | Normal | Constant = Copy(old, (0,) * len(shape))
-    drawn = megatron_init(
-        name,
-        num_layers=plan.target_layers,
-        init_std=plan.init_std,
-        key=f"growth/{plan.seed}/{plan.source_layers}-{plan.target_layers}",
-    )
-    if identity_init and origin.zero_norms:
-        return identity_init.weights(name, drawn) or source
-    if origin.is_new and origin.init == "random":
-        source = drawn
-    is_branch_output = any(part in name for part in BRANCH_OUTPUTS)
-    return _scaled(source, origin.branch_scale) if is_branch_output else source
+    def block(self, name: str, kept: ParamBlock, old: str, origin: LayerOrigin) -> ParamBlock:
+        """The block of a parameter, given the copy of the old one that it continues."""
+        norm = self.roles.post_norm_branch(self._tail(old))
+        if norm in origin.identity_norms:
+            one = 0.0 if self.roles.of(old) == "norm_weight_zero_centred" else 1.0
+            plain: ValueSource = Constant(0.0 if self.roles.of(old) == "bias" else one)
+            return ParamBlock(kept.box, dict.fromkeys(STATES, Constant(0.0)) | {"fp32": plain})
+        weights = self._weights(name, kept.box.shape, old, origin)
+        sources: dict[AdamState, ValueSource] = {**kept.sources, "fp32": weights}
+        is_handed_over = norm is not None and bool(origin.identity_norms)
+        if origin.is_new and not is_handed_over:
+            policy = moment_policy(self.plan, origin)
+            if policy in ("zero", "borrow"):
+                sources["exp_avg"] = Constant(0.0)
+            if policy == "zero":
+                sources["exp_avg_sq"] = Constant(0.0)
+        return ParamBlock(kept.box, sources)
+
+    def _weights(self, name: str, shape: Shape, old: str, origin: LayerOrigin) -> ValueSource:
+        source: Copy | Normal | Constant = Copy(old, (0,) * len(shape))
+        if self.identity_init and origin.zero_norms:
+            drawn = self._drawn(name, shape, old)
+            return self.identity_init.weights(self._tail(old), drawn) or source
+        if origin.is_new and origin.init == "random":
+            source = self._drawn(name, shape, old) or source
+        return _scaled(source, origin.branch_scale) if self.roles.is_branch_output(old) else source
+
+    def _drawn(self, name: str, shape: Shape, old: str) -> Normal | Constant | None:
+        plan, role = self.plan, self.roles.of(old)
+        assert role is not None, f"{old}: asked for without a known role"
+        return initial_weights(
+            role,
+            name,
+            shape,
+            num_layers=plan.target_layers,
+            init_std=plan.init_std,
+            key=f"growth/{plan.seed}/{plan.source_layers}-{plan.target_layers}",
+        )
+
+    def _tail(self, name: str) -> str:
+        match = self.roles.stack.match(name) if self.roles.stack else None
+        assert match, f"{name}: in no layer"
+        return match.tail
 
 
 def _scaled(source: Copy | Normal | Constant, scale: float) -> ValueSource:

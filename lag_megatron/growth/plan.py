@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lag_megatron.checkpoint.state.param_names import layers_in
+from lag_megatron.checkpoint.families.layer_stack import find_layer_stack, largest_stack
+from lag_megatron.config.schema.param_names import ParamNames, parse_param_names
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.operators import layer_map_of
 from lag_megatron.growth.operators.layer_map import LayerMap, keeps_old_norms, moves_second_norm
@@ -36,6 +37,8 @@ class GrowthPlan:
         seed: key of freshly drawn weights.
         init_std: standard deviation of freshly drawn weights; projections back into the residual
             stream take ``init_std / sqrt(2 * target_layers)``, as Megatron-Core does.
+        names: what the user says of the model's parameter names, where no table has them; a plain
+            mapping is taken too.
 
     Raises:
         PlanError: when the operator cannot be applied to these shapes.
@@ -48,8 +51,12 @@ class GrowthPlan:
     moments: MomentPolicy | Literal["auto"] = "auto"
     seed: int = 1234
     init_std: float = 0.02
+    names: ParamNames | None = None
 
     def __post_init__(self) -> None:
+        if self.names is not None and not isinstance(self.names, ParamNames):
+            names = parse_param_names(self.names, where="names")
+            object.__setattr__(self, "names", names)
         if self.moments not in (*MOMENT_POLICIES, "auto"):
             allowed = ", ".join(("auto", *MOMENT_POLICIES))
             raise PlanError(f"moments {self.moments!r} is not a policy. Allowed: {allowed}.")
@@ -93,7 +100,17 @@ class GrowthPlan:
 
     def to_json(self) -> str:
         """Canonical JSON, the same for equal plans."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, from which ``GrowthPlan(**values)`` makes an equal plan.
+
+        Without names they are those of plans from before there were any, and so is the digest.
+        """
+        values = asdict(self)
+        if self.names is None:
+            del values["names"]
+        return values
 
     @classmethod
     def for_checkpoint(
@@ -105,6 +122,7 @@ class GrowthPlan:
         moments: MomentPolicy | Literal["auto"] = "auto",
         seed: int = 1234,
         init_std: float | None = None,
+        names: ParamNames | Mapping[str, Any] | None = None,
         **options: object,
     ) -> "GrowthPlan":
         """The plan that grows a checkpoint of any format, whose layers are counted.
@@ -117,10 +135,13 @@ class GrowthPlan:
             seed: key of freshly drawn weights.
             init_std: standard deviation of freshly drawn weights; by default that of the model,
                 where the checkpoint records it, or 0.02.
+            names: what the user says of the model's parameter names, where no table has them, e.g.
+                ``{"layers": "transformer.h.{}"}``.
             options: of the operator, e.g. ``index=4, block_size=2``.
 
         Raises:
-            PlanError: if the operator cannot be applied to these shapes.
+            PlanError: if the operator cannot be applied to these shapes, or the model has two
+                stacks of layers.
             CheckpointError: if there is no checkpoint, or it is damaged.
         """
         from lag_megatron.checkpoint.open import open_checkpoint  # brings torch
@@ -131,6 +152,7 @@ class GrowthPlan:
             operator=operator,
             target_layers=layers,
             options=options,
+            names=names,
             moments=moments,
             seed=seed,
             **settings,
@@ -144,6 +166,7 @@ class GrowthPlan:
         operator: str,
         target_layers: int | None = None,
         options: Mapping[str, object] | None = None,
+        names: ParamNames | Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> "GrowthPlan":
         """The plan that grows an open checkpoint.
@@ -153,12 +176,19 @@ class GrowthPlan:
             operator: name in ``OPERATORS``.
             target_layers: layers after growing; by default as many as before.
             options: of the operator.
+            names: what the user says of the model's parameter names, where no table has them.
             settings: ``moments``, ``seed`` and ``init_std``, where given.
 
         Raises:
             PlanError: if the operator cannot be applied to these shapes.
         """
-        source_layers = len(layers_in([*source.layout.shapes, *source.frozen.shapes]))
+        from lag_megatron.checkpoint.state.source import unsharded_shapes  # brings torch
+
+        if names is not None and not isinstance(names, ParamNames):
+            names = parse_param_names(names, where="names")
+        stack_of = largest_stack if operator == "identity" else find_layer_stack
+        stack = stack_of(unsharded_shapes(source), names)
+        source_layers = len(stack.numbers) if stack else 0
         model = source.client_state.get("model") or {}
         if "init_std" in model:
             settings.setdefault("init_std", model["init_std"])
@@ -167,6 +197,7 @@ class GrowthPlan:
             options=options or {},
             source_layers=source_layers,
             target_layers=source_layers if target_layers is None else target_layers,
+            names=names,
             **settings,
         )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lag_megatron.config import GrowthConfig, PoolConfig, RunConfig
+from lag_megatron.config.schema.param_names import parse_param_names
 from lag_megatron.config.schema.raptr import Lengths
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.operators.layer_map import feasible_block_sizes, feasible_indices
@@ -83,6 +84,10 @@ def build_pool(
         PlanError: if one of them is impossible, or the pool is empty.
     """
 
+    names = None
+    if growth.names is not None:
+        names = parse_param_names(growth.names, where="growth.names")
+
     def plan(operator: str, options: dict[str, object]) -> GrowthPlan:
         return GrowthPlan(
             operator=operator,
@@ -92,6 +97,7 @@ def build_pool(
             moments=growth.moments,
             seed=seed,
             init_std=init_std,
+            names=names,
         )
 
     pool = growth.pool

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lag_megatron.checkpoint.state.box import Box, Shape, interval_boxes, strides_of
+from lag_megatron.config.schema.param_names import Role
 
 _WORDS_PER_COUNT = 4
 _CHUNK = 1 << 18
@@ -40,27 +41,45 @@ class Diagonals:
     Attributes:
         runs: (row, column, length), ones at (row + i, column + i); no two runs share a row.
         rest: of rows without a run; 0 if None.
+        transposed: whether runs and rows are those of the transposed matrix.
     """
 
     runs: tuple[tuple[int, int, int], ...]
     rest: Normal | None = None
+    transposed: bool = False
 
 
 WeightInit = Normal | Constant | Diagonals
 
 
-def megatron_init(name: str, *, num_layers: int, init_std: float, key: str) -> Normal | Constant:
-    """Megatron-Core's initial weights of a parameter, by its name, in a model of ``num_layers``.
+def initial_weights(
+    role: Role, name: str, shape: Shape, *, num_layers: int, init_std: float, key: str
+) -> Normal | Constant | None:
+    """Megatron-Core's initial weights of a parameter, by its role.
 
-    Norms are the identity, biases 0, weights normal; the two projections back into the residual
-    stream are scaled by ``1 / sqrt(2 num_layers)`` (Radford et al. 2019, section 2.3).
+    Norms are the identity, biases 0, weights normal; the projections back into the residual stream
+    are scaled by ``1 / sqrt(2 num_layers)`` (Radford et al. 2019, section 2.3), and their biases,
+    the vectors among branch outputs, are 0.
+
+    Args:
+        role: what the parameter is for.
+        name: its whole name, which its values depend on.
+        shape: of the whole parameter.
+        num_layers: depth of the model.
+        init_std: standard deviation of weights.
+        key: names the values, together with ``name``.
+
+    Returns:
+        None for what is copied: layer scales, and what is fixed.
     """
-    if name.endswith(".bias"):
-        return Constant(0.0)
-    if "norm" in name:
+    if role in ("layer_scale", "fixed"):
+        return None
+    if role == "norm_weight":
         return Constant(1.0)
-    scaled = name.endswith((".linear_proj.weight", ".linear_fc2.weight"))
-    std = init_std / np.sqrt(2.0 * num_layers) if scaled else init_std
+    is_output = role == "branch_output"
+    if role in ("bias", "norm_weight_zero_centred") or (is_output and len(shape) < 2):
+        return Constant(0.0)
+    std = init_std / np.sqrt(2.0 * num_layers) if is_output else init_std
     return Normal(float(std), f"{key}/{name}")
 
 
@@ -88,6 +107,8 @@ def fill(target: Tensor, init: WeightInit, *, shape: Shape, box: Box) -> None:
 
 
 def _fill_diagonals(target: Tensor, init: Diagonals, shape: Shape, box: Box) -> None:
+    if init.transposed:
+        target, shape, box = target.t(), shape[::-1], Box(box.low[::-1], box.shape[::-1])
     fill(target, init.rest or Constant(0.0), shape=shape, box=box)
     (top, left), (rows, columns) = box.low, box.shape
     for row, column, length in init.runs:

@@ -6,10 +6,11 @@ from contextlib import AbstractContextManager
 import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
+from lag_megatron.checkpoint.families.roles import megatron_role
 from lag_megatron.checkpoint.state.tensor_parallel import cut_dim, shard_boxes, unsharded_shape
 from lag_megatron.config import RunConfig
 from lag_megatron.distributed.world import World
-from lag_megatron.growth.weight_init import fill, megatron_init
+from lag_megatron.growth.weight_init import fill, initial_weights
 
 
 def mark_cut_parameters(model: torch.nn.Module) -> None:
@@ -42,14 +43,19 @@ def initialize_weights(
         gathered: makes one parameter whole for the time of writing (ZeRO-3).
     """
     for name, parameter in model.named_parameters():
-        fresh = megatron_init(
-            name,
-            num_layers=num_layers,
-            init_std=config.model.init_std,
-            key=f"init/{config.seed}",
-        )
+        role = megatron_role(name)
+        assert role is not None, f"{name}: in no table of Megatron-Core's names"
         with gathered(parameter):
             shape = unsharded_shape(name, tuple(parameter.shape), tensor_size=world.tensor_size)
+            fresh = initial_weights(
+                role,
+                name,
+                shape,
+                num_layers=num_layers,
+                init_std=config.model.init_std,
+                key=f"init/{config.seed}",
+            )
+            assert fresh is not None, f"{name}: has no initial weights of its own"
             for piece in shard_boxes(
                 name,
                 shape,

@@ -9,7 +9,7 @@ from lag_megatron.report.sections.matplotlib_figures import (
     plots_available,
     write_figures,
 )
-from lag_megatron.report.sections.run import blocks
+from lag_megatron.report.sections.page import blocks
 from lag_megatron.report.stats.recorded_search import record_search, write_search
 from lag_megatron.report.stats.run import report_data
 

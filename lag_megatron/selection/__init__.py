@@ -1,7 +1,7 @@
 """Selection rules: which candidate wins, the evidence for it, and the regret of other choices."""
 
 from lag_megatron.selection.curve import Curves, Evaluation, rung_batches, rung_value
-from lag_megatron.selection.decision import ProbeCost, ProbeRecord, build_decision
+from lag_megatron.selection.decision_record import ProbeCost, ProbeRecord, build_decision
 from lag_megatron.selection.evidence import (
     paired_interval,
     pearson,

@@ -8,7 +8,7 @@ from lag_megatron.growth.pool import Candidate
 from lag_megatron.run.metrics import MetricRow
 from lag_megatron.search.context import SearchContext
 from lag_megatron.search.event import GrowthEvent
-from lag_megatron.training.search_costs import step_costs
+from lag_megatron.training.probe_costs import step_costs
 from lag_megatron.training.training_context import TrainingContext
 
 _ACCUMULATION = "gradient_accumulation_steps"

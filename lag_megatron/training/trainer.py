@@ -20,16 +20,16 @@ from lag_megatron.run.resolved_config import as_journalled
 from lag_megatron.run.signals import Stopped
 from lag_megatron.search.decision import drop_losers
 from lag_megatron.search.event import GrowthEvent
-from lag_megatron.search.partition import count_groups, probe_group
+from lag_megatron.search.rank_groups import count_groups, probe_group
 from lag_megatron.search.search import search
 from lag_megatron.search.worker import ProbeWorker
 from lag_megatron.training.init_from import growth_history, start_from
+from lag_megatron.training.probe_costs import state_bytes
 from lag_megatron.training.probe_trainer import (
     DeepSpeedProbeTrainer,
     build_group_trainer,
     search_context,
 )
-from lag_megatron.training.search_costs import state_bytes
 from lag_megatron.training.stage_monitor import StageMonitor
 from lag_megatron.training.training_context import TrainingContext
 from lag_megatron.training.wandb_event import show_event

@@ -18,7 +18,7 @@ from lag_megatron.run.journal import Journal
 from lag_megatron.search.candidate_dir import CURVE, TRAINING, CandidateDir
 from lag_megatron.search.coordinator import Coordinator
 from lag_megatron.search.event import GrowthEvent, ProbeResult
-from lag_megatron.training.search_costs import step_costs
+from lag_megatron.training.probe_costs import step_costs
 
 BASE_STEP = 100
 

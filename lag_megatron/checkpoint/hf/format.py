@@ -6,15 +6,16 @@ here but not opened.
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lag_megatron.checkpoint.families.describe_layers import describe_layers
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records, has_checksums
+from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
 
 CONFIG, TRAINER = "config.json", "trainer_state.json"
@@ -25,7 +26,6 @@ _BITS = {"F4": 4, "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, 
 _BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
 _BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6}
 _PRECISION = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
@@ -92,7 +92,7 @@ def looks_like_transformers(path: Path) -> bool:
         return False
 
 
-def describe_transformers(path: Path) -> dict[str, Any]:
+def describe_transformers(path: Path, names: ParamNames | None = None) -> dict[str, Any]:
     """Facts about a model's directory, and its problems; only headers of weights are read."""
     problems: list[str] = []
     config, trainer = (_settings(path / name, problems) for name in (CONFIG, TRAINER))
@@ -103,10 +103,11 @@ def describe_transformers(path: Path) -> dict[str, Any]:
     if not (tensors or problem or pickled):
         problems.append(f"{path}: no weights: neither {_WEIGHTS} nor {_INDEX} nor {_PICKLED}")
     problems += [*problem, *_pickle_problems(path, pickled)]
-    layers = {int(match[1]) for name in tensors if (match := _LAYER.search(name))}
+    stacks = describe_layers({name: entry.shape for name, entry in tensors.items()}, names)
+    layers = stacks["layers"]
     said = next((config[k] for k in _LAYER_KEYS if isinstance(config.get(k), int)), None)
-    if layers and said is not None and len(layers) < said:
-        problems.append(f"{CONFIG}: says {said} layers, but the weights are of {len(layers)}")
+    if layers and said is not None and layers < said:
+        problems.append(f"{CONFIG}: says {said} layers, but the weights are of {layers}")
     precisions = {_PRECISION.get(entry.dtype, entry.dtype) for entry in tensors.values()}
     architectures = config.get("architectures") or [config.get("model_type", "unknown model")]
     return {
@@ -122,7 +123,8 @@ def describe_transformers(path: Path) -> dict[str, Any]:
             "precision": "+".join(sorted(precisions)) or None,
         },
         "parameters": sum(numel(e.shape) for e in tensors.values()) if tensors else None,
-        "layers": len(layers) if layers else said,
+        **stacks,
+        "layers": layers or said,
         "optimizer": [],
         "optimizer_states": [],
         "growth_history": [],

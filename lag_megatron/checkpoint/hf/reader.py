@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lag_megatron.checkpoint.families.roles import megatron_role
 from lag_megatron.checkpoint.hf import format as hf_format
 from lag_megatron.checkpoint.hf.architecture import ARCHITECTURES, Architecture, read_config
 from lag_megatron.checkpoint.hf.tensor_map import (
@@ -251,8 +252,7 @@ class Import:
             "linear_qkv": model.hidden_size + 2 * self.heads.groups * self.heads.head_size,
             "linear_fc1": model.ffn_hidden_size * (2 if mapping.kind == "gate_up" else 1),
         }
-        owner, _, part = mapping.megatron.rpartition(".")
-        kind = owner.rpartition(".")[2]
+        kind = mapping.megatron.split(".")[-2]
         out = outs.get(kind, model.hidden_size)
         out = {
             "word_embeddings": self.tokens,
@@ -260,7 +260,7 @@ class Import:
             "position_embeddings": model.seq_length,
             "tokentype_embeddings": model.token_types,
         }.get(kind, out)
-        if part == "bias" or "norm" in kind:
+        if megatron_role(mapping.megatron) in ("bias", "norm_weight"):
             return (out,)
         return (out, model.ffn_hidden_size if kind == "linear_fc2" else model.hidden_size)
 

@@ -20,6 +20,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from lag_megatron.checkpoint.families.roles import megatron_role
+
 Kind = Literal["plain", "vocabulary", "qkv", "gate_up"]
 
 LAYER, PART = "{layer}", "{part}"
@@ -162,7 +164,8 @@ def expand(
             for mapping in group:
                 if mapping.megatron == "output_layer.weight" and tied_embeddings:
                     continue
-                has_bias = bias or "norm" in mapping.megatron
+                role = megatron_role(mapping.megatron.replace(PART, "weight"))
+                has_bias = bias or role == "norm_weight"
                 parts = ("weight", "bias") if PART in mapping.megatron else ("",)
                 for part in parts if has_bias else parts[:1]:
                     yield _filled(mapping, layer, part)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from lag_megatron.checkpoint.families.layer_stack import count_layers
 from lag_megatron.checkpoint.hf.architecture import Architecture, architecture_of
 from lag_megatron.checkpoint.hf.safetensors_writer import INDEX, SafetensorsFile, lay_out
 from lag_megatron.checkpoint.hf.tensor_map import (
@@ -21,7 +22,6 @@ from lag_megatron.checkpoint.hf.tensor_map import (
 )
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile, save_transformers_tokenizer
 from lag_megatron.checkpoint.state.box import Shape, numel
-from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.state.spec import DTYPES
 from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest
@@ -153,7 +153,7 @@ class Export:
     @cached_property
     def num_layers(self) -> int:
         """Layers of the state; after growth more than the configuration has."""
-        return len(layers_in(self.state.shapes))
+        return count_layers(self.state.shapes)
 
     @cached_property
     def mappings(self) -> Sequence[TensorMapping]:

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
+from lag_megatron.checkpoint.families.describe_layers import describe_layers
 from lag_megatron.checkpoint.megatron import dcp_metadata
 from lag_megatron.checkpoint.megatron.dcp_metadata import Contents, StoredTensor
-from lag_megatron.checkpoint.state.box import numel
-from lag_megatron.checkpoint.state.param_names import layers_in
+from lag_megatron.checkpoint.megatron.param_names import parameters_in
+from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records
+from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
 
 CONFIG, COMMON = "metadata.json", "common.pt"
@@ -33,7 +35,6 @@ _MOMENT = re.compile(r"\.(?P<state>param|exp_avg|exp_avg_sq)(\.|$)")
 _GROUP_ENTRY = re.compile(
     rf"(?P<group>.*\bparam_groups\..+)\.(?P<key>{'|'.join(_HYPER_PARAMETERS)})$"
 )
-_STACKED = re.compile(r"(^|\.)layers\.(?!\d)")
 _PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _WRITER = re.compile(r"__(\d+)_\d+\.distcp$")
 
@@ -46,7 +47,7 @@ def is_megatron(path: Path) -> bool:
     return config.is_file() and b"sharded_backend" in config.read_bytes()
 
 
-def describe_dist_checkpoint(path: Path) -> dict[str, Any]:
+def describe_dist_checkpoint(path: Path, names: ParamNames | None = None) -> dict[str, Any]:
     """Facts about a directory, and its problems; no tensor is read.
 
     Raises:
@@ -75,7 +76,7 @@ def describe_dist_checkpoint(path: Path) -> dict[str, Any]:
         "tokens": ours.get("tokens", _tokens(arguments)),
         "topology": _topology(contents, parameters, arguments),
         "parameters": sum(numel(tensor.shape) for tensor in parameters.values()),
-        "layers": layer_count(parameters),
+        **describe_layers(model_shapes(parameters), names),
         "optimizer": _groups(common) if megatron else _recorded_groups(contents),
         "optimizer_states": _states(contents),
         "growth_history": list(ours.get("growth_history", [])),
@@ -138,10 +139,13 @@ def client_state(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {}
 
 
-def layer_count(tensors: Mapping[str, StoredTensor]) -> int:
-    """Number of layers, whether they are numbered or stacked along a first axis."""
-    stacked = [t.shape[0] for name, t in tensors.items() if _STACKED.search(name) and t.shape]
-    return max([len(layers_in(tensors)), *stacked])
+def model_shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, Shape]:
+    """Shapes of parameters by name, of layers that are stacked along a first axis too."""
+    stored = {name: tensor.shape for name, tensor in tensors.items() if tensor.shape}
+    return {
+        name: stored[place.key] if place.layer is None else stored[place.key][1:]
+        for name, place in parameters_in(stored).items()
+    }
 
 
 def _finished(path: Path) -> Iterator[str]:

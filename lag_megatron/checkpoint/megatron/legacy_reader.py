@@ -18,6 +18,8 @@ import torch
 from numpy._core.multiarray import _reconstruct
 from torch import Tensor
 
+from lag_megatron.checkpoint.families.describe_layers import describe_layers
+from lag_megatron.checkpoint.families.layer_stack import count_layers
 from lag_megatron.checkpoint.megatron.arguments import model_of
 from lag_megatron.checkpoint.megatron.param_names import in_model_order, own_name
 from lag_megatron.checkpoint.state.box import Shape, numel
@@ -29,12 +31,12 @@ from lag_megatron.checkpoint.state.deepspeed_defaults import (
     module_keys,
 )
 from lag_megatron.checkpoint.state.layout import State
-from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.state.source import UnshardedCheckpoint
 from lag_megatron.checkpoint.state.tensor_parallel import is_gated, shard_boxes, unsharded_shape
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records
+from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
 
 _FILE = "model_optim_rng.pt"
@@ -63,7 +65,7 @@ def open_legacy(path: Path) -> UnshardedCheckpoint:
     return _LegacyReader(path).source
 
 
-def describe_legacy(path: Path) -> dict[str, Any]:
+def describe_legacy(path: Path, names: ParamNames | None = None) -> dict[str, Any]:
     """Facts about a directory, and its problems; no tensor is read."""
     facts: dict[str, Any] = {
         "format": "Megatron-LM, a file for each rank",
@@ -74,6 +76,7 @@ def describe_legacy(path: Path) -> dict[str, Any]:
         "topology": dict.fromkeys(("zero_stage", "data_parallel", "tensor_parallel", "precision")),
         "parameters": None,
         "layers": None,
+        "layer_stacks": [],
         "optimizer": [],
         "optimizer_states": [],
         "growth_history": [],
@@ -89,7 +92,7 @@ def describe_legacy(path: Path) -> dict[str, Any]:
         "step": source.step,
         "topology": facts["topology"] | {"tensor_parallel": len(reader.ranks)},
         "parameters": sum(map(numel, shapes.values())),
-        "layers": len(layers_in(shapes)),
+        **describe_layers(shapes, names),
         "notes": list(source.notes),
     }
 
@@ -116,7 +119,7 @@ class _LegacyReader:
         state = {
             "step": step,
             "tokens": 0,
-            "num_layers": len(layers_in(names)),
+            "num_layers": count_layers(self.shapes),
             "parameter_groups": [list(group) for group in groups],
             "growth_history": [],
             **({"model": model} if model else {}),

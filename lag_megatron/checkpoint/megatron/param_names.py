@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lag_megatron.checkpoint.state.box import Shape
-from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.errors import CheckpointError
 
 # (name in the module, name in checkpoints), each followed by weight or bias.
@@ -17,6 +16,8 @@ _STORED = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
 )
+# A parameter of a numbered layer, in Megatron-Core's names.
+LAYER = re.compile(r"^(?P<head>.*\blayers\.)(?P<layer>\d+)(?P<tail>\..+)$")
 _STACKED = re.compile(r"^(?P<head>.*\blayers\.)(?P<tail>(?!\d).+)$")
 # Modules in the order in which Megatron-Core registers them, which is that of flat buffers.
 _ORDER = (

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lag_megatron.checkpoint.families.layer_stack import count_layers
 from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint
 from lag_megatron.checkpoint.megatron.arguments import model_of
 from lag_megatron.checkpoint.megatron.dcp_metadata import Contents, StorageLocation, StoredTensor
@@ -23,7 +24,6 @@ from lag_megatron.checkpoint.state.deepspeed_defaults import (
     module_keys,
 )
 from lag_megatron.checkpoint.state.layout import GroupState, ParamGroup, State
-from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.state.source import UnshardedCheckpoint
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import VerifyScope
@@ -125,7 +125,7 @@ class _DistReader:
         state = {
             "step": step,
             "tokens": 0,
-            "num_layers": len(layers_in(names)),
+            "num_layers": count_layers({name: self._shape(name) for name in names}),
             "parameter_groups": [list(group) for group in self.groups],
             "growth_history": [],
             **kept,

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
+from lag_megatron.checkpoint.families.layer_stack import count_layers
 from lag_megatron.checkpoint.megatron.dcp_metadata import METADATA, StorageLocation, StoredTensor
 from lag_megatron.checkpoint.megatron.dcp_metadata_writer import write_metadata
 from lag_megatron.checkpoint.megatron.dist_checkpoint import COMMON, CONFIG
 from lag_megatron.checkpoint.megatron.param_names import Stacked, stored_as
 from lag_megatron.checkpoint.state.box import Box, numel
 from lag_megatron.checkpoint.state.layout import STATES, State
-from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.state.spec import DTYPES, PlaceholderTensors
 from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest
@@ -92,7 +92,7 @@ class _CheckpointFiles:
 
     def __init__(self, state: UnshardedState, weights: torch.dtype, *, stacked: bool) -> None:
         self._state, self._weights, self._stacked = state, weights, stacked
-        self._layers = len(layers_in(state.shapes))
+        self._layers = count_layers(state.shapes)
         # Numbered, since names may be longer than file systems allow.
         self._numbers = {name: number for number, name in enumerate(state.shapes)}
 

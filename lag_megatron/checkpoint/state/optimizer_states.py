@@ -6,11 +6,11 @@ from lag_megatron.checkpoint.state.box import Shape
 
 State = Literal["fp32", "exp_avg", "exp_avg_sq", "row_var", "col_var", "variance"]
 Optimizer = Literal["adamw", "adafactor"]
-Role = Literal["fp32", "exp_avg", "exp_avg_sq"]
+AdamState = Literal["fp32", "exp_avg", "exp_avg_sq"]
 
 # The roles in a growth map, whatever the optimizer: weights, mean of the gradient, mean of its
 # square.  They are also AdamW's states.
-STATES: tuple[Role, ...] = ("fp32", "exp_avg", "exp_avg_sq")
+STATES: tuple[AdamState, ...] = ("fp32", "exp_avg", "exp_avg_sq")
 _STATES_OF: dict[Optimizer, tuple[State, ...]] = {
     "adamw": STATES,
     "adafactor": ("fp32", "row_var", "col_var", "variance"),
@@ -40,7 +40,7 @@ def state_shape(state: State, shape: Shape) -> Shape:
     return shape
 
 
-def role_of(state: State) -> Role:
+def adam_state_of(state: State) -> AdamState:
     """The role of a state in a growth map; all of Adafactor's are means of squared gradients."""
     if state in ("fp32", "exp_avg"):
         return state

@@ -25,6 +25,7 @@ from lag_megatron.checkpoint.state.layout import (
 )
 from lag_megatron.checkpoint.state.loss_scale import LossScale
 from lag_megatron.checkpoint.state.optimizer_states import Optimizer
+from lag_megatron.checkpoint.state.tensor_parallel import unsharded_shape
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.page_cache import read_ahead
 
@@ -123,6 +124,13 @@ class CheckpointSource(Protocol):
 
     def require_sound(self, scope: VerifyScope = EVERYTHING) -> None:
         """Verify the content against its checksums; raises ``CheckpointError``."""
+
+
+def unsharded_shapes(source: CheckpointSource) -> dict[str, Shape]:
+    """Shapes of a source's parameters without any cut, trained ones first."""
+    size = source.topology.tensor_size
+    parts = {**source.layout.shapes, **source.frozen.shapes}
+    return {name: unsharded_shape(name, s, tensor_size=size) for name, s in parts.items()}
 
 
 ReadFn = Callable[[str, State, int, int], Tensor]

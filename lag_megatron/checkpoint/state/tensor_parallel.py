@@ -1,27 +1,23 @@
-"""The dimension along which tensor parallelism shards each parameter, as a table.
+"""The part of each parameter that a tensor-parallel rank holds, by Megatron-Core's names.
 
-Names and dimensions are Megatron-Core's: column-parallel weights by output, row-parallel by input,
-embeddings by vocabulary.  ``linear_qkv`` is stored by query group, so an even cut keeps groups
-together; the gate and up halves of a gated ``linear_fc1`` are each cut on their own.
+The dimension along which a parameter is cut stands in the tables of ``checkpoint/families``.
 """
 
 import functools
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from lag_megatron.checkpoint.families import bert, gpt, llama
+from lag_megatron.checkpoint.families.megatron_layer import MEGATRON_LAYER
 from lag_megatron.checkpoint.state.box import Box, Shape, full_box
 
-# (pattern of the end of a parameter's name, dimension); other parameters are replicated.
-CUTS: tuple[tuple[str, int], ...] = (
-    (r"embedding\.word_embeddings\.weight", 0),
-    (r"output_layer\.(weight|bias)", 0),
-    (r"self_attention\.linear_qkv\.(weight|bias)", 0),
-    (r"self_attention\.linear_proj\.weight", 1),
-    (r"mlp\.linear_fc1\.(weight|bias)", 0),
-    (r"mlp\.linear_fc2\.weight", 1),
-)
-GATED = re.compile(r"mlp\.linear_fc1\.(weight|bias)$")
+# Dimension by the end of a parameter's name; other parameters are replicated.
+CUTS: Mapping[str, int] = {
+    **{n: d for model in (gpt, bert, llama) for n, d in model.MEGATRON.cuts.items()},
+    **MEGATRON_LAYER.cuts,
+}
+_FC1, _FC2 = MEGATRON_LAYER.mlp_in[0], MEGATRON_LAYER.mlp_out
+_FC1_MODULE = _FC1.removesuffix(".weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +31,12 @@ class ShardBox:
 @functools.cache
 def cut_dim(name: str) -> int | None:
     """The dimension along which a parameter is sharded; None if every rank has all of it."""
-    for pattern, dim in CUTS:
-        if re.search(pattern + "$", name):
-            return dim
-    return None
+    return next((dim for end, dim in CUTS.items() if _ends(name, end)), None)
+
+
+def may_be_gated(name: str) -> bool:
+    """Whether a parameter holds a gate and an up half in a gated MLP."""
+    return _ends(name, f"{_FC1_MODULE}.weight") or _ends(name, f"{_FC1_MODULE}.bias")
 
 
 def unsharded_shape(name: str, local: Shape, *, tensor_size: int) -> Shape:
@@ -52,8 +50,8 @@ def unsharded_shape(name: str, local: Shape, *, tensor_size: int) -> Shape:
 def is_gated(shapes: Mapping[str, Shape]) -> bool:
     """Whether fc1 holds a gate and an up half: it has twice as many rows as fc2 has columns."""
     for name, shape in shapes.items():
-        if name.endswith("mlp.linear_fc1.weight"):
-            return shape[0] == 2 * shapes[name.replace("linear_fc1", "linear_fc2")][1]
+        if _ends(name, _FC1):
+            return shape[0] == 2 * shapes[name.removesuffix(_FC1) + _FC2][1]
     return False
 
 
@@ -66,7 +64,7 @@ def local_shape(name: str, shape: Shape, *, tensor_size: int, gated: bool = Fals
     dim = cut_dim(name)
     if dim is None:
         return shape
-    parts = 2 if gated and GATED.search(name) else 1
+    parts = 2 if gated and may_be_gated(name) else 1
     if shape[dim] % (parts * tensor_size):
         raise ValueError(
             f"{name} of shape {shape} cannot be cut into {tensor_size} equal parts along "
@@ -83,7 +81,7 @@ def shard_boxes(
     if dim is None or tensor_size == 1:
         yield ShardBox(full_box(shape), (0,) * len(shape))
         return
-    parts = 2 if gated and GATED.search(name) else 1
+    parts = 2 if gated and may_be_gated(name) else 1
     unit = shape[dim] // (parts * tensor_size)
     for part in range(parts):
         low, local = [0] * len(shape), [0] * len(shape)
@@ -91,3 +89,8 @@ def shard_boxes(
         local[dim] = part * unit
         extent = (*shape[:dim], unit, *shape[dim + 1 :])
         yield ShardBox(Box(tuple(low), extent), tuple(local))
+
+
+def _ends(name: str, end: str) -> bool:
+    """Whether a name ends so, from a dot on."""
+    return name == end or name.endswith(f".{end}")

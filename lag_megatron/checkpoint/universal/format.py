@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from lag_megatron.checkpoint.families.describe_layers import describe_layers
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import STATES
-from lag_megatron.checkpoint.state.param_names import layers_in
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records
+from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
 
 FOLDER, POINTER, OPTIMIZER = "zero", "latest_universal", "optimizer_state.pt"
@@ -32,14 +33,14 @@ class Universal:
         header: the first model file.
         parameters: folder of each parameter and buffer, by name.
         shapes: trained parameters in flat order, each with one tensor rank's shape.
-        frozen: names of parameters without optimizer state.
+        frozen: the same for parameters without optimizer state.
     """
 
     path: Path
     header: Mapping[str, Any] = field(repr=False)
     parameters: dict[str, Path] = field(repr=False)
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
-    frozen: frozenset[str] = field(repr=False)
+    frozen: dict[str, tuple[int, ...]] = field(repr=False)
 
     @staticmethod
     def open(path: Path) -> "Universal":
@@ -57,16 +58,17 @@ class Universal:
             )
         headers = [torch_pickle.load(file) for file in files]
         shapes: dict[str, tuple[int, ...]] = {}
-        frozen: set[str] = set()
+        frozen: dict[str, tuple[int, ...]] = {}
         for file, header in zip(files, headers, strict=True):
             groups = header.get("param_shapes") if isinstance(header, dict) else None
             if not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
                 raise CheckpointError(f"{file}: no param_shapes, so DeepSpeed did not write it.")
             for group in groups:
                 shapes |= {name: tuple(shape) for name, shape in group.items()}
-            frozen |= set(header.get("frozen_param_shapes") or ())
+            untrained = header.get("frozen_param_shapes") or {}
+            frozen |= {name: tuple(shape) for name, shape in untrained.items()}
         folders = {p.name: p for p in sorted((path / FOLDER).iterdir()) if p.is_dir()}
-        return Universal(path, headers[0], folders, shapes, frozenset(frozen))
+        return Universal(path, headers[0], folders, shapes, frozen)
 
     @property
     def model_ranks(self) -> int:
@@ -99,7 +101,7 @@ def looks_universal(path: Path) -> bool:
     return (path / FOLDER).is_dir()
 
 
-def describe_universal(path: Path) -> dict[str, Any]:
+def describe_universal(path: Path, names: ParamNames | None = None) -> dict[str, Any]:
     """Facts about a tag directory, and its problems; every file is mapped, no tensor is read.
 
     Raises:
@@ -131,7 +133,7 @@ def describe_universal(path: Path) -> dict[str, Any]:
             ),
         },
         "parameters": sum(counts.values()),
-        "layers": len(layers_in([*checkpoint.shapes, *checkpoint.frozen])),
+        **describe_layers({**checkpoint.shapes, **checkpoint.frozen}, names),
         "optimizer": groups,
         "optimizer_states": [state for state in STATES if state in found],
         "growth_history": list(ours.get("growth_history", [])),

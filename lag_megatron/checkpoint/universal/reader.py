@@ -12,7 +12,7 @@ from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.deepspeed_defaults import default_group_states
 from lag_megatron.checkpoint.state.layout import GroupState, ParamGroup, State
 from lag_megatron.checkpoint.state.source import UnshardedCheckpoint
-from lag_megatron.checkpoint.state.tensor_parallel import GATED, is_gated, unsharded_shape
+from lag_megatron.checkpoint.state.tensor_parallel import is_gated, may_be_gated, unsharded_shape
 from lag_megatron.checkpoint.storage import manifest, torch_pickle
 from lag_megatron.checkpoint.storage.integrity import VerifyScope
 from lag_megatron.checkpoint.universal import format as universal_format
@@ -129,7 +129,7 @@ class _UniversalReader:
         shape = unsharded_shape(name, local, tensor_size=size)
         tensor = self._stored(name, "fp32")
         stored = tensor.numel()
-        if size > 1 and GATED.search(name) and is_gated(self.checkpoint.shapes):
+        if size > 1 and may_be_gated(name) and is_gated(self.checkpoint.shapes):
             self._require_halves(name)
         if tensor.dim() > 1 and tuple(tensor.shape[1:]) != shape[1:]:
             raise CheckpointError(

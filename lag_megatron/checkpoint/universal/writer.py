@@ -19,7 +19,12 @@ import torch
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import STATES, Topology
 from lag_megatron.checkpoint.state.spec import CheckpointSpec, PlaceholderTensors, ds_config_of
-from lag_megatron.checkpoint.state.tensor_parallel import GATED, cut_dim, is_gated, local_shape
+from lag_megatron.checkpoint.state.tensor_parallel import (
+    cut_dim,
+    is_gated,
+    local_shape,
+    may_be_gated,
+)
 from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING
@@ -131,7 +136,7 @@ def _cut(state: UnshardedState, name: str) -> dict[str, Any]:
     if dim is None:
         return {}
     found: dict[str, Any] = {"cat_dim": dim}
-    if GATED.search(name) and is_gated(state.shapes):
+    if may_be_gated(name) and is_gated(state.shapes):
         found["param_n_sub_params"] = 2
     if name in _VOCABULARY:
         found["vocab_tensor"] = True  # a job whose padding is larger adds rows

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from lag_megatron.checkpoint.families.describe_layers import describe_layers
 from lag_megatron.checkpoint.state.box import numel
-from lag_megatron.checkpoint.state.param_names import layers_in
-from lag_megatron.checkpoint.state.tensor_parallel import unsharded_shape
+from lag_megatron.checkpoint.state.source import unsharded_shapes
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.zero.file_names import torch_optimizer_state
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
+from lag_megatron.config.schema.param_names import ParamNames
 
 
 def looks_like_checkpoint(path: Path) -> bool:
@@ -16,7 +17,7 @@ def looks_like_checkpoint(path: Path) -> bool:
     return manifest.is_committed(path) or any(path.glob("*_states.pt"))
 
 
-def describe_zero(path: Path) -> dict[str, Any]:
+def describe_zero(path: Path, names: ParamNames | None = None) -> dict[str, Any]:
     """Facts about a tag directory; every file's header is checked, no tensor is read.
 
     Raises:
@@ -25,7 +26,7 @@ def describe_zero(path: Path) -> dict[str, Any]:
     checkpoint = ZeroCheckpoint.open(path)
     topology, state = checkpoint.topology, checkpoint.client_state
     checkpoint.check_every_file()
-    shapes = checkpoint.layout.shapes
+    shapes = unsharded_shapes(checkpoint)
     files = {p.name: p.stat().st_size for p in sorted(path.iterdir()) if p.is_file()}
     return {
         "path": str(path),
@@ -39,11 +40,8 @@ def describe_zero(path: Path) -> dict[str, Any]:
             "tensor_parallel": topology.tensor_size,
             "precision": topology.precision,
         },
-        "parameters": sum(
-            numel(unsharded_shape(name, shape, tensor_size=topology.tensor_size))
-            for name, shape in shapes.items()
-        ),
-        "layers": len(layers_in(shapes)),
+        "parameters": sum(numel(shapes[name]) for name in checkpoint.layout.shapes),
+        **describe_layers(shapes, names),
         "optimizer": _optimizer(checkpoint),
         "optimizer_states": list(checkpoint.layout.states),
         "growth_history": list(state.get("growth_history", [])),

@@ -65,6 +65,8 @@ class GrowthConfig:
         probe_groups: how many candidates are probed at a time, each on its part of the ranks.
         rung_timeout: seconds after which a group without progress ends; null is no limit.
         max_loss: a candidate with a larger loss, in nats, has lost.
+        names: roles of parameters and the list of layers, where no table has the model's names; in
+            a file, a path to such a mapping, relative to that file.
     """
 
     __pydantic_config__ = FORBID
@@ -81,6 +83,7 @@ class GrowthConfig:
     rung_timeout: float | None = None
     moments: Literal["auto", "copy", "zero", "borrow"] = "auto"
     max_loss: float = 20.0
+    names: dict[str, Any] | None = None
 
     @property
     def compared_by(self) -> Literal["last", "mean", "ema"]:

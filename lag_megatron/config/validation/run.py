@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from lag_megatron.config.schema.parallel import ParallelConfig, data_parallel_size
+from lag_megatron.config.schema.param_names import parse_param_names
 from lag_megatron.config.schema.run import GrowthConfig, PoolConfig, RunConfig
 from lag_megatron.config.validation.data import data_problems
 from lag_megatron.config.validation.model import model_problems
@@ -25,6 +26,7 @@ def find_problems(config: RunConfig) -> list[str]:
         *_stages(config),
         *position_problems(config),
         *path_problems(config),
+        *_names(config),
     ]
 
 
@@ -45,6 +47,19 @@ def check_probe_groups(config: RunConfig, *, world_size: int) -> None:
                 f"{where}.probe_groups: {wanted} groups cannot share {replicas} data-parallel "
                 f"replicas evenly. Take one of {divisors}, or auto."
             )
+
+
+def _names(config: RunConfig) -> Iterator[str]:
+    parts = [("growth", config.growth)]
+    parts += [(f"stages.{n}.growth", s.growth) for n, s in enumerate(config.stages) if s.growth]
+    seen: list[object] = [None]
+    for where, growth in parts:
+        if growth.names not in seen:
+            try:
+                parse_param_names(growth.names, where=f"{where}.names")
+            except ConfigError as error:
+                yield str(error)
+        seen.append(growth.names)
 
 
 def _positive(config: RunConfig) -> Iterator[str]:

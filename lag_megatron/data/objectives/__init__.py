@@ -1,1 +1,1 @@
-"""Training objectives: causal, masked-language-model and UL2 samples."""
+"""Training objectives: causal, masked-language-model and UL2 samples; `registry` names them."""

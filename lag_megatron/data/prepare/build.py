@@ -106,14 +106,8 @@ def build_folder(
             return done
         tokenizer = _tokenizer(work / TOKENIZER, make_tokenizer)
         _require_disk_space(work, corpus, tokenizer)
-        encode_corpus(
-            corpus,
-            validation,
-            tokenizer=work / TOKENIZER,
-            parts=work / "parts",
-            sentences=sentences,
-            workers=workers,
-        )
+        files = {"tokenizer": work / TOKENIZER, "parts": work / "parts"}
+        encode_corpus(corpus, validation, **files, sentences=sentences, workers=workers)
         _assemble(work, digest=digest, corpus=corpus, sentences=sentences, tokenizer=tokenizer)
         staging_dir.publish(work / "whole", folder)
         staging_dir.remove(work)

@@ -25,7 +25,7 @@ from lag_megatron.checkpoint.state.box import (
     strides_of,
 )
 from lag_megatron.checkpoint.state.layout import Container, Layout, Segment, State, Topology
-from lag_megatron.checkpoint.state.optimizer_states import role_of
+from lag_megatron.checkpoint.state.optimizer_states import adam_state_of
 from lag_megatron.checkpoint.state.tensor_parallel import ShardBox, cut_dim, shard_boxes
 from lag_megatron.growth.growth_map import Copy, GrowthMap
 from lag_megatron.growth.weight_init import WeightInit
@@ -129,7 +129,7 @@ def plan_rank(
                         continue
                     inside = box.move(piece.box.low, piece.local)
                     place = _target_slice(segment, local, inside)
-                    origin = block.sources[role_of(state)]
+                    origin = block.sources[adam_state_of(state)]
                     if isinstance(origin, Copy):
                         wanted = box.move(block.box.low, origin.low)
                         moves += _moves(source, origin, wanted, place, tensor_rank)
@@ -146,7 +146,7 @@ def _unchanged_source(
     Flat intervals are then copied as they are.  It is the usual case of growth in depth.
     """
     block, *others = growth_map.blocks[name]
-    origin = block.sources[role_of(state)]
+    origin = block.sources[adam_state_of(state)]
     if others or not isinstance(origin, Copy) or any(origin.low):
         return None
     if source.shapes[origin.parameter] != target.shapes[name]:

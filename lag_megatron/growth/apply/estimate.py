@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lag_megatron.checkpoint.state.box import numel
-from lag_megatron.checkpoint.state.optimizer_states import role_of, state_shape, states_of
+from lag_megatron.checkpoint.state.optimizer_states import adam_state_of, state_shape, states_of
 from lag_megatron.checkpoint.state.spec import DTYPES
 from lag_megatron.checkpoint.state.tensor_parallel import cut_dim
 from lag_megatron.checkpoint.writer.context import BUFFER_BYTES
@@ -58,7 +58,7 @@ def estimate_growth(
         for name, blocks in grown.growth_map.blocks.items()
         for block in blocks
         for state in states_of(optimizer, grown.layout.shapes.get(name))
-        if isinstance(origin := block.sources[role_of(state)], Copy)
+        if isinstance(origin := block.sources[adam_state_of(state)], Copy)
         and (state == "fp32" or name not in grown.frozen.shapes)
     }
     tensor_size = grown.source.topology.tensor_size

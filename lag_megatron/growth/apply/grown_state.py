@@ -1,6 +1,5 @@
 """A growth plan bound to a checkpoint: the grown state, of which nothing is written yet."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +8,11 @@ from typing import Any
 import torch
 
 from lag_megatron import __version__
+from lag_megatron.checkpoint.families.layer_stack import (
+    LayerStack,
+    count_layers,
+    largest_stack,
+)
 from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.checkpoint.state.layout import (
     Layout,
@@ -17,8 +21,7 @@ from lag_megatron.checkpoint.state.layout import (
     frozen_layout,
     make_layout,
 )
-from lag_megatron.checkpoint.state.param_names import LAYER, layers_in
-from lag_megatron.checkpoint.state.source import CheckpointSource
+from lag_megatron.checkpoint.state.source import CheckpointSource, unsharded_shapes
 from lag_megatron.checkpoint.state.spec import CheckpointSpec
 from lag_megatron.checkpoint.state.tensor_parallel import (
     cut_dim,
@@ -30,6 +33,7 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer.context import DEFAULT_CONTEXT, WriteContext
 from lag_megatron.checkpoint.zero.writer import bytes_of, write_rank
 from lag_megatron.errors import PlanError
+from lag_megatron.growth.apply.aliases import grown_aliases
 from lag_megatron.growth.apply.fill import GrowthFiller
 from lag_megatron.growth.growth_map import Copy, GrowthMap, grown_names, growth_map_of
 from lag_megatron.growth.plan import GrowthPlan
@@ -60,10 +64,18 @@ class GrownState:
     @cached_property
     def growth_map(self) -> GrowthMap:
         """The source of each grown parameter's values."""
-        frozen = self._unsharded(self.source.frozen.shapes)
         return growth_map_of(
-            self.plan, self._unsharded_groups, frozen, query_groups=self._query_groups
+            self.plan,
+            self._unsharded_groups,
+            self._unsharded(self.source.frozen.shapes),
+            query_groups=self._query_groups,
+            others=[name for name in self.source.header["module"] if isinstance(name, str)],
         )
+
+    @cached_property
+    def stack(self) -> LayerStack | None:
+        """The layers of the source."""
+        return largest_stack(self._unsharded_shapes, self.plan.names)
 
     @cached_property
     def layout(self) -> Layout:
@@ -121,14 +133,17 @@ class GrownState:
         """The specification of the grown checkpoint."""
         names = {name: name for name in self.source.header["module"]}
         if self.plan.operator != "identity":
-            names = {new: old for new, old, _ in grown_names(list(names), self.plan.layer_map)}
+            names = {
+                new: old
+                for new, old, _ in grown_names(list(names), self.plan.layer_map, self.stack)
+            }
         return CheckpointSpec(
             topology=self.topology,
             layout=self.layout,
             frozen=self.frozen,
             template=self.source,
             names=names,
-            aliases=self._aliases(names),
+            aliases=grown_aliases(self.source, names, self.stack),
             entries={"lag": self.client_state},
             groups=self.source.group_states,
             loss_scale=self.source.loss_scale(self.topology.precision),
@@ -143,7 +158,7 @@ class GrownState:
         }
         return {
             "step": self.source.step,
-            "plan": asdict(self.plan),
+            "plan": self.plan.to_dict(),
             "plan_digest": self.plan.digest,
             "growth_history": self.client_state["growth_history"],
             "topology": asdict(self.topology),
@@ -157,7 +172,7 @@ class GrownState:
         state = self.source.client_state
         history = list(state.get("growth_history", []))
         if self.plan.operator != "identity":
-            history.append(asdict(self.plan))
+            history.append(self.plan.to_dict())
         return {
             **state,
             "num_layers": self.plan.target_layers,
@@ -165,35 +180,13 @@ class GrownState:
             "growth_history": history,
         }
 
-    def _aliases(self, names: Mapping[str, str]) -> dict[str, str]:
-        """Shared parameters of the grown model: within one layer, or with one outside of layers."""
-        grown: dict[str, str] = {}
-        for new, old in names.items():
-            owner = self.source.aliases.get(old)
-            if owner is None:
-                continue
-            here, there = LAYER.match(new), LAYER.match(owner)
-            if there is None:
-                grown[new] = owner
-            elif here and LAYER.match(old)["layer"] == there["layer"]:  # type: ignore[index]
-                grown[new] = f"{there['head']}{here['layer']}{there['tail']}"
-            elif new == old and self.plan.operator == "identity":
-                grown[new] = owner
-            else:
-                raise PlanError(
-                    f"{self.source.path}: {old} is the same tensor as {owner} in another layer; "
-                    "models whose layers share parameters cannot be grown in depth."
-                )
-        return grown
-
     @cached_property
     def _unsharded_groups(self) -> list[ParamGroup]:
         return [self._unsharded(group) for group in self.source.groups]
 
     @cached_property
     def _unsharded_shapes(self) -> dict[str, Shape]:
-        old = [*self._unsharded_groups, self._unsharded(self.source.frozen.shapes)]
-        return {name: shape for group in old for name, shape in group.items()}
+        return unsharded_shapes(self.source)
 
     @cached_property
     def _gated(self) -> bool:
@@ -240,7 +233,7 @@ class GrownState:
     def _refuse_unknown_cuts(self, shapes: ParamGroup) -> None:
         """Refuse to reshard matrices that the table of tensor parallelism does not list."""
         for name, shape in shapes.items():
-            if LAYER.match(name) and len(shape) > 1 and cut_dim(name) is None:
+            if self.stack and self.stack.match(name) and len(shape) > 1 and cut_dim(name) is None:
                 raise PlanError(
                     f"{self.source.path}: it is not known how tensor parallelism cuts {name}, so "
                     f"the {self.source.topology.tensor_size} tensor-parallel ranks cannot become "
@@ -250,7 +243,7 @@ class GrownState:
 
 def resharded(source: CheckpointSource, target: Topology) -> GrownState:
     """The same state under another topology: a grown state of the operator ``identity``."""
-    layers = len(layers_in([*source.layout.shapes, *source.frozen.shapes]))
+    layers = count_layers(unsharded_shapes(source))
     plan = GrowthPlan(operator="identity", source_layers=layers, target_layers=layers)
     return GrownState(source, plan, target)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lag_megatron.checkpoint.families.layer_stack import LayerName
 from lag_megatron.checkpoint.megatron import dcp_metadata, dist_checkpoint
 from lag_megatron.checkpoint.megatron.dcp_metadata import StorageLocation, StoredTensor
 from lag_megatron.checkpoint.megatron.dcp_metadata_writer import write_metadata
@@ -22,7 +23,6 @@ from lag_megatron.checkpoint.megatron.reader import prefixes_of
 from lag_megatron.checkpoint.megatron.writer import TRACKER
 from lag_megatron.checkpoint.state.box import Box, numel
 from lag_megatron.checkpoint.state.layout import State
-from lag_megatron.checkpoint.state.param_names import LAYER
 from lag_megatron.checkpoint.state.spec import PlaceholderTensors
 from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest, torch_pickle
@@ -223,32 +223,37 @@ class _GrownMetadata:
                 yield name, place
                 continue
             index, _ = tail.split("_")
-            match = LAYER.match(name)
-            old = int(index if match is None else match["layer"])
+            match = self._layer_name(name)
+            old = int(index) if match is None else match.layer
             for new, origin in enumerate(layers):
                 if origin.source == old:
                     yield self._object(name, head, new, len(layers)), place
 
     def _object(self, name: str, head: str, new: int, layers: int) -> str:
-        match = LAYER.match(name)
-        if match is None:
+        match = self._layer_name(name)
+        if match is None or self.grown.stack is None:
             return f"{head}/shard_{new}_{layers}"
-        return f"{match['head']}{new}{match['tail']}"
+        return self.grown.stack.name(new, match.tail)
 
     def _where(self, name: str) -> Stacked:
         """Where a grown parameter is stored: layers are stacked or numbered as in the source."""
         like = self.old[self._like(name)]
         if like.layer is None:
-            match = LAYER.match(like.key)
-            if match is None:
+            stored, own = self._layer_name(like.key), self._layer_name(name)
+            if self.grown.stack is None or stored is None or own is None:
                 return like
-            return Stacked(f"{match['head']}{LAYER.match(name)['layer']}{match['tail']}", None)  # type: ignore[index]
+            return Stacked(self.grown.stack.name(own.layer, stored.tail), None)
         return stored_as(name)
 
     def _like(self, name: str) -> str:
         """An old parameter of the same shape, precision and form of storage: that of layer 0."""
-        match = LAYER.match(name)
-        return name if match is None else f"{match['head']}0{match['tail']}"
+        match = self._layer_name(name)
+        if match is None or self.grown.stack is None:
+            return name
+        return self.grown.stack.name(0, match.tail)
+
+    def _layer_name(self, name: str) -> LayerName | None:
+        return self.grown.stack.match(name) if self.grown.stack else None
 
     def _dtype(self, name: str, prefix: str) -> torch.dtype:
         return self.contents.tensors[prefix + self.old[self._like(name)].key].dtype

@@ -14,7 +14,7 @@ from typing import Any
 
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.layout import STATES, State, Topology
-from lag_megatron.checkpoint.state.optimizer_states import role_of
+from lag_megatron.checkpoint.state.optimizer_states import adam_state_of
 from lag_megatron.checkpoint.state.unsharded import UnshardedState
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.universal.format import FOLDER
@@ -114,7 +114,7 @@ def hardlink_file(
 def origin_of(grown: GrownState, name: str, state: State) -> str | None:
     """The old parameter that a grown one copies bit for bit; None if its values are new."""
     block, *others = grown.growth_map.blocks[name]
-    origin = block.sources[role_of(state)]
+    origin = block.sources[adam_state_of(state)]
     if others or not isinstance(origin, Copy) or any(origin.low) or origin.scale != 1:
         return None
     shapes = {**grown.source.layout.shapes, **grown.source.frozen.shapes}

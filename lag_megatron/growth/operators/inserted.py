@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from lag_megatron.checkpoint.families.family import Branch
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.operators.depth import require_even_blocks
 from lag_megatron.growth.operators.layer_map import (
-    Branch,
     Init,
     LayerMap,
     LayerOrigin,

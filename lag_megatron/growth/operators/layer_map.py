@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lag_megatron.checkpoint.families.family import Branch
 from lag_megatron.errors import PlanError
 
 Init = Literal["duplicate", "random", "identity"]
-Branch = Literal["attention", "mlp"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ def curve(config, one_pass):
     attention.prefers_matmul_attention = lambda query: True
     calls = {}
     for module in (activation_cpu, attention_cpu, softmax_cpu):
-        module.library = counted(module.library, calls)
+        module.load_library = counted(module.load_library, calls)
     if not one_pass:
         for module in (activation_cpu, attention_cpu, softmax):
             module.builds_for_cpu = lambda: False

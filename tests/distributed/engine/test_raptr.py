@@ -13,7 +13,7 @@ from conftest import PICO_VOCABULARY, random_batches, run_ranks, sparing
 from families import family_batches, family_config
 from full_state import read_full
 
-from lag_megatron.checkpoint.state.param_names import LAYER
+from lag_megatron.checkpoint.megatron.param_names import LAYER
 from lag_megatron.config.schema.raptr import RaptrConfig
 from lag_megatron.planning.random_paths import path_at
 

@@ -262,7 +262,7 @@ def test_groups_meet_even_when_there_is_nothing_left_to_do(tiny, tmp_path):
 def raised_elsewhere(count):
     """On each rank: whether another rank reports an error in its group."""
     from lag_megatron.distributed.world import start_world, stop_world
-    from lag_megatron.search.partition import split_world
+    from lag_megatron.search.rank_groups import split_world
 
     def fail():
         raise LagError("no")

@@ -190,7 +190,7 @@ def test_layers_that_do_not_run_compute_and_keep_nothing():
 def fetched(config, paths):
     """For each step, the layers whose weights ZeRO-3 gathered for it."""
 
-    from lag_megatron.checkpoint.state.param_names import LAYER
+    from lag_megatron.checkpoint.megatron.param_names import LAYER
     from lag_megatron.distributed.world import start_world, stop_world
     from lag_megatron.engine.engine import Engine
 

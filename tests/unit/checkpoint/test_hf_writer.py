@@ -16,10 +16,10 @@ from families import family_batches
 from full_state import read_full
 from tokenizers import models, pre_tokenizers, processors
 
-from lag_megatron.checkpoint import open
 from lag_megatron.checkpoint.hf import tensor_map
 from lag_megatron.checkpoint.hf.architecture import architecture_of
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
+from lag_megatron.checkpoint.open import describe_any
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, ConfigError, PlanError
@@ -232,7 +232,7 @@ def test_what_is_written_is_sound_and_complete(trained, tokenizer, tmp_path):
     path, config = trained
     out = tmp_path / "hf"
     export(path, out, tokenizer=tokenizer, max_shard_size=5_000)
-    facts = open.describe_any(out)
+    facts = describe_any(out)
     assert facts["problems"] == []
     assert facts["layers"] == config.model.num_layers
     assert facts["topology"]["precision"] == "fp32"

@@ -41,7 +41,7 @@ def test_goes_on_after_a_kill(checkpoint, tmp_path, monkeypatch):
     written, mark_done = [], WriteProgress.mark_done
     monkeypatch.setattr(
         WriteProgress,
-        "note",
+        "mark_done",
         lambda self, name, files: written.append(name) or mark_done(self, name, files),
     )
     assert convert(checkpoint, target, "--to", "universal", "--verify") == 0
@@ -51,7 +51,7 @@ def test_goes_on_after_a_kill(checkpoint, tmp_path, monkeypatch):
     assert not list((target / "step3_universal").glob(".parts*"))
 
 
-def test_another_conversion_does_not_go_on_with_the_draft(checkpoint, tmp_path):
+def test_another_conversion_does_not_go_on_with_unfinished_files(checkpoint, tmp_path):
     staging = tmp_path / "out" / "step3_universal.tmp"
     staging.mkdir(parents=True)
     (staging / ".parts.jsonl").write_text('{"about": {}}\n{"part": "optimizer", "files": {}}\n')

@@ -7,8 +7,7 @@ import shutil
 import pytest
 from converting import convert, copy_llama, refused, save_families
 
-from lag_megatron.checkpoint import open
-from lag_megatron.checkpoint.open import open_checkpoint
+from lag_megatron.checkpoint.open import open_checkpoint, resolve_checkpoint
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import VerifyScope
 from lag_megatron.errors import CheckpointError
@@ -128,7 +127,7 @@ def test_a_manifest_that_does_not_cover_what_is_read(known, resharded, tmp_path,
 def test_ranks_share_the_looking(form, checkpoint, tmp_path):
     """Of three ranks one finds a damage; together they look at every file."""
     assert convert(checkpoint, tmp_path / "out", "--to", form, "--world-size", 2) == 0
-    tag = open.resolve_checkpoint(tmp_path / "out")
+    tag = resolve_checkpoint(tmp_path / "out")
     for name in sorted(manifest.read_manifest(tag)["files"]):
         if (tag / name).suffix not in (".pt", ".distcp", ".safetensors"):
             continue

@@ -1,6 +1,7 @@
 """Growing shards equals growing whole tensors and sharding the result, bit for bit."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lag_megatron.checkpoint.state.tensor_parallel import local_shape
 from lag_megatron.growth.apply.copy_plan import Move, ShardedModel, plan_rank
 from lag_megatron.growth.growth_map import Copy, ParamBlock, depth_map, identity_map
 from lag_megatron.growth.plan import GrowthPlan
-from lag_megatron.growth.weight_init import Normal, fill, megatron_init
+from lag_megatron.growth.weight_init import Constant, Normal, fill
 
 # The test's own table of what tensor parallelism cuts.
 COLUMNS = ("word_embeddings.weight", "output_layer.weight", "linear_qkv.weight",
@@ -186,6 +187,17 @@ def test_any_topology_from_any_other(shape, source, target, state):
     check(identity_map(groups), groups, source, target, shape.gated, tensors, state, tensors)
 
 
+def fresh_weights(name, plan):
+    """What Megatron-Core draws for a parameter, written down a second time."""
+    if name.endswith(".bias"):
+        return Constant(0.0)
+    if "norm" in name:
+        return Constant(1.0)
+    is_output = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+    std = 0.02 / math.sqrt(2 * plan.target_layers) if is_output else 0.02
+    return Normal(std, f"growth/{plan.seed}/{plan.source_layers}-{plan.target_layers}/{name}")
+
+
 def grown_tensors(groups, tensors, plan, state):
     """Dense growth, straight from the layer map."""
     grown = {}
@@ -209,12 +221,7 @@ def grown_tensors(groups, tensors, plan, state):
                 value = torch.zeros_like(value)
             elif state == "fp32" and random:
                 value = torch.empty_like(value)
-                init = megatron_init(
-                    name,
-                    num_layers=plan.target_layers,
-                    init_std=0.02,
-                    key=f"growth/{plan.seed}/{plan.source_layers}-{plan.target_layers}",
-                )
+                init = fresh_weights(name, plan)
                 if is_output and isinstance(init, Normal):
                     init = dataclasses.replace(init, std=init.std * scale)
                 fill(value, init, shape=tuple(value.shape), box=full_box(tuple(value.shape)))

@@ -15,7 +15,11 @@ from lag_megatron.growth.growth_map import (
 from lag_megatron.growth.plan import GrowthPlan
 from lag_megatron.growth.weight_init import Constant, Normal
 
-TENSORS = {"norm.weight": (4,), "mlp.linear_fc1.weight": (8, 4), "mlp.linear_fc2.weight": (4, 8)}
+TENSORS = {
+    "input_layernorm.weight": (4,),
+    "mlp.linear_fc1.weight": (8, 4),
+    "mlp.linear_fc2.weight": (4, 8),
+}
 
 
 def groups_of(layers):
@@ -94,7 +98,7 @@ def test_moments_of_new_layers(init, moments, first, second):
 def test_random_layers_are_named_by_seed_and_place():
     growth = depth_map(plan(init="random"), groups_of(3))
     layer = "decoder.layers.2."
-    assert sources(growth, layer + "norm.weight")["fp32"] == Constant(1.0)
+    assert sources(growth, layer + "input_layernorm.weight")["fp32"] == Constant(1.0)
     assert sources(growth, layer + "mlp.linear_fc1.weight")["fp32"] == Normal(
         0.02, f"growth/7/3-4/{layer}mlp.linear_fc1.weight"
     )
@@ -121,15 +125,15 @@ def test_names_come_in_the_order_of_the_grown_model():
     assert growth.groups == groups_of(6)
     assert [list(group) for group in growth.groups] == [list(group) for group in groups_of(6)]
     copied = [
-        growth.blocks[f"decoder.layers.{i}.norm.weight"][0].sources["fp32"].parameter
+        growth.blocks[f"decoder.layers.{i}.input_layernorm.weight"][0].sources["fp32"].parameter
         for i in range(6)
     ]
-    assert copied == [f"decoder.layers.{i}.norm.weight" for i in (0, 1, 2, 0, 1, 2)]
+    assert copied == [f"decoder.layers.{i}.input_layernorm.weight" for i in (0, 1, 2, 0, 1, 2)]
 
 
 def test_names_without_layers_stay():
     names = ["embedding.weight", "head.weight"]
-    grown = list(grown_names(names, plan().layer_map))
+    grown = list(grown_names(names, plan().layer_map, None))
     assert grown == [(name, name, None) for name in names]
 
 

@@ -10,8 +10,7 @@ from conftest import sparing
 from foreign_checkpoints import torch_dist, universal
 from programs import grow, inspect
 
-from lag_megatron.checkpoint import open
-from lag_megatron.checkpoint.open import open_checkpoint
+from lag_megatron.checkpoint.open import describe_any, open_checkpoint, resolve_checkpoint
 from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.checkpoint.state.source import UNSHARDED
 from lag_megatron.checkpoint.storage import manifest
@@ -73,7 +72,7 @@ def test_what_is_linked_is_what_growing_makes(form, plan, layers, sources, tmp_p
     source, target = sources / form, tmp_path / "grown"
     assert link(source, target, "lag", options, layers) == 0
     require_grown(source, target, "lag", options, layers)
-    tag = open.resolve_checkpoint(target)
+    tag = resolve_checkpoint(target)
     for name in shared(tag):
         assert (tag / name).stat().st_nlink > 1
     capsys.readouterr()
@@ -87,7 +86,7 @@ def test_a_duplicate_writes_next_to_nothing(sources, tmp_path):
     for form in ("universal", "megatron"):
         target = tmp_path / form
         assert link(sources / form, target, "lag", PLANS["duplicate"]["options"], 3) == 0
-        tag = open.resolve_checkpoint(target)
+        tag = resolve_checkpoint(target)
         values = [
             path for path in tag.rglob("*") if path.suffix in (".pt", ".distcp")
             and path.name not in ("common.pt", "optimizer_state.pt")
@@ -114,8 +113,8 @@ def test_checkpoints_of_megatron_itself(homogeneous, tmp_path):
         common = torch.load(tag / "common.pt", weights_only=False)
         assert common["args"].num_layers == 3
         assert common["args"].model_type.name == "encoder_or_decoder"
-        assert open.describe_any(tag)["problems"] == []
-        assert open.describe_any(tag)["layers"] == 3
+        assert describe_any(tag)["problems"] == []
+        assert describe_any(tag)["layers"] == 3
 
 
 def test_a_universal_checkpoint_of_deepspeed_itself(tmp_path):

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from lag_megatron.checkpoint.families.roles import megatron_role
 from lag_megatron.checkpoint.state.box import Box, full_box, numel
 from lag_megatron.growth import weight_init
-from lag_megatron.growth.weight_init import Constant, Normal, fill, megatron_init, normal
+from lag_megatron.growth.weight_init import Constant, Normal, fill, initial_weights, normal
 
 UNIT = Normal(1.0, "test")
 
@@ -83,7 +84,7 @@ LAYER = "decoder.layers.3."
     ],
 )
 def test_megatrons_scales(name, expected):
-    drawn = megatron_init(name, num_layers=8, init_std=0.02, key="k")
+    drawn = initial_weights(megatron_role(name), name, (8, 4), num_layers=8, init_std=0.02, key="k")
     assert drawn == Normal(pytest.approx(expected), f"k/{name}")
 
 
@@ -99,7 +100,7 @@ def test_megatrons_scales(name, expected):
     ],
 )
 def test_norms_are_the_identity_and_biases_nothing(name, value):
-    drawn = megatron_init(name, num_layers=8, init_std=0.02, key="k")
+    drawn = initial_weights(megatron_role(name), name, (8,), num_layers=8, init_std=0.02, key="k")
     assert drawn == Constant(value)
     target = torch.empty(3, 2)
     fill(target, drawn, shape=(6, 4), box=Box((1, 1), (3, 2)))

@@ -24,7 +24,7 @@ from lag_megatron.engine.save import save_engine
 from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.pool import growth_pools
 from lag_megatron.planning.vocab_size import estimate_vocab_size
-from lag_megatron.search.partition import split_world
+from lag_megatron.search.rank_groups import split_world
 
 ROUNDS = 5
 ROWS = (1, 2, 4, 8)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lag_megatron.checkpoint.families.roles import megatron_role
 from lag_megatron.checkpoint.hf import tensor_map
 from lag_megatron.checkpoint.hf.architecture import architecture_of
 from lag_megatron.config import RunConfig, parse_config
 from lag_megatron.distributed.world import start_world, stop_world
 from lag_megatron.engine.engine import Engine
-from lag_megatron.growth.weight_init import Normal, megatron_init
+from lag_megatron.growth.weight_init import Normal, initial_weights
 from lag_megatron.model import build_model
 from lag_megatron.planning.cost import training_flops_per_token
 
@@ -156,7 +157,9 @@ def write_weights(shape: str, file: Path, device: str) -> None:
     model = build_model(config.model, config.parallel, num_layers=layers, vocab_size=vocabulary)
     draw, weights = torch.Generator(device).manual_seed(0), {}
     for name, parameter in model.named_parameters():
-        fresh = megatron_init(name, num_layers=layers, init_std=std, key="")
+        fresh = initial_weights(
+            megatron_role(name), name, parameter.shape, num_layers=layers, init_std=std, key=""
+        )
         made = torch.empty(parameter.shape, device=device)
         if isinstance(fresh, Normal):
             made.normal_(std=fresh.std, generator=draw)
