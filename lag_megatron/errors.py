@@ -14,6 +14,9 @@ class LagError(ValueError):
     on_all_ranks = False
 
 
+UserError = LagError  # the public name
+
+
 class ConfigError(LagError):
     """The configuration is wrong or contradicts itself."""
 

@@ -11,9 +11,9 @@ from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
 from lag_megatron.checkpoint.open import open_checkpoint
 from lag_megatron.checkpoint.state.source import CheckpointSource, UnshardedCheckpoint
 from lag_megatron.checkpoint.writer.job import write
+from lag_megatron.checkpoint.writer.progress_bar import progress_bar
 from lag_megatron.cli.errors import print_error
 from lag_megatron.cli.growth_options import add_growth_options, check_workers, plan_of, topology_of
-from lag_megatron.cli.progress import progress_bar
 from lag_megatron.errors import LagError, PlanError
 from lag_megatron.growth.apply.conversion import Conversion
 from lag_megatron.growth.apply.verify import differences

@@ -14,6 +14,7 @@ from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import UNSHARDED
 from lag_megatron.checkpoint.storage.integrity import is_verifiable
 from lag_megatron.checkpoint.writer.job import write
+from lag_megatron.checkpoint.writer.progress_bar import progress_bar
 from lag_megatron.checkpoint.zero.header import resolve_tag
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.cli.errors import print_error
@@ -24,7 +25,6 @@ from lag_megatron.cli.growth_options import (
     plan_of,
     topology_of,
 )
-from lag_megatron.cli.progress import progress_bar
 from lag_megatron.errors import LagError, PlanError
 from lag_megatron.growth.apply.estimate import estimate_growth
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint

@@ -12,7 +12,6 @@ from lag_megatron.checkpoint.state.source import CheckpointSource
 from lag_megatron.config.schema.param_names import read_param_names
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.grown_state import retarget
-from lag_megatron.growth.apply.plan_checkpoint import plan_checkpoint
 from lag_megatron.growth.operators import OPERATORS
 from lag_megatron.growth.plan import MOMENT_POLICIES, GrowthPlan
 
@@ -99,7 +98,7 @@ def plan_of(options: argparse.Namespace, source: CheckpointSource, *, may_stay: 
         raise PlanError(
             f"--{missing} is missing: give --operator and --layers, or --plan, or a topology."
         )
-    return plan_checkpoint(
+    return GrowthPlan.for_source(
         source,
         operator=operator,
         target_layers=target_layers,

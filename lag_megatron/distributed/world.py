@@ -7,7 +7,6 @@ Megatron.
 import datetime
 import os
 import socket
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,8 +20,9 @@ from lag_megatron.checkpoint.state.layout import DEFAULT_SUB_GROUP_SIZE, Rank, T
 from lag_megatron.config import RunConfig
 from lag_megatron.config.deepspeed import deepspeed_config
 from lag_megatron.distributed import heartbeat
+from lag_megatron.distributed.rank_errors import Outcome, attempt, value_of
 from lag_megatron.distributed.rendezvous import open_store, remove_shared_memory
-from lag_megatron.errors import LagError, RunError
+from lag_megatron.errors import RunError
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ class World:
             LagError: the one that ``make`` raised.
             RankError: for any other exception.
         """
-        outcome = _attempt(make) if self.is_coordinator else None
+        outcome = attempt(make) if self.is_coordinator else None
         return self._value(self.broadcast(outcome), rank=0)
 
     def run_on_all_ranks(self, make: Callable[[], T]) -> list[T]:
@@ -116,19 +116,13 @@ class World:
             LagError: on every rank, that of the first rank whose ``make`` raised one.
             RankError: on every rank, for any other exception of that rank.
         """
-        outcomes = self.gather(_attempt(make))
+        outcomes = self.gather(attempt(make))
         return [self._value(outcome, rank=rank) for rank, outcome in enumerate(outcomes)]
 
-    def _value(self, outcome: tuple[Any, LagError | str | None], *, rank: int) -> Any:
-        value, error = outcome
-        if isinstance(error, str):
-            raise RankError(f"rank {rank} failed:\n{error}")
-        if error is not None:
-            # Set here, since exceptions are pickled without attributes.  False on the leader of a
-            # probe group, which reports the error for its ranks.
-            error.on_all_ranks = self.size == dist.get_world_size() or not self.is_coordinator
-            raise error
-        return value
+    def _value(self, outcome: Outcome, *, rank: int) -> Any:
+        # False on the leader of a probe group, which reports the error for its ranks.
+        on_all_ranks = self.size == dist.get_world_size() or not self.is_coordinator
+        return value_of(outcome, rank=rank, on_all_ranks=on_all_ranks)
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank."""
@@ -140,19 +134,6 @@ class World:
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a device by its data sheet; None where it is not known."""
     return next((peak for name, peak in _PEAK_FLOPS if name in device_name), None)
-
-
-class RankError(RuntimeError):
-    """An unexpected error of one rank, raised on all ranks so that none waits for it."""
-
-
-def _attempt(make: Callable[[], Any]) -> tuple[Any, LagError | str | None]:
-    try:
-        return make(), None
-    except LagError as error:
-        return None, error
-    except Exception:  # raised again by _value, on every rank
-        return None, traceback.format_exc()
 
 
 def environment() -> tuple[int, int, int]:

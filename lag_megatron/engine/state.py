@@ -98,7 +98,7 @@ class EngineState:
         source = growth.source
         groups = source.group_states
         for number, master in self._numbered_masters():
-            self._moments(master)["step"].fill_(groups[number].counters["step"])
+            _set_step(self._moments(master), groups[number].counters["step"])
         for group, source_group in zip(self.torch_optimizer.param_groups, groups, strict=True):
             settings = source_group.settings
             group.update({key: settings[key] for key in _SETTINGS if key in settings})
@@ -166,10 +166,14 @@ class EngineState:
         first: dict[int, Tensor] = {}
         for number, master in self._numbered_masters():
             first.setdefault(number, master)
+        steps = {
+            number: torch.as_tensor(self._moments(master)["step"])
+            for number, master in first.items()
+        }
         return [
             GroupState(
                 {key: value for key, value in group.items() if key != "params"},
-                {"step": self._moments(first[number])["step"].detach().cpu().clone()},
+                {"step": steps[number].detach().cpu().clone()},
             )
             for number, group in enumerate(self.torch_optimizer.param_groups)
         ]
@@ -208,12 +212,12 @@ class EngineState:
         yield from zip(self._adapter.master_groups, self.masters, strict=True)
 
     def _buffer(self, master: Tensor, state: State) -> Tensor:
-        tensor = master if state == "fp32" else self._moments(master)[state]
+        tensor: Tensor = master if state == "fp32" else self._moments(master)[state]
         return tensor.detach().view(-1)
 
-    def _moments(self, master: Tensor) -> dict[str, Tensor]:
+    def _moments(self, master: Tensor) -> dict[str, Any]:
         """A buffer's optimizer state; torch makes it at the first step, which may not have been."""
-        state: dict[str, Tensor] = self.torch_optimizer.state[master]
+        state: dict[str, Any] = self.torch_optimizer.state[master]
         moments = states_of(self._layout.optimizer, tuple(master.shape))[1:]
         if moments[0] not in state:
             # Fused kernels read the count where the parameters are.
@@ -222,7 +226,10 @@ class EngineState:
                 for group in self.torch_optimizer.param_groups
             )
             place = master.device if fused else torch.device("cpu")
-            state["step"] = torch.zeros((), dtype=torch.float32, device=place)
+            if type(self.torch_optimizer).__module__.startswith("torch."):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=place)
+            else:  # DeepSpeed's Adam counts in an int
+                state["step"] = 0
             for moment in moments:
                 shape = state_shape(moment, tuple(master.shape))
                 state[moment] = torch.zeros(shape, dtype=master.dtype, device=master.device)
@@ -279,3 +286,11 @@ class EngineState:
     def masters(self) -> list[Tensor]:
         """This rank's buffers of fp32 weights, which the optimizer steps on."""
         return self._adapter.masters
+
+
+def _set_step(state: dict[str, Any], step: Tensor | float) -> None:
+    """Set the steps taken; torch's Adam keeps them in a tensor, DeepSpeed's in an int."""
+    if isinstance(state["step"], Tensor):
+        state["step"].fill_(step)
+    else:
+        state["step"] = int(step)

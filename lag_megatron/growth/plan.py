@@ -5,12 +5,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from lag_megatron.checkpoint.families.layer_stack import find_layer_stack, largest_stack
 from lag_megatron.config.schema.param_names import ParamNames, parse_param_names
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.operators import layer_map_of
 from lag_megatron.growth.operators.layer_map import LayerMap, keeps_old_norms, moves_second_norm
+
+if TYPE_CHECKING:
+    from lag_megatron.checkpoint.state.source import CheckpointSource
 
 MomentPolicy = Literal["copy", "zero", "borrow"]
 MOMENT_POLICIES: tuple[MomentPolicy, ...] = ("copy", "zero", "borrow")
@@ -107,6 +111,95 @@ class GrowthPlan:
         if self.names is None:
             del values["names"]
         return values
+
+    @classmethod
+    def for_checkpoint(
+        cls,
+        checkpoint: str | Path,
+        *,
+        operator: str,
+        layers: int | None = None,
+        moments: MomentPolicy | Literal["auto"] = "auto",
+        seed: int = 1234,
+        init_std: float | None = None,
+        names: ParamNames | Mapping[str, Any] | None = None,
+        **options: object,
+    ) -> "GrowthPlan":
+        """The plan that grows a checkpoint of any format, whose layers are counted.
+
+        Args:
+            checkpoint: its directory, or one with a pointer file to it.
+            operator: name in ``lag_megatron.growth.operators.OPERATORS``.
+            layers: layers after growing; by default as many as before.
+            moments: what the Adam moments of new layers become.
+            seed: key of freshly drawn weights.
+            init_std: standard deviation of freshly drawn weights; by default that of the model,
+                where the checkpoint records it, or 0.02.
+            names: what the user says of the model's parameter names, where no table has them, e.g.
+                ``{"layers": "transformer.h.{}"}``.
+            options: of the operator, e.g. ``index=4, block_size=2``.
+
+        Raises:
+            PlanError: if the operator cannot be applied to these shapes, or the model has two
+                stacks of layers.
+            CheckpointError: if there is no checkpoint, or it is damaged.
+        """
+        from lag_megatron.checkpoint.open import open_checkpoint  # brings torch
+
+        settings: dict[str, Any] = {} if init_std is None else {"init_std": init_std}
+        return cls.for_source(
+            open_checkpoint(Path(checkpoint)),
+            operator=operator,
+            target_layers=layers,
+            options=options,
+            names=names,
+            moments=moments,
+            seed=seed,
+            **settings,
+        )
+
+    @classmethod
+    def for_source(
+        cls,
+        source: "CheckpointSource",
+        *,
+        operator: str,
+        target_layers: int | None = None,
+        options: Mapping[str, object] | None = None,
+        names: ParamNames | Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> "GrowthPlan":
+        """The plan that grows an open checkpoint.
+
+        Args:
+            source: its layers are counted, and ``init_std`` is by default that of its model.
+            operator: name in ``OPERATORS``.
+            target_layers: layers after growing; by default as many as before.
+            options: of the operator.
+            names: what the user says of the model's parameter names, where no table has them.
+            settings: ``moments``, ``seed`` and ``init_std``, where given.
+
+        Raises:
+            PlanError: if the operator cannot be applied to these shapes.
+        """
+        from lag_megatron.checkpoint.state.source import unsharded_shapes  # brings torch
+
+        if names is not None and not isinstance(names, ParamNames):
+            names = parse_param_names(names, where="names")
+        stack_of = largest_stack if operator == "identity" else find_layer_stack
+        stack = stack_of(unsharded_shapes(source), names)
+        source_layers = len(stack.numbers) if stack else 0
+        model = source.client_state.get("model") or {}
+        if "init_std" in model:
+            settings.setdefault("init_std", model["init_std"])
+        return cls(
+            operator=operator,
+            options=options or {},
+            source_layers=source_layers,
+            target_layers=source_layers if target_layers is None else target_layers,
+            names=names,
+            **settings,
+        )
 
     @staticmethod
     def from_json(text: str, *, source: str = "plan") -> "GrowthPlan":

@@ -37,6 +37,7 @@ LAYERS = (
         ("training", "evaluation", "study"),
         "the loop over stages, and what is made of a run directory",
     ),
+    (("api",), "what a program imports: `import lag_megatron as lag`"),
     (("cli",), "one module a command: parse, call the library"),
 )
 LAYER_OF = {name: layer for layer, (names, _) in enumerate(LAYERS) for name in names}

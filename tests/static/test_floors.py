@@ -35,10 +35,10 @@ WITH_SUB_PACKAGES = [
     for module in INSIDE
     if is_package(module) and any(is_package(member) for member in members(module))
 ]
-LOOSE = {"errors", "atomic_io"}
+LOOSE = {"errors", "atomic_io", "api"}
 STRICT = {
     *("errors", "atomic_io", "config", "planning", "selection", "checkpoint", "growth", "run"),
-    *("cli", "distributed.heartbeat", "distributed.watchdog", "distributed.channel"),
+    *("api", "cli", "distributed.heartbeat", "distributed.watchdog", "distributed.channel"),
 }
 WITHOUT_TORCH = ["", "config", "planning", "selection", "run", "growth.plan", "growth.pool"]
 MAX_FILE_LINES = 300
@@ -82,7 +82,7 @@ def test_no_modules_import_each_other():
 
 
 def test_the_package_itself_imports_nothing():
-    assert list(imported_names(PACKAGE)) == []
+    assert set(imported_names(PACKAGE)) == {"importlib", "typing.Any"}
 
 
 def test_only_the_engine_imports_deepspeed():

@@ -25,14 +25,25 @@ def require_same_parameters(
     Raises:
         CheckpointError: naming the differences.
     """
-    if [list(g.items()) for g in found] == [list(g.items()) for g in expected]:
+    details = parameter_differences(found, expected)
+    if not details:
         return
-    details = list(_differences(_merged(found), _merged(expected)))
     raise CheckpointError(
         f"{path}: holds another architecture than the configuration: "
-        + "; ".join(details or ["the same parameters in another order or other groups"])
+        + "; ".join(details)
         + ". Use the configuration it was trained with, or another run directory."
     )
+
+
+def parameter_differences(found: Sequence[ParamGroup], expected: Sequence[ParamGroup]) -> list[str]:
+    """What differs between the parameter groups of a checkpoint and of a model; empty if nothing.
+
+    Names, shapes, groups and their order are compared.
+    """
+    if [list(g.items()) for g in found] == [list(g.items()) for g in expected]:
+        return []
+    details = list(_differences(_merged(found), _merged(expected)))
+    return details or ["the same parameters in another order or other groups"]
 
 
 def require_same_optimizer(path: Path, found: Layout, expected: Layout) -> None:

@@ -18,6 +18,11 @@ stage      adapter            a rank's fp32 masters
 from typing import Any
 
 from lag_megatron.engine.deepspeed_adapter.base import DeepSpeedAdapter
+from lag_megatron.engine.deepspeed_adapter.initialized import (
+    optimizer_kind,
+    place_of,
+    require_adaptable,
+)
 from lag_megatron.engine.deepspeed_adapter.partitioned import PartitionedAdapter
 from lag_megatron.engine.deepspeed_adapter.unpartitioned import MixedAdapter, PlainAdapter
 from lag_megatron.engine.deepspeed_adapter.zero3 import Zero3Adapter, full_shape
@@ -30,7 +35,16 @@ ADAPTERS: tuple[type[DeepSpeedAdapter], ...] = (
     Zero3Adapter,
 )
 
-__all__ = ["ADAPTERS", "DeepSpeedAdapter", "PartitionedAdapter", "adapt", "full_shape"]
+__all__ = [
+    "ADAPTERS",
+    "DeepSpeedAdapter",
+    "PartitionedAdapter",
+    "adapt",
+    "full_shape",
+    "optimizer_kind",
+    "place_of",
+    "require_adaptable",
+]
 
 
 def adapt(engine: Any, *, zero_stage: int, precision: str) -> DeepSpeedAdapter:

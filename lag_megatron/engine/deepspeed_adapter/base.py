@@ -77,6 +77,15 @@ class DeepSpeedAdapter(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def trained_parameters(self) -> list[list[torch.nn.Parameter]]:
+        """The parameters that are trained, by parameter group, in flat order."""
+
+    def untrained_weights(self, parameter: torch.nn.Parameter) -> Tensor:
+        """This rank's part of the weights of a parameter that is not trained, flat."""
+        return parameter.data.view(-1)
+
+    @property
+    @abc.abstractmethod
     def weights(self) -> list[Tensor | None]:
         """The weights that the model computes with, which follow the masters.
 

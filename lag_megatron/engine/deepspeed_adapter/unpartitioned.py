@@ -1,6 +1,7 @@
 """DeepSpeed without ZeRO: every data-parallel replica has all masters, one for each parameter."""
 
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lag_megatron.checkpoint.state.loss_scale import LossScale
@@ -28,6 +29,11 @@ class PlainAdapter(DeepSpeedAdapter):
         """The index of each parameter's group."""
         groups = self._optimizer.param_groups
         return [number for number, group in enumerate(groups) for _ in group["params"]]
+
+    @property
+    def trained_parameters(self) -> list[list[Parameter]]:
+        """The optimizer's own groups."""
+        return [list(group["params"]) for group in self._optimizer.param_groups]
 
     @property
     def weights(self) -> list[Tensor | None]:
@@ -72,6 +78,11 @@ class MixedAdapter(DeepSpeedAdapter):
         """The index of each parameter's group."""
         groups = self._optimizer.fp32_groups
         return [number for number, group in enumerate(groups) for _ in group]
+
+    @property
+    def trained_parameters(self) -> list[list[Parameter]]:
+        """The 16-bit parameters."""
+        return [list(group) for group in self._optimizer.fp16_groups]
 
     @property
     def weights(self) -> list[Tensor | None]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
 from lag_megatron.engine.deepspeed_adapter.partitioned import PartitionedAdapter, ZeroPartition
 
@@ -16,6 +17,7 @@ class Zero12Adapter(PartitionedAdapter):
         *PartitionedAdapter.required,
         "optimizer.single_partition_of_fp32_groups",
         "optimizer.parallel_partitioned_bit16_groups",
+        "optimizer.bit16_groups",
         "optimizer.bit16_groups_flat",
         "optimizer.real_dp_process_group",
         "optimizer.params_in_partition",
@@ -38,6 +40,11 @@ class Zero12Adapter(PartitionedAdapter):
     def master_groups(self) -> list[int]:
         """Each buffer is a group."""
         return list(range(len(self._optimizer.single_partition_of_fp32_groups)))
+
+    @property
+    def trained_parameters(self) -> list[list[Parameter]]:
+        """The parameters that each group's flat weights were made of."""
+        return [list(group) for group in self._optimizer.bit16_groups]
 
     @property
     def weights(self) -> list[Tensor | None]:

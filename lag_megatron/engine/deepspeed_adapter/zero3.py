@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lag_megatron.engine.deepspeed_adapter.partitioned import PartitionedAdapter, ZeroPartition
 
@@ -33,7 +34,7 @@ class Zero3Adapter(PartitionedAdapter):
         "optimizer.parameter_offload.get_param_coordinator().is_invalid_trace",
         "optimizer.parameter_offload.get_param_coordinator()._invalidate_trace",
     )
-    required_of_parameters = ("ds_shape",)
+    required_of_parameters = ("ds_shape", "ds_tensor")
 
     @property
     def masters(self) -> list[Tensor]:
@@ -45,6 +46,19 @@ class Zero3Adapter(PartitionedAdapter):
         """The parameter group that each sub-group was cut from."""
         group_of = self._optimizer.sub_group_to_group_id
         return [group_of[i] for i in range(len(self._optimizer.fp32_partitioned_groups_flat))]
+
+    @property
+    def trained_parameters(self) -> list[list[Parameter]]:
+        """The sub-groups of each parameter group, one after the other."""
+        groups: list[list[Parameter]] = [[] for _ in self._optimizer.param_groups]
+        for number, parameters in zip(self.master_groups, self._optimizer.fp16_groups, strict=True):
+            groups[number] += parameters
+        return groups
+
+    def untrained_weights(self, parameter: Parameter) -> Tensor:
+        """This rank's shard, with its padding."""
+        shard: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
+        return shard.view(-1)
 
     @property
     def weights(self) -> list[Tensor | None]:
