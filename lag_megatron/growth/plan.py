@@ -137,7 +137,8 @@ class GrowthPlan:
                 where the checkpoint records it, or 0.02.
             names: what the user says of the model's parameter names, where no table has them, e.g.
                 ``{"layers": "transformer.h.{}"}``.
-            options: of the operator, e.g. ``index=4, block_size=2``.
+            options: of the operator, e.g. ``index=4, block_size=2``; ``init`` of ``lag`` is
+                ``duplicate`` by default.
 
         Raises:
             PlanError: if the operator cannot be applied to these shapes, or the model has two
@@ -147,6 +148,8 @@ class GrowthPlan:
         from lag_megatron.checkpoint.open import open_checkpoint  # brings torch
 
         settings: dict[str, Any] = {} if init_std is None else {"init_std": init_std}
+        if operator == "lag":
+            options.setdefault("init", "duplicate")
         return cls.for_source(
             open_checkpoint(Path(checkpoint)),
             operator=operator,

@@ -13,7 +13,7 @@ import time
 
 from probing import loss_of
 
-from lag_megatron.search.ask_tell import Halving, Search, pool
+from lag_megatron.search.ask_tell.search import Halving, Search, pool
 
 BASE_STEP = 100
 RULE = Halving(lag=20, rungs=(5, 10, 20))

@@ -54,6 +54,8 @@ def test_the_plan_of_a_checkpoint_takes_its_depth_and_deviation(checkpoint):
     assert (plan.source_layers, plan.target_layers, plan.init_std) == (2, 3, 0.02)
     assert plan.options == {"index": 0, "block_size": 1, "init": "duplicate"}
     assert plan == lag.GrowthPlan.for_checkpoint(checkpoint.parent, **LAG)
+    copies = {key: value for key, value in LAG.items() if key != "init"}  # the default
+    assert plan == lag.GrowthPlan.for_checkpoint(checkpoint, **copies)
     other = lag.GrowthPlan.for_checkpoint(checkpoint, **LAG, init_std=0.1, seed=5, moments="zero")
     assert (other.init_std, other.seed, other.moments) == (0.1, 5, "zero")
     with pytest.raises(lag.PlanError, match="index"):

@@ -26,8 +26,8 @@ from probing import Killed, SimulatedSearch, killer
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import CheckpointError, ConfigError, RunError
 from lag_megatron.report import report_data
-from lag_megatron.search import search_directory, trial_store
-from lag_megatron.search.ask_tell import Halving, Lag, Search, pool
+from lag_megatron.search.ask_tell import search_directory, trial_store
+from lag_megatron.search.ask_tell.search import Halving, Lag, Search, pool
 
 RULES = {
     "lag": Lag(lag=20),

@@ -13,14 +13,14 @@ from typing import Any
 from lag_megatron.errors import RunError
 from lag_megatron.growth.pool import Candidate, pool
 from lag_megatron.report import write_report
+from lag_megatron.search.ask_tell.rank0 import on_rank0, wait_for_all_ranks
+from lag_megatron.search.ask_tell.reported_losses import ReportedLosses, check_losses
+from lag_megatron.search.ask_tell.rules import Halving, Lag
+from lag_megatron.search.ask_tell.search_directory import SearchDirectory, read_settings
+from lag_megatron.search.ask_tell.trial import Trial, Winner
+from lag_megatron.search.ask_tell.trial_store import TrialStore
 from lag_megatron.search.event import GrowthEvent
-from lag_megatron.search.rank0 import on_rank0, wait_for_all_ranks
-from lag_megatron.search.reported_losses import ReportedLosses, check_losses
-from lag_megatron.search.rules import Halving, Lag
-from lag_megatron.search.search_directory import SearchDirectory, read_settings
 from lag_megatron.search.step_costs import StepCosts
-from lag_megatron.search.trial import Trial, Winner
-from lag_megatron.search.trial_store import TrialStore
 
 __all__ = ["Halving", "Lag", "Search", "Trial", "Winner", "pool"]
 

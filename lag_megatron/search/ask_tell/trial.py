@@ -42,7 +42,7 @@ class Trial:
         """Whether the state at ``last_step`` has to be in ``save_dir`` before ``tell``.
 
         Without the losses no candidate can be ruled out, so this is True.
-        :meth:`~lag_megatron.search.ask_tell.Search.needs_state` answers by the losses, which
+        :meth:`~lag_megatron.search.ask_tell.search.Search.needs_state` answers by the losses, which
         spares saving the states of candidates that have just lost.
         """
         return True

@@ -9,15 +9,15 @@ from dataclasses import asdict
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import RunError
 from lag_megatron.run.journal import Journal
+from lag_megatron.search.ask_tell.reported_losses import ReportedLosses
+from lag_megatron.search.ask_tell.saved_state import commit_state, saved_files
+from lag_megatron.search.ask_tell.search_directory import SearchDirectory
+from lag_megatron.search.ask_tell.trial import Trial, Winner
 from lag_megatron.search.candidate_dir import CURVE, TRAINING
 from lag_megatron.search.candidates import CandidateState
 from lag_megatron.search.coordinator import Coordinator
 from lag_megatron.search.event import Assignment, GrowthEvent, ProbeResult
-from lag_megatron.search.reported_losses import ReportedLosses
-from lag_megatron.search.saved_state import commit_state, saved_files
-from lag_megatron.search.search_directory import SearchDirectory
 from lag_megatron.search.step_costs import StepCosts
-from lag_megatron.search.trial import Trial, Winner
 
 
 class TrialStore:

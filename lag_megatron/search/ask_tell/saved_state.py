@@ -5,7 +5,7 @@ from typing import Any
 
 from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.search.trial import Trial
+from lag_megatron.search.ask_tell.trial import Trial
 
 
 def saved_files(folder: Path) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from lag_megatron.config import GrowthConfig
 from lag_megatron.errors import RunError
+from lag_megatron.search.ask_tell.trial import Trial
 from lag_megatron.search.divergence import divergence
-from lag_megatron.search.trial import Trial
 
 Losses = Mapping[int, Any]
 
