@@ -3,9 +3,11 @@
 # make setup TORCH_INDEX=url            takes torch from another index
 # make demo [FRESH=1]                   setup, then a whole run on two ranks
 # make test, make test-slow             setup, then the tests
+# make test-slow ONLY=search            those in tests/*/search; ONLY=e2e those of whole runs
 VENV ?= .venv
 PYTHON ?= python3
 TORCH_INDEX ?=
+ONLY ?=
 
 TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export TORCH_EXTENSIONS_DIR
@@ -58,7 +60,8 @@ test-ranks:
 	$(PYTEST) -m "not slow and not gpu" --durations=15 tests/distributed
 
 test-slow: setup $(EVAL)
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --durations=15 $(if $(ONLY),$(or $(wildcard tests/*/$(ONLY) tests/$(ONLY)),\
+	  $(error ONLY=$(ONLY): no folder of this name in tests/ or below)))
 
 clean:
 	rm -rf .cache .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist lag_megatron.egg-info
