@@ -6,6 +6,7 @@ Growing in place has to be the same, bit for bit, as growing on disk and having 
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from plain_program import (
     CLIENT_STATE,
     GROW,
     STEPS,
+    VOCABULARY,
     At,
     Plain,
     build,
@@ -117,19 +119,37 @@ def test_numbered_states_of_zero0_are_in_the_order_of_the_engines_groups(precisi
         assert found == []
 
 
-def build_llama(at, layers):
-    """A Llama of transformers with tied heads, whose optimizer and scheduler DeepSpeed makes."""
-    import deepspeed
+def llama(layers):
+    """A Llama of transformers with tied heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "vocab_size": VOCABULARY}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return LlamaForCausalLM(
+        LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=True, **sizes, **heads)
+    )
+
+
+def bert(layers):
+    """A BERT of transformers, whose decoder is tied."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "vocab_size": VOCABULARY}
+    return BertForMaskedLM(
+        BertConfig(
+            num_hidden_layers=layers, num_attention_heads=2, max_position_embeddings=8, **sizes
+        )
+    )
+
+
+def build_transformers(at, layers, *, make_model, torch_adam):
+    """A model of transformers, whose optimizer and scheduler DeepSpeed makes."""
+    import deepspeed
 
     deepspeed.init_distributed("gloo")
     torch.manual_seed(layers)
-    sizes = {"hidden_size": 12, "intermediate_size": 20, "vocab_size": 30}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    model = LlamaForCausalLM(
-        LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=True, **sizes, **heads)
-    )
-    adam = {"lr": 1e-2, "weight_decay": 0.1, "torch_adam": True}
+    model = make_model(layers)
+    adam = {"lr": 1e-2, "weight_decay": 0.1, "torch_adam": torch_adam}
     warmup = {"warmup_max_lr": 1e-2, "warmup_num_steps": 8}
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -138,14 +158,17 @@ def build_llama(at, layers):
         | {"optimizer": {"type": "AdamW", "params": adam}}
         | {"scheduler": {"type": "WarmupLR", "params": warmup}},
     )
+    expected = torch.optim.AdamW if torch_adam else deepspeed.ops.adam.FusedAdam
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    assert isinstance(inner, expected)
     return engine
 
 
-def train_llama(engine, steps):
+def train_transformers(engine, steps):
     losses = []
     for step in steps:
-        seed = torch.Generator().manual_seed(10 * step + engine.global_rank)
-        text = torch.randint(0, 30, (2, 6), generator=seed)
+        torch.manual_seed(10 * step + engine.global_rank)  # dropout's too
+        text = torch.randint(0, VOCABULARY, (2, 6))
         loss = engine(input_ids=text, labels=text).loss
         engine.backward(loss)
         engine.step()
@@ -153,23 +176,33 @@ def train_llama(engine, steps):
     return losses
 
 
-def save_llama(at, folder):
-    engine = build_llama(at, 2)
-    train_llama(engine, range(STEPS))
+def save_transformers(at, folder, build):
+    engine = build(at, 2)
+    train_transformers(engine, range(STEPS))
     engine.save_checkpoint(str(folder), "source")
     engine.destroy()
 
 
-@pytest.mark.parametrize(
-    "after", [At(1, 2), pytest.param(At(3, 2, "bf16"), marks=pytest.mark.slow)], ids=str
-)
-def test_a_llama_of_transformers_grows_in_place(after, tmp_path):
-    run_ranks(save_llama, 2, At(1, 2), tmp_path)
+TRANSFORMERS = [
+    (llama, True, At(1, 2)),
+    (bert, True, At(2, 2)),
+    pytest.param(llama, True, At(3, 2, "bf16"), marks=pytest.mark.slow),
+    pytest.param(bert, True, At(0, 2, "bf16"), marks=pytest.mark.slow),
+    # DeepSpeed compiles its own Adam when it is first asked for.
+    pytest.param(llama, False, At(1, 2), marks=pytest.mark.slow),
+    pytest.param(bert, False, At(3, 2, "bf16"), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("make_model", "torch_adam", "after"), TRANSFORMERS)
+def test_a_model_of_transformers_grows_in_place(make_model, torch_adam, after, tmp_path):
+    build = partial(build_transformers, make_model=make_model, torch_adam=torch_adam)
+    run_ranks(save_transformers, 2, At(1, 2), tmp_path, build)
     plan = GrowthPlan.for_checkpoint(
         tmp_path / "source", operator="lag", layers=3, index=1, block_size=1, init="duplicate"
     )
     grow(tmp_path / "source", tmp_path / "grown", plan, after)
-    ways = (tmp_path / "source", tmp_path, plan, build_llama, train_llama)
+    ways = (tmp_path / "source", tmp_path, plan, build, train_transformers)
     for found, client_state in run_ranks(grow_both_ways, 2, after, *ways):
         assert found == []
         assert set(client_state) == {"lag"}
