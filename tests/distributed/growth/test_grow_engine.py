@@ -10,20 +10,22 @@ from functools import partial
 
 import pytest
 import torch
+import transformers_engines
 from conftest import run_ranks
 from full_state import tree_differences
 from plain_program import (
     CLIENT_STATE,
     GROW,
     STEPS,
-    VOCABULARY,
     At,
     Plain,
     build,
     grow,
+    masters,
     train,
     train_and_save,
 )
+from transformers_engines import bert, llama
 
 from lag_megatron.engine.grow_engine import grow_engine
 from lag_megatron.errors import CheckpointError, PlanError
@@ -61,15 +63,6 @@ def contents(engine):
         "scheduler": engine.lr_scheduler.state_dict(),
         "counts": (engine.global_steps, engine.global_samples, engine.skipped_steps),
     }
-
-
-def masters(optimizer):
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        if hasattr(optimizer, name):
-            return list(getattr(optimizer, name))
-    if hasattr(optimizer, "fp32_groups"):
-        return [p for group in optimizer.fp32_groups for p in group]
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def grow_both_ways(at, source, folder, plan=GROW, build=build, train=train):
@@ -119,70 +112,6 @@ def test_numbered_states_of_zero0_are_in_the_order_of_the_engines_groups(precisi
         assert found == []
 
 
-def llama(layers):
-    """A Llama of transformers with tied heads."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 12, "intermediate_size": 20, "vocab_size": VOCABULARY}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    return LlamaForCausalLM(
-        LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=True, **sizes, **heads)
-    )
-
-
-def bert(layers):
-    """A BERT of transformers, whose decoder is tied."""
-    from transformers import BertConfig, BertForMaskedLM
-
-    sizes = {"hidden_size": 12, "intermediate_size": 20, "vocab_size": VOCABULARY}
-    return BertForMaskedLM(
-        BertConfig(
-            num_hidden_layers=layers, num_attention_heads=2, max_position_embeddings=8, **sizes
-        )
-    )
-
-
-def build_transformers(at, layers, *, make_model, torch_adam):
-    """A model of transformers, whose optimizer and scheduler DeepSpeed makes."""
-    import deepspeed
-
-    deepspeed.init_distributed("gloo")
-    torch.manual_seed(layers)
-    model = make_model(layers)
-    adam = {"lr": 1e-2, "weight_decay": 0.1, "torch_adam": torch_adam}
-    warmup = {"warmup_max_lr": 1e-2, "warmup_num_steps": 8}
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=model.parameters(),
-        config=at.config()
-        | {"optimizer": {"type": "AdamW", "params": adam}}
-        | {"scheduler": {"type": "WarmupLR", "params": warmup}},
-    )
-    expected = torch.optim.AdamW if torch_adam else deepspeed.ops.adam.FusedAdam
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    assert isinstance(inner, expected)
-    return engine
-
-
-def train_transformers(engine, steps):
-    losses = []
-    for step in steps:
-        torch.manual_seed(10 * step + engine.global_rank)  # dropout's too
-        text = torch.randint(0, VOCABULARY, (2, 6))
-        loss = engine(input_ids=text, labels=text).loss
-        engine.backward(loss)
-        engine.step()
-        losses.append(float(loss.detach()))
-    return losses
-
-
-def save_transformers(at, folder, build):
-    engine = build(at, 2)
-    train_transformers(engine, range(STEPS))
-    engine.save_checkpoint(str(folder), "source")
-    engine.destroy()
-
-
 TRANSFORMERS = [
     (llama, True, At(1, 2)),
     (bert, True, At(2, 2)),
@@ -196,13 +125,13 @@ TRANSFORMERS = [
 
 @pytest.mark.parametrize(("make_model", "torch_adam", "after"), TRANSFORMERS)
 def test_a_model_of_transformers_grows_in_place(make_model, torch_adam, after, tmp_path):
-    build = partial(build_transformers, make_model=make_model, torch_adam=torch_adam)
-    run_ranks(save_transformers, 2, At(1, 2), tmp_path, build)
+    build = partial(transformers_engines.build, make_model=make_model, torch_adam=torch_adam)
+    run_ranks(transformers_engines.save, 2, At(1, 2), tmp_path, build)
     plan = GrowthPlan.for_checkpoint(
         tmp_path / "source", operator="lag", layers=3, index=1, block_size=1, init="duplicate"
     )
     grow(tmp_path / "source", tmp_path / "grown", plan, after)
-    ways = (tmp_path / "source", tmp_path, plan, build, train_transformers)
+    ways = (tmp_path / "source", tmp_path, plan, build, transformers_engines.train)
     for found, client_state in run_ranks(grow_both_ways, 2, after, *ways):
         assert found == []
         assert set(client_state) == {"lag"}
