@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from conftest import ROOT
-from doc_pages import entry_points
+from console_commands import entry_points
 
 _CLI = ROOT / "lag_megatron" / "cli"
 _SEPARATORS = {";", "&&", "||", "|", "&"}

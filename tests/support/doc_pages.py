@@ -4,7 +4,6 @@ A ```bash block runs, unless ``<!-- cluster -->`` stands right before it: it the
 a GPU or the network.  ``<!-- slow -->`` under the title: the page's run takes more than 10 s.
 """
 
-import ast
 import os
 import re
 import shlex
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conftest import ROOT
+from console_commands import entry_points
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 OWN_TEST = ("api",)  # tests/unit/api/test_api_page.py and others run its programs
@@ -32,17 +32,6 @@ _LINKED = (
     "setup.py",
     "tools",
 )
-# Until setup.py names them.
-_COMMANDS = {
-    "lag-train": "train",
-    "lag-grow": "grow_checkpoint",
-    "lag-respread": "grow_checkpoint",
-    "lag-convert": "convert_checkpoint",
-    "lag-inspect": "inspect_checkpoint",
-    "lag-report": "report",
-    "lag-evaluate": "evaluate",
-    "lag-prepare-data": "prepare_data",
-}
 
 
 @dataclass(frozen=True)
@@ -82,19 +71,6 @@ def is_slow(page: Path) -> bool:
     """Whether the first line after the title says so."""
     lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line]
     return SLOW in lines[1:2]
-
-
-def entry_points() -> dict[str, str]:
-    """``module:function`` of each console command."""
-    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    named = {
-        name.strip(): target.strip()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        for name, equals, target in [node.value.partition("=")]
-        if equals and target.strip().startswith("lag_megatron.")
-    }
-    return {name: f"lag_megatron.cli.{module}:main" for name, module in _COMMANDS.items()} | named
 
 
 def write_commands(folder: Path) -> None:
