@@ -84,7 +84,7 @@ def test_each_command(job, installed):
     job("lag-convert", "moved", "model", "--to", "hf")
     assert "report.html" in job("lag-report", "runs/demo")
     job("lag-evaluate", "runs/demo", "--tasks", "wikitext", "--data", "wikitext=wikitext.txt")
-    assert "layers" in job("lag-plan-stages")
+    assert "reproduced" in job("lag-plan-stages")
     assert "raptr" in job("lag-compare-policies", "studies/raptr_bert_small", "--dry-run")
 
 
