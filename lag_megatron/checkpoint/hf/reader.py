@@ -21,7 +21,13 @@ from lag_megatron.checkpoint.hf.tensor_map import (
     row_runs,
     transformers_shapes,
 )
-from lag_megatron.checkpoint.hf.tensors import FLOAT_DTYPES, LazyTensor, open_tensors
+from lag_megatron.checkpoint.hf.tensors import (
+    FLOAT_DTYPES,
+    LazyTensor,
+    open_tensors,
+    with_whole_names,
+)
+from lag_megatron.checkpoint.hf.weight_files import weight_notes
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.deepspeed_defaults import (
     SETTINGS_NOTE,
@@ -110,7 +116,7 @@ class Import:
             group_states=default_group_states(groups),
             read=self.read,
             check=self.check,
-            notes=[*self.notes, SETTINGS_NOTE],
+            notes=[*self.notes, *weight_notes(self.path), SETTINGS_NOTE],
         )
 
     def read(self, name: str, state: State, start: int, length: int) -> Tensor:
@@ -154,10 +160,7 @@ class Import:
     @cached_property
     def tensors(self) -> Mapping[str, LazyTensor]:
         """The directory's tensors by the names of the whole model."""
-        found = open_tensors(self.path)
-        prefix = self.architecture.prefix
-        bare = not any(name.startswith(prefix) for name in found)
-        return {_name(name, prefix if bare else ""): stored for name, stored in found.items()}
+        return with_whole_names(self.path, open_tensors(self.path), self.architecture.prefix)
 
     @cached_property
     def mappings(self) -> dict[str, TensorMapping]:
@@ -284,10 +287,3 @@ def _within(found: Sequence[RowRun], first: int, last: int) -> Iterator[RowRun]:
         low, high = max(run.low, first), min(run.low + run.count, last)
         if low < high:
             yield replace(run, low=low, count=high - low, start=run.start + low - run.low)
-
-
-def _name(name: str, prefix: str) -> str:
-    """A tensor's name in the full model, for files with older names or of a bare model."""
-    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-    name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-    return name if name.startswith(("lm_head.", "cls.")) else prefix + name
