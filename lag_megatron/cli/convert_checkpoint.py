@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.dry_run:
             return 0
         with progress_bar(job.needed) as written:
-            is_new = write(job, workers=options.workers, written=written)
+            is_new = write(job, workers=options.workers, written=written, lock=options.lock)
         done = "written" if is_new else "there already"
         print(f"{done}: {_FORMATS[options.to].format(options.target)}")
         return _verify(conversion, target) if options.verify else 0

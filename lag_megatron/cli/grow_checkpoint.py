@@ -61,7 +61,13 @@ def _grow(options: argparse.Namespace) -> None:
         return
     with progress_bar(growth.bytes_to_write) as written:
         grow_checkpoint(
-            source.path, target, plan, topology=topology, workers=options.workers, written=written
+            source.path,
+            target,
+            plan,
+            topology=topology,
+            workers=options.workers,
+            written=written,
+            lock=options.lock,
         )
     print(f'written: DeepSpeed loads it with load_checkpoint("{options.target}")')
 
@@ -86,7 +92,7 @@ def _link(options: argparse.Namespace) -> None:
     )
     print(f"to write: {job.needed / 2**20:.1f} MiB; all else is linked")
     if not options.dry_run:
-        write(job, workers=options.workers)
+        write(job, workers=options.workers, lock=options.lock)
         print(f"written: {target} shares files with {source.path}; neither is ever changed")
 
 
