@@ -111,10 +111,31 @@ def _run(options: argparse.Namespace) -> None:
         "batch_size": options.batch_size,
         "device": _device(options),
     }
+    if options.output:
+        _require_results(options.output)
     with ExitStack() as locks:
         for target in _targets(options):
             locks.enter_context(sole_writer(target, lock=options.lock))
         _score(options, partial(_evaluate, options, data, settings))
+
+
+def _require_results(file: Path) -> None:
+    """Refuse to write over a file with anything but earlier results: it may be an input.
+
+    Raises:
+        ConfigError: if it holds something else.
+    """
+    if not file.exists():
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not {"model", "results"} <= found.keys():
+        raise ConfigError(
+            f"--output {file}: is there already and holds no results of this program, so it is "
+            "left alone. Name another file."
+        )
 
 
 def _score(options: argparse.Namespace, results: Callable[[Path], dict[str, Any]]) -> None:

@@ -32,6 +32,7 @@ from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.apply.hardlink_dcp import hardlink_dcp
 from lag_megatron.growth.apply.hardlink_universal import hardlink_universal
 from lag_megatron.growth.operators.layer_map import format_layer_map
+from lag_megatron.overlap import require_apart
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,6 +54,7 @@ def _grow(options: argparse.Namespace) -> None:
     plan = plan_of(options, source, may_stay=changes_topology(options))
     topology = topology_of(options, source.topology)
     target = options.target / source.path.resolve().name
+    require_apart(target, source.path)
     growth = GrownState(source, plan, topology)
     _print_growth(growth, target, options)
     if not is_verifiable(source.path):

@@ -11,6 +11,7 @@ from lag_megatron.cli.errors import print_error
 from lag_megatron.cli.lock_option import add_lock_option
 from lag_megatron.errors import LagError, RunError
 from lag_megatron.file_lock import sole_writer
+from lag_megatron.overlap import require_apart
 from lag_megatron.report import report_data, write_report, write_search
 from lag_megatron.report.sections.rule_comparison_text import analysis_text, comparison_text
 from lag_megatron.report.stats.recorded_search import read_search, recorded_searches
@@ -59,6 +60,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _require_recorded(file: Path, run: Path) -> None:
+    """Refuse to write over a file with anything but an earlier recorded search.
+
+    Raises:
+        RunError: if it holds something else, or is what is read.
+    """
+    if run.is_file():
+        require_apart(file, run, error=RunError)
+    try:
+        if file.exists():
+            read_search(file)
+    except LagError:
+        raise RunError(
+            f"--record {file}: is there already and holds no recorded search, so it is left "
+            "alone. Name another file."
+        ) from None
+
+
 def _answer(options: argparse.Namespace) -> str:
     run: Path = options.run
     compared = options.rule or options.set
@@ -68,6 +87,7 @@ def _answer(options: argparse.Namespace) -> str:
         with sole_writer(run / "report", lock=options.lock):
             return str(write_report(run))
     if options.record:
+        _require_recorded(options.record, run)
         growth = options.growth or max((s.growth for s in recorded_searches(run)), default=1)
         with sole_writer(options.record, lock=options.lock):
             write_search(run, growth, options.record)

@@ -71,6 +71,7 @@ def megatron_job(
     size = sum(map(numel, state.shapes.values()))
     return WriteJob(
         target=target,
+        source=state.path,
         parts=[Part(name, partial(stored.write_parameter, name)) for name in state.shapes],
         metadata={
             **metadata,

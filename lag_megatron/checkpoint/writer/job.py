@@ -23,6 +23,7 @@ from lag_megatron.checkpoint.writer.context import ProgressFn, ThreadBuffers, Wr
 from lag_megatron.checkpoint.writer.progress_log import WriteProgress
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.file_lock import sole_writer
+from lag_megatron.overlap import require_apart
 
 _POINTER_SECONDS = 60.0  # to wait for a writer of another tag
 _FLUSHES = 8  # at a time: a file system flushes small files together
@@ -46,8 +47,11 @@ class Part:
 class WriteJob:
     """A checkpoint to write, and how it is committed.
 
+    Raises PlanError when the target is the source, or within or around it.
+
     Attributes:
         target: the directory to write; it does not exist yet.
+        source: the checkpoint that is read, which the target may not touch.
         parts: its files in groups that are written independently.
         metadata: entries of its manifest; an unfinished directory with others is not resumed.
         needed: bytes of all parts together.
@@ -60,6 +64,7 @@ class WriteJob:
     """
 
     target: Path
+    source: Path
     parts: Sequence[Part]
     metadata: Mapping[str, Any]
     needed: int
@@ -68,6 +73,22 @@ class WriteJob:
     finish: Callable[[Path, Mapping[str, Any]], Mapping[str, Any]] = lambda folder, files: {}
     pointer: str | None = manifest.LATEST
     pointer_text: str | None = None
+
+    def __post_init__(self) -> None:
+        require_apart(self.target, self.source)
+        if self.pointer is not None:
+            self._require_other_pointer(self.target.with_name(self.pointer))
+
+    def _require_other_pointer(self, pointer: Path) -> None:
+        """Refuse to name the target in the file that names the source."""
+        if not pointer.is_file() or not self.target.parent.samefile(self.source.resolve().parent):
+            return
+        text = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if self.source.resolve().name in (text, f"iter_{text:0>7}"):
+            raise PlanError(
+                f"{pointer}: names what is read, {self.source}, and would name {self.target.name} "
+                "instead. Name another target; nothing was written."
+            )
 
     def was_committed(self) -> bool:
         """Whether an earlier run of the same job has committed the target.

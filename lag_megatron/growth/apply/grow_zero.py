@@ -57,6 +57,7 @@ def zero_job(grown: GrownState, target: Path) -> WriteJob:
     grown.spec  # noqa: B018  # cached here, so that threads do not each compute it
     return WriteJob(
         target=target,
+        source=grown.source.path,
         parts=[
             Part(f"{tensor_rank}-{data_rank}", partial(_write, grown, tensor_rank, data_rank))
             for tensor_rank, data_rank in itertools.product(
