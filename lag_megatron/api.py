@@ -194,7 +194,7 @@ def convert(
     """
     _require_workers(workers)
     opened = open_checkpoint(Path(source), vocab_size=vocab_size, weights_only=weights_only)
-    rows = vocab_size if to == "hf" else None
+    rows = vocab_size if to in ("hf", "megatron") else None
     conversion = _conversion(opened, plan, ranks, to=to, dtype=dtype, vocabulary=rows)
     written = conversion.target_dir(Path(target))
     job = conversion.job(written)

@@ -71,7 +71,8 @@ def _grow(options: argparse.Namespace) -> None:
             written=written,
             lock=options.lock,
         )
-    print(f'written: DeepSpeed loads it with load_checkpoint("{options.target}")')
+    print(f"written: {target}, of {plan.target_layers} layers, with the source's parameter names")
+    print(f'to load it: load_checkpoint("{options.target}") of DeepSpeed')
 
 
 def _link(options: argparse.Namespace) -> None:
@@ -95,7 +96,8 @@ def _link(options: argparse.Namespace) -> None:
     print(f"to write: {job.needed / 2**20:.1f} MiB; all else is linked")
     if not options.dry_run:
         write(job, workers=options.workers, lock=options.lock)
-        print(f"written: {target} shares files with {source.path}; neither is ever changed")
+        print(f"written: {target}, of {plan.target_layers} layers")
+        print(f"its files are hard links to those of {source.path}: never change them in place")
 
 
 def _parser() -> argparse.ArgumentParser:

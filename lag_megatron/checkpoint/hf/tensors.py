@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import safe_open
 from torch import Tensor
@@ -15,6 +15,7 @@ from lag_megatron.checkpoint.state.box import Shape
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.errors import CheckpointError
 
+T = TypeVar("T")
 FLOAT_DTYPES = ("F32", "BF16", "F16", "torch.float32", "torch.bfloat16", "torch.float16")
 
 
@@ -63,9 +64,7 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
     return found
 
 
-def with_whole_names(
-    path: Path, tensors: Mapping[str, LazyTensor], prefix: str
-) -> dict[str, LazyTensor]:
+def with_whole_names(path: Path, tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
     """Tensors by their names in the whole model, from older names or those of a bare model.
 
     Args:
@@ -77,7 +76,7 @@ def with_whole_names(
         CheckpointError: if two of them have one name in the whole model.
     """
     bare = not any(name.startswith(prefix) for name in tensors)
-    found: dict[str, LazyTensor] = {}
+    found: dict[str, T] = {}
     for name, stored in tensors.items():
         whole = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
         whole = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", whole)
