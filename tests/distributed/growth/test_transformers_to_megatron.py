@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import pico_config, run_ranks
+from conftest import pico_config, run_ranks, sparing
 from converting import convert, load_weights, refused
 from full_state import read_full
 from hf_weights import FFN, LENGTH, LLAMA_GROUPS, VOCABULARY, hf_model, megatron_weights
@@ -74,7 +74,7 @@ def expected_of(kind, folder):
     return found
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", sparing(MODELS, slow=lambda kind: kind != "llama"))
 def test_megatron_loads_what_deepspeed_trained(kind, trained, tmp_path, capsys):
     given = ("--to", "megatron", "--vocab-size", VOCABULARY, "--verify")
     assert convert(trained / kind, tmp_path, *given) == 0
@@ -96,7 +96,7 @@ def test_megatron_loads_what_deepspeed_trained(kind, trained, tmp_path, capsys):
             assert torch.equal(found["weight", name], value), name
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", sparing(MODELS, slow=lambda kind: kind != "gpt2"))
 def test_transformers_gets_the_trained_weights(kind, trained, tmp_path):
     assert convert(trained / kind, tmp_path / "hf", "--to", "hf", "--verify") == 0
     masters = under_transformers_names(trained / kind)["fp32"]
