@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from converting import EXACT, as_pickle, convert, load_weights, refused, rewrite, save_families
-from programs import inspect
+from programs import grow, inspect
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
@@ -235,6 +235,27 @@ def test_model_files_of_two_conversions(converted, tmp_path, capsys):
     shutil.copy(own, tag / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     capsys.readouterr()
     assert "of ZeRO-3" in refused(capsys, 2, tag, tmp_path / "out", "--to", "zero")
+
+
+def test_pointers_name_a_tag_of_their_directory(checkpoint, tmp_path, capsys):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    shutil.copytree(checkpoint, tmp_path / "step3")
+    for pointer in ("latest", "latest_universal", "latest_checkpointed_iteration.txt"):
+        file = inner / pointer
+        file.write_text("../step3")
+        assert f"{file}: names '../step3'" in refused(
+            capsys, 2, inner, tmp_path / "o", "--to", "hf"
+        )
+        file.unlink()
+
+
+def test_a_plan_with_a_key_twice(checkpoint, tmp_path, capsys):
+    plan = tmp_path / "plan.json"
+    layers = '"source_layers": 2, "target_layers": 3'
+    plan.write_text(f'{{"operator": "last", {layers}, "seed": 1, "seed": 2}}')
+    assert grow(checkpoint, tmp_path / "out", "--plan", plan) == 2
+    assert f"{plan}: not JSON: the key 'seed' is given twice" in capsys.readouterr().err
 
 
 def change_manifest(tag: Path, change):
