@@ -194,11 +194,9 @@ def convert(
     """
     _require_workers(workers)
     opened = open_checkpoint(Path(source), vocab_size=vocab_size, weights_only=weights_only)
-    rows = vocab_size if to in ("hf", "megatron") else None
-    conversion = _conversion(opened, plan, ranks, to=to, dtype=dtype, vocabulary=rows)
+    conversion = _conversion(opened, plan, ranks, to=to, dtype=dtype, vocabulary=vocab_size)
     written = conversion.target_dir(Path(target))
-    job = conversion.job(written)
-    with _reported(progress, job.needed) as count:
+    with _reported(progress, (job := conversion.job(written)).needed) as count:
         write(job, workers=workers, written=count, lock=lock)
     if verify and (found := list(differences(conversion, written))):
         raise CheckpointError(f"{written}: differs from {source}: {'; '.join(found[:3])}.")

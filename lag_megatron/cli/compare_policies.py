@@ -11,7 +11,6 @@ from pathlib import Path
 from lag_megatron.cli.errors import print_error
 from lag_megatron.cli.lock_option import add_lock_option
 from lag_megatron.errors import LagError, RunError
-from lag_megatron.file_lock import sole_writer
 from lag_megatron.study import (
     StudyFolder,
     StudyPlan,
@@ -22,6 +21,7 @@ from lag_megatron.study import (
     prepare_study,
     write_study,
 )
+from lag_megatron.targets.file_lock import sole_writer
 
 
 def main(argv: list[str] | None = None, *, root: Path = Path()) -> int:

@@ -95,7 +95,7 @@ def _conversion(options: argparse.Namespace, source: CheckpointSource) -> Conver
         tokenizer=_tokenizer(options.tokenizer),
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
-        vocabulary=options.vocab_size if options.to in ("hf", "megatron") else None,
+        vocabulary=options.vocab_size,
         stacked=not options.non_homogeneous_layers,
     )
 

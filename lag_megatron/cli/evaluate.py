@@ -37,7 +37,7 @@ from lag_megatron.evaluation.candidates import score_candidates
 from lag_megatron.evaluation.export import ExportOptions, export_to_transformers, find_checkpoint
 from lag_megatron.evaluation.harness import evaluate, format_results, require_harness
 from lag_megatron.evaluation.task_data import TASKS, find_file, read_documents
-from lag_megatron.file_lock import sole_writer
+from lag_megatron.targets.file_lock import sole_writer
 
 
 def main(argv: list[str] | None = None) -> int:

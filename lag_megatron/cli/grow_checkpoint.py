@@ -32,7 +32,7 @@ from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.apply.hardlink_dcp import hardlink_dcp
 from lag_megatron.growth.apply.hardlink_universal import hardlink_universal
 from lag_megatron.growth.operators.layer_map import format_layer_map
-from lag_megatron.overlap import require_apart
+from lag_megatron.targets.overlap import require_apart
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,12 +10,12 @@ from pathlib import Path
 from lag_megatron.cli.errors import print_error
 from lag_megatron.cli.lock_option import add_lock_option
 from lag_megatron.errors import LagError, RunError
-from lag_megatron.file_lock import sole_writer
-from lag_megatron.overlap import require_apart
 from lag_megatron.report import report_data, write_report, write_search
 from lag_megatron.report.sections.rule_comparison_text import analysis_text, comparison_text
 from lag_megatron.report.stats.recorded_search import read_search, recorded_searches
 from lag_megatron.report.stats.rule_comparison import RULES, compare_rules, search_data
+from lag_megatron.targets.file_lock import sole_writer
+from lag_megatron.targets.overlap import require_apart
 
 
 def main(argv: list[str] | None = None) -> int:

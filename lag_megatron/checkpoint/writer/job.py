@@ -22,8 +22,8 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer.context import ProgressFn, ThreadBuffers, WriteContext
 from lag_megatron.checkpoint.writer.progress_log import WriteProgress
 from lag_megatron.errors import CheckpointError, PlanError
-from lag_megatron.file_lock import sole_writer
-from lag_megatron.overlap import require_apart
+from lag_megatron.targets.file_lock import sole_writer
+from lag_megatron.targets.overlap import require_apart
 
 _POINTER_SECONDS = 60.0  # to wait for a writer of another tag
 _FLUSHES = 8  # at a time: a file system flushes small files together
@@ -121,7 +121,7 @@ def write(
         job: what to write.
         workers: parts at a time; each needs a few megabytes.
         written: called with the number of bytes after each piece, e.g. a progress bar's ``update``.
-        lock: refuse a second writer of the target; see :mod:`lag_megatron.file_lock`.
+        lock: refuse a second writer of the target; see :mod:`lag_megatron.targets.file_lock`.
 
     Returns:
         whether anything was written.

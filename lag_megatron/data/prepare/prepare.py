@@ -36,7 +36,7 @@ from lag_megatron.data.prepare.fingerprint import (
 from lag_megatron.data.prepare.sources import CHUNK_BYTES
 from lag_megatron.data.prepare.worker_pool import WorkerPool
 from lag_megatron.errors import DataError
-from lag_megatron.overlap import require_apart
+from lag_megatron.targets.overlap import require_apart
 
 
 def prepare_data(

@@ -13,7 +13,7 @@ from typing import IO
 
 from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.errors import DataError
-from lag_megatron.file_lock import lock_file
+from lag_megatron.targets.file_lock import lock_file
 
 _MARKER = "draft.json"
 _LOCK = "lock"

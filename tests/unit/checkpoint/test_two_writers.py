@@ -16,7 +16,7 @@ from synthetic_run import SyntheticRun
 import lag_megatron as lag
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import RunError
-from lag_megatron.file_lock import is_locked, lock_file, sole_writer
+from lag_megatron.targets.file_lock import is_locked, lock_file, sole_writer
 
 report, evaluate = program("report"), program("evaluate")
 LAG = ("index=0", "block_size=2", "init=random")
