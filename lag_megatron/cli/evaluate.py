@@ -22,6 +22,7 @@ lose their beginning.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -31,6 +32,7 @@ from typing import Any
 from lag_megatron.atomic_io import write_atomically
 from lag_megatron.cli.errors import print_error
 from lag_megatron.cli.lock_option import add_lock_option
+from lag_megatron.cli.parser import command_parser, parse
 from lag_megatron.cli.warning_filters import ignore_library_warnings
 from lag_megatron.errors import ConfigError, LagError
 from lag_megatron.evaluation.candidates import score_candidates
@@ -42,7 +44,7 @@ from lag_megatron.targets.file_lock import sole_writer
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and do what it says; 2 for a user's error."""
-    options = _parser().parse_args(argv)
+    options = parse(_parser(), argv)
     ignore_library_warnings()
     try:
         _run(options)
@@ -52,8 +54,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_parser(
+        __doc__,
+        "--data DIR|TASK=FILE MODEL",
+        "lag-evaluate runs/demo --tasks lambada,wikitext --data sets/",
+        "lag-evaluate model --tasks triviaqa --data triviaqa=tqa.jsonl.gz --output scores.json",
     )
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="run, checkpoint or directory of transformers")
@@ -198,3 +203,7 @@ def _device(options: argparse.Namespace) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,7 +11,6 @@ from lag_megatron.checkpoint.hf import format as hf_format
 from lag_megatron.checkpoint.hf.mapped_model import MappedModel, ModelSettings, read_model
 from lag_megatron.checkpoint.hf.tensors import open_tensors, with_whole_names
 from lag_megatron.checkpoint.hf.weight_files import weight_notes
-from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.deepspeed_defaults import (
     SETTINGS_NOTE,
     decay_groups,
@@ -99,13 +98,7 @@ class _Import:
         ):
             raise CheckpointError(f"{self.path}: damaged: {found[0]}. Restore it from a copy.")
         for other, owner in scope.share(self.mapped.tied):
-            there, here = self.mapped.tensors[other], self.mapped.tensors[owner]
-            step = max(1, (1 << 20) // max(1, numel(there.shape[1:])))
-            same = there.shape == here.shape and all(
-                torch.equal(there.rows(at, at + step), here.rows(at, at + step))
-                for at in range(0, there.shape[0], step)
-            )
-            if not same:
+            if not self.mapped.tensors[other].equals(self.mapped.tensors[owner]):
                 raise CheckpointError(
                     f"{self.path}: {other} differs from {owner}, but config.json says that they "
                     "are tied. Set tie_word_embeddings to false, or leave one of them out."
