@@ -99,9 +99,10 @@ def sole_writer(
     if not lock:
         yield
         return
-    path = target.with_name(f"{target.name}.lock")
+    place = target.resolve()  # links to one target share its lock
+    path = place.parent / f"{place.name}.lock"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = lock_file(
             path,
             timeout=timeout,
@@ -114,9 +115,10 @@ def sole_writer(
             "other process writes this one.",
         )
     except OSError as problem:
-        raise error(
-            f"{path}: cannot write there: {problem.strerror or problem}. Name another target."
-        ) from None
+        why = problem.strerror or str(problem)
+        if isinstance(problem, FileExistsError):  # of mkdir, where a file is in the way
+            why = os.strerror(errno.ENOTDIR)
+        raise error(f"{path}: cannot write there: {why}. Name another target.") from None
     try:
         yield
     finally:

@@ -93,6 +93,17 @@ def test_a_file_system_without_locks(checkpoint, tmp_path, monkeypatch, capsys):
     assert report(run.path, "--no-lock") == 0
 
 
+def test_links_to_one_target_share_its_lock(checkpoint, tmp_path, monkeypatch, capsys):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with sole_writer(tmp_path / "real"):
+        assert convert(checkpoint, tmp_path / "link", "--to", "hf") == 2
+    assert "is being written by" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path / "real")
+    assert convert(checkpoint, ".", "--to", "hf") == 2
+    assert "exists already" in capsys.readouterr().err
+
+
 def test_text_in_a_lock_decides_nothing(checkpoint, tmp_path):
     """A lock's file that a killed writer has left, with whatever in it."""
     (tmp_path / "step3.lock").write_text("grow_checkpoint.py (process 1 on here, since ever)\n")
