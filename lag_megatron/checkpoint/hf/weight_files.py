@@ -13,7 +13,7 @@ from lag_megatron.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_SHARDS = "model-*-of-*.safetensors"
+_SHARDS, _PICKLED_SHARDS = "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -40,15 +40,12 @@ def safetensors_files(path: Path) -> WeightFiles:
     Raises:
         CheckpointError: if the index is damaged or missing, or two sets of weights could be meant.
     """
-    found = _files(path, WEIGHTS, INDEX)
-    if not found.names and (shards := sorted(p.name for p in path.glob(_SHARDS))):
-        raise CheckpointError(f"{INDEX}: missing, but {shards[0]} is part of several")
-    return found
+    return _files(path, WEIGHTS, INDEX, _SHARDS)
 
 
 def pickled_files(path: Path) -> WeightFiles:
     """The same for files of ``torch.save``."""
-    return _files(path, PICKLED, PICKLED_INDEX)
+    return _files(path, PICKLED, PICKLED_INDEX, _PICKLED_SHARDS)
 
 
 def weight_notes(path: Path) -> Iterator[str]:
@@ -67,9 +64,17 @@ def weight_notes(path: Path) -> Iterator[str]:
                 yield f"{file.name}: left out, the model's files do not include it"
 
 
-def _files(path: Path, single: str, index: str) -> WeightFiles:
+def _files(path: Path, single: str, index: str, pattern: str) -> WeightFiles:
     has_single = (path / single).is_file()
     if not (path / index).is_file():
+        shards = sorted(p.name for p in path.glob(pattern))
+        if shards and not has_single:
+            raise CheckpointError(f"{index}: missing, but {shards[0]} is part of several")
+        if shards:
+            raise CheckpointError(
+                f"{path}: holds {single} and also {shards[0]}, without an index that says which "
+                "are the model's. Move the files that are not away."
+            )
         return WeightFiles([single] if has_single else [])
     placed = _weight_map(path / index)
     names = sorted(set(placed.values()))

@@ -66,6 +66,11 @@ def another_set(folder):
     shutil.copy(next(folder.glob("*.safetensors")), folder / ONE_FILE)
 
 
+def without_index(folder):
+    another_set(folder)
+    (folder / INDEX).unlink()
+
+
 def lead_out(name):
     def change(folder):
         (folder.parent / "other.safetensors").write_bytes(b"")
@@ -100,6 +105,7 @@ def repeat_header_key(folder):
 
 REFUSED = {
     "one file beside several": (another_set, "holds model.safetensors and also model.safetensors."),
+    "no index decides": (without_index, "holds model.safetensors and also model-00001-of-"),
     "index leads up": (lead_out("../other.safetensors"), "in '../other.safetensors', which is not"),
     "index is absolute": (lead_out("/etc/passwd"), "in '/etc/passwd', which is not in this"),
     "index repeats a tensor": (repeat_key(INDEX, NORM), f"the key '{NORM}' is given twice"),

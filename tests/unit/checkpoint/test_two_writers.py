@@ -18,7 +18,7 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import RunError
 from lag_megatron.targets.file_lock import is_locked, lock_file, sole_writer
 
-report, evaluate = program("report"), program("evaluate")
+report, evaluate, compare = map(program, ("report", "evaluate", "compare_policies"))
 LAG = ("index=0", "block_size=2", "init=random")
 OPERATOR = ("--operator", "lag", *(text for value in LAG for text in ("--set", value)))
 SEEDED = (*OPERATOR, "--layers", 4)
@@ -71,6 +71,15 @@ def test_writers_of_results_and_reports(tmp_path, capsys):
     with sole_writer(run.path / "scores"):
         assert evaluate(run.path, *options, "--candidates") == 2
     assert f"{run.path / 'scores'}: is being written by" in capsys.readouterr().err
+
+
+def test_writers_of_a_study(tmp_path, capsys):
+    study = ("studies/raptr_bert_small", "--out", tmp_path)
+    for name, options in (("study", ()), ("report", ("--report-only",))):
+        with sole_writer(tmp_path / name):
+            assert compare(*study, *options) == 2
+        assert f"{tmp_path / name}: is being written by" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_system_without_locks(checkpoint, tmp_path, monkeypatch, capsys):
