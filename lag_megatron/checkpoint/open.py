@@ -16,6 +16,7 @@ from lag_megatron.checkpoint.megatron.legacy_reader import open_legacy
 from lag_megatron.checkpoint.megatron.reader import open_megatron
 from lag_megatron.checkpoint.state.source import CheckpointSource
 from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.storage.json_file import leads_out
 from lag_megatron.checkpoint.universal import format as universal_format
 from lag_megatron.checkpoint.universal.reader import open_universal
 from lag_megatron.checkpoint.zero import describe
@@ -61,7 +62,7 @@ def resolve_checkpoint(path: Path) -> Path:
         if (path / pointer).is_file():
             text = (path / pointer).read_text().strip()
             tag = path / (text if text == "release" else form.format(text))
-            if not text or not tag.is_dir():
+            if leads_out(text) or not tag.is_dir():
                 raise CheckpointError(f"{path / pointer}: names {text!r}, but there is no {tag}.")
             return tag
     return path

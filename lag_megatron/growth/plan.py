@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lag_megatron.checkpoint.families.layer_stack import find_layer_stack, largest_stack
+from lag_megatron.checkpoint.storage.json_file import parse_json
 from lag_megatron.config.schema.param_names import ParamNames, parse_param_names
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.operators import layer_map_of
@@ -212,8 +213,8 @@ class GrowthPlan:
             PlanError: for text that is not a plan.
         """
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise PlanError(f"{source}: not JSON: {error}") from None
         known = {f.name for f in fields(GrowthPlan)}
         if not isinstance(values, dict) or not set(values) <= known:

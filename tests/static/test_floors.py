@@ -37,8 +37,16 @@ WITH_SUB_PACKAGES = [
 ]
 LOOSE = {"errors", "atomic_io", "api"}
 STRICT = {
-    *("errors", "atomic_io", "config", "planning", "selection", "checkpoint", "growth", "run"),
-    *("api", "cli", "distributed.heartbeat", "distributed.watchdog", "distributed.channel"),
+    *("errors", "atomic_io", "targets", "config", "planning", "selection", "checkpoint"),
+    *(
+        "growth",
+        "run",
+        "api",
+        "cli",
+        "distributed.heartbeat",
+        "distributed.watchdog",
+        "distributed.channel",
+    ),
 }
 WITHOUT_TORCH = ["", "config", "planning", "selection", "run", "growth.plan", "growth.pool"]
 MAX_FILE_LINES = 300

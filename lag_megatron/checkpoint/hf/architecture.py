@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from lag_megatron.checkpoint.hf.format import read_json
 from lag_megatron.checkpoint.hf.tensor_map import BERT, GPT2, LLAMA, TensorMapping
 from lag_megatron.config import ModelConfig
 from lag_megatron.errors import CheckpointError, ConfigError
@@ -272,6 +273,7 @@ def read_config(path: Path) -> Settings:
 
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path / 'config.json'}: missing. Restore it from a copy.")
+    read_json(path / "config.json")  # refuses keys that are given twice
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:

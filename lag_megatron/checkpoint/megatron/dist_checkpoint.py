@@ -22,6 +22,7 @@ from lag_megatron.checkpoint.megatron.dcp_metadata import Contents, StoredTensor
 from lag_megatron.checkpoint.megatron.param_names import parameters_in
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.storage import torch_pickle
+from lag_megatron.checkpoint.storage.json_file import parse_json
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records
 from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
@@ -154,7 +155,7 @@ def _finished(path: Path) -> Iterator[str]:
         yield f"{CONFIG}: missing. It is written last, so the checkpoint was not finished"
         return
     try:
-        backend = json.loads(file.read_text(encoding="utf-8"))["sharded_backend"]
+        backend = parse_json(file.read_text(encoding="utf-8"))["sharded_backend"]
     except (ValueError, LookupError, TypeError) as error:
         yield f"{CONFIG}: damaged: {error}"
         return

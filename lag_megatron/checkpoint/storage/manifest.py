@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from lag_megatron.atomic_io import flush_to_disk, write_atomically
+from lag_megatron.checkpoint.storage.json_file import leads_out, parse_json
 from lag_megatron.errors import CheckpointError
 
 MANIFEST, LATEST = "manifest.json", "latest"
@@ -128,7 +129,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         CheckpointError: if there is none or it is damaged.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: no {MANIFEST}, so it was not finished here or was written by another program."
@@ -143,6 +144,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     if not isinstance(manifest.get("files"), dict):
         raise CheckpointError(f"{path / MANIFEST}: damaged: no list of files. Use another tag.")
+    if outside := [name for name in manifest["files"] if leads_out(name)]:
+        raise CheckpointError(
+            f"{path / MANIFEST}: damaged: lists {outside[0]!r}, which is not in this directory. "
+            "Use another tag."
+        )
     return manifest
 
 

@@ -1,6 +1,6 @@
 """The first model file of a ZeRO checkpoint: topology, parameter groups, shared and frozen ones."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.layout import DEFAULT_SUB_GROUP_SIZE, ParamGroup, Topology
+from lag_megatron.checkpoint.storage.json_file import leads_out
 from lag_megatron.checkpoint.zero.load import FOREIGN, load_states
 from lag_megatron.errors import CheckpointError
 
@@ -28,6 +29,11 @@ def resolve_tag(path: Path) -> Path:
     if not latest.is_file():
         return path
     tag = latest.read_text().strip()
+    if leads_out(tag):
+        raise CheckpointError(
+            f"{latest}: names {tag!r}, expected the name of a tag in this directory. Correct it, "
+            "or give the tag directory itself."
+        )
     if not (path / tag).is_dir():
         raise CheckpointError(
             f"{latest}: names the tag {tag!r}, but {path / tag} does not exist. "
@@ -105,6 +111,22 @@ def join_subgroups(listed: list[ParamGroup], states: Any) -> list[ParamGroup]:
             members |= listed[key]
         groups.append(members)
     return groups
+
+
+def require_listed_once(path: Path, groups: Iterable[Iterable[str]]) -> None:
+    """Check that no parameter is in two groups, of which each would have values for it.
+
+    Raises:
+        CheckpointError: naming the first that is.
+    """
+    found: set[str] = set()
+    for name in (name for group in groups for name in group):
+        if name in found:
+            raise CheckpointError(
+                f"{path}: its model file lists the parameter {name} twice, so it is damaged or "
+                "two were mixed. Restore it from a copy, or use another tag."
+            )
+        found.add(name)
 
 
 def aliases(header: Mapping[str, Any]) -> dict[str, str]:

@@ -14,10 +14,10 @@ from typing import IO, Any
 
 from lag_megatron.errors import RunError
 from lag_megatron.run.directory import SEARCH_SETTINGS, RunDirectory, write_json
-from lag_megatron.run.file_lock import is_locked, lock_file
+from lag_megatron.targets.file_lock import is_locked, lock_file
 
 _LOCK_TIMEOUT_SECONDS = 600.0  # a tell may be deleting large states
-_WORKER_TIMEOUT_SECONDS = 40.0  # children of a killed process may hold its lock for a while
+_WORKER_TIMEOUT_SECONDS = 40.0  # to wait for a process that is just ending
 
 
 class SearchDirectory:
