@@ -3,6 +3,7 @@
 # make setup TORCH_INDEX=url            takes torch from another index
 # make demo [FRESH=1]                   setup, then a whole run on two ranks
 # make test, make test-slow             setup, then the tests
+# make docs                             the manual as a site, in build/site
 # make test-slow ONLY=search            those in tests/*/search; ONLY=e2e those of whole runs
 VENV ?= .venv
 PYTHON ?= python3
@@ -22,7 +23,8 @@ RUN := PATH="$(BIN):$$PATH"
 PIP := $(RUN) "$(BIN)/python" -m pip --disable-pip-version-check install --quiet
 PYTEST := $(RUN) OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest
 
-.PHONY: setup demo test test-processes test-ranks test-slow clean
+DOCS := $(VENV)/.lag_megatron.docs
+.PHONY: setup demo docs test test-processes test-ranks test-slow clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -62,6 +64,14 @@ test-ranks:
 test-slow: setup $(EVAL)
 	$(PYTEST) -m slow --durations=15 $(if $(ONLY),$(or $(wildcard tests/*/$(ONLY) tests/$(ONLY)),\
 	  $(error ONLY=$(ONLY): no folder of this name in tests/ or below)))
+
+$(DOCS): $(STAMP)
+	$(PIP) -e ".[docs]" --no-build-isolation -c "$(PINS)"
+	@touch "$@"
+
+docs: setup $(DOCS)
+	NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs build --strict --quiet
+	@echo "$(CURDIR)/build/site/index.html"
 
 clean:
 	rm -rf .cache .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist lag_megatron.egg-info

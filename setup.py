@@ -80,6 +80,7 @@ setup(
         "data": ["pyarrow>=19,<27"],
         "plot": ["matplotlib>=3.9,<4"],
         "eval": ["lm-eval>=0.4.13,<0.5", "accelerate>=1,<2"],
+        "docs": ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1,<2"],
         "dev": [
             "pytest>=9,<10",
             "pytest-timeout>=2.3,<3",
