@@ -4,6 +4,23 @@ Every message says what is wrong, where, what was found, what was expected and w
 Programs print the message without a traceback and exit with code 2.
 """
 
+import unicodedata
+
+
+def printable(text: str) -> str:
+    """``text`` with its control characters written as escapes, line breaks and tabs excepted.
+
+    Names of files, tags and keys may hold any of them, and a terminal would obey them.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    # Spaces of other scripts, and characters newer than this Python's tables, are as good as any.
+    if unicodedata.category(character) in ("Zs", "Cn", "Co"):
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
 
 class LagError(ValueError):
     """A mistake of the user or of the machine's state, as opposed to a bug.
@@ -12,6 +29,9 @@ class LagError(ValueError):
     """
 
     on_all_ranks = False
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 UserError = LagError  # the public name

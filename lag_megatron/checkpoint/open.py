@@ -23,6 +23,7 @@ from lag_megatron.checkpoint.zero.header import resolve_tag
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
+from lag_megatron.small_files import read_pointer
 
 ZERO, UNIVERSAL, MEGATRON, DCP, HF = "zero", "universal", "megatron", "dcp", "hf"
 LEGACY = "megatron_legacy"
@@ -59,9 +60,9 @@ def resolve_checkpoint(path: Path) -> Path:
         return resolve_tag(path)
     for pointer, form in ((universal_format.POINTER, "{}"), (_MEGATRON_POINTER, "iter_{:0>7}")):
         if (path / pointer).is_file():
-            text = (path / pointer).read_text().strip()
+            text = read_pointer(path / pointer, error=CheckpointError)
             tag = path / (text if text == "release" else form.format(text))
-            if not text or not tag.is_dir():
+            if not tag.is_dir():
                 raise CheckpointError(f"{path / pointer}: names {text!r}, but there is no {tag}.")
             return tag
     return path

@@ -5,8 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import CheckpointSource
 from lag_megatron.config.schema.param_names import read_param_names
@@ -14,6 +12,7 @@ from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.grown_state import retarget
 from lag_megatron.growth.operators import OPERATORS
 from lag_megatron.growth.plan import MOMENT_POLICIES, GrowthPlan
+from lag_megatron.small_files import parse_yaml
 
 DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
 _TOPOLOGY = ("world_size", "tensor_parallel", "zero_stage", "precision")
@@ -112,7 +111,5 @@ def _setting(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not key or not separator:
         raise PlanError(f"--set {text}: expected KEY=VALUE, e.g. --set index=4.")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise PlanError(f"--set {text}: the value is not YAML.") from None
+    where = f"--set {text}"
+    return key, parse_yaml(value, where=where, what="a value as YAML", error=PlanError)

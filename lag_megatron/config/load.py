@@ -16,12 +16,12 @@ from lag_megatron.config.schema.base import Tree
 from lag_megatron.config.schema.param_names import read_names_tree
 from lag_megatron.config.schema.run import GrowthConfig, RunConfig
 from lag_megatron.config.schema.stage_schedule import in_steps
-from lag_megatron.config.schema.unique_keys import UniqueKeyLoader
 from lag_megatron.config.stage_policy import expand_stages
 from lag_megatron.config.validation.messages import describe_errors
 from lag_megatron.config.validation.run import find_problems, growth_problems
 from lag_megatron.config.validation.stages import length_problems
 from lag_megatron.errors import ConfigError
+from lag_megatron.small_files import describe_kind, parse_yaml, read_yaml
 
 
 def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig:
@@ -94,25 +94,27 @@ def dump_config(config: RunConfig) -> str:
 
 def read_tree(path: Path, *, seen: tuple[Path, ...] = ()) -> Tree:
     """One YAML file with everything it extends merged under it."""
-    path = path.resolve()
+    try:
+        path = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be used as a path: {error}.") from None
     if path in seen:
         chain = " -> ".join(p.name for p in (*seen, path))
         raise ConfigError(f"{path}: extends itself ({chain}). Remove one `extends:`.")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-    except FileNotFoundError:
+    if not path.exists():
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f" Files there: {', '.join(near)}." if near else ""
-        raise ConfigError(f"{path}: no such configuration file.{hint}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+        raise ConfigError(f"{path}: no such configuration file.{hint}")
+    tree = read_yaml(path, what="a configuration as YAML", error=ConfigError)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping at the top, got {type(tree).__name__}.")
+        raise ConfigError(f"{path}: expected a mapping at the top, got {describe_kind(tree)}.")
     _read_names_files(tree, path.parent)
     base = tree.pop("extends", None)
     if base is None:
         return tree
-    return merge(read_tree(path.parent / str(base), seen=(*seen, path)), tree)
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends: must be the path of a YAML file (got {base!r}).")
+    return merge(read_tree(path.parent / base, seen=(*seen, path)), tree)
 
 
 def _read_names_files(tree: Tree, folder: Path) -> None:
@@ -141,10 +143,7 @@ def apply_override(tree: Tree, override: str) -> None:
         raise ConfigError(
             f"--set {override}: expected key.path=value, e.g. --set optimizer.lr=3e-4"
         )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
+    value = parse_yaml(text, where=f"--set {override}", what="a value as YAML", error=ConfigError)
     *parents, last = re.sub(r"\[(\d+)\]", r".\1", path).split(".")
     node: Any = tree
     for key in parents:

@@ -11,6 +11,7 @@ from lag_megatron.atomic_io import write_atomically
 from lag_megatron.config import RunConfig, dump_config, load_config
 from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.run.file_lock import lock_file
+from lag_megatron.small_files import read_json
 
 # What may differ between two starts of one run: nothing that changes its numbers beyond rounding.
 _FREE_KEYS = (
@@ -30,6 +31,8 @@ _FREE_KEYS = (
 )
 # In the directory of a search by ask and tell, what it was begun with; it has no ``config.yaml``.
 SEARCH_SETTINGS = "search.json"
+FACTS, DECISION = "run.json", "decision.json"
+DAMAGED_RUN = "Restore it from a copy, or start a new run directory."
 _LOCK_TIMEOUT_SECONDS = 40
 
 
@@ -127,6 +130,30 @@ def claim(run: RunDirectory, config: RunConfig) -> None:
             "--run-dir, restore the settings, or remove the directory to start anew."
         )
     write_atomically(path, dump_config(config))
+
+
+def read_facts(root: Path) -> dict[str, Any]:
+    """What ``run.json`` says of a run: its text, its tokenizer, its sizes.
+
+    Raises:
+        RunError: if the file is missing or damaged.
+    """
+    facts: dict[str, Any] = read_json(
+        root / FACTS, what="the facts of a run", error=RunError, advice=DAMAGED_RUN
+    )
+    return facts
+
+
+def read_decision(growth: Path) -> dict[str, Any]:
+    """The decision in the folder of a growth event.
+
+    Raises:
+        RunError: if the file is missing or damaged.
+    """
+    decision: dict[str, Any] = read_json(
+        growth / DECISION, what="a growth event's decision", error=RunError, advice=DAMAGED_RUN
+    )
+    return decision
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -35,10 +35,18 @@ WITH_SUB_PACKAGES = [
     for module in INSIDE
     if is_package(module) and any(is_package(member) for member in members(module))
 ]
-LOOSE = {"errors", "atomic_io", "api"}
+LOOSE = {"errors", "atomic_io", "small_files", "api"}
 STRICT = {
-    *("errors", "atomic_io", "config", "planning", "selection", "checkpoint", "growth", "run"),
-    *("api", "cli", "distributed.heartbeat", "distributed.watchdog", "distributed.channel"),
+    *("errors", "atomic_io", "small_files", "config", "planning", "selection", "checkpoint"),
+    *(
+        "growth",
+        "run",
+        "api",
+        "cli",
+        "distributed.heartbeat",
+        "distributed.watchdog",
+        "distributed.channel",
+    ),
 }
 WITHOUT_TORCH = ["", "config", "planning", "selection", "run", "growth.plan", "growth.pool"]
 MAX_FILE_LINES = 300

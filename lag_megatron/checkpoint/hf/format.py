@@ -5,7 +5,6 @@ of the tensors, so nothing in it can run code.  ``pytorch_model.bin`` is a pickl
 here but not opened.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records, has_checksums
 from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
+from lag_megatron.small_files import parse_json, read_json
 
 CONFIG, TRAINER = "config.json", "trainer_state.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,10 +58,14 @@ def read_safetensors_header(file: Path) -> dict[str, SafetensorsEntry]:
             )
         text = stream.read(length)
     try:
-        found = json.loads(text)
+        found = parse_json(
+            text, where=file, what="the header of a safetensors file", error=CheckpointError
+        )
         found.pop("__metadata__", None)
         entries = {name: _entry(file, entry, 8 + length) for name, entry in found.items()}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file}: damaged: its header cannot be read ({error}). Restore it from a copy."
         ) from None
@@ -213,10 +217,10 @@ def _settings(file: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}. Restore it from a copy.") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: damaged: holds no settings. Restore it from a copy.")
+    found: dict[str, Any] = read_json(
+        file,
+        what="settings of a transformers model",
+        error=CheckpointError,
+        advice="Restore it from a copy.",
+    )
     return found

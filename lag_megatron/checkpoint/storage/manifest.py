@@ -10,13 +10,14 @@ import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
 
 from lag_megatron.atomic_io import flush_to_disk, write_atomically
 from lag_megatron.errors import CheckpointError
+from lag_megatron.small_files import read_json
 
 MANIFEST, LATEST = "manifest.json", "latest"
 SHARED = "shared_with"  # entry of a hard link: the name of the source's file
@@ -127,23 +128,37 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if there is none or it is damaged.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    file = path / MANIFEST
+    if not file.exists():
         raise CheckpointError(
             f"{path}: no {MANIFEST}, so it was not finished here or was written by another program."
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path / MANIFEST}: damaged: {error}. Use another tag.") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        )
+    manifest: dict[str, Any] = read_json(
+        file, what="a checkpoint's manifest", error=CheckpointError, advice="Use another tag."
+    )
+    if manifest.get("format") != MANIFEST_FORMAT:
         raise CheckpointError(
-            f"{path / MANIFEST}: format {found!r} is not {MANIFEST_FORMAT}; "
+            f"{file}: format {manifest.get('format')!r} is not {MANIFEST_FORMAT}; "
             "written by another version of this program."
         )
-    if not isinstance(manifest.get("files"), dict):
-        raise CheckpointError(f"{path / MANIFEST}: damaged: no list of files. Use another tag.")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(map(_is_entry, files.items())):
+        raise CheckpointError(
+            f"{file}: damaged: no list of files with a size and checksum of each. Use another tag."
+        )
     return manifest
+
+
+def _is_entry(item: tuple[str, Any]) -> bool:
+    """Whether a manifest's entry names a file within the directory, with its size."""
+    name, entry = item
+    place = PurePosixPath(name)
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("size"), int)
+        and isinstance(entry.get("xxh3_128"), str)
+        and not (place.is_absolute() or ".." in place.parts)
+    )
 
 
 def check_sizes(path: Path) -> dict[str, Any]:

@@ -48,8 +48,9 @@ def test_a_missing_base(tmp_path):
     ("text", "message"),
     [
         ("a: [", "cannot be read as YAML"),
-        ("", "expected a mapping at the top, got NoneType"),
-        ("- 1", "expected a mapping at the top, got list"),
+        ("", "expected a configuration as YAML, but it is empty"),
+        ("# a: 1", "expected a mapping at the top, got nothing"),
+        ("- 1", "expected a mapping at the top, got a list"),
         ("seed: 1\nmodel: {}\nseed: 2\n", "the key 'seed' is given twice"),
         ("model: {bias: true, bias: false}", "the key 'bias' is given twice"),
     ],
