@@ -21,6 +21,7 @@ from lag_megatron.checkpoint.universal.reader import open_universal
 from lag_megatron.checkpoint.zero import describe
 from lag_megatron.checkpoint.zero.header import resolve_tag
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
+from lag_megatron.config.ranges import MAX_VOCAB_SIZE, require_whole
 from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
 from lag_megatron.small_files import read_pointer
@@ -137,8 +138,12 @@ def open_checkpoint(
         weights_only: leave out the optimizer states of a distributed checkpoint.
 
     Raises:
-        CheckpointError: if it is damaged or of no known format.
+        CheckpointError: if it is damaged or of no known format, or ``vocab_size`` below 1.
     """
+    if vocab_size is not None:
+        require_whole(
+            vocab_size, "--vocab-size", error=CheckpointError, least=1, most=MAX_VOCAB_SIZE
+        )
     path = resolve_checkpoint(path)
     kind = detect(path)
     if kind == HF:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from lag_megatron.cli.errors import print_error
+from lag_megatron.config.ranges import MAX_WORKERS, require_whole
 from lag_megatron.errors import LagError, RunError
 from lag_megatron.study import (
     StudyFolder,
@@ -53,8 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compare(options: argparse.Namespace, *, script: Path) -> int:
-    if options.workers < 1:
-        raise RunError(f"--workers: must be 1 or more (got {options.workers}).")
+    require_whole(options.workers, "--workers", error=RunError, least=1, most=MAX_WORKERS)
     plan = plan_study(load_study(options.study))
     out = options.out or Path("runs") / "studies" / plan.study.name
     folder = StudyFolder(out.resolve())

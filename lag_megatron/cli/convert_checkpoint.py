@@ -13,8 +13,8 @@ from lag_megatron.checkpoint.state.source import CheckpointSource, UnshardedChec
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.writer.progress_bar import progress_bar
 from lag_megatron.cli.errors import print_error
-from lag_megatron.cli.growth_options import add_growth_options, check_workers, plan_of, topology_of
-from lag_megatron.errors import LagError, PlanError
+from lag_megatron.cli.growth_options import add_growth_options, check_numbers, plan_of, topology_of
+from lag_megatron.errors import LagError, PlanError, printable
 from lag_megatron.growth.apply.conversion import Conversion
 from lag_megatron.growth.apply.verify import differences
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line and convert; 2 for a user's error, 1 where --verify finds one."""
     options = _parser().parse_args(argv)
     try:
-        check_workers(options)
+        check_numbers(options)
         source = open_checkpoint(
             options.source, vocab_size=options.vocab_size, weights_only=options.weights_only
         )
@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         conversion = _conversion(options, source)
         target = conversion.target_dir(options.target)
         job = conversion.job(target)
-        print(f"{source.path} -> {target}")
+        print(printable(f"{source.path} -> {target}"))
         for note in source.notes if isinstance(source, UnshardedCheckpoint) else ():
-            print(note)
+            print(printable(note))
         print(f"to write: {job.needed / 2**20:.1f} MiB")
         if options.dry_run:
             return 0
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 def _verify(conversion: Conversion, target: Path) -> int:
     found = list(differences(conversion, target))
     for line in found:
-        print(line)
+        print(printable(line))
     if not found:
         print("verified: every tensor of the target has the source's values")
     return 1 if found else 0

@@ -7,6 +7,12 @@ from typing import Any
 
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import CheckpointSource
+from lag_megatron.config.ranges import (
+    MAX_LAYERS,
+    MAX_WORKERS,
+    require_positive,
+    require_whole,
+)
 from lag_megatron.config.schema.param_names import read_param_names
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.grown_state import retarget
@@ -39,14 +45,19 @@ def add_growth_options(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="show what would be done and leave nothing behind")
 
 
-def check_workers(options: argparse.Namespace) -> None:
-    """Refuse less than one worker.
+def check_numbers(options: argparse.Namespace) -> None:
+    """Refuse numbers outside their range before anything is opened.
 
     Raises:
-        PlanError: if ``--workers`` is below 1.
+        PlanError: for the first of them.
     """
-    if options.workers < 1:
-        raise PlanError(f"--workers {options.workers}: expected at least 1.")
+    require_whole(options.workers, "--workers", error=PlanError, least=1, most=MAX_WORKERS)
+    if options.layers is not None:
+        require_whole(options.layers, "--layers", error=PlanError, least=1, most=MAX_LAYERS)
+    if options.seed is not None:
+        require_whole(options.seed, "--seed", error=PlanError)
+    if options.init_std is not None:
+        require_positive(options.init_std, "--init-std", error=PlanError)
 
 
 def changes_topology(options: argparse.Namespace) -> bool:

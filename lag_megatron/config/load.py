@@ -6,6 +6,7 @@ an unknown key, the nearest known one.
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from lag_megatron.config.schema.param_names import read_names_tree
 from lag_megatron.config.schema.run import GrowthConfig, RunConfig
 from lag_megatron.config.schema.stage_schedule import in_steps
 from lag_megatron.config.stage_policy import expand_stages
-from lag_megatron.config.validation.messages import describe_errors
+from lag_megatron.config.validation.messages import describe_errors, truth_value_problems
+from lag_megatron.config.validation.ranges import growth_range_problems
 from lag_megatron.config.validation.run import find_problems, growth_problems
 from lag_megatron.config.validation.stages import length_problems
+from lag_megatron.config.validation.values import value_problems
 from lag_megatron.errors import ConfigError
 from lag_megatron.small_files import describe_kind, parse_yaml, read_yaml
 
@@ -45,21 +48,28 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
 
 def parse_config(tree: Tree, *, source: str = "configuration") -> RunConfig:
     """Check a plain mapping and turn it into a :class:`RunConfig`."""
+    if lines := list(value_problems(tree)):
+        raise ConfigError(_block(source, lines))
     tree, wrong = expand_stages(tree)
     tree = _merge_stage_growth(tree)
     if wrong:  # the rest is checked without stages, so that all mistakes are reported together
         tree = {**tree, "stages": [{"steps": 1}]}
     try:
-        config = TypeAdapter(RunConfig).validate_python(tree)
+        config = _run_adapter().validate_python(tree)
     except ValidationError as error:
         raise ConfigError(_block(source, [*wrong, *describe_errors(error, tree)])) from None
-    if wrong:
+    if wrong := [*wrong, *truth_value_problems(tree)]:
         raise ConfigError(_block(source, wrong))
     lines = list(length_problems(config))
     config = in_steps(config)
     if lines := [*lines, *find_problems(config)]:
         raise ConfigError(_block(source, lines))
     return config
+
+
+@cache
+def _run_adapter() -> TypeAdapter[RunConfig]:
+    return TypeAdapter(RunConfig)  # takes tens of milliseconds to make
 
 
 def parse_growth(tree: Tree, *, source: str) -> GrowthConfig:
@@ -70,13 +80,18 @@ def parse_growth(tree: Tree, *, source: str) -> GrowthConfig:
     Raises:
         ConfigError: with every problem found.
     """
+    if lines := list(value_problems(tree)):
+        raise ConfigError(_block(source, lines))
     try:
         growth = TypeAdapter(GrowthConfig).validate_python(tree)
     except ValidationError as error:
         raise ConfigError(
             _block(source, describe_errors(error, tree, schema=GrowthConfig))
         ) from None
-    if lines := list(growth_problems(growth, "", steps=_longest(growth))):
+    lines = truth_value_problems(tree, schema=GrowthConfig)
+    lines = lines or list(growth_range_problems(growth, ""))
+    lines = lines or list(growth_problems(growth, "", steps=_longest(growth)))
+    if lines:
         raise ConfigError(_block(source, [line.removeprefix(".") for line in lines]))
     return growth
 
@@ -88,7 +103,7 @@ def _longest(growth: GrowthConfig) -> int:
 
 def dump_config(config: RunConfig) -> str:
     """The complete configuration as YAML that :func:`load_config` reads back unchanged."""
-    tree = TypeAdapter(RunConfig).dump_python(config, mode="json")
+    tree = _run_adapter().dump_python(config, mode="json")
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100)
 
 

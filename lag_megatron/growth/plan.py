@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lag_megatron.checkpoint.families.layer_stack import find_layer_stack, largest_stack
+from lag_megatron.config.ranges import MAX_LAYERS, require_positive, require_whole
 from lag_megatron.config.schema.param_names import ParamNames, parse_param_names
-from lag_megatron.errors import PlanError
+from lag_megatron.errors import LagError, PlanError
 from lag_megatron.growth.operators import layer_map_of
 from lag_megatron.growth.operators.layer_map import LayerMap, keeps_old_norms, moves_second_norm
 from lag_megatron.small_files import parse_json, read_text
@@ -62,7 +63,19 @@ class GrowthPlan:
         if self.moments not in (*MOMENT_POLICIES, "auto"):
             allowed = ", ".join(("auto", *MOMENT_POLICIES))
             raise PlanError(f"moments {self.moments!r} is not a policy. Allowed: {allowed}.")
+        self._check_values()
         layer_map_of(self.operator, self.source_layers, self.target_layers, self.options)
+
+    def _check_values(self) -> None:
+        """Refuse what is no value of its kind, as a plan file or an option may give."""
+        if not isinstance(self.operator, str):
+            raise PlanError(f"operator: expected a name (got {self.operator!r}).")
+        if not isinstance(self.options, Mapping):
+            raise PlanError(f"options: expected a mapping of names (got {self.options!r}).")
+        for name in ("source_layers", "target_layers"):
+            require_whole(getattr(self, name), name, error=PlanError, most=MAX_LAYERS)
+        require_whole(self.seed, "seed", error=PlanError)
+        require_positive(self.init_std, "init_std", error=PlanError)
 
     @property
     def layer_map(self) -> LayerMap:
@@ -223,7 +236,7 @@ class GrowthPlan:
             raise PlanError(f"{source}: a growth plan needs {missing[0]!r}, which is not there.")
         try:
             return GrowthPlan(**values)
-        except PlanError as error:
+        except LagError as error:
             raise PlanError(f"{source}: {error}") from None
 
     @staticmethod

@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from lag_megatron.atomic_io import flush_to_disk, write_atomically
-from lag_megatron.errors import CheckpointError
+from lag_megatron.errors import CheckpointError, sizes
 from lag_megatron.small_files import read_json
 
 MANIFEST, LATEST = "manifest.json", "latest"
@@ -247,7 +247,8 @@ def require_space(folder: Path, *, needed: int, what: str) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
+        wanted, there = sizes(needed, free)
         raise CheckpointError(
-            f"{folder}: {what} needs {needed / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB "
-            "are free. Free some space or use another directory; nothing was written."
+            f"{folder}: {what} needs {wanted}, but only {there} are free. Free some space or use "
+            "another directory; nothing was written."
         )

@@ -21,7 +21,7 @@ from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer.context import ProgressFn, ThreadBuffers, WriteContext
 from lag_megatron.checkpoint.writer.progress_log import WriteProgress
-from lag_megatron.errors import CheckpointError, PlanError
+from lag_megatron.errors import CheckpointError, PlanError, write_failure
 
 _FLUSHES = 8  # at a time: a file system flushes small files together
 
@@ -131,9 +131,9 @@ def _write_parts(job: WriteJob, workers: int, written: ProgressFn) -> None:
         manifest.commit(job.target, files=files, metadata=job.metadata, pointer=None)
     except OSError as error:
         manifest.remove_checkpoint(staging)
+        reason, advice = write_failure(error)
         raise CheckpointError(
-            f"{error.filename or job.target}: cannot write there: {error.strerror or error}. "
-            "Name another target."
+            f"{error.filename or job.target}: cannot write there: {reason} {advice}"
         ) from None
     except Exception:
         manifest.remove_checkpoint(staging)
@@ -141,9 +141,9 @@ def _write_parts(job: WriteJob, workers: int, written: ProgressFn) -> None:
     try:
         job.point()
     except OSError as error:
+        reason, advice = write_failure(error)
         raise CheckpointError(
-            f"{job.target}: is written, but {job.pointer} beside it is not: "
-            f"{error.strerror or error}. Make room and run the same command again."
+            f"{job.target}: is written, but {job.pointer} beside it is not: {reason} {advice}"
         ) from None
 
 

@@ -92,11 +92,13 @@ def read_search_files(directory: Path) -> SearchFiles:
         RunError: if a file in it is damaged.
         ConfigError: if its settings do not hold.
     """
-    search = _object(directory / SEARCH_SETTINGS)
-    assert search is not None, "asked for by is_search"
+    file = directory / SEARCH_SETTINGS
+    search = read_json(file, what="the settings of a search", error=RunError, advice=DAMAGED_RUN)
+    if not isinstance(search.get("growth"), dict) or not isinstance(search.get("base"), str):
+        raise RunError(f"{file}: has no settings of a growth, or no base. {DAMAGED_RUN}")
     return SearchFiles(
         path=directory,
-        settings=parse_growth(search["growth"], source=str(directory / SEARCH_SETTINGS)),
+        settings=parse_growth(search["growth"], source=str(file)),
         base=search["base"],
         journal=read_lines(directory / "journal.jsonl"),
         growths=tuple(_growths(directory)),

@@ -71,10 +71,16 @@ class SearchDirectory:
         """Make the directory that of a search with these settings, or check that it is.
 
         Raises:
-            RunError: if it belongs to another search.
+            RunError: if it belongs to another search, or to one whose settings are lost.
         """
         settings, before = json.loads(json.dumps(settings)), read_settings(self.run.root)
         if before is None:
+            if self.run.journal.exists():
+                raise RunError(
+                    f"{self.run.root / SEARCH_SETTINGS}: missing, but {self.run.journal.name} says "
+                    "that a search was begun there, whose settings it held. Restore it from a "
+                    "copy, or give another directory."
+                )
             write_json(self.run.root / SEARCH_SETTINGS, settings)
         elif changed := sorted(_differences(before, settings, "")):
             raise RunError(

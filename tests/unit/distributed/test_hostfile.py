@@ -59,5 +59,5 @@ def test_a_hostfile_without_hosts_is_refused(tmp_path, text, message):
 
 
 def test_a_missing_hostfile_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="nowhere: expected a hostfile.*no such file"):
+    with pytest.raises(ConfigError, match=r"nowhere: expected a hostfile.*no such file"):
         count_slots(tmp_path / "nowhere")
