@@ -44,7 +44,8 @@ def write_failure(error: OSError | RuntimeError) -> tuple[str, str]:
     """
     if not isinstance(error, OSError) or error.errno is None:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        return f"{reason}.", "See that the disk is not full, and run the same command again."
+        advice = "See that there is room, and run the same command again."
+        return f"the disk is full or failed ({reason}).", advice
     number, reason = error.errno, f"{error.strerror or error}."
     if number in _FULL:
         return reason, "Free some space, or use another disk, and run the same command again."

@@ -9,6 +9,7 @@ from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import CheckpointSource
 from lag_megatron.config.ranges import (
     MAX_LAYERS,
+    MAX_SEED,
     MAX_WORKERS,
     require_positive,
     require_whole,
@@ -55,7 +56,7 @@ def check_numbers(options: argparse.Namespace) -> None:
     if options.layers is not None:
         require_whole(options.layers, "--layers", error=PlanError, least=1, most=MAX_LAYERS)
     if options.seed is not None:
-        require_whole(options.seed, "--seed", error=PlanError)
+        require_whole(options.seed, "--seed", error=PlanError, most=MAX_SEED)
     if options.init_std is not None:
         require_positive(options.init_std, "--init-std", error=PlanError)
 

@@ -7,6 +7,7 @@ from lag_megatron.errors import LagError
 
 # The largest that files and kernels hold, and limits beyond which a number can only be a mistake.
 MAX_INTEGER = 2**63 - 1
+MAX_SEED = 2**64 - 1
 MAX_LAYERS = 10_000
 MAX_RANKS = 1_000_000
 MAX_SECONDS = 100_000_000  # three years; timers overflow far beyond it

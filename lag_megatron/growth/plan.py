@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lag_megatron.checkpoint.families.layer_stack import find_layer_stack, largest_stack
-from lag_megatron.config.ranges import MAX_LAYERS, require_positive, require_whole
+from lag_megatron.config.ranges import MAX_LAYERS, MAX_SEED, require_positive, require_whole
 from lag_megatron.config.schema.param_names import ParamNames, parse_param_names
 from lag_megatron.errors import LagError, PlanError
 from lag_megatron.growth.operators import layer_map_of
@@ -74,7 +74,7 @@ class GrowthPlan:
             raise PlanError(f"options: expected a mapping of names (got {self.options!r}).")
         for name in ("source_layers", "target_layers"):
             require_whole(getattr(self, name), name, error=PlanError, most=MAX_LAYERS)
-        require_whole(self.seed, "seed", error=PlanError)
+        require_whole(self.seed, "seed", error=PlanError, most=MAX_SEED)
         require_positive(self.init_std, "init_std", error=PlanError)
 
     @property

@@ -42,5 +42,5 @@ def test_the_advice_fits_why_a_file_cannot_be_written(number, advice):
 
 def test_torch_says_little_of_a_full_disk():
     reason, advice = write_failure(RuntimeError("unexpected pos 64 vs 0\nmore"))
-    assert reason == "unexpected pos 64 vs 0."
-    assert advice.startswith("See that the disk is not full")
+    assert reason == "the disk is full or failed (unexpected pos 64 vs 0)."
+    assert advice.startswith("See that there is room")

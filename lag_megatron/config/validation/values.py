@@ -1,11 +1,14 @@
 """Checks of the values of a configuration as YAML gives them, wherever they stand."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lag_megatron.config.ranges import MAX_INTEGER
-from lag_megatron.errors import printable
+
+# NUL, and halves of surrogate pairs, which neither files nor paths can hold.
+_IMPOSSIBLE = re.compile(r"[\x00\ud800-\udfff]")
 
 
 def value_problems(value: Any, where: str = "") -> Iterator[str]:
@@ -29,5 +32,5 @@ def value_problems(value: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: must be a finite number (got {value})."
     elif isinstance(value, int) and not -MAX_INTEGER <= value <= MAX_INTEGER:
         yield f"{where}: must lie within 64 bits (got a number of {value.bit_length()} bits)."
-    elif isinstance(value, str) and printable(value) != value:
-        yield f"{where}: holds control characters (got {value!r}). Remove them."
+    elif isinstance(value, str) and _IMPOSSIBLE.search(value):
+        yield f"{where}: no name or path has such characters (got {value!r}). Remove them."
