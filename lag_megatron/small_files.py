@@ -18,6 +18,7 @@ from lag_megatron.errors import LagError, printable
 
 MAX_BYTES = 1 << 30  # the largest are tokenizers and lists of a large checkpoint's files
 _MAX_POINTER_CHARACTERS = 1000
+_BLOCK = 1 << 18  # Python sets aside as much memory as a read may return
 _KINDS = {
     dict: ("a JSON object", "a mapping"),
     list: ("a list", "a list"),
@@ -50,10 +51,11 @@ def read_text(
         LagError: of the kind ``error``, if it cannot be read, is too long, empty or not UTF-8.
     """
     found = ""
-    data = b""
+    data = bytearray()
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+            while len(data) <= max_bytes and (block := file.read(_BLOCK)):
+                data += block
     except FileNotFoundError:
         found = "there is no such file"
     except (EOFError, zlib.error, gzip.BadGzipFile) as problem:

@@ -97,7 +97,9 @@ def _reason(error: Exception) -> str:
 def _rows(text: str) -> list[Json]:
     """The objects of JSON lines, or the one of a JSON file."""
     first = text.lstrip().partition("\n")[0].rstrip()
-    if not first.endswith("}"):  # the file is one object over several lines
+    if first.startswith("{") and not first.endswith(
+        "}"
+    ):  # the file is one object over several lines
         return [_object(text, "the file")]
     lines = enumerate(text.split("\n"), start=1)
     return [_object(line, f"line {number}") for number, line in lines if line.strip()]

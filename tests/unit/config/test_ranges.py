@@ -95,8 +95,10 @@ def test_true_is_no_number(path):
             "seed: must lie within 64 bits (got a number of 71 bits).",
         ),
         ("deepspeed={a: {b: .inf}}", "deepspeed.a.b: must be a finite number (got inf)."),
-        ('data.text_key="a\\0b"', "data.text_key: no name or path has such characters (got 'a\\x00b'). Remove "
-         "them."),
+        (
+            'data.text_key="a\\0b"',
+            "data.text_key: no name or path has such characters (got 'a\\x00b'). Remove them.",
+        ),
         ("growth.pool.options={1: 2}", "growth.pool.options.1: a key must be text (got 1). Put it "
          "in quotes."),
     ],
