@@ -2,8 +2,40 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
-INIT = Path(__file__).parent / "lag_megatron" / "__init__.py"
+ROOT = Path(__file__).parent
+INIT = ROOT / "lag_megatron" / "__init__.py"
+# Commands with the modules of ``lag_megatron.cli`` that they start.
+COMMANDS = {
+    "lag-train": "train",
+    "lag-grow": "grow_checkpoint",
+    "lag-respread": "respread_checkpoint",
+    "lag-convert": "convert_checkpoint",
+    "lag-inspect": "inspect_checkpoint",
+    "lag-report": "report",
+    "lag-evaluate": "evaluate",
+    "lag-prepare-data": "prepare_data",
+    "lag-plan-stages": "plan_stages",
+    "lag-compare-policies": "compare_policies",
+}
+
+
+class BuildWithConfigs(build_py):
+    """Put ``configs`` into the package of a wheel; a checkout's are read where they are."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            package = Path(self.build_lib) / "lag_megatron"
+            for file in [
+                *(ROOT / "configs").rglob("*.yaml"),
+                *(ROOT / "configs").glob("ds/*.json"),
+            ]:
+                target = package / file.relative_to(ROOT)
+                self.mkpath(str(target.parent))
+                self.copy_file(str(file), str(target))
+
 
 setup(
     name="lag_megatron",
@@ -11,6 +43,12 @@ setup(
     description="Landscape-aware growing of transformers on DeepSpeed and Megatron-Core",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    entry_points={
+        "console_scripts": [
+            f"{command} = lag_megatron.cli.{module}:main" for command, module in COMMANDS.items()
+        ]
+    },
+    cmdclass={"build_py": BuildWithConfigs},
     python_requires=">=3.11",
     packages=find_packages(include=["lag_megatron", "lag_megatron.*"]),
     package_data={
@@ -35,6 +73,7 @@ setup(
         "safetensors>=0.5,<1",
         "xxhash>=3.4,<5",
         "tqdm>=4.66,<5",
+        "argcomplete>=3.5,<4",
         "ninja>=1.11,<2",
     ],
     extras_require={

@@ -8,9 +8,8 @@ interruption.
 """
 
 import sys
-from pathlib import Path
 
 from lag_megatron.cli.train import main
 
 if __name__ == "__main__":
-    sys.exit(main(root=Path(__file__).resolve().parents[1]))
+    sys.exit(main())

@@ -26,7 +26,7 @@ from hypothesis import settings
 from lag_megatron.run.compile_cache import set_cache_dirs
 
 ROOT = Path(__file__).parents[1]
-set_cache_dirs(ROOT)
+set_cache_dirs(ROOT / ".cache")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():  # before anything imports Triton, whose own parts look too
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -8,7 +8,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from lag_megatron.cli import train
 from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.parser import add_list_configs, command_parser, parse
+from lag_megatron.config.installed import checkout, find_config
 from lag_megatron.config.ranges import MAX_WORKERS, require_whole
 from lag_megatron.errors import LagError, RunError
 from lag_megatron.study import (
@@ -23,28 +26,30 @@ from lag_megatron.study import (
 )
 
 
-def main(argv: list[str] | None = None, *, root: Path = Path()) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run the study.
 
     Returns 0 when all runs have finished, 1 when some failed, 2 for a user's error, and 128 + N
     after the signal N.
-
-    Args:
-        argv: by default this process's.
-        root: folder of the checkout, whose ``launch/train.py`` trains.
     """
-    options = _parser().parse_args(argv)
+    options = parse(_parser(), argv)
     try:
-        return _compare(options, script=root.resolve() / "launch" / "train.py")
+        return _compare(options, script=_training_program())
     except LagError as error:
         return print_error(error)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_parser(
+        __doc__,
+        "STUDY",
+        "lag-compare-policies studies/raptr_bert_small --dry-run",
+        "lag-compare-policies study.yaml --workers 2",
     )
-    parser.add_argument("study", type=Path, metavar="STUDY.yaml")
+    parser.add_argument(
+        "study", metavar="STUDY", help="YAML file, or the name of one that comes with the package"
+    )
+    add_list_configs(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/studies/<study>")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time")
     only = parser.add_mutually_exclusive_group()
@@ -53,9 +58,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _training_program() -> Path:
+    """What launchers start on each rank: a checkout's program, or a wheel's module as a file."""
+    root = checkout()
+    return Path(train.__file__) if root is None else root / "launch" / "train.py"
+
+
 def _compare(options: argparse.Namespace, *, script: Path) -> int:
     require_whole(options.workers, "--workers", error=RunError, least=1, most=MAX_WORKERS)
-    plan = plan_study(load_study(options.study))
+    plan = plan_study(load_study(find_config(options.study)))
     out = options.out or Path("runs") / "studies" / plan.study.name
     folder = StudyFolder(out.resolve())
     if options.report_only:
@@ -92,3 +103,7 @@ def _run(plan: StudyPlan, folder: StudyFolder, *, script: Path, workers: int) ->
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

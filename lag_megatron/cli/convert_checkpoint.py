@@ -5,6 +5,7 @@ SOURCE may be of DeepSpeed (ZeRO 0 to 3, or universal), of Megatron-Core (torch_
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
@@ -14,6 +15,7 @@ from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.writer.progress_bar import progress_bar
 from lag_megatron.cli.errors import print_error
 from lag_megatron.cli.growth_options import add_growth_options, check_numbers, plan_of, topology_of
+from lag_megatron.cli.parser import command_parser, parse
 from lag_megatron.errors import LagError, PlanError, printable
 from lag_megatron.growth.apply.conversion import Conversion
 from lag_megatron.growth.apply.verify import differences
@@ -29,7 +31,7 @@ _FORMATS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and convert; 2 for a user's error, 1 where --verify finds one."""
-    options = _parser().parse_args(argv)
+    options = parse(_parser(), argv)
     try:
         check_numbers(options)
         source = open_checkpoint(
@@ -88,7 +90,12 @@ def _tokenizer(file: Path | None) -> TokenizerFile | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_parser(
+        __doc__,
+        "--to FORMAT SOURCE TARGET",
+        "lag-convert grown model --to hf --tokenizer tokenizer.json",
+        "lag-convert model ckpt --to zero --world-size 8 --zero-stage 1",
+    )
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="its directory, or one that points to it")
     add("target", type=Path, metavar="TARGET", help="gets a tag; with --to hf it is the directory")
@@ -104,3 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         "rather than stacking them")  # fmt: skip
     add("--verify", action="store_true", help="compare the target with the source afterwards")
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,12 +22,14 @@ lose their beginning.
 
 import argparse
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lag_megatron.atomic_io import write_atomically
 from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.parser import command_parser, parse
 from lag_megatron.cli.warning_filters import ignore_library_warnings
 from lag_megatron.errors import ConfigError, LagError
 from lag_megatron.evaluation.candidates import score_candidates
@@ -38,7 +40,7 @@ from lag_megatron.evaluation.task_data import TASKS, find_file, read_documents
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and do what it says; 2 for a user's error."""
-    options = _parser().parse_args(argv)
+    options = parse(_parser(), argv)
     ignore_library_warnings()
     try:
         _run(options)
@@ -48,8 +50,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_parser(
+        __doc__,
+        "--data DIR|TASK=FILE MODEL",
+        "lag-evaluate runs/demo --tasks lambada,wikitext --data sets/",
+        "lag-evaluate model --tasks triviaqa --data triviaqa=tqa.jsonl.gz --output scores.json",
     )
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="run, checkpoint or directory of transformers")
@@ -155,3 +160,7 @@ def _device(options: argparse.Namespace) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,11 +20,13 @@ from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.cli.errors import print_error
 from lag_megatron.cli.growth_options import (
     add_growth_options,
+    add_places,
     changes_topology,
     check_numbers,
     plan_of,
     topology_of,
 )
+from lag_megatron.cli.parser import command_parser, parse
 from lag_megatron.errors import LagError, PlanError, printable
 from lag_megatron.growth.apply.estimate import estimate_growth
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
@@ -36,7 +38,11 @@ from lag_megatron.growth.operators.layer_map import format_layer_map
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and grow; 2 for a user's error."""
-    options = _parser().parse_args(argv)
+    return run(parse(_parser(), argv))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Grow as the options say; 2 for a user's error."""
     try:
         check_numbers(options)
         if options.link:
@@ -91,10 +97,14 @@ def _link(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_parser(
+        __doc__,
+        "SOURCE TARGET",
+        "lag-grow ckpt grown --operator lag --set index=4 --set block_size=2 --layers 16",
+        "lag-grow ckpt grown --plan plan.json --world-size 64 --workers 16",
+    )
     add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="a tag directory, or one that holds `latest`")
-    add("target", type=Path, metavar="TARGET", help="gets a directory named like the source's tag")
+    add_places(parser)
     add("--link", action="store_true", help="share the source's values instead of copying them")
     add_growth_options(parser)
     return parser
@@ -128,3 +138,7 @@ def _topology_text(topology: Topology) -> str:
         f"ZeRO-{topology.zero_stage}, {topology.data_size} data-parallel x "
         f"{topology.tensor_size} tensor-parallel, {topology.precision}"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,8 +26,15 @@ _TOPOLOGY = ("world_size", "tensor_parallel", "zero_stage", "precision")
 _PLAN = ("operator", "layers", "moments", "seed", "init_std")
 
 
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Add the source and the target of a growth."""
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="a tag directory, or one that holds `latest`")
+    add("target", type=Path, metavar="TARGET", help="gets a directory named like the source's tag")
+
+
 def add_growth_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the growth, of the topology, and the number of workers."""
+    """Add the options of the growth, of the topology, and how to write."""
     add = parser.add_argument
     add("--operator", metavar="NAME", help=f"one of {', '.join(OPERATORS)}")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="an operator's option")
@@ -36,8 +43,14 @@ def add_growth_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="names the values of randomly initialised layers")
     add("--init-std", type=float, help="of them; the default is what the checkpoint says")
     add("--names", type=Path, metavar="FILE", help="YAML: roles of parameters, and the list of "
-        "layers, where no table knows the model's names (README, Names and roles)")  # fmt: skip
+        "layers, where no table knows the model's names (docs/checkpoints.md)")  # fmt: skip
     add("--plan", type=Path, metavar="FILE", help="a plan as JSON in place of all of the above")
+    add_topology_options(parser)
+
+
+def add_topology_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the topology, and how to write."""
+    add = parser.add_argument
     add("--world-size", type=int, metavar="N", help="ranks in all; the default is the source's")
     add("--tensor-parallel", type=int, metavar="N", help="ranks that share a layer's tensors")
     add("--zero-stage", type=int, choices=(0, 1, 2, 3), help="DeepSpeed's ZeRO stage")

@@ -14,19 +14,14 @@ from lag_megatron.checkpoint.inspect import inspect_checkpoint
 from lag_megatron.checkpoint.open import detect, resolve_checkpoint
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.parser import command_parser, parse
 from lag_megatron.config.schema.param_names import read_param_names
 from lag_megatron.errors import LagError, printable
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and print; 0 sound, 1 not, 2 for a user's error."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("path", type=Path, help="a checkpoint, or a folder that points to one")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--verify", action="store_true", help="read all files, compare checksums")
-    parser.add_argument("--names", type=Path, metavar="FILE", help="YAML: which list of modules "
-        "holds the layers, and roles of parameters (README, Names and roles)")  # fmt: skip
-    options = parser.parse_args(argv)
+    options = parse(_parser(), argv)
     try:
         path = resolve_checkpoint(options.path)
         detect(path)
@@ -39,6 +34,21 @@ def main(argv: list[str] | None = None) -> int:
     for problem in problems:
         print(printable(problem), file=sys.stderr)
     return 1 if problems else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        __doc__,
+        "PATH",
+        "lag-inspect runs/demo/stage01",
+        "lag-inspect ckpt/global_step2000 --verify --json",
+    )
+    parser.add_argument("path", type=Path, help="a checkpoint, or a folder that points to one")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--verify", action="store_true", help="read all files, compare checksums")
+    parser.add_argument("--names", type=Path, metavar="FILE", help="YAML: which list of modules "
+        "holds the layers, and roles of parameters (docs/checkpoints.md)")  # fmt: skip
+    return parser
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
@@ -94,3 +104,7 @@ def _growth_line(plan: dict[str, Any]) -> str:
         f"  grown       {plan.get('source_layers')} -> {plan.get('target_layers')} layers by "
         f"{plan.get('operator')} {' '.join(f'{k}={v}' for k, v in settings.items())}"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

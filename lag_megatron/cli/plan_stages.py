@@ -1,19 +1,19 @@
 """Plan Staged Training: how long to train which size, and what that saves by the scaling law.
 
 Without sizes: the published ones, and the published figures next to what the law gives.
-
-  python tools/plan_stages.py --layers 4 8 16 --hidden 1024 --seq-length 1024 --batch 512
 """
 
 import argparse
 import difflib
 import json
 import math
+import sys
 from dataclasses import fields
 from functools import partial
 from typing import Any
 
 from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.parser import command_parser, parse
 from lag_megatron.cli.stage_tables import plan_lines, published_lines
 from lag_megatron.errors import ConfigError, LagError
 from lag_megatron.planning.staged_training.plan import (
@@ -31,7 +31,7 @@ from lag_megatron.planning.staged_training.summary import Planner, plan_data, pu
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and print; 2 for a user's error."""
-    options = _parser().parse_args(argv)
+    options = parse(_parser(), argv)
     try:
         if options.layers or options.hidden:
             data, lines = _planned(options), plan_lines
@@ -44,8 +44,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_parser(
+        __doc__,
+        "",
+        "lag-plan-stages",
+        "lag-plan-stages --layers 4 8 16 --hidden 1024 --seq-length 1024 --batch 512",
     )
     add = parser.add_argument
     add("--layers", type=int, nargs="+", default=[], metavar="N", help="of each stage, or of all")
@@ -146,3 +149,7 @@ def _planned(options: argparse.Namespace) -> dict[str, Any]:
 def _published(options: argparse.Namespace) -> dict[str, Any]:
     law = _law(options.set)
     return published_data(law, _planner(options, law), log_base=_log_base(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,17 +1,8 @@
 """Tokenize text once, for any number of runs.
 
-From the configuration of a run, into the folder where launch/train.py looks for it:
-
-  python tools/prepare_data.py --config configs/X.yaml --workers 8
-
-or from options, into a folder of its own, for `data: {source: prepared, paths: [DIR]}`:
-
-  python tools/prepare_data.py --source jsonl --paths 'text/*.jsonl.gz' --vocab-size 32000 \\
-      --output DIR --workers 8
-  python tools/prepare_data.py --source parquet --paths more/ --tokenizer DIR/tokenizer.json \\
-      --output DIR2
-
-An interrupted call goes on when it is given again. The result does not depend on the workers.
+With --config: into the folder where a run of this configuration looks for it.  With --source and
+--output: into a folder of its own, for `data: {source: prepared, paths: [DIR]}`.  An interrupted
+call goes on when it is given again.  The result does not depend on the workers.
 """
 
 import argparse
@@ -22,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.parser import CONFIG_HELP, add_list_configs, command_parser, parse
 from lag_megatron.cli.warning_filters import ignore_library_warnings
 from lag_megatron.config import RunConfig, load_config, parse_config
+from lag_megatron.config.installed import find_config
 from lag_megatron.config.ranges import MAX_WORKERS, require_positive, require_whole
 from lag_megatron.errors import ConfigError, LagError
 
@@ -34,7 +27,7 @@ _FLAGS = ("source", "paths", "text_key", "tokenizer", "tokenizer_type", "vocab_s
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and prepare; 2 for a user's error, 130 after Ctrl-C."""
-    options = _parser().parse_args(argv)
+    options = parse(_parser(), argv)
     ignore_library_warnings()
     try:
         config = _config(options)
@@ -48,11 +41,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_parser(
+        __doc__,
+        "--config FILE | --source KIND --output DIR",
+        "lag-prepare-data --config gpt2_small_lag --set data.paths=[text] --workers 8",
+        "lag-prepare-data --source jsonl --paths text/*.jsonl.gz --vocab-size 32000 --output DIR",
     )
     add = parser.add_argument
-    add("--config", type=Path, help="YAML file of a run; its mixture gives a folder a source")
+    add("--config", help=f"{CONFIG_HELP}; its mixture gives a folder a source")
+    add_list_configs(parser)
     add("--set", action="append", default=[], metavar="A.B=C", help="override, with --config")
     add("--source", choices=("stdlib", "text", "jsonl", "parquet", "datasets", "prepared"))
     add("--paths", nargs="+", metavar="PATH", help="files, folders, globs")
@@ -86,7 +83,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
                 f"--{given[0].replace('_', '-')}: the configuration says that already. Override "
                 "it with --set, e.g. --set data.tokenizer.vocab_size=8192."
             )
-        return load_config(options.config, overrides=options.set)
+        return load_config(find_config(options.config), overrides=options.set)
     if options.source is None or options.set:
         raise ConfigError("give --config FILE [--set A.B=C], or --source with its options.")
     if options.output is None and options.source != "prepared":
@@ -157,3 +154,7 @@ def _summary(name: str, data: Any) -> str:
         f"documents to train on, {data.validation_tokens:,} of {data.validation_documents:,} to "
         f"validate on ({data.bytes / 1e6:.1f} MB of text, {data.skipped_files} passed over)"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

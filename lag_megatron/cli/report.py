@@ -5,9 +5,11 @@ Without options: write report.html, report.md and figures/*.png into the run dir
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.parser import command_parser, parse
 from lag_megatron.errors import LagError, RunError
 from lag_megatron.report import report_data, write_report, write_search
 from lag_megatron.report.sections.rule_comparison_text import analysis_text, comparison_text
@@ -17,7 +19,7 @@ from lag_megatron.report.stats.rule_comparison import RULES, compare_rules, sear
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and do what it says; 2 for a user's error."""
-    options = _parser().parse_args(argv)
+    options = parse(_parser(), argv)
     try:
         print(_answer(options))
     except LagError as error:
@@ -26,8 +28,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_parser(
+        __doc__,
+        "RUN",
+        "lag-report runs/demo",
+        "lag-report runs/demo --rule halving --rule lag --set growth.lag=20",
     )
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="e.g. runs/demo, or a recorded search (.json[.gz])"
@@ -78,3 +83,7 @@ def _answer(options: argparse.Namespace) -> str:
     if options.json:
         return json.dumps({"name": found[0]["name"], "growth": found}, indent=1, allow_nan=False)
     return "\n\n".join(map(comparison_text, found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Train, grow and probe a run: the command of ``launch/train.py``, on every rank."""
+"""Train, grow and probe a run, on every rank: ``lag-train``, ``launch/train.py``."""
 
 import argparse
 import dataclasses
@@ -7,26 +7,24 @@ import sys
 from pathlib import Path
 
 from lag_megatron.cli.errors import USER_ERROR
+from lag_megatron.cli.parser import CONFIG_HELP, add_list_configs, command_parser, parse
 from lag_megatron.cli.warning_filters import ignore_library_warnings
 from lag_megatron.config import RunConfig, load_config
 from lag_megatron.config.deepspeed import deepspeed_config, read_deepspeed_json
+from lag_megatron.config.installed import cache_dir, find_config
 from lag_megatron.distributed.hostfile import count_slots
 from lag_megatron.errors import LagError
 from lag_megatron.run.compile_cache import set_cache_dirs
 
 
-def main(argv: list[str] | None = None, *, root: Path = Path()) -> int:
-    """Parse the command line and train, or print the plan; 2 for a user's error.
-
-    Args:
-        argv: by default this process's.
-        root: folder of the checkout; builds of compilers are kept in its ``.cache``.
-    """
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and train, or print the plan; 2 for a user's error."""
     # Both have to be done before torch is imported, so nothing above may import it.
     ignore_library_warnings()
-    set_cache_dirs(root.resolve())
-    options = _parser().parse_args(argv)
+    set_cache_dirs(cache_dir())
+    options = parse(_parser(), argv)
     try:
+        options.config = find_config(options.config)
         config = load_config(options.config, overrides=options.set)
         if options.deepspeed_config:
             given = read_deepspeed_json(options.deepspeed_config)
@@ -39,8 +37,16 @@ def main(argv: list[str] | None = None, *, root: Path = Path()) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Train, grow and probe a run.")
-    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser = command_parser(
+        "Train, grow and probe a run.  The same command goes on after any interruption.\n\n"
+        "On several ranks: deepspeed [--hostfile H | --num_gpus N] --module lag_megatron.cli.train "
+        "...,\nor torchrun -m lag_megatron.cli.train ...; alone it is one rank.",
+        "--config CONFIG",
+        "lag-train --config demo --dry-run",
+        "deepspeed --num_gpus 2 --module lag_megatron.cli.train --config demo --set seed=7",
+    )
+    parser.add_argument("--config", required=True, help=CONFIG_HELP)
+    add_list_configs(parser)
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override")
     parser.add_argument("--run-dir", help="default: runs/<config name>")
     parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's tag")
@@ -89,3 +95,7 @@ def _in_a_world() -> bool:
     """Whether ranks have met; before that all of them find the same mistakes."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_initialized()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lag_megatron.checkpoint.open import ZERO, detect, open_checkpoint, resolve_checkpoint
+from lag_megatron.checkpoint.hf.plain_reader import has_names_of, open_under_own_names
+from lag_megatron.checkpoint.open import HF, ZERO, detect, open_checkpoint, resolve_checkpoint
 from lag_megatron.checkpoint.state.box import numel
 from lag_megatron.checkpoint.state.compatibility import parameter_differences
 from lag_megatron.checkpoint.state.layout import ParamGroup, make_layout
@@ -52,7 +53,10 @@ def grow_engine(engine: Any, checkpoint: str | Path, plan: GrowthPlan) -> dict[s
     Args:
         engine: what ``deepspeed.initialize`` returned for the grown model, with ZeRO 0 to 3 and
             Adam of torch or DeepSpeed.
-        checkpoint: a tag directory, or one with a file ``latest``, of any number of ranks.
+        checkpoint: of any format and number of ranks: its directory, or one with a pointer file to
+            it.  A transformers directory has weights alone: moments become 0, and the optimizer's
+            settings stay as they are.  Its tensors have the names of the engine's parameters, or
+            the engine is of Megatron-Core.
         plan: the growth; the operator ``identity`` reshards.
 
     Returns:
@@ -98,7 +102,7 @@ class _LiveEngine:
     def checked(self, checkpoint: Path, plan: GrowthPlan) -> GrownState:
         """The grown state of a checkpoint, which fits this engine; nothing is overwritten yet."""
         _require_precision(self._module, self._topology.precision)
-        growth = GrownState(_open(checkpoint, self._groups), plan, self._topology)
+        growth = GrownState(_open(checkpoint, self._groups, self._module), plan, self._topology)
         _require_same_model(growth, self._groups, self._module)
         self.state.require_compatible(growth)
         growth.source.check_every_file()
@@ -138,10 +142,13 @@ def _parameter_groups(
     return [{names[id(p)]: full_shape(p) for p in group} for group in trained]
 
 
-def _open(path: Path, groups: Sequence[ParamGroup]) -> CheckpointSource:
+def _open(path: Path, groups: Sequence[ParamGroup], module: torch.nn.Module) -> CheckpointSource:
     """The checkpoint; in one of ZeRO-0 optimizer states are numbered in the engine's order."""
     path = resolve_checkpoint(path)
-    if detect(path) != ZERO:
+    kind = detect(path)
+    if kind == HF and has_names_of(path, list(dict(module.named_parameters()))):
+        return _open_transformers(path, groups, module)
+    if kind != ZERO:
         return open_checkpoint(path)
     source = ZeroCheckpoint.open(path)
     lag = source.client_state
@@ -157,6 +164,22 @@ def _open(path: Path, groups: Sequence[ParamGroup]) -> CheckpointSource:
             "that the checkpoint was trained with."
         )
     return replace(source, header={**source.header, "lag": {**lag, "parameter_groups": listed}})
+
+
+def _open_transformers(
+    path: Path, groups: Sequence[ParamGroup], module: torch.nn.Module
+) -> CheckpointSource:
+    """A directory whose tensors have the names of the engine's parameters."""
+    owners = {id(p): name for name, p in module.named_parameters()}
+    names = module.named_parameters(remove_duplicate=False)
+    trained = {name for group in groups for name in group}
+    return open_under_own_names(
+        path,
+        [list(group) for group in groups],
+        [name for name in owners.values() if name not in trained],
+        aliases={name: owners[id(p)] for name, p in names if owners[id(p)] != name},
+        buffers=list(_buffers(module)),
+    )
 
 
 def _require_same_model(

@@ -11,18 +11,17 @@ from pathlib import Path
 _STALE_SECONDS = 90.0
 
 
-def set_cache_dirs(root: Path, environment: MutableMapping[str, str] = os.environ) -> None:
+def set_cache_dirs(cache: Path, environment: MutableMapping[str, str] = os.environ) -> None:
     """Set the folders of DeepSpeed's, Triton's and inductor's builds, where none is set yet.
 
     They are read when torch or Triton is imported, or at the first build, so every process calls
     this before it imports torch.
 
     Args:
-        root: what ``.cache/torch_extensions`` is below, unless TORCH_EXTENSIONS_DIR is set; the
-            others lie beside that.
+        cache: the folder that they are in; where TORCH_EXTENSIONS_DIR is set, they lie beside it.
         environment: is changed.
     """
-    default = str(root / ".cache" / "torch_extensions")
+    default = str(cache / "torch_extensions")
     beside = Path(environment.setdefault("TORCH_EXTENSIONS_DIR", default)).absolute().parent
     environment.setdefault("TRITON_CACHE_DIR", str(beside / "triton"))
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(beside / "inductor"))

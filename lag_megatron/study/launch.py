@@ -177,7 +177,8 @@ def _command(
 
 def _start(command: Sequence[str], log: Path, workers: int) -> "subprocess.Popen[bytes]":
     """Start a run in a session of its own: Ctrl-C reaches it as a SIGTERM from this process."""
-    environment = {**os.environ, "PATH": _path()}
+    # A module that is started as a file must not put its folder in front of the import path.
+    environment = {**os.environ, "PATH": _path(), "PYTHONSAFEPATH": "1"}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     with log.open("ab") as output:
         return subprocess.Popen(

@@ -146,6 +146,16 @@ def gathered(engine):
         return {name: p.detach().clone() for name, p in parameters.items()}
 
 
+def masters(optimizer):
+    """The fp32 masters of a DeepSpeed optimizer, of any ZeRO stage."""
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        if hasattr(optimizer, name):
+            return list(getattr(optimizer, name))
+    if hasattr(optimizer, "fp32_groups"):
+        return [p for group in optimizer.fp32_groups for p in group]
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def train_and_save(ways):
     """On each rank: one checkpoint after the other; their whole parameters."""
     found = []

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from lag_megatron.checkpoint.hf import format as hf_format
-from lag_megatron.checkpoint.state.box import Shape
+from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.errors import CheckpointError
 
@@ -38,6 +39,14 @@ class LazyTensor:
             return columns.t()
         found: Tensor = self.values[first:last]
         return found
+
+    def equals(self, other: "LazyTensor") -> bool:
+        """Whether another tensor has the same shape and values; 1 MiB or so is read at a time."""
+        step = max(1, (1 << 20) // max(1, numel(other.shape[1:])))
+        return self.shape == other.shape and all(
+            torch.equal(self.rows(at, at + step), other.rows(at, at + step))
+            for at in range(0, self.shape[0], step)
+        )
 
 
 def open_tensors(path: Path) -> dict[str, LazyTensor]:

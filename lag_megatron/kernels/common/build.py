@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from lag_megatron.config.installed import cache_dir
 from lag_megatron.errors import LagError
 
 _CPU_FLAGS = (
@@ -109,7 +110,7 @@ def load_library(source: Path) -> ctypes.CDLL:
     headers = [header.read_text() for header in sorted(source.parent.glob("*.h"))]
     about = [source.read_text(), *headers, *command, machine]
     name = f"{source.stem}-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
-    default = Path.home() / ".cache" / "lag_megatron"
+    default = cache_dir() / "torch_extensions"
     target = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default)) / "lag_megatron" / name
     if not target.exists():
         build(source, command, target)

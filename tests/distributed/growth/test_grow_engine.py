@@ -6,9 +6,11 @@ Growing in place has to be the same, bit for bit, as growing on disk and having 
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import transformers_engines
 from conftest import run_ranks
 from full_state import tree_differences
 from plain_program import (
@@ -19,9 +21,11 @@ from plain_program import (
     Plain,
     build,
     grow,
+    masters,
     train,
     train_and_save,
 )
+from transformers_engines import bert, llama
 
 from lag_megatron.engine.grow_engine import grow_engine
 from lag_megatron.errors import CheckpointError, PlanError
@@ -59,15 +63,6 @@ def contents(engine):
         "scheduler": engine.lr_scheduler.state_dict(),
         "counts": (engine.global_steps, engine.global_samples, engine.skipped_steps),
     }
-
-
-def masters(optimizer):
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        if hasattr(optimizer, name):
-            return list(getattr(optimizer, name))
-    if hasattr(optimizer, "fp32_groups"):
-        return [p for group in optimizer.fp32_groups for p in group]
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def grow_both_ways(at, source, folder, plan=GROW, build=build, train=train):
@@ -117,59 +112,26 @@ def test_numbered_states_of_zero0_are_in_the_order_of_the_engines_groups(precisi
         assert found == []
 
 
-def build_llama(at, layers):
-    """A Llama of transformers with tied heads, whose optimizer and scheduler DeepSpeed makes."""
-    import deepspeed
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    deepspeed.init_distributed("gloo")
-    torch.manual_seed(layers)
-    sizes = {"hidden_size": 12, "intermediate_size": 20, "vocab_size": 30}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    model = LlamaForCausalLM(
-        LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=True, **sizes, **heads)
-    )
-    adam = {"lr": 1e-2, "weight_decay": 0.1, "torch_adam": True}
-    warmup = {"warmup_max_lr": 1e-2, "warmup_num_steps": 8}
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=model.parameters(),
-        config=at.config()
-        | {"optimizer": {"type": "AdamW", "params": adam}}
-        | {"scheduler": {"type": "WarmupLR", "params": warmup}},
-    )
-    return engine
+TRANSFORMERS = [
+    (llama, True, At(1, 2)),
+    (bert, True, At(2, 2)),
+    pytest.param(llama, True, At(3, 2, "bf16"), marks=pytest.mark.slow),
+    pytest.param(bert, True, At(0, 2, "bf16"), marks=pytest.mark.slow),
+    # DeepSpeed compiles its own Adam when it is first asked for.
+    pytest.param(llama, False, At(1, 2), marks=pytest.mark.slow),
+    pytest.param(bert, False, At(3, 2, "bf16"), marks=pytest.mark.slow),
+]
 
 
-def train_llama(engine, steps):
-    losses = []
-    for step in steps:
-        seed = torch.Generator().manual_seed(10 * step + engine.global_rank)
-        text = torch.randint(0, 30, (2, 6), generator=seed)
-        loss = engine(input_ids=text, labels=text).loss
-        engine.backward(loss)
-        engine.step()
-        losses.append(float(loss.detach()))
-    return losses
-
-
-def save_llama(at, folder):
-    engine = build_llama(at, 2)
-    train_llama(engine, range(STEPS))
-    engine.save_checkpoint(str(folder), "source")
-    engine.destroy()
-
-
-@pytest.mark.parametrize(
-    "after", [At(1, 2), pytest.param(At(3, 2, "bf16"), marks=pytest.mark.slow)], ids=str
-)
-def test_a_llama_of_transformers_grows_in_place(after, tmp_path):
-    run_ranks(save_llama, 2, At(1, 2), tmp_path)
+@pytest.mark.parametrize(("make_model", "torch_adam", "after"), TRANSFORMERS)
+def test_a_model_of_transformers_grows_in_place(make_model, torch_adam, after, tmp_path):
+    build = partial(transformers_engines.build, make_model=make_model, torch_adam=torch_adam)
+    run_ranks(transformers_engines.save, 2, At(1, 2), tmp_path, build)
     plan = GrowthPlan.for_checkpoint(
         tmp_path / "source", operator="lag", layers=3, index=1, block_size=1, init="duplicate"
     )
     grow(tmp_path / "source", tmp_path / "grown", plan, after)
-    ways = (tmp_path / "source", tmp_path, plan, build_llama, train_llama)
+    ways = (tmp_path / "source", tmp_path, plan, build, transformers_engines.train)
     for found, client_state in run_ranks(grow_both_ways, 2, after, *ways):
         assert found == []
         assert set(client_state) == {"lag"}

@@ -18,9 +18,7 @@ def test_all_lie_beside_each_other(tmp_path):
     found: dict[str, str] = {}
     set_cache_dirs(tmp_path, found)
     parts = ("torch_extensions", "triton", "inductor")
-    assert found == {
-        name: str(tmp_path / ".cache" / part) for name, part in zip(NAMES, parts, strict=True)
-    }
+    assert found == {name: str(tmp_path / part) for name, part in zip(NAMES, parts, strict=True)}
 
 
 def test_what_is_named_already_stays(tmp_path):

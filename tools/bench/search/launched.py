@@ -151,6 +151,6 @@ def launch(script: Path, arguments: Sequence[str], *, ranks: int) -> None:
 def _environment() -> dict[str, str]:
     """DeepSpeed builds its communication op with the ninja beside this Python."""
     found = {**os.environ, "OMP_NUM_THREADS": "1"}
-    set_cache_dirs(ROOT, found)
+    set_cache_dirs(ROOT / ".cache", found)
     found["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), found.get("PATH", "")])
     return found
