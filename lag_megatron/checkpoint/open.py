@@ -21,8 +21,8 @@ from lag_megatron.checkpoint.universal.reader import open_universal
 from lag_megatron.checkpoint.zero import describe
 from lag_megatron.checkpoint.zero.header import resolve_tag
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.config.ranges import MAX_VOCAB_SIZE, require_whole
 from lag_megatron.config.schema.param_names import ParamNames
+from lag_megatron.config.schema.ranges import MAX_VOCAB_SIZE, require_whole
 from lag_megatron.errors import CheckpointError
 from lag_megatron.small_files import read_pointer
 

@@ -12,7 +12,7 @@ from lag_megatron.cli import train
 from lag_megatron.cli.errors import print_error
 from lag_megatron.cli.parser import add_list_configs, command_parser, parse
 from lag_megatron.config.installed import checkout, find_config
-from lag_megatron.config.ranges import MAX_WORKERS, require_whole
+from lag_megatron.config.schema.ranges import MAX_WORKERS, require_whole
 from lag_megatron.errors import LagError, RunError
 from lag_megatron.study import (
     StudyFolder,

@@ -7,14 +7,14 @@ from typing import Any
 
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import CheckpointSource
-from lag_megatron.config.ranges import (
+from lag_megatron.config.schema.param_names import read_param_names
+from lag_megatron.config.schema.ranges import (
     MAX_LAYERS,
     MAX_SEED,
     MAX_WORKERS,
     require_positive,
     require_whole,
 )
-from lag_megatron.config.schema.param_names import read_param_names
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.grown_state import retarget
 from lag_megatron.growth.operators import OPERATORS

@@ -17,7 +17,7 @@ from lag_megatron.cli.parser import CONFIG_HELP, add_list_configs, command_parse
 from lag_megatron.cli.warning_filters import ignore_library_warnings
 from lag_megatron.config import RunConfig, load_config, parse_config
 from lag_megatron.config.installed import find_config
-from lag_megatron.config.ranges import MAX_WORKERS, require_positive, require_whole
+from lag_megatron.config.schema.ranges import MAX_WORKERS, require_positive, require_whole
 from lag_megatron.errors import ConfigError, LagError
 
 _CACHE = Path("runs") / ".cache" / "data"

@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from lag_megatron.config.ranges import MAX_LAYERS
 from lag_megatron.config.schema.base import FORBID, Tree
+from lag_megatron.config.schema.ranges import MAX_LAYERS
 from lag_megatron.config.schema.raptr import RaptrConfig, fixed_layers
 from lag_megatron.config.schema.shares import shares
 from lag_megatron.config.validation.messages import describe_errors, truth_value_problems

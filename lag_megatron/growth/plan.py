@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lag_megatron.checkpoint.families.layer_stack import find_layer_stack, largest_stack
-from lag_megatron.config.ranges import MAX_LAYERS, MAX_SEED, require_positive, require_whole
 from lag_megatron.config.schema.param_names import ParamNames, parse_param_names
+from lag_megatron.config.schema.ranges import MAX_LAYERS, MAX_SEED, require_positive, require_whole
 from lag_megatron.errors import LagError, PlanError
 from lag_megatron.growth.operators import layer_map_of
 from lag_megatron.growth.operators.layer_map import LayerMap, keeps_old_norms, moves_second_norm

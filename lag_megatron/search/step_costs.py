@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lag_megatron.config.ranges import require_whole
+from lag_megatron.config.schema.ranges import require_whole
 from lag_megatron.errors import ConfigError
 from lag_megatron.growth.pool import Candidate
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from lag_megatron.config.ranges import (
+from lag_megatron.config.schema.ranges import (
     MAX_INTEGER,
     MAX_LAYERS,
     MAX_RANKS,

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lag_megatron.config.ranges import MAX_INTEGER
+from lag_megatron.config.schema.ranges import MAX_INTEGER
 
 # NUL, and halves of surrogate pairs, which neither files nor paths can hold.
 _IMPOSSIBLE = re.compile(r"[\x00\ud800-\udfff]")

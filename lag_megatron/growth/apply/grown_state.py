@@ -32,7 +32,7 @@ from lag_megatron.checkpoint.state.tensor_parallel import (
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer.context import DEFAULT_CONTEXT, WriteContext
 from lag_megatron.checkpoint.zero.writer import bytes_of, write_rank
-from lag_megatron.config.ranges import MAX_RANKS, require_whole
+from lag_megatron.config.schema.ranges import MAX_RANKS, require_whole
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.aliases import grown_aliases
 from lag_megatron.growth.apply.fill import GrowthFiller

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from lag_megatron.config.ranges import MAX_LAYERS
+from lag_megatron.config.schema.ranges import MAX_LAYERS
 from lag_megatron.errors import PlanError
 
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)

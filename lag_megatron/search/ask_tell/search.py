@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.config.ranges import require_positive, require_whole
+from lag_megatron.config.schema.ranges import require_positive, require_whole
 from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.growth.pool import Candidate, pool
 from lag_megatron.report import write_report

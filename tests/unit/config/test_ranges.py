@@ -9,7 +9,7 @@ import pytest
 from configuring import BASE, config, problems
 
 from lag_megatron.config import GrowthConfig, RunConfig, parse_config, parse_growth
-from lag_megatron.config.ranges import require_positive, require_whole
+from lag_megatron.config.schema.ranges import require_positive, require_whole
 from lag_megatron.errors import ConfigError, PlanError
 
 # Values that no key of the schema takes, or none as a number.
