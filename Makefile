@@ -54,7 +54,7 @@ test: setup $(EVAL)
 	$(MAKE) --jobs=2 --output-sync=target test-processes test-ranks
 
 test-processes:
-	$(PYTEST) -m "not slow and not gpu" --durations=15 tests/static tests/unit tests/e2e
+	$(PYTEST) -m "not slow and not gpu" --durations=15 tests/static tests/unit tests/docs tests/e2e
 
 test-ranks:
 	$(PYTEST) -m "not slow and not gpu" --durations=15 tests/distributed

@@ -110,6 +110,7 @@ def grow(
     *,
     workers: int = 4,
     progress: Progress | None = None,
+    lock: bool = True,
     **ranks: Unpack[Ranks],
 ) -> Path:
     """Grow a ZeRO checkpoint shard by shard, or move it to another number of ranks.
@@ -121,6 +122,7 @@ def grow(
         workers: files that are written at a time.
         progress: called with the number of bytes after each piece, from several threads; by
             default a bar is shown on a terminal.
+        lock: refuse to write what another process is writing; False for file systems without locks.
         ranks: ``world_size``, ``zero_stage``, ...: see :class:`Ranks`.
 
     Returns:
@@ -128,6 +130,7 @@ def grow(
 
     Raises:
         PlanError: if the plan or the ranks do not fit the checkpoint, or the target exists.
+        RunError: if another process writes the target, or its file system has no locks.
         CheckpointError: if the source is damaged or the disk too small.
     """
     _require_workers(workers)
@@ -138,7 +141,13 @@ def grow(
     size = GrownState(opened, plan, topology).bytes_to_write
     with _reported(progress, size) as count:
         grow_checkpoint(
-            opened.path, written, plan, topology=topology, workers=workers, written=count
+            opened.path,
+            written,
+            plan,
+            topology=topology,
+            workers=workers,
+            written=count,
+            lock=lock,
         )
     return written
 
@@ -155,6 +164,7 @@ def convert(
     verify: bool = False,
     workers: int = 4,
     progress: Progress | None = None,
+    lock: bool = True,
     **ranks: Unpack[Ranks],
 ) -> Path:
     """Take a checkpoint from one format to another, growing it on the way if there is a plan.
@@ -171,6 +181,7 @@ def convert(
         workers: files that are written at a time.
         progress: called with the number of bytes after each piece, from several threads; by
             default a bar is shown on a terminal.
+        lock: refuse to write what another process is writing; False for file systems without locks.
         ranks: of the training that will load it: see :class:`Ranks`.  The ZeRO stage is 1 where
             the source has none.
 
@@ -179,16 +190,15 @@ def convert(
 
     Raises:
         PlanError: if the plan or the ranks do not fit the checkpoint.
+        RunError: if another process writes the target, or its file system has no locks.
         CheckpointError: if the source is damaged, or ``verify`` finds a difference.
     """
     _require_workers(workers)
     opened = open_checkpoint(Path(source), vocab_size=vocab_size, weights_only=weights_only)
-    rows = vocab_size if to == "hf" else None
-    conversion = _conversion(opened, plan, ranks, to=to, dtype=dtype, vocabulary=rows)
+    conversion = _conversion(opened, plan, ranks, to=to, dtype=dtype, vocabulary=vocab_size)
     written = conversion.target_dir(Path(target))
-    job = conversion.job(written)
-    with _reported(progress, job.needed) as count:
-        write(job, workers=workers, written=count)
+    with _reported(progress, (job := conversion.job(written)).needed) as count:
+        write(job, workers=workers, written=count, lock=lock)
     if verify and (found := list(differences(conversion, written))):
         raise CheckpointError(f"{written}: differs from {source}: {'; '.join(found[:3])}.")
     return written

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lag_megatron.cli import train
 from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.lock_option import add_lock_option
 from lag_megatron.cli.parser import add_list_configs, command_parser, parse
 from lag_megatron.config.installed import checkout, find_config
 from lag_megatron.config.schema.ranges import MAX_WORKERS, require_whole
@@ -24,6 +25,7 @@ from lag_megatron.study import (
     prepare_study,
     write_study,
 )
+from lag_megatron.targets.file_lock import sole_writer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     add_list_configs(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/studies/<study>")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time")
+    add_lock_option(parser)
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--dry-run", action="store_true", help="print the plan and its costs")
     only.add_argument("--report-only", action="store_true", help="report what is there")
@@ -74,28 +77,34 @@ def _compare(options: argparse.Namespace, *, script: Path) -> int:
             raise RunError(
                 f"{folder.root}: nothing there to report. Run the study first, or give --out."
             )
-        _say(f"report: {write_study(plan, folder)}")
+        _report(plan, folder, lock=options.lock)
         return 0
     _say(plan_text(plan, folder))
     if options.dry_run:
         return 0
-    return _run(plan, folder, script=script, workers=options.workers)
+    with sole_writer(folder.root / "study", lock=options.lock):
+        return _run(plan, folder, options, script=script)
 
 
-def _run(plan: StudyPlan, folder: StudyFolder, *, script: Path, workers: int) -> int:
-    left = prepare_study(plan, folder, workers=workers)
+def _report(plan: StudyPlan, folder: StudyFolder, *, lock: bool) -> None:
+    with sole_writer(folder.root / "report", lock=lock):
+        _say(f"report: {write_study(plan, folder)}")
+
+
+def _run(plan: StudyPlan, folder: StudyFolder, options: argparse.Namespace, *, script: Path) -> int:
+    left = prepare_study(plan, folder, workers=options.workers)
     ended = launch_runs(
         left,
         folder,
         script=script,
         launcher=plan.study.config.launcher,
-        workers=workers,
+        workers=options.workers,
         say=_say,
     )
     if ended.signal is not None:
         _say("stopped; the same command goes on from here, --report-only reports what is there")
         return 128 + ended.signal
-    _say(f"report: {write_study(plan, folder)}")
+    _report(plan, folder, lock=options.lock)
     for failure in ended.failures:
         print(f"failed: {failure.run.name}", file=sys.stderr)
     return 1 if ended.failures else 0

@@ -8,6 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from lag_megatron.checkpoint.families.layer_stack import count_layers
+from lag_megatron.checkpoint.families.roles import foreign_name
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
 from lag_megatron.checkpoint.open import open_checkpoint
 from lag_megatron.checkpoint.state.source import CheckpointSource, UnshardedCheckpoint
@@ -20,12 +22,13 @@ from lag_megatron.errors import LagError, PlanError, printable
 from lag_megatron.growth.apply.conversion import Conversion
 from lag_megatron.growth.apply.verify import differences
 
-_FORMATS = {
-    "zero": 'DeepSpeed loads it with load_checkpoint("{0}")',
-    "universal": 'DeepSpeed loads it with load_checkpoint("{0}") under '
+# How to load each format; that a program has loaded it is not claimed.
+_LOAD = {
+    "zero": 'load_checkpoint("{0}") of DeepSpeed',
+    "universal": 'load_checkpoint("{0}") of DeepSpeed, under '
     '{{"checkpoint": {{"load_universal": true}}}}',
-    "megatron": "Megatron loads it with --load {0} --ckpt-format torch_dist",
-    "hf": 'transformers loads it with from_pretrained("{0}")',
+    "megatron": "--load {0} --ckpt-format torch_dist of Megatron",
+    "hf": 'from_pretrained("{0}") of transformers',
 }
 
 
@@ -49,12 +52,29 @@ def main(argv: list[str] | None = None) -> int:
         if options.dry_run:
             return 0
         with progress_bar(job.needed) as written:
-            is_new = write(job, workers=options.workers, written=written)
+            is_new = write(job, workers=options.workers, written=written, lock=options.lock)
         done = "written" if is_new else "there already"
-        print(f"{done}: {_FORMATS[options.to].format(options.target)}")
+        print(f"{done}: {target}, {_holds(conversion)}")
+        print(f"to load it: {_LOAD[options.to].format(options.target)}")
         return _verify(conversion, target) if options.verify else 0
     except LagError as error:
         return print_error(error)
+
+
+def _holds(conversion: Conversion) -> str:
+    """What was written: of which model, under whose names."""
+    state = conversion.unsharded
+    layers = f"{count_layers(state.shapes)} layers"
+    if conversion.to == "hf":
+        return f"a {conversion.export.architecture.name} of {layers}, without optimizer states"
+    if foreign_name(state.shapes) is not None:
+        return f"of {layers}, with the source's parameter names"
+    if any(".post_mlp_layernorm." in name for name in state.shapes):
+        return (
+            f"of {layers}, with the parameter names of lag_megatron's post-LN BERT, which "
+            "Megatron-Core's own BERT does not have"
+        )
+    return f"of {layers}, with Megatron-Core's parameter names"
 
 
 def _verify(conversion: Conversion, target: Path) -> int:
@@ -62,7 +82,8 @@ def _verify(conversion: Conversion, target: Path) -> int:
     for line in found:
         print(printable(line))
     if not found:
-        print("verified: every tensor of the target has the source's values")
+        what = "weight" if conversion.to == "hf" else "master and every moment"
+        print(f"verified: every {what} of the target has the source's value")
     return 1 if found else 0
 
 
@@ -76,7 +97,7 @@ def _conversion(options: argparse.Namespace, source: CheckpointSource) -> Conver
         tokenizer=_tokenizer(options.tokenizer),
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
-        vocabulary=options.vocab_size if options.to == "hf" else None,
+        vocabulary=options.vocab_size,
         stacked=not options.non_homogeneous_layers,
     )
 
@@ -99,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="its directory, or one that points to it")
     add("target", type=Path, metavar="TARGET", help="gets a tag; with --to hf it is the directory")
-    add("--to", required=True, choices=sorted(_FORMATS), help="the format to write")
+    add("--to", required=True, choices=sorted(_LOAD), help="the format to write")
     add_growth_options(parser)
     add("--vocab-size", type=int, metavar="N", help="rows of the vocabulary: from transformers "
         "with padding (default: rounded up to 128), to transformers without")  # fmt: skip

@@ -23,12 +23,15 @@ lose their beginning.
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lag_megatron.atomic_io import write_atomically
 from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.lock_option import add_lock_option
 from lag_megatron.cli.parser import command_parser, parse
 from lag_megatron.cli.warning_filters import ignore_library_warnings
 from lag_megatron.errors import ConfigError, LagError
@@ -36,6 +39,7 @@ from lag_megatron.evaluation.candidates import score_candidates
 from lag_megatron.evaluation.export import ExportOptions, export_to_transformers, find_checkpoint
 from lag_megatron.evaluation.harness import evaluate, format_results, require_harness
 from lag_megatron.evaluation.task_data import TASKS, find_file, read_documents
+from lag_megatron.targets.file_lock import sole_writer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--export-dir", type=Path, metavar="DIR", help="keep the directory of transformers here")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of exported weights")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json, if not the run's own")
+    add_lock_option(parser)
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     add(
         "--candidates",
@@ -86,6 +91,14 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1 (got {value})")
     return value
+
+
+def _targets(options: argparse.Namespace) -> Iterator[Path]:
+    """What is written beside an exported model, which has a lock of its own."""
+    if options.output:
+        yield options.output
+    if options.candidates and options.model.is_dir():
+        yield options.model / "scores"
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -103,7 +116,35 @@ def _run(options: argparse.Namespace) -> None:
         "batch_size": options.batch_size,
         "device": _device(options),
     }
-    results = partial(_evaluate, options, data, settings)
+    if options.output:
+        _require_results(options.output)
+    with ExitStack() as locks:
+        for target in _targets(options):
+            locks.enter_context(sole_writer(target, lock=options.lock))
+        _score(options, partial(_evaluate, options, data, settings))
+
+
+def _require_results(file: Path) -> None:
+    """Refuse to write over a file with anything but earlier results: it may be an input.
+
+    Raises:
+        ConfigError: if it holds something else.
+    """
+    if not file.exists():
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not {"model", "results"} <= found.keys():
+        raise ConfigError(
+            f"--output {file}: is there already and holds no results of this program, so it is "
+            "left alone. Name another file."
+        )
+
+
+def _score(options: argparse.Namespace, results: Callable[[Path], dict[str, Any]]) -> None:
+    """Evaluate, print and write."""
     written: dict[str, Any] = {}
     about = {"model": str(options.model), "dtype": options.dtype, "limit": options.limit}
     if options.candidates:
@@ -127,7 +168,9 @@ def _evaluate(
     folder: Path | None = options.export_dir
     if folder and options.candidates:  # growthNN/<id>, as in the run directory
         folder = folder.joinpath(*path.parts[-3:-1])
-    export = ExportOptions(tokenizer=options.tokenizer, dtype=options.dtype, folder=folder)
+    export = ExportOptions(
+        tokenizer=options.tokenizer, dtype=options.dtype, folder=folder, lock=options.lock
+    )
     with export_to_transformers(path, export) as model:
         return evaluate(model, data, **settings)
 

@@ -34,6 +34,7 @@ from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.apply.hardlink_dcp import hardlink_dcp
 from lag_megatron.growth.apply.hardlink_universal import hardlink_universal
 from lag_megatron.growth.operators.layer_map import format_layer_map
+from lag_megatron.targets.overlap import require_apart
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,6 +60,7 @@ def _grow(options: argparse.Namespace) -> None:
     plan = plan_of(options, source, may_stay=changes_topology(options))
     topology = topology_of(options, source.topology)
     target = options.target / source.path.resolve().name
+    require_apart(target, source.path)
     growth = GrownState(source, plan, topology)
     _print_growth(growth, target, options)
     if not is_verifiable(source.path):
@@ -67,9 +69,16 @@ def _grow(options: argparse.Namespace) -> None:
         return
     with progress_bar(growth.bytes_to_write) as written:
         grow_checkpoint(
-            source.path, target, plan, topology=topology, workers=options.workers, written=written
+            source.path,
+            target,
+            plan,
+            topology=topology,
+            workers=options.workers,
+            written=written,
+            lock=options.lock,
         )
-    print(f'written: DeepSpeed loads it with load_checkpoint("{options.target}")')
+    print(f"written: {target}, of {plan.target_layers} layers, with the source's parameter names")
+    print(f'to load it: load_checkpoint("{options.target}") of DeepSpeed')
 
 
 def _link(options: argparse.Namespace) -> None:
@@ -92,8 +101,9 @@ def _link(options: argparse.Namespace) -> None:
     )
     print(f"to write: {job.needed / 2**20:.1f} MiB; all else is linked")
     if not options.dry_run:
-        write(job, workers=options.workers)
-        print(f"written: {target} shares files with {source.path}; neither is ever changed")
+        write(job, workers=options.workers, lock=options.lock)
+        print(f"written: {target}, of {plan.target_layers} layers")
+        print(f"its files are hard links to those of {source.path}: never change them in place")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import CheckpointSource
+from lag_megatron.cli.lock_option import add_lock_option
 from lag_megatron.config.schema.param_names import read_param_names
 from lag_megatron.config.schema.ranges import (
     MAX_LAYERS,
@@ -56,6 +57,7 @@ def add_topology_options(parser: argparse.ArgumentParser) -> None:
     add("--zero-stage", type=int, choices=(0, 1, 2, 3), help="DeepSpeed's ZeRO stage")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="of the forward weights")
     add("--workers", type=int, default=DEFAULT_WORKERS, metavar="N", help="files at a time")
+    add_lock_option(parser)
     add("--dry-run", action="store_true", help="show what would be done and leave nothing behind")
 
 

@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 
 from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.lock_option import add_lock_option
 from lag_megatron.cli.parser import command_parser, parse
 from lag_megatron.errors import LagError, RunError
 from lag_megatron.report import report_data, write_report, write_search
 from lag_megatron.report.sections.rule_comparison_text import analysis_text, comparison_text
 from lag_megatron.report.stats.recorded_search import read_search, recorded_searches
 from lag_megatron.report.stats.rule_comparison import RULES, compare_rules, search_data
+from lag_megatron.targets.file_lock import sole_writer
+from lag_megatron.targets.overlap import require_apart
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +61,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--growth", type=int, metavar="N", help="only this growth event (--record: the last)"
     )
+    add_lock_option(parser)
     return parser
+
+
+def _require_recorded(file: Path, run: Path) -> None:
+    """Refuse to write over a file with anything but an earlier recorded search.
+
+    Raises:
+        RunError: if it holds something else, or is what is read.
+    """
+    if run.is_file():
+        require_apart(file, run, error=RunError)
+    try:
+        if file.exists():
+            read_search(file)
+    except LagError:
+        raise RunError(
+            f"--record {file}: is there already and holds no recorded search, so it is left "
+            "alone. Name another file."
+        ) from None
 
 
 def _answer(options: argparse.Namespace) -> str:
@@ -67,10 +89,13 @@ def _answer(options: argparse.Namespace) -> str:
     if not compared and not options.record and run.is_dir():
         if options.json:
             return json.dumps(report_data(run), indent=1, allow_nan=False)
-        return str(write_report(run))
+        with sole_writer(run / "report", lock=options.lock):
+            return str(write_report(run))
     if options.record:
+        _require_recorded(options.record, run)
         growth = options.growth or max((s.growth for s in recorded_searches(run)), default=1)
-        write_search(run, growth, options.record)
+        with sole_writer(options.record, lock=options.lock):
+            write_search(run, growth, options.record)
         return str(options.record)
     searches = recorded_searches(run) if run.is_dir() else [read_search(run)]
     searches = [s for s in searches if options.growth in (None, s.growth)]

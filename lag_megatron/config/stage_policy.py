@@ -39,13 +39,14 @@ class StackingConfig:
         tokens: the same in tokens.
         split: ``uniform``, or ``proportional``: stage i of K, from 1, gets the share ``i^alpha`` of
             the sum (PROP-alpha of Saunshi et al. 2024, arXiv 2409.19044, section 3).
-        alpha: exponent of ``proportional``.
+        alpha: exponent of ``proportional``; 0 or more.
         paths: ``raptr``: the path length of each stage.
         flops_share: instead of ``paths``, the share of the layers' FLOPs of all steps that the
             paths may take at most: ``path_stages`` lengths (one, or several that rise evenly to all
-            layers), as long as the share allows.
-        path_stages: how many stages ``flops_share`` has; null is 4.
-        full_warmup: steps (or tokens) at the beginning, of those above, with all layers.
+            layers), as long as the share allows; in (0, 1].
+        path_stages: how many stages ``flops_share`` has; null is 4; 1 or more.
+        full_warmup: steps (or tokens) at the beginning, of those above, with all layers; 0
+            or more.
     """
 
     __pydantic_config__ = FORBID

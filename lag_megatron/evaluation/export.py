@@ -28,11 +28,13 @@ class ExportOptions:
         tokenizer: a ``tokenizer.json``; by default the run's own.
         dtype: of the weights.
         folder: where the directory is kept; by default it is temporary.
+        lock: refuse a second writer of ``folder``.
     """
 
     tokenizer: Path | None = None
     dtype: Precision = "fp32"
     folder: Path | None = None
+    lock: bool = True
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -90,7 +92,7 @@ def export_to_transformers(path: Path, options: ExportOptions) -> Iterator[Path]
             tokenizer=find_tokenizer(path, options.tokenizer),
             dtype=options.dtype,
         )
-        write(conversion.job(folder))
+        write(conversion.job(folder), lock=options.lock and options.folder is not None)
         yield folder
 
 

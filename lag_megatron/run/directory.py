@@ -11,8 +11,8 @@ from typing import IO, Any
 from lag_megatron.atomic_io import write_atomically
 from lag_megatron.config import RunConfig, dump_config, load_config
 from lag_megatron.errors import ConfigError, RunError
-from lag_megatron.run.file_lock import lock_file
 from lag_megatron.small_files import read_json
+from lag_megatron.targets.file_lock import lock_file
 
 # What may differ between two starts of one run: nothing that changes its numbers beyond rounding.
 _FREE_KEYS = (

@@ -1,5 +1,6 @@
 """A wheel does each command's job outside of the checkout, in front of this environment."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -45,7 +46,7 @@ def job(installed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere")
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "again"]
     lines = [" ".join(words[i % 10 :] + words[: i % 7]) for i in range(3000)]
-    (folder / "text.txt").write_text("\n\n".join(lines))
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
     (folder / "wikitext.txt").write_text(" = Title = \n\n the quick brown fox \n")
     environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
 
@@ -67,14 +68,14 @@ def test_each_command(job, installed):
     where = [sys.executable, "-c", "import lag_megatron; print(lag_megatron.__file__)"]
     assert Path(job("", launcher=where).strip()).is_relative_to(installed)
     assert "\ndemo " in job("lag-train", "--list-configs")
-    prepare = ["--source", "text", "--paths", "text.txt", "--vocab-size", "300"]
+    prepare = ["--source", "jsonl", "--paths", "text.jsonl", "--vocab-size", "300"]
     job("lag-prepare-data", *prepare, "--output", "prepared", "--workers", "1")
     settings = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
     assert "stage 0" in job("lag-train", "--config", "demo", *settings, "--dry-run")
     job("lag-train", "--config", "demo", *settings)
     (tag,) = (job.folder / "runs" / "demo").glob("stage00/step*")
     assert "2 layers" in job("lag-inspect", str(tag), "--verify")
-    plan = ["--operator", "last", "--set", "block_size=1", "--layers", "3"]
+    plan = ["--operator", "last", "--layers", "3"]
     job("lag-grow", str(tag), "grown", *plan)
     job("lag-respread", "grown", "moved", "--world-size", "2", "--zero-stage", "2")
     moved = job("lag-inspect", "moved")
@@ -82,8 +83,8 @@ def test_each_command(job, installed):
     assert "2 data-parallel" in moved
     job("lag-convert", "moved", "model", "--to", "hf")
     assert "report.html" in job("lag-report", "runs/demo")
-    job("lag-evaluate", "runs/demo", "--tasks", "wikitext", "--data", "wikitext.txt")
-    assert "layers" in job("lag-plan-stages")
+    job("lag-evaluate", "runs/demo", "--tasks", "wikitext", "--data", "wikitext=wikitext.txt")
+    assert "reproduced" in job("lag-plan-stages")
     assert "raptr" in job("lag-compare-policies", "studies/raptr_bert_small", "--dry-run")
 
 

@@ -37,7 +37,8 @@ WITH_SUB_PACKAGES = [
 ]
 LOOSE = {"errors", "atomic_io", "small_files", "api"}
 STRICT = {
-    *("errors", "atomic_io", "small_files", "config", "planning", "selection", "checkpoint"),
+    *("errors", "atomic_io", "small_files", "targets", "config", "planning", "selection"),
+    "checkpoint",
     *(
         "growth",
         "run",

@@ -5,6 +5,7 @@ table requires.  A name that some other model shares with it says nothing.
 """
 
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -27,6 +28,7 @@ FAMILIES: tuple[Family, ...] = (
     torch_layers.DECODER,
 )
 _SHOWN = 5
+_MEGATRON_NAME = re.compile(r"(?:decoder|encoder)\.layers\.\d+\.(?P<tail>.+)")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,16 @@ def megatron_role(name: str) -> Role | None:
     for family in (gpt.MEGATRON, bert.MEGATRON, llama.MEGATRON):
         ends |= family.outside
     return next((role for end, role in ends.items() if _ends(name, end)), None)
+
+
+def foreign_name(names: Iterable[str]) -> str | None:
+    """The first name that no GPT or BERT of Megatron-Core has; None if all could be its."""
+    outside = {**gpt.MEGATRON.outside, **bert.MEGATRON.outside, **llama.MEGATRON.outside}
+    for name in names:
+        match = _MEGATRON_NAME.fullmatch(name)
+        if (match["tail"] not in MEGATRON_LAYER.roles) if match else (name not in outside):
+            return name
+    return None
 
 
 def _given_roles(names: list[str], patterns: Mapping[str, Role]) -> dict[str, Role]:

@@ -11,6 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint.families.describe_layers import describe_layers
+from lag_megatron.checkpoint.hf.weight_files import (
+    INDEX,
+    PICKLED,
+    PICKLED_INDEX,
+    WEIGHTS,
+    pickled_files,
+    safetensors_files,
+    weight_notes,
+)
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records, has_checksums
@@ -19,8 +28,6 @@ from lag_megatron.errors import CheckpointError
 from lag_megatron.small_files import parse_json, read_json
 
 CONFIG, TRAINER = "config.json", "trainer_state.json"
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLED, _PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 _BITS = {"F4": 4, "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
 _BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
@@ -87,7 +94,7 @@ def read_safetensors_header(file: Path) -> dict[str, SafetensorsEntry]:
 
 def looks_like_transformers(path: Path) -> bool:
     """Whether a directory holds weights or a ``config.json`` of transformers, complete or not."""
-    names = (_WEIGHTS, _INDEX, _PICKLED, _PICKLED_INDEX)
+    names = (WEIGHTS, INDEX, PICKLED, PICKLED_INDEX)
     if any((path / name).is_file() for name in names) or any(path.glob("model-*.safetensors")):
         return True
     try:
@@ -103,9 +110,14 @@ def describe_transformers(path: Path, names: ParamNames | None = None) -> dict[s
     if not (path / CONFIG).is_file():
         problems.append(f"{CONFIG}: missing. Without it nobody can say what the weights are for")
     tensors, problem = tensors_of(path)
-    pickled = [] if tensors or problem else pickled_files(path)
+    pickled: list[str] = []
+    if not (tensors or problem):
+        try:
+            pickled = pickled_files(path).names
+        except CheckpointError as error:
+            problem.append(str(error))
     if not (tensors or problem or pickled):
-        problems.append(f"{path}: no weights: neither {_WEIGHTS} nor {_INDEX} nor {_PICKLED}")
+        problems.append(f"{path}: no weights: neither {WEIGHTS} nor {INDEX} nor {PICKLED}")
     problems += [*problem, *_pickle_problems(path, pickled)]
     stacks = describe_layers({name: entry.shape for name, entry in tensors.items()}, names)
     layers = stacks["layers"]
@@ -133,7 +145,10 @@ def describe_transformers(path: Path, names: ParamNames | None = None) -> dict[s
         "optimizer_states": [],
         "growth_history": [],
         "problems": problems,
-        "notes": [f"{name}: holds the weights as a pickle, not opened" for name in pickled],
+        "notes": [
+            *(f"{name}: holds the weights as a pickle, not opened" for name in pickled),
+            *weight_notes(path),
+        ],
     }
 
 
@@ -147,41 +162,23 @@ def find_transformers_corruption(path: Path, scope: VerifyScope = EVERYTHING) ->
 
 def tensors_of(path: Path) -> tuple[dict[str, SafetensorsEntry], list[str]]:
     """All tensors of the safetensors files by name, and the problems of those files."""
-    index, problems = path / _INDEX, []
-    placed: Mapping[str, str] = {}
-    if index.is_file():
-        try:
-            placed = _read_json(index)["weight_map"]
-            files = sorted(set(placed.values()))
-        except (CheckpointError, LookupError, AttributeError, TypeError) as error:
-            return {}, [str(error) if isinstance(error, CheckpointError) else f"{index}: damaged"]
-    else:
-        files = [_WEIGHTS] if (path / _WEIGHTS).is_file() else []
-        shards = sorted(p.name for p in path.glob("model-*-of-*.safetensors"))
-        if shards and not files:
-            files, problems = shards, [f"{_INDEX}: missing, but {shards[0]} is part of several"]
+    problems: list[str] = []
     tensors: dict[str, SafetensorsEntry] = {}
-    for name in files:
+    try:
+        files = safetensors_files(path)
+    except CheckpointError as error:
+        return {}, [str(error)]
+    for name in files.names:
         try:
             found = read_safetensors_header(path / name)
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        gone = [tensor for tensor, file in placed.items() if file == name and tensor not in found]
+        gone = [t for t, file in (files.placed or {}).items() if file == name and t not in found]
         if gone:
-            problems.append(f"{name}: lacks {gone[0]}, which {_INDEX} says it holds")
-        tensors |= found
+            problems.append(f"{name}: lacks {gone[0]}, which {INDEX} says it holds")
+        tensors |= {tensor: entry for tensor, entry in found.items() if files.holds(name, tensor)}
     return tensors, problems
-
-
-def pickled_files(path: Path) -> list[str]:
-    """Names of the files that hold a model's weights as pickles."""
-    if (path / _PICKLED_INDEX).is_file():
-        try:
-            return sorted(set(_read_json(path / _PICKLED_INDEX)["weight_map"].values()))
-        except (CheckpointError, LookupError, AttributeError, TypeError):
-            return []
-    return [_PICKLED] if (path / _PICKLED).is_file() else []
 
 
 def _pickle_problems(path: Path, names: list[str]) -> Iterator[str]:

@@ -1,18 +1,22 @@
 """The tensors of a transformers directory, a few rows at a time."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from lag_megatron.checkpoint.hf import format as hf_format
+from lag_megatron.checkpoint.hf.weight_files import PICKLED_INDEX, pickled_files
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.errors import CheckpointError
 
+T = TypeVar("T")
 FLOAT_DTYPES = ("F32", "BF16", "F16", "torch.float32", "torch.bfloat16", "torch.float16")
 
 
@@ -69,13 +73,40 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
     return found
 
 
+def with_whole_names(path: Path, tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """Tensors by their names in the whole model, from older names or those of a bare model.
+
+    Args:
+        path: of the directory, for messages.
+        tensors: by their names in its files.
+        prefix: of the names in the whole model, which files of a bare one leave out.
+
+    Raises:
+        CheckpointError: if two of them have one name in the whole model.
+    """
+    bare = not any(name.startswith(prefix) for name in tensors)
+    found: dict[str, T] = {}
+    for name, stored in tensors.items():
+        whole = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+        whole = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", whole)
+        if bare and not whole.startswith(("lm_head.", "cls.")):
+            whole = prefix + whole
+        if whole in found:
+            raise CheckpointError(
+                f"{path}: {whole} is there twice, also as {name}: either could be meant. Remove "
+                "the one that is not."
+            )
+        found[whole] = stored
+    return found
+
+
 def _pickled(path: Path) -> dict[str, LazyTensor]:
     """Tensors of ``pytorch_model.bin``, read ``weights_only``, and mapped if it is an archive."""
-    names = hf_format.pickled_files(path)
-    if not names:
+    files = pickled_files(path)
+    if not files.names:
         raise CheckpointError(f"{path}: no weights: neither safetensors nor pytorch_model.bin.")
     found: dict[str, LazyTensor] = {}
-    for name in names:
+    for name in files.names:
         file = path / name
         values = torch_pickle.load(file)
         if not isinstance(values, dict):
@@ -83,6 +114,10 @@ def _pickled(path: Path) -> dict[str, LazyTensor]:
         found |= {
             key: LazyTensor(file, tuple(value.shape), str(value.dtype), value)
             for key, value in values.items()
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor) and files.holds(name, key)
         }
+    if gone := [tensor for tensor in files.placed or () if tensor not in found]:
+        raise CheckpointError(
+            f"{path}: {gone[0]} is not in the file in which {PICKLED_INDEX} places it."
+        )
     return found

@@ -79,6 +79,7 @@ class Export:
             raise CheckpointError(f"--max-shard-size {self.max_shard_size}: {error}") from None
         return WriteJob(
             target=target,
+            source=self.state.path,
             parts=[
                 Part("settings", lambda folder, _: self._write_settings(folder, index)),
                 *(Part(file.name, partial(self._write_file, file)) for file in files),

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lag_megatron.checkpoint.state.box import Box, Shape, numel
+from lag_megatron.checkpoint.storage.file_names import leads_out
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records
 from lag_megatron.errors import CheckpointError
@@ -217,15 +218,7 @@ def find_dcp_corruption(contents: Contents, scope: VerifyScope = EVERYTHING) -> 
 
 
 def _contents(path: Path, found: dict[str, Any]) -> Contents:
-    places = {
-        (index.fqn, tuple(getattr(index, "offset", None) or ())): StorageLocation(
-            str(info.relative_path),
-            int(info.offset),
-            int(info.length),
-            bool(getattr(info, "transform_descriptors", None)),
-        )
-        for index, info in found["storage_data"].items()
-    }
+    places = _places(found["storage_data"])
     tensors: dict[str, StoredTensor] = {}
     objects: dict[str, StorageLocation | None] = {}
     for name, entry in found["state_dict_metadata"].items():
@@ -239,6 +232,25 @@ def _contents(path: Path, found: dict[str, Any]) -> Contents:
             tuple((box, places.get((name, box.low))) for box in boxes if numel(box.shape)),
         )
     return Contents(path, found.get("version"), tensors, objects)
+
+
+def _places(stored: dict[Any, Any]) -> dict[tuple[str, Shape], StorageLocation]:
+    """Where each box lies, by its tensor's name and its corner.
+
+    Raises:
+        ValueError: if a box lies in two places, or outside of the directory.
+    """
+    places: dict[tuple[str, Shape], StorageLocation] = {}
+    for index, info in stored.items():
+        key = (index.fqn, _ints(getattr(index, "offset", None) or ()))
+        encoded = bool(getattr(info, "transform_descriptors", None))
+        file, begin, length = str(info.relative_path), int(info.offset), int(info.length)
+        place = StorageLocation(file, begin, length, encoded)
+        if leads_out(place.file):
+            raise ValueError(f"{index.fqn} lies in {place.file!r}, not in this directory")
+        if places.setdefault(key, place) != place:
+            raise ValueError(f"{index.fqn} at {key[1]} lies in two places, of which one is stale")
+    return places
 
 
 def _ints(sizes: Any) -> Shape:

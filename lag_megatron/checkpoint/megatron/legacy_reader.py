@@ -154,20 +154,26 @@ class _LegacyReader:
     @cached_property
     def parts(self) -> list[dict[str, Tensor]]:
         """Every rank's parameters."""
-        found = [
-            {
-                own_name(name): value
-                for name, value in rank["model"].items()
-                if isinstance(value, Tensor) and not name.endswith("_extra_state")
-            }
-            for rank in self.ranks
-        ]
+        found = [self._parameters_of(rank) for rank in self.ranks]
         if not found[0]:
             raise CheckpointError(
                 f"{self.path}: holds no model of Megatron-Core: its entries are "
                 f"{', '.join(map(str, self.ranks[0]['model'])) or 'none'}. Convert it with "
                 "Megatron-LM's own tool first."
             )
+        return found
+
+    def _parameters_of(self, rank: Mapping[str, Any]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for stored, value in rank["model"].items():
+            if isinstance(value, Tensor) and not stored.endswith("_extra_state"):
+                name = own_name(stored)
+                if name in found:
+                    raise CheckpointError(
+                        f"{self.path}: {name} is stored twice, also as {stored}: either could be "
+                        "meant. Save it again with Megatron-LM."
+                    )
+                found[name] = value
         return found
 
     @cached_property

@@ -65,18 +65,31 @@ def stored_as(name: str, *, stacked: bool = True) -> Stacked:
 
 
 def parameters_in(shapes: Mapping[str, Shape]) -> dict[str, Stacked]:
-    """Where each parameter is stored, from the names and full shapes of stored tensors."""
+    """Where each parameter is stored, from the names and full shapes of stored tensors.
+
+    Raises:
+        CheckpointError: if one is stored twice: stacked and numbered, or under two names of a norm.
+    """
     found: dict[str, Stacked] = {}
+
+    def add(name: str, place: Stacked) -> None:
+        if name in found:
+            raise CheckpointError(
+                f"{name} is stored twice, in {found[name].key} and in {place.key}: two checkpoints "
+                "are mixed. Restore the right one from a copy."
+            )
+        found[name] = place
+
     for key, shape in shapes.items():
         stacked, numbered = _STACKED.match(key), LAYER.match(key)
         if numbered is not None:
             tail = _own(numbered["tail"][1:])
-            found[f"{numbered['head']}{numbered['layer']}.{tail}"] = Stacked(key, None)
+            add(f"{numbered['head']}{numbered['layer']}.{tail}", Stacked(key, None))
         elif stacked is not None:
             for layer in range(shape[0]):
-                found[f"{stacked['head']}{layer}.{_own(stacked['tail'])}"] = Stacked(key, layer)
+                add(f"{stacked['head']}{layer}.{_own(stacked['tail'])}", Stacked(key, layer))
         else:
-            found[key] = Stacked(key, None)
+            add(key, Stacked(key, None))
     return found
 
 

@@ -79,6 +79,11 @@ def _require_known_optimizer(
     """
     advice = "Convert with --weights-only, or save it as fully_reshardable."
     prefixes = [prefix for prefix, _ in prefixes_of(contents)]
+    if len(prefixes) > len({state for _, state in prefixes_of(contents)}):
+        raise CheckpointError(
+            f"{path}: holds masters twice, as {' and as '.join(prefixes[:2])}: either could be "
+            "meant. Convert with --weights-only, or save it again."
+        )
     for name in sorted(optimizer):
         prefix = next((p for p in prefixes if name.startswith(p)), None)
         if prefix is None:

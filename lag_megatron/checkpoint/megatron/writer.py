@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lag_megatron.checkpoint.families.layer_stack import count_layers
+from lag_megatron.checkpoint.families.roles import foreign_name
 from lag_megatron.checkpoint.megatron.dcp_metadata import METADATA, StorageLocation, StoredTensor
 from lag_megatron.checkpoint.megatron.dcp_metadata_writer import write_metadata
 from lag_megatron.checkpoint.megatron.dist_checkpoint import COMMON, CONFIG
@@ -67,10 +68,16 @@ def megatron_job(
             f"{state.path}: Megatron's distributed optimizer keeps Adam's moments of every "
             "parameter, and this state has other ones. Convert to zero."
         )
+    if foreign := foreign_name(state.shapes):
+        raise CheckpointError(
+            f"{state.path}: {foreign} is no parameter of Megatron-Core's GPT or BERT, so Megatron "
+            "could not load it. Convert to universal or zero, which keep the names."
+        )
     stored = _CheckpointFiles(state, DTYPES[precision], stacked=stacked)
     size = sum(map(numel, state.shapes.values()))
     return WriteJob(
         target=target,
+        source=state.path,
         parts=[Part(name, partial(stored.write_parameter, name)) for name in state.shapes],
         metadata={
             **metadata,

@@ -3,6 +3,7 @@
 It is read a run of elements at a time, so no tensor has to fit into memory.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +59,10 @@ class UnshardedState:
 
     def read(self, name: str, state: State, start: int, length: int) -> Tensor:
         """Elements ``start .. start + length``, as a new flat fp32 tensor."""
-        values = torch.empty(length)
-        self.fill(self.region(name, state, (start, length)), values)
+        return self.read_runs(name, state, [(start, length)])
+
+    def read_runs(self, name: str, state: State, runs: Sequence[tuple[int, int]]) -> Tensor:
+        """Runs (start, length) of elements, one after the other, as a new flat fp32 tensor."""
+        values = torch.empty(sum(length for _, length in runs))
+        self.fill(self.region(name, state, *runs), values)
         return values

@@ -10,12 +10,13 @@ import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from lag_megatron.atomic_io import flush_to_disk, write_atomically
+from lag_megatron.checkpoint.storage.file_names import leads_out
 from lag_megatron.errors import CheckpointError, sizes
 from lag_megatron.small_files import read_json
 
@@ -152,12 +153,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def _is_entry(item: tuple[str, Any]) -> bool:
     """Whether a manifest's entry names a file within the directory, with its size."""
     name, entry = item
-    place = PurePosixPath(name)
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("size"), int)
         and isinstance(entry.get("xxh3_128"), str)
-        and not (place.is_absolute() or ".." in place.parts)
+        and not leads_out(name)
     )
 
 

@@ -5,7 +5,7 @@ copies of the model files.  Converted from ZeRO-1 and 2, a state's file holds ``
 "cat_dim": ...}``; from ZeRO-3 it is a bare flat tensor, and there is no ``step.pt``.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lag_megatron.checkpoint.families.describe_layers import describe_layers
-from lag_megatron.checkpoint.state.box import numel
+from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.checkpoint.storage import torch_pickle
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
@@ -50,24 +50,21 @@ class Universal:
         Raises:
             CheckpointError: if there is no header, or it cannot be read.
         """
-        files = sorted(path.glob("mp_rank_*_model_states.pt"))  # one for each pipeline stage
-        files = files or sorted(path.glob("zero_pp_rank_0_mp_rank_*_model_states.pt"))
+        files = sorted(path.glob("mp_rank_*_model_states.pt"))  # one for each model rank
+        of_zero3 = sorted(path.glob("zero_pp_rank_0_mp_rank_*_model_states.pt"))
+        if files and of_zero3:
+            raise CheckpointError(
+                f"{path}: holds {files[0].name} and also {of_zero3[0].name}, of ZeRO-3: two "
+                "checkpoints are mixed. Move the older files away, or convert again."
+            )
+        files = files or of_zero3
         if not files:
             raise CheckpointError(
                 f"{path}: no mp_rank_00_model_states.pt, which the conversion copies last: "
                 "it was not finished. Convert again."
             )
         headers = [torch_pickle.load(file) for file in files]
-        shapes: dict[str, tuple[int, ...]] = {}
-        frozen: dict[str, tuple[int, ...]] = {}
-        for file, header in zip(files, headers, strict=True):
-            groups = header.get("param_shapes") if isinstance(header, dict) else None
-            if not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
-                raise CheckpointError(f"{file}: no param_shapes, so DeepSpeed did not write it.")
-            for group in groups:
-                shapes |= {name: tuple(shape) for name, shape in group.items()}
-            untrained = header.get("frozen_param_shapes") or {}
-            frozen |= {name: tuple(shape) for name, shape in untrained.items()}
+        shapes, frozen = _listed_shapes(files, headers)
         folders = {p.name: p for p in sorted((path / FOLDER).iterdir()) if p.is_dir()}
         return Universal(path, headers[0], folders, shapes, frozen)
 
@@ -95,6 +92,38 @@ class Universal:
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{file}: holds no tensor. Convert again.")
         return tensor
+
+
+def _listed_shapes(
+    files: Sequence[Path], headers: Sequence[Any]
+) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """Shapes of trained and of other parameters, which the model files agree on.
+
+    Raises:
+        CheckpointError: if they do not, or one lists a parameter twice.
+    """
+    shapes: dict[str, Shape] = {}
+    frozen: dict[str, Shape] = {}
+    for file, header in zip(files, headers, strict=True):
+        groups = header.get("param_shapes") if isinstance(header, dict) else None
+        if not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
+            raise CheckpointError(f"{file}: no param_shapes, so DeepSpeed did not write it.")
+        if header.get("global_steps") != headers[0].get("global_steps"):
+            raise CheckpointError(
+                f"{file}: of step {header.get('global_steps')}, but {files[0].name} is of step "
+                f"{headers[0].get('global_steps')}: two checkpoints are mixed. Convert again."
+            )
+        own: set[str] = set()
+        listed = [(shapes, group) for group in groups]
+        for known, group in [*listed, (frozen, header.get("frozen_param_shapes") or {})]:
+            for name, shape in group.items():
+                if name in own or known.setdefault(name, tuple(shape)) != tuple(shape):
+                    raise CheckpointError(
+                        f"{file}: lists {name} twice, or with another shape than "
+                        f"{files[0].name}: two checkpoints are mixed. Convert again."
+                    )
+                own.add(name)
+    return shapes, frozen
 
 
 def looks_universal(path: Path) -> bool:

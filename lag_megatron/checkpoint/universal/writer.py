@@ -65,6 +65,7 @@ def universal_job(
     weights = sum(map(numel, state.spec.frozen.shapes.values())) * 4
     return WriteJob(
         target=target,
+        source=state.path,
         parts=[
             *(
                 Part(name, partial(_write_parameter, state, templates, name))

@@ -22,7 +22,11 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer.context import ProgressFn, ThreadBuffers, WriteContext
 from lag_megatron.checkpoint.writer.progress_log import WriteProgress
 from lag_megatron.errors import CheckpointError, PlanError, write_failure
+from lag_megatron.small_files import read_pointer
+from lag_megatron.targets.file_lock import sole_writer
+from lag_megatron.targets.overlap import require_apart
 
+_POINTER_SECONDS = 60.0  # to wait for a writer of another tag
 _FLUSHES = 8  # at a time: a file system flushes small files together
 
 
@@ -44,8 +48,11 @@ class Part:
 class WriteJob:
     """A checkpoint to write, and how it is committed.
 
+    Raises PlanError when the target is the source, or within or around it.
+
     Attributes:
         target: the directory to write; it does not exist yet.
+        source: the checkpoint that is read, which the target may not touch.
         parts: its files in groups that are written independently.
         metadata: entries of its manifest; an unfinished directory with others is not resumed.
         needed: bytes of all parts together.
@@ -58,6 +65,7 @@ class WriteJob:
     """
 
     target: Path
+    source: Path
     parts: Sequence[Part]
     metadata: Mapping[str, Any]
     needed: int
@@ -66,6 +74,22 @@ class WriteJob:
     finish: Callable[[Path, Mapping[str, Any]], Mapping[str, Any]] = lambda folder, files: {}
     pointer: str | None = manifest.LATEST
     pointer_text: str | None = None
+
+    def __post_init__(self) -> None:
+        require_apart(self.target, self.source)
+        if self.pointer is not None:
+            self._require_other_pointer(self.target.with_name(self.pointer))
+
+    def _require_other_pointer(self, pointer: Path) -> None:
+        """Refuse to name the target in the file that names the source."""
+        if not pointer.is_file() or not self.target.parent.samefile(self.source.resolve().parent):
+            return
+        text = read_pointer(pointer, error=CheckpointError)
+        if self.source.resolve().name in (text, f"iter_{text:0>7}"):
+            raise PlanError(
+                f"{pointer}: names what is read, {self.source}, and would name {self.target.name} "
+                "instead. Name another target; nothing was written."
+            )
 
     def was_committed(self) -> bool:
         """Whether an earlier run of the same job has committed the target.
@@ -85,29 +109,38 @@ class WriteJob:
             manifest.point_latest(self.target, self.pointer, self.pointer_text)
 
 
-def write(job: WriteJob, *, workers: int = 1, written: ProgressFn = lambda count: None) -> bool:
+def write(
+    job: WriteJob,
+    *,
+    workers: int = 1,
+    written: ProgressFn = lambda count: None,
+    lock: bool = True,
+) -> bool:
     """Write and commit a checkpoint, unless an earlier call has.
 
     Args:
         job: what to write.
         workers: parts at a time; each needs a few megabytes.
         written: called with the number of bytes after each piece, e.g. a progress bar's ``update``.
+        lock: refuse a second writer of the target; see :mod:`lag_megatron.targets.file_lock`.
 
     Returns:
         whether anything was written.
 
     Raises:
-        PlanError: when the target exists and is not this job's.
+        PlanError: when the target exists and is not this job's, or touches what it is made from.
+        RunError: when another process writes the target, or its file system has no locks.
         CheckpointError: when the disk is too small or fails, or the check finds corruption; what
             was written is removed then.  After a kill it stays, and the same call resumes.
     """
-    if job.target.exists():
-        if not job.was_committed():
+    with sole_writer(job.target, lock=lock, error=CheckpointError):
+        is_new = not job.target.exists()
+        if is_new:
+            _write_parts(job, workers, written)
+        elif not job.was_committed():
             raise PlanError(f"{job.target}: exists already. Name another target or remove it.")
-        job.point()  # the earlier call may have been killed before it
-        return False
-    _write_parts(job, workers, written)
-    return True
+        _point(job, lock)  # also after an earlier call, which may have been killed before it
+    return is_new
 
 
 def _write_parts(job: WriteJob, workers: int, written: ProgressFn) -> None:
@@ -138,8 +171,16 @@ def _write_parts(job: WriteJob, workers: int, written: ProgressFn) -> None:
     except Exception:
         manifest.remove_checkpoint(staging)
         raise
+
+
+def _point(job: WriteJob, lock: bool) -> None:
+    """Write the pointer, which targets of other tags in the same folder share."""
+    if job.pointer is None:
+        return
+    pointer = job.target.with_name(job.pointer)
     try:
-        job.point()
+        with sole_writer(pointer, lock=lock, timeout=_POINTER_SECONDS):
+            job.point()
     except OSError as error:
         reason, advice = write_failure(error)
         raise CheckpointError(

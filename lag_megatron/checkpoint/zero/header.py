@@ -1,6 +1,6 @@
 """The first model file of a ZeRO checkpoint: topology, parameter groups, shared and frozen ones."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,22 @@ def join_subgroups(listed: list[ParamGroup], states: Any) -> list[ParamGroup]:
             members |= listed[key]
         groups.append(members)
     return groups
+
+
+def require_listed_once(path: Path, groups: Iterable[Iterable[str]]) -> None:
+    """Check that no parameter is in two groups, of which each would have values for it.
+
+    Raises:
+        CheckpointError: naming the first that is.
+    """
+    found: set[str] = set()
+    for name in (name for group in groups for name in group):
+        if name in found:
+            raise CheckpointError(
+                f"{path}: its model file lists the parameter {name} twice, so it is damaged or "
+                "two were mixed. Restore it from a copy, or use another tag."
+            )
+        found.add(name)
 
 
 def aliases(header: Mapping[str, Any]) -> dict[str, str]:

@@ -51,6 +51,7 @@ from lag_megatron.checkpoint.zero.header import (
     frozen_shapes,
     join_subgroups,
     read_header,
+    require_listed_once,
     trained_groups,
 )
 from lag_megatron.checkpoint.zero.load import (
@@ -145,6 +146,8 @@ class ZeroCheckpoint:
         """
         header = self._load(model_file(self.topology, tensor_rank=tensor_rank, data_rank=0))
         listed = trained_groups(self.path, header)
+        others = (header.get(key) or () for key in ("frozen_param_shapes", "shared_params"))
+        require_listed_once(self.path, [*listed, *others])
         if self.topology.zero_stage != 3:
             return listed
         return join_subgroups(listed, self._load(self._optimizer_file(tensor_rank, 0)))

@@ -11,13 +11,30 @@ class ModelConfig:
     """Shape of the transformer; names are Megatron's.
 
     Attributes:
+        family: ``gpt`` is a decoder on Megatron-Core's GPTModel, ``bert`` its BertModel.
+        num_layers: transformer layers of the first stage; above 0.
+        hidden_size: width of the residual stream, a multiple of ``num_attention_heads``; above 0.
+        ffn_hidden_size: width inside the MLP, a multiple of ``parallel.tensor``; above 0.
+        num_attention_heads: query heads, a multiple of ``num_query_groups``; above 0.
+        num_query_groups: key and value heads, a multiple of ``parallel.tensor``; above 0.
+        seq_length: tokens of a sample; above 0.
+        vocab_size: rows of the embedding; ``auto`` is the tokenizer's size, padded to 128.
+        positions: learned absolute positions, or rotary ones.
+        rotary_base: base of the rotary frequencies; above 0.
+        norm: the kind of all norms.
+        norm_eps: added to the variance in norms; above 0.
         norm_position: ``post`` is Devlin et al.'s BERT, ``pre`` Megatron's.
         activation: ``gelu`` is the tanh approximation (GPT-2), ``gelu_exact`` the erf (BERT).
-        token_types: rows of BERT's segment embedding; 0 has none.
+        bias: whether linear layers have a bias.
+        tied_embeddings: whether the output layer shares the embedding's weights.
+        token_types: rows of BERT's segment embedding, 0 for none; 0 or more.
         sentence_head: BERT's pooler and the head that classifies pairs of segments.
-        label_smoothing: share of a token's target that is spread evenly over the vocabulary.
-        z_loss: coefficient of the squared log of the softmax's sum, as of PaLM (1e-4 there).  Both
-            are in the training loss alone; a validation loss is the cross-entropy.
+        dropout: probability of attention and hidden dropout; in [0, 1).
+        label_smoothing: share of a token's target that is spread evenly over the vocabulary, in
+            the training loss alone; in [0, 1).
+        z_loss: coefficient of the squared log of the softmax's sum (PaLM takes 1e-4), in the
+            training loss alone; 0 or more.
+        init_std: standard deviation of new weights; above 0.
     """
 
     __pydantic_config__ = FORBID

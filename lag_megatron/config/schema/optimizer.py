@@ -11,12 +11,15 @@ class ScheduleConfig:
     """Learning rate over optimizer steps.
 
     Attributes:
-        warmup_steps: linear warm-up from 0.
+        name: shape of the curve after the warm-up; ``wsd`` is stable, then falls linearly.
+        warmup_steps: steps of linear warm-up from 0; 0 or more.
         decay_steps: step at which the decay ends at ``min_lr``; null is the end of the run, or the
-            furthest that the run comes in the schedule where a stage is put back in it.
-        stable_steps: ``wsd``: step at which its decay begins; null is 0.8 of ``decay_steps``.
-        growth_warmup_steps: after each growth the rate rises linearly from 0 again, for so many
-            steps, to what the schedule says there: its value times 1/n, 2/n, ..., 1.
+            largest position in the schedule that the run reaches.
+        stable_steps: for ``wsd``, the step at which its decay begins; null is 0.8 of
+            ``decay_steps``; 0 or more.
+        min_lr: the rate at the end of the decay, at most ``lr``; 0 or more.
+        growth_warmup_steps: steps after each growth in which the rate rises linearly from 0 to the
+            schedule's value; 0 or more.
         growth_warmup: whether it does so for all parameters, or for those of new layers alone.
     """
 
@@ -35,10 +38,19 @@ class OptimizerConfig:
     """Weight decay acts on matrices, not on biases and norms.
 
     ``adafactor`` is factored (Shazeer and Stern 2018) and runs without ZeRO alone, whose flat
-    partitions have no rows and columns; ``betas`` and ``eps`` are AdamW's.  Its ``lr`` is relative
-    to each parameter's own scale; T5 and UL2 take 0.01, no weight decay and no ``grad_clip``.
-    ``one_pass`` makes AdamW's step under ZeRO 1 to 3 a single pass over each rank's partition;
-    false leaves it to DeepSpeed, with the same result but for the rounding of the gradient norm.
+    partitions have no rows and columns; T5 and UL2 take it with an ``lr`` of 0.01, no weight decay
+    and no ``grad_clip``.
+
+    Attributes:
+        name: ``adafactor`` needs ``zero_stage: 0`` and ``tensor: 1``.
+        lr: peak learning rate; Adafactor's is relative to each parameter's scale; above 0.
+        betas: AdamW's decay rates of the first and second moment; in [0, 1).
+        eps: AdamW's epsilon; above 0.
+        weight_decay: decoupled weight decay of matrices; 0 or more.
+        grad_clip: largest norm of the whole gradient, 0 for no clipping; 0 or more.
+        one_pass: AdamW's step under ZeRO 1 to 3 is one pass over each rank's partition; false
+            leaves it to DeepSpeed, with the same result but for the rounding of the gradient norm.
+        schedule: the learning rate over steps.
     """
 
     __pydantic_config__ = FORBID

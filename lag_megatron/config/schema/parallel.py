@@ -11,16 +11,23 @@ from lag_megatron.errors import ConfigError
 class ParallelConfig:
     """How the work is spread; batches are counted in sequences.
 
-    ``world_size`` is only needed by a dry run without a hostfile; a run takes it from its launcher
-    and refuses a different one.
-
     Attributes:
+        tensor: ranks that share one replica of the model (tensor parallelism); above 0.
+        zero_stage: DeepSpeed's ZeRO stage: what the data-parallel ranks share among them.
+        micro_batch: sequences of a rank's forward pass; above 0.
+        global_batch: sequences of an optimizer step, a multiple of ``micro_batch`` times the
+            data-parallel ranks; above 0.
+        precision: of weights and activations; masters and moments are fp32.
         sequence_parallel: between matrices that tensor parallelism cuts, each of its ranks holds a
             part of the sequence (Korthikanti et al. 2022); the same losses for less memory.
         recompute: ``layers`` keeps each layer's input alone and computes the rest again in the
             backward pass.
         cuda_graphs: the launches of a transformer layer are recorded once and replayed, with more
             memory; for steps so short that a GPU waits for its host.
+        world_size: ranks, for a dry run without a hostfile; a run takes it from its launcher and
+            refuses a different one; above 0.
+        timeout: seconds after which a silent rank, or a collective that does not end, ends the
+            run; above 0.
     """
 
     __pydantic_config__ = FORBID

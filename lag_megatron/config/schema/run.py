@@ -19,9 +19,16 @@ class PoolConfig:
     """Candidates of one growth event.
 
     With the operator ``lag`` they are the product of the given indices, block sizes, inits and
-    scales (factors on the new layers' branches); any other is a pool of one with its ``options``.
-    Each of them is tried with each of ``path_length``, which the stage that follows then has;
-    ``identity`` grows nothing and tries these alone.
+    scales; any other operator is a pool of one.
+
+    Attributes:
+        operator: how a model grows; ``identity`` grows nothing and tries ``path_length`` alone.
+        index: for ``lag``: old layers before the set that is expanded, from 0.
+        block_size: for ``lag``: layers of a block that is repeated, a divisor of the new layers.
+        init: for ``lag``: new layers are copies, or drawn.
+        scale: for ``lag``: factors on the attention and MLP outputs of new layers; in [0, 1].
+        options: of any other operator.
+        path_length: path lengths that each candidate is tried with; the stage has the winner's.
     """
 
     __pydantic_config__ = FORBID
@@ -51,19 +58,27 @@ class PoolConfig:
 class GrowthConfig:
     """What is tried at a growth event and how the winner is chosen.
 
-    The rule ``lag`` trains every candidate to the lag.  ``halving`` lets the best ``1 / eta`` of
-    the candidates go on from each rung, unless the rankings at 0.8 of the rung and at it correlate
-    below ``min_rank_correlation`` (null is 0.4, and 0.8 for ``lag: auto``).  With ``lag: auto`` the
-    rungs are where the phase transition is looked for.  ``rung_value`` is what candidates are
-    compared by: the loss of the last evaluation, the mean of those in the second half before it, or
-    the loss of an average of the weights; ``auto`` is the last for ``lag``, as in the paper, and
-    the mean for ``halving``.
-
     Attributes:
+        pool: the candidates.
+        rule: ``lag`` trains every candidate to the lag; ``halving`` stops the worst at each rung.
+        lag: steps after growth at which the event is decided; ``auto`` looks for the phase
+            transition at the ``rungs``; 0 or more.
+        rungs: steps after growth at which candidates are compared, rising and ending at ``lag``;
+            empty is a quarter, a half and the whole of the lag.
+        eta: for ``halving``: the best ``1 / eta`` of the candidates go on from each rung; 2 or
+            more.
+        min_rank_correlation: for ``halving``: nobody stops at a rung while the rankings at 0.8 of
+            it and at it correlate less; null is 0.4, and 0.8 for ``lag: auto``; in [-1, 1].
+        rung_value: what candidates are compared by: the loss of the last evaluation, the mean of
+            those in the second half before the rung, or the loss of averaged weights; ``auto`` is
+            ``last`` for ``lag``, ``mean`` for ``halving``.
         eval_steps: more steps after growth at which candidates are evaluated.
         exhaustive: train every candidate to the end of the stage, for research.
-        probe_groups: how many candidates are probed at a time, each on its part of the ranks.
-        rung_timeout: seconds after which a group without progress ends; null is no limit.
+        probe_groups: how many candidates are probed at a time, each on its part of the ranks;
+            ``auto`` takes as many as candidates, ranks and memory allow; 1 or more.
+        rung_timeout: seconds after which a group without progress ends; null is no limit; above 0.
+        moments: Adam moments of new layers: those of the source layer, 0, or m = 0 with the source
+            layer's v; ``auto`` depends on the operator.
         max_loss: a candidate with a larger loss, in nats, has lost.
         names: roles of parameters and the list of layers, where no table has the model's names; in
             a file, a path to such a mapping, relative to that file.
@@ -127,18 +142,21 @@ class StageConfig:
     """A stage trains one shape; ``growth`` is the event before it (default: the global one).
 
     Attributes:
-        steps: how long; with ``until_slope`` at most.
+        steps: optimizer steps, or with ``until_slope`` the most of them; above 0.
         tokens: instead of ``steps``, which become as many as give at least that many tokens.
         path_length: in each step so many layers run, drawn anew (Random Path Training: see
             ``raptr``); several are for equal parts of the stage, one after the other.
-        keep_probability: instead of it, with which each layer runs that is not fixed.
+        keep_probability: instead of ``path_length``, the probability with which each layer runs
+            that is not in ``raptr.fixed``; in (0, 1].
         until_slope: ends the stage at the first validation at which the measured slope
             d log loss / d log compute has risen to this value (Staged Training's tau: Shen et al.
-            2022, arXiv 2203.06211, section 4); below 0.
+            2022, arXiv 2203.06211, section 4); in (-1, 0).
         schedule_position: the step of the learning rate's schedule at which the stage begins; null
-            goes on from the stage before.
-        rewind: begins at the position where the stage before ended divided by this (Staged
-            Training's rho: where a model trained at the new size from the start has that loss).
+            goes on from the stage before; 0 or more.
+        rewind: restarts the schedule at the previous stage's final position divided by this
+            (Staged Training's rho: where a model of the new size has that loss); 1 or more.
+        num_layers: layers of the stage, no fewer than before; null keeps the number.
+        growth: the growth event before the stage; null is the global ``growth``.
     """
 
     __pydantic_config__ = FORBID
@@ -155,10 +173,13 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """Checkpoint every ``interval`` steps and keep the newest ``keep_last`` of a stage.
+    """When checkpoints are written, and what the run begins with.
 
-    ``initial`` is a checkpoint of DeepSpeed, Megatron-Core or transformers whose weights the run
-    begins with; null draws them.
+    Attributes:
+        interval: steps between two checkpoints; above 0.
+        keep_last: how many of a stage are kept, the newest; above 0.
+        initial: a checkpoint of DeepSpeed, Megatron-Core or transformers whose weights the run
+            begins with; null draws them.
     """
 
     __pydantic_config__ = FORBID
@@ -169,7 +190,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WandbConfig:
-    """``auto`` is online where an API key is found and offline elsewhere."""
+    """Weights & Biases.
+
+    Attributes:
+        project: name of the project.
+        mode: ``auto`` is online where an API key is found and offline elsewhere.
+    """
 
     __pydantic_config__ = FORBID
     project: str = "lag-megatron"
@@ -178,7 +204,13 @@ class WandbConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingConfig:
-    """How often, in steps, the run validates itself and prints a line."""
+    """What a run records.
+
+    Attributes:
+        validation_interval: steps between two validations; above 0.
+        log_interval: steps between two lines of the log; above 0.
+        wandb: Weights & Biases.
+    """
 
     __pydantic_config__ = FORBID
     validation_interval: int = 100
@@ -188,9 +220,20 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """A whole run.  ``seed`` drives initialisation, growth and dropout; ``data.seed`` the text.
+    """A whole run.
 
-    ``deepspeed`` holds options of DeepSpeed's own JSON that this schema does not name.
+    Attributes:
+        model: the model's shape.
+        stages: the stages of the run in their order, or a policy that stands for them.
+        data: text, tokenizer and objective.
+        optimizer: the optimizer and its learning rate.
+        parallel: how the work is spread over ranks.
+        growth: the growth event before each stage that has none of its own.
+        raptr: settings of Random Path Training.
+        checkpoint: when checkpoints are written.
+        tracking: what a run records.
+        deepspeed: options of DeepSpeed's own JSON that this schema does not name.
+        seed: of initialisation, growth and dropout; ``data.seed`` is the text's.
     """
 
     __pydantic_config__ = FORBID

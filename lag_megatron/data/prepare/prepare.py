@@ -36,6 +36,7 @@ from lag_megatron.data.prepare.fingerprint import (
 from lag_megatron.data.prepare.sources import CHUNK_BYTES
 from lag_megatron.data.prepare.worker_pool import WorkerPool
 from lag_megatron.errors import DataError
+from lag_megatron.targets.overlap import require_apart
 
 
 def prepare_data(
@@ -64,14 +65,29 @@ def prepare_data(
         chunk_bytes: of the files, done at a time by a worker; the result does not depend on it.
 
     Raises:
-        DataError: if the text, the tokenizer or the disk does not allow it.
+        DataError: if the text, the tokenizer or the disk does not allow it, or ``output`` touches
+            the text.
     """
+    if output is not None:
+        _require_outside(output, config)
     with WorkerPool(workers) as pool:
         job = _Job(config, cache_dir, output, pool, chunk_bytes)
         try:
             return _prepare_mixture(job) if config.mixture else _prepare_source(job)
         except OSError as error:
             raise _not_writable(output or cache_dir, error) from error
+
+
+def _require_outside(output: Path, config: DataConfig) -> None:
+    """Refuse an output that is one of the inputs, or within one.
+
+    Raises:
+        DataError: naming both.
+    """
+    named = [*config.paths, *(path for source in config.mixture for path in source.paths)]
+    for path in (Path(name).expanduser() for name in named):
+        if path.exists():
+            require_apart(output, path, error=DataError)
 
 
 def open_prepared(folder: Path) -> Prepared:

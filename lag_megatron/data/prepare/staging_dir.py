@@ -2,8 +2,8 @@
 
 import contextlib
 import errno
-import fcntl
 import json
+import math
 import os
 import shutil
 import sys
@@ -14,6 +14,7 @@ from typing import IO
 from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.errors import DataError
 from lag_megatron.small_files import read_json
+from lag_megatron.targets.file_lock import lock_file
 
 _MARKER = "draft.json"
 _LOCK = "lock"
@@ -149,32 +150,20 @@ def _digest_of(marker: Path) -> str:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Wait for the process that has the lock, if any."""
-    while True:
+    lock: IO[str] | None = None
+    while lock is None:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            opened = (folder / _LOCK).open("a")
-        except FileNotFoundError:  # the other process has just removed the folder
-            continue
-        with opened as lock:
-            _wait_for(lock, folder)
-            # The process that had the lock may have removed the folder, and the lock file with it.
-            if _is_at(lock, folder / _LOCK):
-                yield
-                return
+        with contextlib.suppress(FileNotFoundError):  # another process just removed the folder
+            lock = lock_file(
+                folder / _LOCK,
+                timeout=math.inf,
+                refusal=str,
+                poll_seconds=0.1,
+                waiting=lambda: _tell_waiting(folder),
+            )
+    with lock:
+        yield
 
 
-def _wait_for(lock: IO[str], folder: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-        print(f"{folder}: another process is at work there; waiting for it.", file=sys.stderr)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-
-
-def _is_at(lock: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+def _tell_waiting(folder: Path) -> None:
+    print(f"{folder}: another process is at work there; waiting for it.", file=sys.stderr)

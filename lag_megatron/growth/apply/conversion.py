@@ -6,7 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lag_megatron.checkpoint.families.roles import foreign_name
 from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile, tokenizer_files
+from lag_megatron.checkpoint.hf.trained_model import with_megatron_names
 from lag_megatron.checkpoint.hf.writer import Export, Precision
 from lag_megatron.checkpoint.megatron.writer import megatron_job
 from lag_megatron.checkpoint.state.layout import Topology
@@ -34,7 +36,8 @@ class Conversion:
         tokenizer: written with ``hf``.
         dtype: of the weights of ``hf``.
         max_shard_size: of a file of ``hf``.
-        vocabulary: rows of the vocabulary to keep in ``hf``.
+        vocabulary: rows of the vocabulary to keep in ``hf``; of ``megatron`` those with padding,
+            if the source has transformers' names.
         stacked: whether the layers of ``megatron`` are stacked, or each has keys of its own.
     """
 
@@ -94,8 +97,13 @@ class Conversion:
 
     @cached_property
     def unsharded(self) -> UnshardedState:
-        """The state to write, unsharded."""
-        return unsharded_state(self._unsharded_grown)
+        """The state to write, unsharded; Megatron's and transformers' have Megatron's names."""
+        state = unsharded_state(self._unsharded_grown)
+        is_named = self.to in ("zero", "universal") or foreign_name(state.shapes) is None
+        if is_named or state.spec.layout.optimizer != "adamw":  # of others no moments are known
+            return state
+        rows = self.vocabulary if self.to == "megatron" else None  # an export drops the padding
+        return unsharded_state(resharded(with_megatron_names(state, vocab_size=rows), UNSHARDED))
 
     @cached_property
     def export(self) -> Export:

@@ -21,6 +21,7 @@ def grow_checkpoint(
     topology: Topology | None = None,
     workers: int = 1,
     written: Callable[[int], object] = lambda count: None,
+    lock: bool = True,
 ) -> GrownState:
     """Grow a ZeRO checkpoint and commit it.
 
@@ -34,17 +35,19 @@ def grow_checkpoint(
         topology: of the grown checkpoint; the source's by default.
         workers: threads that write shards; each needs a few megabytes.
         written: called with the number of bytes after each piece, e.g. a progress bar's ``update``.
+        lock: refuse a second writer of the target.
 
     Returns:
         the grown state.
 
     Raises:
         PlanError: when the plan does not fit the checkpoint or the target exists.
+        RunError: when another process writes the target, or its file system has no locks.
         CheckpointError: when the source is damaged or the disk too small.
     """
     grown = GrownState(ZeroCheckpoint.open(source), plan, topology)
     grown.source.check_every_file()
-    write(zero_job(grown, target), workers=workers, written=written)
+    write(zero_job(grown, target), workers=workers, written=written, lock=lock)
     return grown
 
 
@@ -54,6 +57,7 @@ def zero_job(grown: GrownState, target: Path) -> WriteJob:
     grown.spec  # noqa: B018  # cached here, so that threads do not each compute it
     return WriteJob(
         target=target,
+        source=grown.source.path,
         parts=[
             Part(f"{tensor_rank}-{data_rank}", partial(_write, grown, tensor_rank, data_rank))
             for tensor_rank, data_rank in itertools.product(

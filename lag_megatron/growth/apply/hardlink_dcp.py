@@ -48,6 +48,7 @@ def hardlink_dcp(grown: GrownState, target: Path) -> WriteJob:
     metadata = _GrownMetadata(grown, unsharded_state(grown))
     return WriteJob(
         target=target,
+        source=grown.source.path,
         parts=[
             *(
                 Part(f"link {file}", partial(metadata.link_file, file))

@@ -20,11 +20,11 @@ from lag_megatron.run.directory import (
     read_decision,
     write_json,
 )
-from lag_megatron.run.file_lock import is_locked, lock_file
 from lag_megatron.small_files import read_json
+from lag_megatron.targets.file_lock import is_locked, lock_file
 
 _LOCK_TIMEOUT_SECONDS = 600.0  # a tell may be deleting large states
-_WORKER_TIMEOUT_SECONDS = 40.0  # children of a killed process may hold its lock for a while
+_WORKER_TIMEOUT_SECONDS = 40.0  # to wait for a process that is just ending
 
 
 class SearchDirectory:

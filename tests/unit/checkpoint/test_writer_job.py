@@ -14,6 +14,7 @@ from lag_megatron.checkpoint.writer.job import Part, WriteJob
 def job_of(target, works):
     return WriteJob(
         target=target,
+        source=target.with_name("source"),
         parts=[Part(name, work) for name, work in works.items()],
         metadata={},
         needed=0,

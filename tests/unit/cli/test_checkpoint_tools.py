@@ -141,7 +141,7 @@ def test_wrong_paths_exit_2(checkpoint, tmp_path, capsys):
     assert grow(tmp_path, tmp_path / "out", *LAG, "--layers", 3) == 2
     assert "not a DeepSpeed checkpoint" in capsys.readouterr().err
     assert grow(checkpoint, checkpoint.parent, *LAG, "--layers", 3) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "Name a target outside of it" in capsys.readouterr().err
     assert list(manifest.find_corrupted_files(checkpoint)) == []
     for path in (tmp_path / "none", tmp_path):
         assert inspect(path) == 2

@@ -3,26 +3,17 @@
 import importlib
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from console_commands import entry_points
 
 from lag_megatron import __version__
 
 MAX_LINES, COLUMNS = 50, 100
-
-
-def commands(monkeypatch):
-    """Console commands of ``setup.py`` with the functions that they start."""
-    given = {}
-    monkeypatch.setattr("setuptools.setup", lambda **settings: given.update(settings))
-    runpy.run_path(str(ROOT / "setup.py"))
-    lines = given["entry_points"]["console_scripts"]
-    return dict(re.split(r"\s*=\s*", line) for line in lines)
 
 
 NAMES = {
@@ -47,9 +38,9 @@ def run(module, *arguments, **environment):
     )  # fmt: skip
 
 
-def test_every_program_has_a_console_command(monkeypatch):
+def test_every_program_has_a_console_command():
     expected = {name: f"lag_megatron.cli.{module}:main" for name, module in NAMES.items()}
-    assert commands(monkeypatch) == expected
+    assert entry_points() == expected
     programs = {path.stem for path in (ROOT / "tools").glob("*.py")} | {"train"}
     assert programs == set(NAMES.values())
 

@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 from conftest import pico_config, run_ranks, train_and_save
 from evaluating import END, write_tasks
+from racing import race
 from tokenizers import models, pre_tokenizers
 
 from lag_megatron.cli.evaluate import main
@@ -74,6 +75,21 @@ def test_the_tool_scores_every_candidate_for_the_report(run, data, capsys):
         scores = json.loads((run / "growth01" / candidate / "scores.json").read_text())
         assert list(scores) == ["lambada"]
         assert 0 <= scores["lambada"] <= 1
+
+
+@pytest.mark.slow
+def test_one_of_two_evaluations_writes(run, data, tmp_path):
+    out, kept = tmp_path / "scores.json", tmp_path / "hf"
+    options = ["--data", f"lambada={data['lambada']}", "--tasks", "lambada", "--limit", 2]
+
+    def work():
+        return tool()(run, *options, "--output", out, "--export-dir", kept)
+
+    codes, printed = race([work, work], delays=(0, 0.05), folder=tmp_path)
+    assert sorted(codes) == [0, 2], printed
+    assert f"{out}: is being written by" in printed[codes.index(2)]
+    assert list(json.loads(out.read_text())["results"]) == ["lambada"]
+    assert not list(tmp_path.glob("*.lock"))
 
 
 def test_what_cannot_be_evaluated_is_refused(run, tmp_path):

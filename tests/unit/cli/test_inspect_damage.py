@@ -76,7 +76,7 @@ def more_layers(file):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 5}))
 
 
-SHARD, BIN, INDEX = "model-00002-of-*.safetensors", "pytorch_model.bin", hf_format._INDEX
+SHARD, BIN, INDEX = "model-00002-of-*.safetensors", "pytorch_model.bin", hf_format.INDEX
 DAMAGE = [
     ("universal", f"{NORM}/exp_avg.pt", Path.unlink, f"{NORM}/exp_avg.pt: missing"),
     ("universal", f"{NORM}/step.pt", Path.unlink, f"{NORM}/step.pt: missing"),

@@ -1,7 +1,6 @@
 """Several sources with one tokenizer, drawn from by weight."""
 
 import contextlib
-import fcntl
 import json
 import random
 import shutil
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO
 
 import pytest
 import torch
@@ -201,15 +199,8 @@ def test_two_processes_prepare_one_mixture(config: DataConfig, tmp_path: Path) -
         except Exception as error:
             failures.append(error)
 
-    def wait_for(lock: IO[str], folder: Path) -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting.set()
-            fcntl.flock(lock, fcntl.LOCK_EX)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare.staging_dir, "_wait_for", wait_for)
+        patch.setattr(prepare.staging_dir, "_tell_waiting", lambda folder: waiting.set())
         staging_dir = SimpleNamespace(exclusive=slow, finish=prepare.staging_dir.finish)
         patch.setattr(prepare, "staging_dir", staging_dir)
         threads = [threading.Thread(target=work) for _ in range(2)]

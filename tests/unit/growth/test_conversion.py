@@ -35,7 +35,7 @@ def test_round_trip_through_every_format(family, families, tmp_path, capsys):
     for number, (form, *options) in enumerate(ways):
         step = tmp_path / str(number)
         assert convert(here, step, "--to", form, *options, "--verify") == 0, capsys.readouterr()
-        assert "verified: every tensor" in capsys.readouterr().out
+        assert "verified: every " in capsys.readouterr().out
         assert inspect(step, "--verify") == 0
         tags.append(sorted(p.name for p in step.iterdir() if p.suffix != ".json")[0])
         here = step
