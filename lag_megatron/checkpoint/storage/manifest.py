@@ -143,21 +143,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
             "written by another version of this program."
         )
     files = manifest.get("files")
-    if not isinstance(files, dict) or not all(map(_is_entry, files.items())):
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
         raise CheckpointError(
             f"{file}: damaged: no list of files with a size and checksum of each. Use another tag."
+        )
+    if outside := [name for name in files if leads_out(name)]:
+        raise CheckpointError(
+            f"{file}: damaged: lists {outside[0]!r}, which is not in this directory. Use another tag."
         )
     return manifest
 
 
-def _is_entry(item: tuple[str, Any]) -> bool:
-    """Whether a manifest's entry names a file within the directory, with its size."""
-    name, entry = item
+def _is_entry(entry: Any) -> bool:
+    """Whether a manifest's entry has a size and a checksum."""
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("size"), int)
         and isinstance(entry.get("xxh3_128"), str)
-        and not leads_out(name)
     )
 
 

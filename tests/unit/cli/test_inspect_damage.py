@@ -106,7 +106,7 @@ DAMAGE = [
     ("llama", SHARD, lambda file: os.truncate(file, 100), ".safetensors: damaged or cut short"),
     ("llama", INDEX, name_a_missing_shard, "model-00009-of-00009.safetensors: missing"),
     ("llama", INDEX, Path.unlink, f"{INDEX}: missing, but model-00001-of-"),
-    ("llama", INDEX, cut, f"{INDEX}: expected settings"),
+    ("llama", INDEX, cut, f"{INDEX}: expected the index"),
     ("llama", "config.json", Path.unlink, "config.json: missing"),
     ("llama", "config.json", more_layers, "config.json: says 5 layers, but the weights are of 2"),
     ("gpt2", "model.safetensors", Path.unlink, "no weights: neither model.safetensors"),
