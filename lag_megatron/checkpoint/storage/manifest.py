@@ -143,13 +143,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
             "written by another version of this program."
         )
     files = manifest.get("files")
+    if outside := [name for name in files if leads_out(name)] if isinstance(files, dict) else []:
+        raise CheckpointError(
+            f"{file}: damaged: lists {outside[0]!r}, which is not in this directory. "
+            "Use another tag."
+        )
     if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
         raise CheckpointError(
             f"{file}: damaged: no list of files with a size and checksum of each. Use another tag."
-        )
-    if outside := [name for name in files if leads_out(name)]:
-        raise CheckpointError(
-            f"{file}: damaged: lists {outside[0]!r}, which is not in this directory. Use another tag."
         )
     return manifest
 
