@@ -261,10 +261,9 @@ def test_a_plan_with_a_key_twice(checkpoint, tmp_path, capsys):
     layers = '"source_layers": 2, "target_layers": 3'
     plan.write_text(f'{{"operator": "last", {layers}, "seed": 1, "seed": 2}}')
     assert grow(checkpoint, tmp_path / "out", "--plan", plan) == 2
-    assert (
-        f"{plan}: expected a growth plan, but it cannot be read as JSON: the key 'seed' is given twice"
-        in capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert f"{plan}: expected a growth plan" in error
+    assert "the key 'seed' is given twice" in error
 
 
 def change_manifest(tag: Path, change):
