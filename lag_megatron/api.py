@@ -18,6 +18,7 @@ from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.writer.progress_bar import progress_bar
 from lag_megatron.checkpoint.zero.header import resolve_tag
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
+from lag_megatron.config.schema.ranges import MAX_WORKERS, require_whole
 from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.growth.apply.conversion import Conversion, Format
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
@@ -223,8 +224,7 @@ def _topology(source: CheckpointSource, ranks: Ranks) -> Topology:
 
 
 def _require_workers(workers: int) -> None:
-    if workers < 1:
-        raise PlanError(f"workers {workers}: expected at least 1.")
+    require_whole(workers, "workers", error=PlanError, least=1, most=MAX_WORKERS)
 
 
 @contextmanager

@@ -17,6 +17,8 @@ slots=${1:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-}}}
   fail "how many ranks has a node? (got '$slots') Usage: make_hostfile.sh SLOTS"
 
 hosts=$(scontrol show hostnames "$nodes")
+! grep -qvE '^[^[:space:]#]+$' <<<"$hosts" ||
+  fail "scontrol names no hosts, or others than plain names (got '$hosts')"
 while read -r host; do
   echo "$host slots=$slots"
 done <<<"$hosts"

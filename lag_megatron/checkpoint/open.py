@@ -16,14 +16,15 @@ from lag_megatron.checkpoint.megatron.legacy_reader import open_legacy
 from lag_megatron.checkpoint.megatron.reader import open_megatron
 from lag_megatron.checkpoint.state.source import CheckpointSource
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.checkpoint.storage.json_file import leads_out
 from lag_megatron.checkpoint.universal import format as universal_format
 from lag_megatron.checkpoint.universal.reader import open_universal
 from lag_megatron.checkpoint.zero import describe
 from lag_megatron.checkpoint.zero.header import resolve_tag
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.config.schema.param_names import ParamNames
+from lag_megatron.config.schema.ranges import MAX_VOCAB_SIZE, require_whole
 from lag_megatron.errors import CheckpointError
+from lag_megatron.small_files import read_pointer
 
 ZERO, UNIVERSAL, MEGATRON, DCP, HF = "zero", "universal", "megatron", "dcp", "hf"
 LEGACY = "megatron_legacy"
@@ -60,9 +61,9 @@ def resolve_checkpoint(path: Path) -> Path:
         return resolve_tag(path)
     for pointer, form in ((universal_format.POINTER, "{}"), (_MEGATRON_POINTER, "iter_{:0>7}")):
         if (path / pointer).is_file():
-            text = (path / pointer).read_text().strip()
+            text = read_pointer(path / pointer, error=CheckpointError)
             tag = path / (text if text == "release" else form.format(text))
-            if leads_out(text) or not tag.is_dir():
+            if not tag.is_dir():
                 raise CheckpointError(f"{path / pointer}: names {text!r}, but there is no {tag}.")
             return tag
     return path
@@ -137,8 +138,12 @@ def open_checkpoint(
         weights_only: leave out the optimizer states of a distributed checkpoint.
 
     Raises:
-        CheckpointError: if it is damaged or of no known format.
+        CheckpointError: if it is damaged or of no known format, or ``vocab_size`` below 1.
     """
+    if vocab_size is not None:
+        require_whole(
+            vocab_size, "--vocab-size", error=CheckpointError, least=1, most=MAX_VOCAB_SIZE
+        )
     path = resolve_checkpoint(path)
     kind = detect(path)
     if kind == HF:

@@ -13,6 +13,7 @@ from lag_megatron.cli.errors import print_error
 from lag_megatron.cli.lock_option import add_lock_option
 from lag_megatron.cli.parser import add_list_configs, command_parser, parse
 from lag_megatron.config.installed import checkout, find_config
+from lag_megatron.config.schema.ranges import MAX_WORKERS, require_whole
 from lag_megatron.errors import LagError, RunError
 from lag_megatron.study import (
     StudyFolder,
@@ -67,8 +68,7 @@ def _training_program() -> Path:
 
 
 def _compare(options: argparse.Namespace, *, script: Path) -> int:
-    if options.workers < 1:
-        raise RunError(f"--workers: must be 1 or more (got {options.workers}).")
+    require_whole(options.workers, "--workers", error=RunError, least=1, most=MAX_WORKERS)
     plan = plan_study(load_study(find_config(options.study)))
     out = options.out or Path("runs") / "studies" / plan.study.name
     folder = StudyFolder(out.resolve())

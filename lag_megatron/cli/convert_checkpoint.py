@@ -16,9 +16,9 @@ from lag_megatron.checkpoint.state.source import CheckpointSource, UnshardedChec
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.writer.progress_bar import progress_bar
 from lag_megatron.cli.errors import print_error
-from lag_megatron.cli.growth_options import add_growth_options, check_workers, plan_of, topology_of
+from lag_megatron.cli.growth_options import add_growth_options, check_numbers, plan_of, topology_of
 from lag_megatron.cli.parser import command_parser, parse
-from lag_megatron.errors import LagError, PlanError
+from lag_megatron.errors import LagError, PlanError, printable
 from lag_megatron.growth.apply.conversion import Conversion
 from lag_megatron.growth.apply.verify import differences
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line and convert; 2 for a user's error, 1 where --verify finds one."""
     options = parse(_parser(), argv)
     try:
-        check_workers(options)
+        check_numbers(options)
         source = open_checkpoint(
             options.source, vocab_size=options.vocab_size, weights_only=options.weights_only
         )
@@ -45,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         conversion = _conversion(options, source)
         target = conversion.target_dir(options.target)
         job = conversion.job(target)
-        print(f"{source.path} -> {target}")
+        print(printable(f"{source.path} -> {target}"))
         for note in source.notes if isinstance(source, UnshardedCheckpoint) else ():
-            print(note)
+            print(printable(note))
         print(f"to write: {job.needed / 2**20:.1f} MiB")
         if options.dry_run:
             return 0
@@ -80,7 +80,7 @@ def _holds(conversion: Conversion) -> str:
 def _verify(conversion: Conversion, target: Path) -> int:
     found = list(differences(conversion, target))
     for line in found:
-        print(line)
+        print(printable(line))
     if not found:
         what = "weight" if conversion.to == "hf" else "master and every moment"
         print(f"verified: every {what} of the target has the source's value")

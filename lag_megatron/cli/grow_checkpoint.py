@@ -22,12 +22,12 @@ from lag_megatron.cli.growth_options import (
     add_growth_options,
     add_places,
     changes_topology,
-    check_workers,
+    check_numbers,
     plan_of,
     topology_of,
 )
 from lag_megatron.cli.parser import command_parser, parse
-from lag_megatron.errors import LagError, PlanError
+from lag_megatron.errors import LagError, PlanError, printable
 from lag_megatron.growth.apply.estimate import estimate_growth
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.apply.grown_state import GrownState
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     """Grow as the options say; 2 for a user's error."""
     try:
-        check_workers(options)
+        check_numbers(options)
         if options.link:
             _link(options)
         else:
@@ -95,7 +95,7 @@ def _link(options: argparse.Namespace) -> None:
     plan = plan_of(options, source, may_stay=False)
     target = options.target / source.path.resolve().name
     job = jobs[kind](GrownState(source, plan, UNSHARDED), target)
-    print(f"{source.path} -> {target}")
+    print(printable(f"{source.path} -> {target}"))
     print(
         f"layers {plan.source_layers} -> {plan.target_layers}: {format_layer_map(plan.layer_map)}"
     )
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print_growth(growth: GrownState, target: Path, options: argparse.Namespace) -> None:
     plan = growth.plan
-    print(f"{growth.source.path} -> {target}")
+    print(printable(f"{growth.source.path} -> {target}"))
     if growth.topology != growth.source.topology:
         print(
             f"ranks {_topology_text(growth.source.topology)} -> {_topology_text(growth.topology)}"

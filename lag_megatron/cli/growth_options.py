@@ -5,16 +5,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lag_megatron.checkpoint.state.layout import Topology
 from lag_megatron.checkpoint.state.source import CheckpointSource
 from lag_megatron.cli.lock_option import add_lock_option
 from lag_megatron.config.schema.param_names import read_param_names
+from lag_megatron.config.schema.ranges import (
+    MAX_LAYERS,
+    MAX_SEED,
+    MAX_WORKERS,
+    require_positive,
+    require_whole,
+)
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.grown_state import retarget
 from lag_megatron.growth.operators import OPERATORS
 from lag_megatron.growth.plan import MOMENT_POLICIES, GrowthPlan
+from lag_megatron.small_files import parse_yaml
 
 DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
 _TOPOLOGY = ("world_size", "tensor_parallel", "zero_stage", "precision")
@@ -55,14 +61,19 @@ def add_topology_options(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="show what would be done and leave nothing behind")
 
 
-def check_workers(options: argparse.Namespace) -> None:
-    """Refuse less than one worker.
+def check_numbers(options: argparse.Namespace) -> None:
+    """Refuse numbers outside their range before anything is opened.
 
     Raises:
-        PlanError: if ``--workers`` is below 1.
+        PlanError: for the first of them.
     """
-    if options.workers < 1:
-        raise PlanError(f"--workers {options.workers}: expected at least 1.")
+    require_whole(options.workers, "--workers", error=PlanError, least=1, most=MAX_WORKERS)
+    if options.layers is not None:
+        require_whole(options.layers, "--layers", error=PlanError, least=1, most=MAX_LAYERS)
+    if options.seed is not None:
+        require_whole(options.seed, "--seed", error=PlanError, most=MAX_SEED)
+    if options.init_std is not None:
+        require_positive(options.init_std, "--init-std", error=PlanError)
 
 
 def changes_topology(options: argparse.Namespace) -> bool:
@@ -127,7 +138,5 @@ def _setting(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not key or not separator:
         raise PlanError(f"--set {text}: expected KEY=VALUE, e.g. --set index=4.")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise PlanError(f"--set {text}: the value is not YAML.") from None
+    where = f"--set {text}"
+    return key, parse_yaml(value, where=where, what="a value as YAML", error=PlanError)

@@ -16,7 +16,7 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.cli.errors import print_error
 from lag_megatron.cli.parser import command_parser, parse
 from lag_megatron.config.schema.param_names import read_param_names
-from lag_megatron.errors import LagError
+from lag_megatron.errors import LagError, printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,9 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     except LagError as error:
         return print_error(error)
     problems = facts["problems"]
-    print(json.dumps(facts, indent=1) if options.json else "\n".join(_lines(facts)))
+    print(json.dumps(facts, indent=1) if options.json else printable("\n".join(_lines(facts))))
     for problem in problems:
-        print(problem, file=sys.stderr)
+        print(printable(problem), file=sys.stderr)
     return 1 if problems else 0
 
 

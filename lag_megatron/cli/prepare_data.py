@@ -17,6 +17,7 @@ from lag_megatron.cli.parser import CONFIG_HELP, add_list_configs, command_parse
 from lag_megatron.cli.warning_filters import ignore_library_warnings
 from lag_megatron.config import RunConfig, load_config, parse_config
 from lag_megatron.config.installed import find_config
+from lag_megatron.config.schema.ranges import MAX_WORKERS, require_positive, require_whole
 from lag_megatron.errors import ConfigError, LagError
 
 _CACHE = Path("runs") / ".cache" / "data"
@@ -73,10 +74,9 @@ def _parser() -> argparse.ArgumentParser:
 def _config(options: argparse.Namespace) -> RunConfig:
     """The run's configuration, or a small one around what the options say."""
     given = [name for name in _FLAGS if getattr(options, name) is not None]
-    if options.workers < 1 or options.chunk_mb <= 0:
-        raise ConfigError(
-            f"--workers {options.workers} --chunk-mb {options.chunk_mb:g}: both must be above 0."
-        )
+    require_whole(options.workers, "--workers", error=ConfigError, least=1, most=MAX_WORKERS)
+    require_positive(options.chunk_mb, "--chunk-mb", error=ConfigError)
+    require_whole(options.show, "--show", error=ConfigError)
     if options.config is not None:
         if given:
             raise ConfigError(
@@ -109,7 +109,8 @@ def _tree(options: argparse.Namespace) -> dict[str, Any]:
     # Only the length matters here: no model is made.
     shape = {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 64, "num_attention_heads": 1}
     family = {"family": "bert", "norm_position": "post", "token_types": 2} if masked else {}
-    length = {"num_query_groups": 1, "seq_length": options.seq_length or 128}
+    samples = 128 if options.seq_length is None else options.seq_length
+    length = {"num_query_groups": 1, "seq_length": samples}
     return {
         "model": {**shape, **family, **length},
         "data": {**data, "tokenizer": tokenizer},
@@ -129,7 +130,7 @@ def _prepare(config: RunConfig, options: argparse.Namespace) -> str:
         cache_dir=options.cache,
         output=options.output,
         workers=options.workers,
-        chunk_bytes=int(options.chunk_mb * 2**20),
+        chunk_bytes=max(1, int(options.chunk_mb * 2**20)),
     )
     lines = [_summary(source.name, source.data) for source in prepared.sources]
     if options.verify:

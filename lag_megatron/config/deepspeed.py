@@ -1,6 +1,5 @@
 """DeepSpeed's configuration from a run's: "auto" is filled in, contradictions are errors."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from lag_megatron.config.schema.parallel import data_parallel_size
 from lag_megatron.config.schema.run import RunConfig
 from lag_megatron.errors import ConfigError
+from lag_megatron.small_files import read_json
 
 AUTO = "auto"
 _UNREADABLE = (
@@ -25,14 +25,9 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: if it is missing or not a JSON object.
     """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the DeepSpeed file: {error.strerror}.") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}.")
+    values: dict[str, Any] = read_json(
+        Path(path), what="a configuration of DeepSpeed", error=ConfigError
+    )
     return values
 
 

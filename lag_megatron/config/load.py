@@ -6,6 +6,7 @@ an unknown key, the nearest known one.
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from lag_megatron.config.schema.base import Tree
 from lag_megatron.config.schema.param_names import read_names_tree
 from lag_megatron.config.schema.run import GrowthConfig, RunConfig
 from lag_megatron.config.schema.stage_schedule import in_steps
-from lag_megatron.config.schema.unique_keys import UniqueKeyLoader
 from lag_megatron.config.stage_policy import expand_stages
-from lag_megatron.config.validation.messages import describe_errors
+from lag_megatron.config.validation.messages import describe_errors, truth_value_problems
+from lag_megatron.config.validation.ranges import growth_range_problems
 from lag_megatron.config.validation.run import find_problems, growth_problems
 from lag_megatron.config.validation.stages import length_problems
+from lag_megatron.config.validation.values import value_problems
 from lag_megatron.errors import ConfigError
+from lag_megatron.small_files import describe_kind, parse_yaml, read_yaml
 
 
 def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig:
@@ -45,21 +48,28 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
 
 def parse_config(tree: Tree, *, source: str = "configuration") -> RunConfig:
     """Check a plain mapping and turn it into a :class:`RunConfig`."""
+    if lines := list(value_problems(tree)):
+        raise ConfigError(_block(source, lines))
     tree, wrong = expand_stages(tree)
     tree = _merge_stage_growth(tree)
     if wrong:  # the rest is checked without stages, so that all mistakes are reported together
         tree = {**tree, "stages": [{"steps": 1}]}
     try:
-        config = TypeAdapter(RunConfig).validate_python(tree)
+        config = _run_adapter().validate_python(tree)
     except ValidationError as error:
         raise ConfigError(_block(source, [*wrong, *describe_errors(error, tree)])) from None
-    if wrong:
+    if wrong := [*wrong, *truth_value_problems(tree)]:
         raise ConfigError(_block(source, wrong))
     lines = list(length_problems(config))
     config = in_steps(config)
     if lines := [*lines, *find_problems(config)]:
         raise ConfigError(_block(source, lines))
     return config
+
+
+@cache
+def _run_adapter() -> TypeAdapter[RunConfig]:
+    return TypeAdapter(RunConfig)  # takes tens of milliseconds to make
 
 
 def parse_growth(tree: Tree, *, source: str) -> GrowthConfig:
@@ -70,13 +80,18 @@ def parse_growth(tree: Tree, *, source: str) -> GrowthConfig:
     Raises:
         ConfigError: with every problem found.
     """
+    if lines := list(value_problems(tree)):
+        raise ConfigError(_block(source, lines))
     try:
         growth = TypeAdapter(GrowthConfig).validate_python(tree)
     except ValidationError as error:
         raise ConfigError(
             _block(source, describe_errors(error, tree, schema=GrowthConfig))
         ) from None
-    if lines := list(growth_problems(growth, "", steps=_longest(growth))):
+    lines = truth_value_problems(tree, schema=GrowthConfig)
+    lines = lines or list(growth_range_problems(growth, ""))
+    lines = lines or list(growth_problems(growth, "", steps=_longest(growth)))
+    if lines:
         raise ConfigError(_block(source, [line.removeprefix(".") for line in lines]))
     return growth
 
@@ -88,31 +103,33 @@ def _longest(growth: GrowthConfig) -> int:
 
 def dump_config(config: RunConfig) -> str:
     """The complete configuration as YAML that :func:`load_config` reads back unchanged."""
-    tree = TypeAdapter(RunConfig).dump_python(config, mode="json")
+    tree = _run_adapter().dump_python(config, mode="json")
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100)
 
 
 def read_tree(path: Path, *, seen: tuple[Path, ...] = ()) -> Tree:
     """One YAML file with everything it extends merged under it."""
-    path = path.resolve()
+    try:
+        path = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be used as a path: {error}.") from None
     if path in seen:
         chain = " -> ".join(p.name for p in (*seen, path))
         raise ConfigError(f"{path}: extends itself ({chain}). Remove one `extends:`.")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-    except FileNotFoundError:
+    if not path.exists():
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f" Files there: {', '.join(near)}." if near else ""
-        raise ConfigError(f"{path}: no such configuration file.{hint}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+        raise ConfigError(f"{path}: no such configuration file.{hint}")
+    tree = read_yaml(path, what="a configuration as YAML", error=ConfigError)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping at the top, got {type(tree).__name__}.")
+        raise ConfigError(f"{path}: expected a mapping at the top, got {describe_kind(tree)}.")
     _read_names_files(tree, path.parent)
     base = tree.pop("extends", None)
     if base is None:
         return tree
-    return merge(read_tree(path.parent / str(base), seen=(*seen, path)), tree)
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends: must be the path of a YAML file (got {base!r}).")
+    return merge(read_tree(path.parent / base, seen=(*seen, path)), tree)
 
 
 def _read_names_files(tree: Tree, folder: Path) -> None:
@@ -141,10 +158,7 @@ def apply_override(tree: Tree, override: str) -> None:
         raise ConfigError(
             f"--set {override}: expected key.path=value, e.g. --set optimizer.lr=3e-4"
         )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
+    value = parse_yaml(text, where=f"--set {override}", what="a value as YAML", error=ConfigError)
     *parents, last = re.sub(r"\[(\d+)\]", r".\1", path).split(".")
     node: Any = tree
     for key in parents:

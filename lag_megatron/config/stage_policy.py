@@ -12,12 +12,15 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from lag_megatron.config.schema.base import FORBID, Tree
+from lag_megatron.config.schema.ranges import MAX_LAYERS
 from lag_megatron.config.schema.raptr import RaptrConfig, fixed_layers
 from lag_megatron.config.schema.shares import shares
-from lag_megatron.config.validation.messages import describe_errors
+from lag_megatron.config.validation.messages import describe_errors, truth_value_problems
 
 # Karp et al. 2024, appendix A.3: every index up to the paper's fourth stage, even ones after it.
 _STAGES_WITH_ALL_INDICES = 4
+_MAX_PATH_STAGES = 100
+_MAX_ALPHA = 100  # beyond it the shares of all stages but the last are nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +80,9 @@ def expand_stages(tree: Tree) -> tuple[Tree, list[str]]:
         stacking = TypeAdapter(StackingConfig).validate_python(short)
     except ValidationError as error:
         lines = describe_errors(error, short, schema=StackingConfig)
+    else:
+        lines = truth_value_problems(short, schema=StackingConfig)
+    if lines:
         return tree, [f"stages.{line}" for line in lines]
     least = _least(tree, max(1, *stacking.layers, 1))
     if lines := list(_problems(stacking, least)):
@@ -101,14 +107,16 @@ def _problems(stacking: StackingConfig, least: int) -> list[str]:
     layers, found = stacking.layers, []
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 1:
         found.append(f"stages.layers: must be positive and strictly rising (got {list(layers)}).")
+    elif layers[-1] > MAX_LAYERS:
+        found.append(f"stages.layers: must be at most {MAX_LAYERS:,} (got {layers[-1]:,}).")
     exact = {"scratch": 1, "g_stack": 2, "raptr": 1}.get(stacking.policy)
     if exact is not None and len(layers) != exact:
         found.append(
             f"stages.layers: the policy {stacking.policy!r} has {exact} of them "
             f"(got {list(layers)})."
         )
-    if stacking.alpha < 0:
-        found.append(f"stages.alpha: must not be negative (got {stacking.alpha}).")
+    if not 0 <= stacking.alpha <= _MAX_ALPHA:
+        found.append(f"stages.alpha: must lie between 0 and {_MAX_ALPHA} (got {stacking.alpha}).")
     found += _path_problems(stacking)
     if (stacking.steps is None) == (stacking.tokens is None):
         found.append("stages: give either steps or tokens, of all stages together or of each.")
@@ -155,9 +163,14 @@ def _path_problems(stacking: StackingConfig) -> list[str]:
         found.append("stages: the policy 'raptr' needs either paths or flops_share.")
     if share is not None and not 0 < share <= 1:
         found.append(f"stages.flops_share: must be above 0 and at most 1 (got {share}).")
-    if stacking.path_stages is not None and (share is None or stacking.path_stages < 1):
+    if stacking.path_stages is not None and share is None:
         found.append(
-            f"stages.path_stages: 1 or more, for flops_share alone (got {stacking.path_stages})."
+            f"stages.path_stages: is for flops_share alone (got {stacking.path_stages}). Remove it."
+        )
+    elif stacking.path_stages is not None and not 1 <= stacking.path_stages <= _MAX_PATH_STAGES:
+        found.append(
+            f"stages.path_stages: must lie between 1 and {_MAX_PATH_STAGES} "
+            f"(got {stacking.path_stages})."
         )
     if stacking.full_warmup < 0:
         found.append(f"stages.full_warmup: must not be negative (got {stacking.full_warmup}).")

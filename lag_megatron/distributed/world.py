@@ -140,17 +140,29 @@ def environment() -> tuple[int, int, int]:
     """Rank, world size and local rank that the launcher set; (0, 1, 0) without one.
 
     Raises:
-        RunError: if ``WORLD_SIZE`` is set and ``LOCAL_RANK`` is not.
+        RunError: if one of them is no number, or ``WORLD_SIZE`` is set and ``LOCAL_RANK`` is not.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" not in os.environ:
+    rank, size, local_rank = (_variable(name, default) for name, default in _LAUNCHER_VARIABLES)
+    if size > 1 and "LOCAL_RANK" not in os.environ:
         raise RunError(
             "WORLD_SIZE is set, but LOCAL_RANK is not: every rank would take device 0. Start the "
             "ranks with deepspeed or torchrun, or export LOCAL_RANK."
         )
-    return tuple(int(os.environ.get(k, d)) for k, d in _LAUNCHER_VARIABLES)  # type: ignore[return-value]
+    return rank, size, local_rank
 
 
-_LAUNCHER_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+_LAUNCHER_VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+
+
+def _variable(name: str, default: int) -> int:
+    """A variable of the launcher's, of which WORLD_SIZE is 1 or more and the others 0 or more."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit()) or (name == "WORLD_SIZE" and int(text) < 1):
+        raise RunError(
+            f"the environment's {name} is {text!r}, expected a whole number. Start the ranks with "
+            "deepspeed or torchrun, or unset it."
+        )
+    return int(text)
 
 
 def local_world_size(size: int) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.engine.protocol import ShardedState
-from lag_megatron.errors import CheckpointError
+from lag_megatron.errors import CheckpointError, write_failure
 
 # Karras et al. 2024 (EDM2), section 3.1: the average's width is 10 % of the steps averaged over.
 GAMMA = 6.94
@@ -58,10 +58,8 @@ class WeightAverage:
         try:
             torch.save(self._averages, path)
         except (OSError, RuntimeError) as error:  # torch's word for a full disk is the latter
-            raise CheckpointError(
-                f"{path}: cannot be written: {str(error).splitlines()[0]}. Free some space and run "
-                "the same command again."
-            ) from error
+            reason, advice = write_failure(error)
+            raise CheckpointError(f"{path}: cannot be written: {reason} {advice}") from error
         return {path.name: manifest.file_entry(path)}
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from lag_megatron.config import ModelConfig
 from lag_megatron.distributed.world import World
 from lag_megatron.engine.ema import WeightAverage
 from lag_megatron.engine.protocol import SaveableEngine
+from lag_megatron.errors import write_failure
 from lag_megatron.growth.apply.grown_state import GrownState
 
 VERSIONS = {"lag_megatron": __version__, "torch": torch.__version__}
@@ -105,10 +106,10 @@ def _write_with_deepspeed(engine: SaveableEngine, draft: Path, state: Mapping[st
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError.  The other ranks wait inside DeepSpeed for
         # this one; only its end releases them, through the launcher.
+        reason, advice = write_failure(error)
         message = (
             f"[rank {engine.world.rank}] CheckpointError: {draft}: cannot write the checkpoint: "
-            f"{str(error).splitlines()[0]}. The one before is untouched. Free some space and run "
-            "the same command again."
+            f"{reason} The one before is untouched. {advice}"
         )
         print(message, file=sys.stderr, flush=True)
         os._exit(2)

@@ -9,6 +9,7 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import RunError
 from lag_megatron.evaluation.harness import SCORES
 from lag_megatron.evaluation.task_data import Json
+from lag_megatron.small_files import read_json
 
 SCORES_FILE = "scores.json"
 
@@ -39,7 +40,11 @@ def score_candidates(run: Path, evaluate: Callable[[Path], Json]) -> Iterator[tu
         results = evaluate(state)
         scores = {task: r["metrics"][SCORES[task]]["value"] for task, r in results.items()}
         file = state.parent / SCORES_FILE
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        before = {}
+        if file.exists():
+            before = read_json(
+                file, what="a candidate's scores", error=RunError, advice="Remove it."
+            )
         write_atomically(file, json.dumps({**before, **scores}, indent=1))
         yield str(state.parent.relative_to(run)), results
 

@@ -1,7 +1,6 @@
 """The model to evaluate as a transformers directory, exported from a checkpoint if needed."""
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, ConfigError, DataError
 from lag_megatron.growth.apply.conversion import Conversion
-from lag_megatron.run.directory import RunDirectory
+from lag_megatron.run.directory import RunDirectory, read_facts
 
 _TOKENIZER = "tokenizer.json"
 
@@ -116,10 +115,10 @@ def _tokenizer_of_run(path: Path) -> Path:
             f"{path}: not in a run directory, so its tokenizer is not known. Name it with "
             "--tokenizer FILE, a tokenizer.json of Hugging Face."
         )
-    facts = json.loads((root / "run.json").read_text(encoding="utf-8"))
-    folder = RunDirectory(root).data_cache / facts["data_digest"]
+    facts = read_facts(root)
+    folder = RunDirectory(root).data_cache / str(facts.get("data_digest"))
     # A run that was moved with its cache, then one whose text was prepared elsewhere.
-    for place in (folder, Path(facts.get("data_folder", folder))):
+    for place in (folder, Path(str(facts.get("data_folder", folder)))):
         if (place / _TOKENIZER).is_file():
             return place / _TOKENIZER
     raise DataError(

@@ -1,7 +1,6 @@
 """Running lm-evaluation-harness with the task files of this package."""
 
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ import yaml
 
 from lag_megatron.errors import RunError
 from lag_megatron.evaluation.task_data import Documents, Json, read_documents
+from lag_megatron.small_files import read_json
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 # The number of each task that stands for it in comparisons.
@@ -78,7 +78,9 @@ def evaluate(
 
 def _require_window(model: Path, tasks: Iterable[str]) -> None:
     """Check that the model's window is longer than the answers of each task."""
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config = read_json(
+        model / "config.json", what="the configuration of a transformers model", error=RunError
+    )
     window = next((config[key] for key in _WINDOWS if isinstance(config.get(key), int)), None)
     for task in tasks:
         settings = yaml.load((TASK_FOLDER / f"{task}.yaml").read_text(), Loader=_Plain)

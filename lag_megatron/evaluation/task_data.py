@@ -10,8 +10,6 @@ wikitext  plain text whose articles begin with lines like `` = Title = ``
 Any of them may be compressed (``.gz``).
 """
 
-import gzip
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +19,7 @@ from typing import Any
 
 from lag_megatron.errors import DataError
 from lag_megatron.evaluation.tydiqa import Json, gold_passages
+from lag_megatron.small_files import parse_json, read_text
 
 # What a folder of data is searched for.
 PATTERNS = {
@@ -72,12 +71,9 @@ def read_documents(task: str, path: Path) -> Documents:
     Raises:
         DataError: if it is missing, of another form, or has too few items for the task.
     """
+    text = read_text(path, what=f"data of the task {task}, {FORMS[task]}", error=DataError)
     try:
-        documents = _READERS[task](_read(path))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: cannot be read for the task {task}: {error}. Expected {FORMS[task]}."
-        ) from None
+        documents = _READERS[task](text)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{path}: not of the form that the task {task} takes: {_reason(error)}. "
@@ -98,28 +94,20 @@ def _reason(error: Exception) -> str:
     return f"no field {error}" if isinstance(error, LookupError) else str(error)
 
 
-def _read(path: Path) -> str:
-    if path.suffix == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            return file.read()
-    return path.read_text(encoding="utf-8")
-
-
 def _rows(text: str) -> list[Json]:
     """The objects of JSON lines, or the one of a JSON file."""
-    try:
-        rows = [json.loads(text)]
-    except ValueError:
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except ValueError as error:
-                raise ValueError(f"line {number} is no JSON: {error}") from None
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number} is no JSON object")
-    return rows
+    first = text.lstrip().partition("\n")[0].rstrip()
+    if first.startswith("{") and not first.endswith(
+        "}"
+    ):  # the file is one object over several lines
+        return [_object(text, "the file")]
+    lines = enumerate(text.split("\n"), start=1)
+    return [_object(line, f"line {number}") for number, line in lines if line.strip()]
+
+
+def _object(text: str, where: str) -> Json:
+    found: Json = parse_json(text, where=where, what="a JSON object", error=DataError)
+    return found
 
 
 def _string(row: Json, key: str) -> str:

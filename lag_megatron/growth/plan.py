@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lag_megatron.checkpoint.families.layer_stack import find_layer_stack, largest_stack
-from lag_megatron.checkpoint.storage.json_file import parse_json
 from lag_megatron.config.schema.param_names import ParamNames, parse_param_names
-from lag_megatron.errors import PlanError
+from lag_megatron.config.schema.ranges import MAX_LAYERS, MAX_SEED, require_positive, require_whole
+from lag_megatron.errors import LagError, PlanError
 from lag_megatron.growth.operators import layer_map_of
 from lag_megatron.growth.operators.layer_map import LayerMap, keeps_old_norms, moves_second_norm
+from lag_megatron.small_files import parse_json, read_text
 
 if TYPE_CHECKING:
     from lag_megatron.checkpoint.state.source import CheckpointSource
 
 MomentPolicy = Literal["copy", "zero", "borrow"]
+_REQUIRED = ("operator", "source_layers", "target_layers")
 MOMENT_POLICIES: tuple[MomentPolicy, ...] = ("copy", "zero", "borrow")
 
 
@@ -61,7 +63,19 @@ class GrowthPlan:
         if self.moments not in (*MOMENT_POLICIES, "auto"):
             allowed = ", ".join(("auto", *MOMENT_POLICIES))
             raise PlanError(f"moments {self.moments!r} is not a policy. Allowed: {allowed}.")
+        self._check_values()
         layer_map_of(self.operator, self.source_layers, self.target_layers, self.options)
+
+    def _check_values(self) -> None:
+        """Refuse what is no value of its kind, as a plan file or an option may give."""
+        if not isinstance(self.operator, str):
+            raise PlanError(f"operator: expected a name (got {self.operator!r}).")
+        if not isinstance(self.options, Mapping):
+            raise PlanError(f"options: expected a mapping of names (got {self.options!r}).")
+        for name in ("source_layers", "target_layers"):
+            require_whole(getattr(self, name), name, error=PlanError, most=MAX_LAYERS)
+        require_whole(self.seed, "seed", error=PlanError, most=MAX_SEED)
+        require_positive(self.init_std, "init_std", error=PlanError)
 
     @property
     def layer_map(self) -> LayerMap:
@@ -212,22 +226,25 @@ class GrowthPlan:
         Raises:
             PlanError: for text that is not a plan.
         """
-        try:
-            values = parse_json(text)
-        except ValueError as error:
-            raise PlanError(f"{source}: not JSON: {error}") from None
-        known = {f.name for f in fields(GrowthPlan)}
-        if not isinstance(values, dict) or not set(values) <= known:
-            raise PlanError(f"{source}: expected a mapping with the keys {', '.join(known)}.")
+        values = parse_json(text, where=source, what="a growth plan", error=PlanError)
+        known = [f.name for f in fields(GrowthPlan)]
+        if unknown := [key for key in values if key not in known]:
+            raise PlanError(
+                f"{source}: a growth plan has no {unknown[0]!r}. Its keys are {', '.join(known)}."
+            )
+        if missing := [key for key in _REQUIRED if key not in values]:
+            raise PlanError(f"{source}: a growth plan needs {missing[0]!r}, which is not there.")
         try:
             return GrowthPlan(**values)
-        except TypeError as error:
+        except LagError as error:
             raise PlanError(f"{source}: {error}") from None
 
     @staticmethod
     def read(path: Path) -> "GrowthPlan":
-        """Read a plan file."""
-        try:
-            return GrowthPlan.from_json(path.read_text(), source=str(path))
-        except OSError as error:
-            raise PlanError(f"{path}: cannot read the plan: {error.strerror}.") from None
+        """Read a plan file.
+
+        Raises:
+            PlanError: if it cannot be read or is not a plan.
+        """
+        text = read_text(path, what="a growth plan as JSON", error=PlanError)
+        return GrowthPlan.from_json(text, source=str(path))

@@ -4,12 +4,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any
 
 from lag_megatron.atomic_io import write_atomically
 from lag_megatron.config import RunConfig, dump_config, load_config
 from lag_megatron.errors import ConfigError, RunError
+from lag_megatron.small_files import read_json
 from lag_megatron.targets.file_lock import lock_file
 
 # What may differ between two starts of one run: nothing that changes its numbers beyond rounding.
@@ -30,6 +32,8 @@ _FREE_KEYS = (
 )
 # In the directory of a search by ask and tell, what it was begun with; it has no ``config.yaml``.
 SEARCH_SETTINGS = "search.json"
+FACTS, DECISION = "run.json", "decision.json"
+DAMAGED_RUN = "Restore it from a copy, or start a new run directory."
 _LOCK_TIMEOUT_SECONDS = 40
 
 
@@ -109,10 +113,15 @@ def claim(run: RunDirectory, config: RunConfig) -> None:
     """Write the configuration to the run directory, or check it against the one there.
 
     Raises:
-        RunError: if it belongs to a run with other settings.
+        RunError: if it belongs to a run with other settings, or to one whose settings are lost.
     """
     path = run.root / "config.yaml"
     if not path.exists():
+        if run.journal.exists():
+            raise RunError(
+                f"{path}: missing, but {run.journal.name} says that a run was begun there, whose "
+                "settings it held. Restore it from a copy, or give another --run-dir."
+            )
         write_atomically(path, dump_config(config))
         return
     try:
@@ -129,26 +138,70 @@ def claim(run: RunDirectory, config: RunConfig) -> None:
     write_atomically(path, dump_config(config))
 
 
+def read_facts(root: Path) -> dict[str, Any]:
+    """What ``run.json`` says of a run: its text, its tokenizer, its sizes.
+
+    Raises:
+        RunError: if the file is missing or damaged.
+    """
+    facts: dict[str, Any] = read_json(
+        root / FACTS, what="the facts of a run", error=RunError, advice=DAMAGED_RUN
+    )
+    return facts
+
+
+def read_decision(growth: Path) -> dict[str, Any]:
+    """The decision in the folder of a growth event.
+
+    Raises:
+        RunError: if the file is missing or damaged.
+    """
+    decision: dict[str, Any] = read_json(
+        growth / DECISION, what="a growth event's decision", error=RunError, advice=DAMAGED_RUN
+    )
+    return decision
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a small JSON file so that a reader never sees a part of it."""
     write_atomically(path, json.dumps(value, indent=1))
 
 
 def _differences(before: RunConfig, after: RunConfig) -> Iterator[str]:
+    yield from _unequal(_tree(before), _tree(after), "")
+
+
+def _tree(config: RunConfig) -> dict[str, Any]:
+    """Plain values; a stage without settings of its own growth has the global ones."""
     from pydantic import TypeAdapter
 
-    adapter = TypeAdapter(RunConfig)
-    yield from _unequal(adapter.dump_python(before), adapter.dump_python(after), "")
+    tree: dict[str, Any] = TypeAdapter(RunConfig).dump_python(config)
+    stages = tree["stages"]
+    tree["stages"] = [{**stage, "growth": stage["growth"] or tree["growth"]} for stage in stages]
+    return tree
 
 
 def _unequal(before: Any, after: Any, path: str) -> Iterator[str]:
+    """What differs, with its dotted path, before and after."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in before.keys() | after.keys():
             inner = f"{path}.{key}".lstrip(".")
             if not any(fnmatch(inner, free) for free in _FREE_KEYS):
                 yield from _unequal(before.get(key), after.get(key), inner)
-    elif path == "stages" and len(before) == len(after):
-        for number, (old, new) in enumerate(zip(before, after, strict=True)):
+    elif _are_lists(before, after) and any(isinstance(item, dict) for item in (*before, *after)):
+        for number, (old, new) in enumerate(zip_longest(before, after)):
             yield from _unequal(old, new, f"{path}.{number}")
     elif before != after:
-        yield f"{path} ({before!r} there, {after!r} now)"
+        yield f"{path} ({_shown(before)} there, {_shown(after)} now)"
+
+
+def _are_lists(*values: Any) -> bool:
+    return all(isinstance(value, list | tuple) for value in values)
+
+
+def _shown(value: Any) -> str:
+    """A value of the configuration; of a mapping the plain settings that are given."""
+    if not isinstance(value, dict):
+        return "nothing" if value is None else repr(value)
+    plain = {k: v for k, v in value.items() if v is not None and not isinstance(v, dict)}
+    return "{" + ", ".join(f"{k}: {v}" for k, v in plain.items()) + "}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.errors import RunError
+from lag_megatron.small_files import read_json_lines
 
 JournalEvent = dict[str, Any]
 
@@ -66,16 +67,12 @@ def _replay(path: Path) -> list[JournalEvent]:
     if not path.exists():
         return []
     content = path.read_bytes()
-    whole, _, torn = content.rpartition(b"\n")
+    torn = len(content) - content.rfind(b"\n") - 1
     if torn:
-        os.truncate(path, len(content) - len(torn))
-    events = []
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            raise RunError(
-                f"{path}:{number}: not a journal line. The file was changed by something else; "
-                "restore it or start a new run directory."
-            ) from None
-    return events
+        os.truncate(path, len(content) - torn)
+    return read_json_lines(
+        path,
+        what="a run's journal",
+        error=RunError,
+        advice="The file was changed by something else; restore it or start a new run directory.",
+    )

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.atomic_io import flush_to_disk, write_atomically
+from lag_megatron.errors import RunError
+from lag_megatron.run.directory import DAMAGED_RUN
+from lag_megatron.small_files import read_json_lines
 
 MetricRow = dict[str, float | int | str]
 
@@ -53,16 +56,12 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSON-lines file; none if it does not exist."""
-    if not path.exists():
-        return []
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break  # torn by a kill; nothing after it is whole
-    return rows
+    """All lines of a file of metrics; none if it does not exist, without one that a kill tore.
+
+    Raises:
+        RunError: if any other line is not a JSON object.
+    """
+    return read_json_lines(path, what="a run's metrics", error=RunError, advice=DAMAGED_RUN)
 
 
 class Console:

@@ -23,6 +23,8 @@ from lag_megatron.run.wandb_runs import WandbRuns
 _QUEUE_LIMIT = 100_000
 _FINISH_SECONDS = 60.0
 _CRASH_SECONDS = 10.0
+_MODES = ("online", "offline", "shared", "disabled")
+_OLD_MODES = {"run": "online", "dryrun": "offline"}  # which W&B still takes
 
 
 class Wandb:
@@ -38,6 +40,8 @@ class Wandb:
         mode = _mode(tracking.wandb.mode)
         if mode == "disabled":
             self._off.set()
+        elif mode not in _MODES:
+            self._switch_off(f"WANDB_MODE is {mode!r}, expected one of {', '.join(_MODES)}")
         self._runs = WandbRuns(tracking.wandb.project, mode, folder, config, console)
         if mode == "offline":
             why = " (no API key)" if tracking.wandb.mode == "auto" else ""
@@ -164,10 +168,12 @@ class Wandb:
 
 
 def _mode(wanted: str) -> str:
+    """Where W&B writes; ``auto`` asks the environment, of which an empty variable says nothing."""
     if wanted != "auto":
         return wanted
-    if "WANDB_MODE" in os.environ:
-        return os.environ["WANDB_MODE"]
+    given = os.environ.get("WANDB_MODE", "")
+    if given:
+        return _OLD_MODES.get(given, given)
     return "online" if _has_key() else "offline"
 
 

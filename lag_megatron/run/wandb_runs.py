@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.atomic_io import write_atomically
+from lag_megatron.errors import RunError
 from lag_megatron.run.metrics import Console
+from lag_megatron.small_files import read_json
 
 IDS = "wandb_ids.json"
 _UPLOAD_SECONDS = 45.0  # less than the logger waits for at the end
@@ -162,7 +164,14 @@ class WandbRuns:
 
     def _identity(self, key: str) -> str:
         path = self._folder / IDS
-        known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        known: dict[str, str] = {}
+        if path.exists():
+            known = read_json(
+                path,
+                what="W&B's names of this run's parts",
+                error=RunError,
+                advice="Remove it: W&B then shows the rest as new runs.",
+            )
         if key not in known:
             known[key] = secrets.token_hex(8)
             write_atomically(path, json.dumps(known, indent=1))

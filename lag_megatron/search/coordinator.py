@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.run.directory import RunDirectory, write_json
+from lag_megatron.run.directory import DECISION, RunDirectory, write_json
 from lag_megatron.run.journal import Journal
 from lag_megatron.run.metrics import MetricRow
 from lag_megatron.search.candidates import CandidateState, CandidateTable
@@ -171,7 +171,7 @@ class Coordinator:
         decision = search_decision(
             self._event, self._table, costs=self._costs, coordinator_seconds=self._busy
         )
-        write_json(self._run.growth(self._event.number) / "decision.json", decision)
+        write_json(self._run.growth(self._event.number) / DECISION, decision)
         winner = self._table.by_id(decision["chosen"])
         tokens_per_step = self._costs.tokens_per_step if self._costs else None
         return decision, winner_metrics(self._event, winner, tokens_per_step=tokens_per_step)

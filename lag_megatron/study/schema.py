@@ -11,7 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from lag_megatron.config.load import read_tree
 from lag_megatron.config.schema.base import FORBID, Tree
-from lag_megatron.config.validation.messages import describe_errors
+from lag_megatron.config.validation.messages import describe_errors, truth_value_problems
+from lag_megatron.config.validation.values import value_problems
 from lag_megatron.errors import ConfigError
 
 
@@ -66,11 +67,13 @@ def load_study(path: Path) -> Study:
         ConfigError: with every problem found.
     """
     tree = read_tree(path)
+    if lines := list(value_problems(tree)):
+        raise study_error(path, lines)
     try:
         config = TypeAdapter(StudyConfig).validate_python(tree)
     except ValidationError as error:
         raise study_error(path, describe_errors(error, tree, schema=StudyConfig)) from None
-    if lines := list(_problems(config)):
+    if lines := [*truth_value_problems(tree, schema=StudyConfig), *_problems(config)]:
         raise study_error(path, lines)
     base = read_tree(path.resolve().parent / config.base)
     return Study(name=path.stem, path=path, config=config, base=base)

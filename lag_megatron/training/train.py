@@ -1,7 +1,6 @@
 """A run from its command to its report: everything around the stage loop."""
 
 import contextlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.growth.pool import growth_pools
 from lag_megatron.planning.cost import parameter_count
 from lag_megatron.report import write_report
-from lag_megatron.run.directory import RunDirectory, acquire, claim, write_json
+from lag_megatron.run.directory import FACTS, RunDirectory, acquire, claim, read_facts, write_json
 from lag_megatron.run.journal import Journal
 from lag_megatron.run.metrics import Console, MetricsLog, read_rows
 from lag_megatron.run.recorder import Recorder, RunLogs
@@ -153,8 +152,8 @@ def _write_facts(
     world: World, run: RunDirectory, config: RunConfig, data: Prepared, vocab_size: int
 ) -> None:
     """Write ``run.json``, and refuse to train on other text than the run started with."""
-    path, digest = run.root / "run.json", data.digest
-    before = json.loads(path.read_text()).get("data_digest") if path.exists() else digest
+    path, digest = run.root / FACTS, data.digest
+    before = read_facts(run.root).get("data_digest") if path.exists() else digest
     if before != digest:
         raise RunError(
             f"{path}: the text, or the tokenizer made from it, is not what this run began with "

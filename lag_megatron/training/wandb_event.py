@@ -1,12 +1,11 @@
 """A decided growth event in W&B: a table, one chart, pictures, plan and decision."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lag_megatron.growth.operators.layer_map import format_layer_map
 from lag_megatron.report import plots_available, write_figures
-from lag_megatron.run.directory import RunDirectory
+from lag_megatron.run.directory import RunDirectory, read_decision
 from lag_megatron.run.wandb_logger import Wandb
 from lag_megatron.search.event import GrowthEvent
 
@@ -16,7 +15,7 @@ Json = dict[str, Any]
 def show_event(wandb: Wandb, run: RunDirectory, event: GrowthEvent) -> None:
     """Send a growth event's files to W&B; returns at once, the figures are drawn later."""
     folder = run.growth(event.number)
-    decision: Json = json.loads((folder / "decision.json").read_text())
+    decision: Json = read_decision(folder)
     curves = {c["id"]: [(step, loss) for step, loss in c["curve"]] for c in decision["candidates"]}
     columns, rows = candidate_table(event, decision)
 

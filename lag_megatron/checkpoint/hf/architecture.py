@@ -7,10 +7,10 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from lag_megatron.checkpoint.hf.format import read_json
 from lag_megatron.checkpoint.hf.tensor_map import BERT, GPT2, LLAMA, TensorMapping
 from lag_megatron.config import ModelConfig
 from lag_megatron.errors import CheckpointError, ConfigError
+from lag_megatron.small_files import read_json
 
 Settings = dict[str, Any]
 
@@ -271,9 +271,12 @@ def read_config(path: Path) -> Settings:
     """
     import transformers  # takes seconds, which only describing a checkpoint should not
 
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path / 'config.json'}: missing. Restore it from a copy.")
-    read_json(path / "config.json")  # refuses keys that are given twice
+    read_json(  # the library below would say less of a file that is damaged
+        path / "config.json",
+        what="settings of a transformers model",
+        error=CheckpointError,
+        advice="Restore it from a copy.",
+    )
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:

@@ -22,10 +22,10 @@ from lag_megatron.checkpoint.hf.weight_files import (
 )
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
-from lag_megatron.checkpoint.storage.json_file import parse_json
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records, has_checksums
 from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
+from lag_megatron.small_files import parse_json, read_json
 
 CONFIG, TRAINER = "config.json", "trainer_state.json"
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -65,10 +65,14 @@ def read_safetensors_header(file: Path) -> dict[str, SafetensorsEntry]:
             )
         text = stream.read(length)
     try:
-        found = parse_json(text)
+        found = parse_json(
+            text, where=file, what="the header of a safetensors file", error=CheckpointError
+        )
         found.pop("__metadata__", None)
         entries = {name: _entry(file, entry, 8 + length) for name, entry in found.items()}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file}: damaged: its header cannot be read ({error}). Restore it from a copy."
         ) from None
@@ -94,7 +98,7 @@ def looks_like_transformers(path: Path) -> bool:
     if any((path / name).is_file() for name in names) or any(path.glob("model-*.safetensors")):
         return True
     try:
-        return isinstance(read_json(path / CONFIG).get("model_type"), str)
+        return isinstance(_read_json(path / CONFIG).get("model_type"), str)
     except CheckpointError:
         return False
 
@@ -203,22 +207,17 @@ def _entry(file: Path, entry: Mapping[str, Any], start: int) -> SafetensorsEntry
 
 def _settings(file: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        return read_json(file) if file.is_file() else {}
+        return _read_json(file) if file.is_file() else {}
     except CheckpointError as error:
         problems.append(str(error))
         return {}
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The settings in a JSON file.
-
-    Raises:
-        CheckpointError: if it cannot be read, gives a key twice, or holds something else.
-    """
-    try:
-        found = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}. Restore it from a copy.") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: damaged: holds no settings. Restore it from a copy.")
+def _read_json(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(
+        file,
+        what="settings of a transformers model",
+        error=CheckpointError,
+        advice="Restore it from a copy.",
+    )
     return found

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from lag_megatron.checkpoint.state.box import Shape, numel
 
 INDEX = "model.safetensors.index.json"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?) ?(?:[KMGT]B)?", re.ASCII | re.IGNORECASE)
 _PATTERN = "model{suffix}.safetensors"
 
 
@@ -64,7 +66,13 @@ def lay_out(
         shapes: of every tensor, in the order in which they are written.
         dtype: of all tensors.
         max_shard_size: bytes of a file, or a text like ``5GB``.
+
+    Raises:
+        ValueError: if ``max_shard_size`` is no such size above 0.
     """
+    match = _SIZE.fullmatch(str(max_shard_size))
+    if match is None or not float(match[1]):
+        raise ValueError("expected a size above 0 like 5GB or 500MB, or a number of bytes")
     split = split_state_dict_into_shards_factory(
         dict(shapes),
         get_storage_size=lambda shape: numel(shape) * dtype.itemsize,

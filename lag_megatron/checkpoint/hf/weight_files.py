@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lag_megatron.checkpoint.storage.json_file import leads_out, parse_json
+from lag_megatron.checkpoint.storage.file_names import leads_out
 from lag_megatron.errors import CheckpointError
+from lag_megatron.small_files import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -92,17 +93,14 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     Raises:
         CheckpointError: if the index is damaged, or names a file outside of its directory.
     """
-    try:
-        found = parse_json(index.read_text(encoding="utf-8"))
-        placed: dict[str, str] = found["weight_map"]
-        is_map = isinstance(placed, dict) and all(isinstance(f, str) for f in placed.values())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{index}: cannot be read: {error}. Restore it from a copy."
-        ) from None
-    except (LookupError, TypeError):
-        is_map = False
-    if not is_map:
+    found = read_json(
+        index,
+        what="the index of a model's weights",
+        error=CheckpointError,
+        advice="Restore it from a copy.",
+    )
+    placed = found.get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(f, str) for f in placed.values()):
         raise CheckpointError(f"{index}: damaged: no weight_map. Restore it from a copy.")
     for tensor, file in placed.items():
         if leads_out(file):

@@ -31,6 +31,7 @@ from lag_megatron.checkpoint.writer.file_writer import write_spans
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.checkpoint.writer.pieces import Span
 from lag_megatron.config import ModelConfig
+from lag_megatron.config.validation.messages import describe_errors
 from lag_megatron.errors import CheckpointError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -112,9 +113,10 @@ class Export:
         try:
             return TypeAdapter(ModelConfig).validate_python(tree)
         except ValidationError as error:
+            found = "; ".join(describe_errors(error, tree, schema=ModelConfig)[:3])
             raise CheckpointError(
-                f"{self.state.path}: does not say what model it is "
-                f"({error.errors()[0]['msg']}). Only checkpoints of this program can be exported."
+                f"{self.state.path}: does not say what model it is ({found}). Only checkpoints of "
+                "this program can be exported."
             ) from None
 
     @cached_property

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from lag_megatron.checkpoint.state.box import Box, Shape, numel
+from lag_megatron.checkpoint.storage.file_names import leads_out
 from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
-from lag_megatron.checkpoint.storage.json_file import leads_out
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records
 from lag_megatron.errors import CheckpointError
 

@@ -22,10 +22,10 @@ from lag_megatron.checkpoint.megatron.dcp_metadata import Contents, StoredTensor
 from lag_megatron.checkpoint.megatron.param_names import parameters_in
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.storage import torch_pickle
-from lag_megatron.checkpoint.storage.json_file import parse_json
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records
 from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
+from lag_megatron.small_files import read_json
 
 CONFIG, COMMON = "metadata.json", "common.pt"
 _HYPER_PARAMETERS = ("lr", "betas", "eps", "weight_decay")
@@ -46,6 +46,21 @@ def is_megatron(path: Path) -> bool:
         return True
     config = path / CONFIG
     return config.is_file() and b"sharded_backend" in config.read_bytes()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of a directory that Megatron-Core wrote.
+
+    Raises:
+        CheckpointError: if they cannot be read.
+    """
+    found: dict[str, Any] = read_json(
+        path / CONFIG,
+        what="the settings of a checkpoint of Megatron-Core",
+        error=CheckpointError,
+        advice="Restore it from a copy.",
+    )
+    return found
 
 
 def describe_dist_checkpoint(path: Path, names: ParamNames | None = None) -> dict[str, Any]:
@@ -155,9 +170,9 @@ def _finished(path: Path) -> Iterator[str]:
         yield f"{CONFIG}: missing. It is written last, so the checkpoint was not finished"
         return
     try:
-        backend = parse_json(file.read_text(encoding="utf-8"))["sharded_backend"]
-    except (ValueError, LookupError, TypeError) as error:
-        yield f"{CONFIG}: damaged: {error}"
+        backend = read_config(path).get("sharded_backend")
+    except CheckpointError as error:
+        yield str(error)
         return
     if backend != "torch_dist":
         raise CheckpointError(
@@ -242,8 +257,11 @@ def _recorded_groups(contents: Contents) -> list[dict[str, Any]]:
         if match := _GROUP_ENTRY.match(name):
             group = found.setdefault(match["group"], {})
             group[match["key"]] = contents.read_object(name)
-    counted = Counter(json.dumps(group, sort_keys=True, default=str) for group in found.values())
+    plain = [json.loads(json.dumps(group, default=str)) for group in found.values()]
+    texts = [json.dumps(group, sort_keys=True) for group in plain]
+    by_text = dict(zip(texts, plain, strict=True))
     flat = any(not group.rpartition(".")[2].isdigit() for group in found)
     return [
-        {"tensors": count if flat else None} | json.loads(text) for text, count in counted.items()
+        {"tensors": count if flat else None} | by_text[text]
+        for text, count in Counter(texts).items()
     ]

@@ -16,8 +16,9 @@ from typing import Any
 import xxhash
 
 from lag_megatron.atomic_io import flush_to_disk, write_atomically
-from lag_megatron.checkpoint.storage.json_file import leads_out, parse_json
-from lag_megatron.errors import CheckpointError
+from lag_megatron.checkpoint.storage.file_names import leads_out
+from lag_megatron.errors import CheckpointError, sizes
+from lag_megatron.small_files import read_json
 
 MANIFEST, LATEST = "manifest.json", "latest"
 SHARED = "shared_with"  # entry of a hard link: the name of the source's file
@@ -128,28 +129,39 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if there is none or it is damaged.
     """
-    try:
-        manifest = parse_json((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    file = path / MANIFEST
+    if not file.exists():
         raise CheckpointError(
             f"{path}: no {MANIFEST}, so it was not finished here or was written by another program."
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path / MANIFEST}: damaged: {error}. Use another tag.") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        )
+    manifest: dict[str, Any] = read_json(
+        file, what="a checkpoint's manifest", error=CheckpointError, advice="Use another tag."
+    )
+    if manifest.get("format") != MANIFEST_FORMAT:
         raise CheckpointError(
-            f"{path / MANIFEST}: format {found!r} is not {MANIFEST_FORMAT}; "
+            f"{file}: format {manifest.get('format')!r} is not {MANIFEST_FORMAT}; "
             "written by another version of this program."
         )
-    if not isinstance(manifest.get("files"), dict):
-        raise CheckpointError(f"{path / MANIFEST}: damaged: no list of files. Use another tag.")
-    if outside := [name for name in manifest["files"] if leads_out(name)]:
+    files = manifest.get("files")
+    if outside := [name for name in files if leads_out(name)] if isinstance(files, dict) else []:
         raise CheckpointError(
-            f"{path / MANIFEST}: damaged: lists {outside[0]!r}, which is not in this directory. "
+            f"{file}: damaged: lists {outside[0]!r}, which is not in this directory. "
             "Use another tag."
         )
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+        raise CheckpointError(
+            f"{file}: damaged: no list of files with a size and checksum of each. Use another tag."
+        )
     return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a manifest's entry has a size and a checksum."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("size"), int)
+        and isinstance(entry.get("xxh3_128"), str)
+    )
 
 
 def check_sizes(path: Path) -> dict[str, Any]:
@@ -238,7 +250,8 @@ def require_space(folder: Path, *, needed: int, what: str) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
+        wanted, there = sizes(needed, free)
         raise CheckpointError(
-            f"{folder}: {what} needs {needed / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB "
-            "are free. Free some space or use another directory; nothing was written."
+            f"{folder}: {what} needs {wanted}, but only {there} are free. Free some space or use "
+            "another directory; nothing was written."
         )

@@ -10,7 +10,6 @@ import io
 import mmap
 import os
 import pickle
-import shutil
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lag_megatron.checkpoint.storage.torch_zip import is_plain_pickle, tensor_records
-from lag_megatron.errors import CheckpointError
+from lag_megatron.errors import CheckpointError, write_failure
 
 
 class _StandIn:
@@ -159,11 +158,9 @@ def create(path: Path, objects: Any) -> Any:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     except (OSError, RuntimeError) as error:  # the latter where torch's writer fails
         path.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        why = cause(error) if isinstance(error, OSError) else "the disk is full or failed"
+        reason, advice = write_failure(error)
         raise CheckpointError(
-            f"{path}: cannot write: {why} ({free / 2**20:.0f} MiB free). "
-            "Free some space and run the same command again; nothing was changed."
+            f"{path}: cannot write: {reason} Nothing was changed. {advice}"
         ) from None
     return load(path, writable=True)
 

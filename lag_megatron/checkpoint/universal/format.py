@@ -20,6 +20,7 @@ from lag_megatron.checkpoint.storage.integrity import EVERYTHING, VerifyScope
 from lag_megatron.checkpoint.storage.torch_zip import damaged_records
 from lag_megatron.config.schema.param_names import ParamNames
 from lag_megatron.errors import CheckpointError
+from lag_megatron.small_files import read_pointer
 
 FOLDER, POINTER, OPTIMIZER = "zero", "latest_universal", "optimizer_state.pt"
 
@@ -148,7 +149,8 @@ def describe_universal(path: Path, names: ParamNames | None = None) -> dict[str,
     found = {s for s in STATES for p in checkpoint.parameters.values() if (p / f"{s}.pt").is_file()}
     return {
         "format": f"DeepSpeed {header.get('ds_version', 'of unknown version')}, universal",
-        "committed": pointer.is_file() and pointer.read_text().strip() == path.name,
+        "committed": pointer.is_file()
+        and read_pointer(pointer, error=CheckpointError) == path.name,
         "marker": POINTER,
         "step": header.get("global_steps"),
         "tokens": ours.get("tokens"),

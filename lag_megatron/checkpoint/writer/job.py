@@ -21,7 +21,8 @@ from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer.context import ProgressFn, ThreadBuffers, WriteContext
 from lag_megatron.checkpoint.writer.progress_log import WriteProgress
-from lag_megatron.errors import CheckpointError, PlanError
+from lag_megatron.errors import CheckpointError, PlanError, write_failure
+from lag_megatron.small_files import read_pointer
 from lag_megatron.targets.file_lock import sole_writer
 from lag_megatron.targets.overlap import require_apart
 
@@ -83,7 +84,7 @@ class WriteJob:
         """Refuse to name the target in the file that names the source."""
         if not pointer.is_file() or not self.target.parent.samefile(self.source.resolve().parent):
             return
-        text = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        text = read_pointer(pointer, error=CheckpointError)
         if self.source.resolve().name in (text, f"iter_{text:0>7}"):
             raise PlanError(
                 f"{pointer}: names what is read, {self.source}, and would name {self.target.name} "
@@ -163,9 +164,9 @@ def _write_parts(job: WriteJob, workers: int, written: ProgressFn) -> None:
         manifest.commit(job.target, files=files, metadata=job.metadata, pointer=None)
     except OSError as error:
         manifest.remove_checkpoint(staging)
+        reason, advice = write_failure(error)
         raise CheckpointError(
-            f"{error.filename or job.target}: cannot write there: {error.strerror or error}. "
-            "Name another target."
+            f"{error.filename or job.target}: cannot write there: {reason} {advice}"
         ) from None
     except Exception:
         manifest.remove_checkpoint(staging)
@@ -181,9 +182,9 @@ def _point(job: WriteJob, lock: bool) -> None:
         with sole_writer(pointer, lock=lock, timeout=_POINTER_SECONDS):
             job.point()
     except OSError as error:
+        reason, advice = write_failure(error)
         raise CheckpointError(
-            f"{job.target}: is written, but {job.pointer} beside it is not: "
-            f"{error.strerror or error}. Make room and run the same command again."
+            f"{job.target}: is written, but {job.pointer} beside it is not: {reason} {advice}"
         ) from None
 
 

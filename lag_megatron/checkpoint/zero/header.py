@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lag_megatron.checkpoint.state.box import Shape, numel
 from lag_megatron.checkpoint.state.layout import DEFAULT_SUB_GROUP_SIZE, ParamGroup, Topology
-from lag_megatron.checkpoint.storage.json_file import leads_out
 from lag_megatron.checkpoint.zero.load import FOREIGN, load_states
 from lag_megatron.errors import CheckpointError
+from lag_megatron.small_files import read_pointer
 
 # Options of DeepSpeed that change the order or padding of flat buffers in ways not handled here.
 _UNKNOWN_ORDERS = ("round_robin_gradients", "parameter_alignment")
@@ -28,12 +28,7 @@ def resolve_tag(path: Path) -> Path:
     latest = path / "latest"
     if not latest.is_file():
         return path
-    tag = latest.read_text().strip()
-    if leads_out(tag):
-        raise CheckpointError(
-            f"{latest}: names {tag!r}, expected the name of a tag in this directory. Correct it, "
-            "or give the tag directory itself."
-        )
+    tag = read_pointer(latest, error=CheckpointError)
     if not (path / tag).is_dir():
         raise CheckpointError(
             f"{latest}: names the tag {tag!r}, but {path / tag} does not exist. "

@@ -18,7 +18,7 @@ from lag_megatron.checkpoint.writer.pieces import Span
 from lag_megatron.checkpoint.zero.file_names import model_file, optimizer_file
 from lag_megatron.checkpoint.zero.model_states import model_objects
 from lag_megatron.checkpoint.zero.optim_states import optimizer_objects
-from lag_megatron.errors import CheckpointError
+from lag_megatron.errors import CheckpointError, write_failure
 
 _BYTES = 4
 
@@ -101,9 +101,9 @@ def write_objects(
         context.flush(path)
     except OSError as error:
         path.unlink(missing_ok=True)
+        reason, advice = write_failure(error)
         raise CheckpointError(
-            f"{path}: cannot write: {error.strerror or error}. What was there before is untouched. "
-            "Free some space, or use another disk, and run the same command again."
+            f"{path}: cannot write: {reason} What was there before is untouched. {advice}"
         ) from None
     return entry
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-# Of every dataclass: unknown keys are errors.
-FORBID = {"extra": "forbid"}
+# Of every dataclass: unknown keys, and numbers that are not finite, are errors.
+FORBID = {"extra": "forbid", "allow_inf_nan": False}
 
 # A configuration as YAML gives it, before it is checked.
 Tree = dict[str, Any]

@@ -14,10 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from lag_megatron.config.schema.unique_keys import UniqueKeyLoader
 from lag_megatron.errors import ConfigError
+from lag_megatron.small_files import read_yaml
 
 Role = Literal[
     "norm_weight",
@@ -63,18 +61,7 @@ def read_names_tree(path: Path) -> Any:
     Raises:
         ConfigError: if it cannot be read as YAML.
     """
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: the names file cannot be read: {error.strerror}. Give a YAML file like "
-            f"{_EXAMPLE}."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(
-            f"{path}: the names file is not YAML: {text}. Expected something like {_EXAMPLE}."
-        ) from None
+    return read_yaml(path, what=f"names of parameters like {_EXAMPLE}", error=ConfigError)
 
 
 def parse_param_names(values: Any, *, where: str) -> ParamNames:

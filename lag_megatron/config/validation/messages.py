@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -33,13 +33,49 @@ def describe_errors(
     found: dict[Location, str] = {}
     for problem in error.errors():
         location = problem["loc"]
+        if not location:
+            return [f"must be a mapping (got {tree!r})."]
         if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             found[location] = _unknown_key(location, problem["input"], schema)
         elif problem["type"] in ("missing", "missing_argument"):
             found[location] = "required, but not given."
         else:
             location, kind = _walk(location, schema)
-            found[location] = f"must be {_allowed(kind)} (got {_value(tree, location)!r})."
+            allowed = _allowed(kind)
+            if problem["type"] == "finite_number":
+                allowed = allowed.replace("a number", "a finite number")
+            found[location] = f"must be {allowed} (got {_value(tree, location)!r})."
+    return _lines(found)
+
+
+def truth_value_problems(tree: Any, *, schema: Any = RunConfig) -> list[str]:
+    """A line for each true or false where a number is wanted, which pydantic takes for 1 or 0."""
+    found: dict[Location, str] = {}
+    for location, value in _truth_values(tree, ()):
+        place, kind = _walk(location, schema)
+        if place == location and not _takes_truth(kind):
+            found[place] = f"must be {_allowed(kind)} (got {str(value).lower()})."
+    return _lines(found)
+
+
+def _truth_values(tree: Any, location: Location) -> Iterator[tuple[Location, bool]]:
+    if isinstance(tree, bool):
+        yield location, tree
+    elif isinstance(tree, Mapping | list | tuple):
+        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+        for key, inner in items:
+            yield from _truth_values(inner, (*location, key))
+
+
+def _takes_truth(schema: Any) -> bool:
+    if _is_union(schema):
+        return any(map(_takes_truth, typing.get_args(schema)))
+    if typing.get_origin(schema) is typing.Literal:
+        return any(isinstance(choice, bool) for choice in typing.get_args(schema))
+    return schema in (bool, Any)
+
+
+def _lines(found: Mapping[Location, str]) -> list[str]:
     return [
         f"{'.'.join(map(str, location))}: {text}"
         for location, text in found.items()

@@ -1,6 +1,5 @@
 """Checks of a whole configuration beyond the types of its values."""
 
-import math
 from collections.abc import Iterator
 
 from lag_megatron.config.schema.parallel import ParallelConfig, data_parallel_size
@@ -10,6 +9,7 @@ from lag_megatron.config.validation.data import data_problems
 from lag_megatron.config.validation.model import model_problems
 from lag_megatron.config.validation.optimizer import optimizer_problems
 from lag_megatron.config.validation.random_paths import path_problems
+from lag_megatron.config.validation.ranges import range_problems
 from lag_megatron.config.validation.stages import position_problems
 from lag_megatron.errors import ConfigError
 
@@ -17,7 +17,7 @@ from lag_megatron.errors import ConfigError
 def find_problems(config: RunConfig) -> list[str]:
     """Every contradiction inside ``config``, one line each, with its dotted path."""
     return [
-        *_positive(config),
+        *range_problems(config),
         *model_problems(config),
         *_parallel(config.parallel),
         *_graphs(config),
@@ -60,36 +60,6 @@ def _names(config: RunConfig) -> Iterator[str]:
             except ConfigError as error:
                 yield str(error)
         seen.append(growth.names)
-
-
-def _positive(config: RunConfig) -> Iterator[str]:
-    model, parallel = config.model, config.parallel
-    values = {
-        "model.num_layers": model.num_layers,
-        "model.hidden_size": model.hidden_size,
-        "model.ffn_hidden_size": model.ffn_hidden_size,
-        "model.num_attention_heads": model.num_attention_heads,
-        "model.num_query_groups": model.num_query_groups,
-        "model.seq_length": model.seq_length,
-        "model.rotary_base": model.rotary_base,
-        "model.norm_eps": model.norm_eps,
-        "model.init_std": model.init_std,
-        "data.validation_tokens": config.data.validation_tokens,
-        "parallel.tensor": parallel.tensor,
-        "parallel.micro_batch": parallel.micro_batch,
-        "parallel.global_batch": parallel.global_batch,
-        "parallel.timeout": parallel.timeout,
-        "parallel.world_size": 1 if parallel.world_size is None else parallel.world_size,
-        "optimizer.lr": config.optimizer.lr,
-        "optimizer.eps": config.optimizer.eps,
-        "checkpoint.interval": config.checkpoint.interval,
-        "checkpoint.keep_last": config.checkpoint.keep_last,
-        "tracking.validation_interval": config.tracking.validation_interval,
-        "tracking.log_interval": config.tracking.log_interval,
-    }
-    for path, value in values.items():
-        if not 0 < value < math.inf:
-            yield f"{path}: must be above 0 and finite (got {value})."
 
 
 def _parallel(parallel: ParallelConfig) -> Iterator[str]:
@@ -171,8 +141,6 @@ def growth_problems(growth: GrowthConfig, where: str, steps: int) -> Iterator[st
         )
     elif growth.lag != "auto" and growth.rungs and growth.rungs[-1] != growth.lag:
         yield f"{where}.rungs: the last rung {growth.rungs[-1]} must be the lag {growth.lag}."
-    elif growth.last_rung < 0:
-        yield f"{where}.lag: must not be negative (got {growth.lag})."
     elif growth.last_rung > steps:
         name = "rungs" if growth.lag == "auto" else "lag"
         yield (
@@ -186,25 +154,7 @@ def growth_problems(growth: GrowthConfig, where: str, steps: int) -> Iterator[st
                 f"{where}.eval_steps: must lie between 0 and the {last} {end} "
                 f"(got {list(growth.eval_steps)})."
             )
-    yield from _halving(growth, where)
     yield from _pool(growth.pool, f"{where}.pool")
-
-
-def _halving(growth: GrowthConfig, where: str) -> Iterator[str]:
-    if growth.eta < 2:
-        yield f"{where}.eta: must be 2 or more (got {growth.eta})."
-    if not -1 <= growth.rank_bar <= 1:
-        yield (
-            f"{where}.min_rank_correlation: must lie between -1 and 1 "
-            f"(got {growth.min_rank_correlation})."
-        )
-    if growth.probe_groups != "auto" and growth.probe_groups < 1:
-        yield f"{where}.probe_groups: must be 1 or more, or auto (got {growth.probe_groups})."
-    if growth.rung_timeout is not None and not 0 < growth.rung_timeout < math.inf:
-        yield (
-            f"{where}.rung_timeout: must be above 0 seconds, or null for no limit "
-            f"(got {growth.rung_timeout})."
-        )
 
 
 def _pool(pool: PoolConfig, where: str) -> Iterator[str]:

@@ -11,6 +11,7 @@ import xxhash
 
 from lag_megatron.data.datasets.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.errors import DataError
+from lag_megatron.small_files import read_json
 
 META = "meta.json"
 TOKENIZER = "tokenizer.json"
@@ -152,17 +153,17 @@ def read_meta(folder: Path, name: str) -> dict[str, Any]:
         DataError: if it is not there or is not an object.
     """
     path = folder / name
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise DataError(
             f"this host does not see the prepared data {folder} (no {name} there); put the "
             "run directory on a file system that all hosts share."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
-    if not isinstance(values, dict):
-        raise _unreadable(path, TypeError(f"a {type(values).__name__} in place of an object"))
+        )
+    values: dict[str, Any] = read_json(
+        path,
+        what="the description of prepared data",
+        error=DataError,
+        advice="Delete the folder; the next run prepares it again.",
+    )
     return values
 
 

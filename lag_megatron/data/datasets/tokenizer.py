@@ -13,6 +13,7 @@ import xxhash
 from lag_megatron.config.schema.span_corruption import MODES
 from lag_megatron.data.datasets.sentences import split_sentences
 from lag_megatron.errors import DataError
+from lag_megatron.small_files import read_text
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # The modes of UL2's denoisers: regular, sequential (prefix), extreme.
@@ -172,13 +173,12 @@ def load_tokenizer(path: Path, *, sentinels: int = 0) -> Tokenizer:
     Raises:
         DataError: if the file is missing or invalid, or names no end-of-document token.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"data.tokenizer.path: {path} cannot be read: {error}. Expected a tokenizer.json "
-            "of Hugging Face, or use data.tokenizer.type: bpe."
-        ) from None
+    text = read_text(
+        path,
+        what="a tokenizer.json of Hugging Face",
+        error=DataError,
+        advice="Give the path of one, or use data.tokenizer.type: bpe.",
+    )
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific

@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,6 +11,7 @@ from typing import IO
 from lag_megatron.data.prepare.arrow import pyarrow, table_texts
 from lag_megatron.data.prepare.sources import PIECE, Chunk, FileSlice, TextSource, unreadable
 from lag_megatron.errors import DataError
+from lag_megatron.small_files import parse_json
 
 _BLOCK = 1 << 20
 
@@ -157,12 +157,13 @@ def _decoded(data: bytes, where: Callable[[], str]) -> str:
 
 def _value_of(line: bytes, text_key: str, where: Callable[[], str]) -> str:
     expected = f"Expected one JSON object a line, with a string under {text_key!r} (text_key)."
-    try:
-        value = json.loads(_decoded(line, where))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where()}: not JSON: {error}. {expected}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where()}: got a {type(value).__name__}. {expected}")
+    value = parse_json(
+        _decoded(line, where),
+        where=where,
+        what=f"a JSON object with a string under {text_key!r} (text_key)",
+        error=DataError,
+        advice="Mend the line or remove it.",
+    )
     text = value.get(text_key)
     if not isinstance(text, str):
         got = f"{type(text).__name__} under {text_key!r}" if text_key in value else "no such key"

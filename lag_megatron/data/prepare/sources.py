@@ -1,7 +1,6 @@
 """The files of a text source, in chunks that one worker reads at a time."""
 
 import glob
-import json
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from lag_megatron.config.schema.data import DataConfig, SourceConfig
 from lag_megatron.data.prepare.arrow import table_parts
 from lag_megatron.errors import DataError
+from lag_megatron.small_files import read_json
 
 CHUNK_BYTES = 32 << 20
 # A text file above the one size is cut into documents of about the other.
@@ -199,13 +199,16 @@ def _saved_dataset(folder: Path, where: str) -> list[Path]:
         raise DataError(
             f"{where}.paths: {folder} holds several splits ({names}). Name one, as {folder}/SPLIT."
         )
+    file = folder / "state.json"
+    if not file.exists():
+        raise DataError(f"{where}.paths: {folder} has no state.json. {expected}")
+    state = read_json(
+        file, what="the state of a saved dataset", error=DataError, advice="Save the dataset again."
+    )
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         files = [folder / item["filename"] for item in state["_data_files"]]
-    except FileNotFoundError:
-        raise DataError(f"{where}.paths: {folder} has no state.json. {expected}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / 'state.json'}: cannot be read: {error!r}. {expected}") from None
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{file}: cannot be read: {error!r}. {expected}") from None
     missing = [path.name for path in files if not path.is_file()]
     if missing or not files:
         raise DataError(

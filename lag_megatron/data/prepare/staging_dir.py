@@ -13,6 +13,7 @@ from typing import IO
 
 from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.errors import DataError
+from lag_megatron.small_files import read_json
 from lag_megatron.targets.file_lock import lock_file
 
 _MARKER = "draft.json"
@@ -137,10 +138,13 @@ def _names(folder: Path) -> set[str]:
 
 
 def _digest_of(marker: Path) -> str:
-    try:
-        return str(json.loads(marker.read_text(encoding="utf-8"))["digest"])
-    except (ValueError, KeyError, TypeError):
-        return "unreadable"
+    found = read_json(
+        marker,
+        what="what the unfinished data beside it is made from",
+        error=DataError,
+        advice="Delete the folder and prepare the text again.",
+    )
+    return str(found.get("digest"))
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ def join_parts(parts: Sequence[Path], folder: Path, tokenizer: Tokenizer) -> Enc
 def _is_complete(task: _EncodeTask) -> bool:
     """Whether an earlier call committed this part."""
     path = _record_path(task)
-    return path.is_file() and path.read_text(encoding="utf-8") == _record(task)
+    return path.is_file() and path.read_bytes() == _record(task).encode()
 
 
 def _encode(task: _EncodeTask) -> None:

@@ -32,11 +32,14 @@ from lag_megatron.checkpoint.state.tensor_parallel import (
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer.context import DEFAULT_CONTEXT, WriteContext
 from lag_megatron.checkpoint.zero.writer import bytes_of, write_rank
+from lag_megatron.config.schema.ranges import MAX_RANKS, require_whole
 from lag_megatron.errors import PlanError
 from lag_megatron.growth.apply.aliases import grown_aliases
 from lag_megatron.growth.apply.fill import GrowthFiller
 from lag_megatron.growth.growth_map import Copy, GrowthMap, grown_names, growth_map_of
 from lag_megatron.growth.plan import GrowthPlan
+
+_PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -259,11 +262,20 @@ def retarget(
     """The source's topology with the given values replaced; ``world_size`` counts all ranks.
 
     Raises:
-        PlanError: if the ranks do not divide into tensor-parallel groups.
+        PlanError: for impossible values, or if the ranks do not divide into tensor-parallel groups.
     """
+    for name, number in (("--world-size", world_size), ("--tensor-parallel", tensor_size)):
+        if number is not None:
+            require_whole(number, name, error=PlanError, least=1, most=MAX_RANKS)
+    if zero_stage is not None:
+        require_whole(zero_stage, "--zero-stage", error=PlanError, most=3)
+    if precision not in (None, *_PRECISIONS):
+        raise PlanError(
+            f"--precision: expected one of {', '.join(_PRECISIONS)} (got {precision!r})."
+        )
     tensor = source.tensor_size if tensor_size is None else tensor_size
     world = source.data_size * source.tensor_size if world_size is None else world_size
-    if tensor < 1 or world < 1 or world % tensor:
+    if world % tensor:
         raise PlanError(
             f"{world} ranks cannot be split into tensor-parallel groups of {tensor}. Give a "
             f"--world-size that {tensor} divides, or another --tensor-parallel."

@@ -166,10 +166,8 @@ class _GrownMetadata:
         written = [dcp_metadata.METADATA]
         if self.is_megatron:
             torch_pickle.save(folder / dist_checkpoint.COMMON, self.common)
-            config = (self.grown.source.path / dist_checkpoint.CONFIG).read_text(encoding="utf-8")
-            (folder / dist_checkpoint.CONFIG).write_text(
-                json.dumps(json.loads(config)), encoding="utf-8"
-            )
+            config = dist_checkpoint.read_config(self.grown.source.path)
+            (folder / dist_checkpoint.CONFIG).write_text(json.dumps(config), encoding="utf-8")
             written += [dist_checkpoint.COMMON, dist_checkpoint.CONFIG]
         return {name: manifest.file_entry(folder / name) for name in written}
 

@@ -56,7 +56,7 @@ def layer_map_of(
     needed = {p.name for p in parameters if p.default is p.empty}
     if unknown := set(options) - known:
         raise PlanError(
-            f"operator {operator!r} has no option {', '.join(sorted(unknown))}. "
+            f"operator {operator!r} has no option {', '.join(sorted(map(str, unknown)))}. "
             f"Its options: {', '.join(sorted(known)) or 'none'}."
         )
     if missing := needed - set(options):

@@ -3,9 +3,10 @@
 import re
 from typing import Any
 
+from lag_megatron.config.schema.ranges import MAX_LAYERS
 from lag_megatron.errors import PlanError
 
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
 
 
 def whole_number(operator: str, name: str, value: Any) -> int:
@@ -58,6 +59,11 @@ def _parse_ranges(operator: str, name: str, text: str) -> list[int]:
             raise PlanError(
                 f"operator {operator!r}: {name} must be rising ranges of layers, both ends "
                 f"included, like '0-3,2-5' or '0,1,1' (got {part.strip()!r} in {text!r})."
+            )
+        if last >= MAX_LAYERS:
+            raise PlanError(
+                f"operator {operator!r}: {name} names layer {last:,}, but models have at most "
+                f"{MAX_LAYERS:,}."
             )
         layers += range(first, last + 1)
     return layers

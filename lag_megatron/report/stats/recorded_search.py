@@ -11,6 +11,7 @@ from typing import Any
 from lag_megatron.errors import RunError
 from lag_megatron.report.stats.growth import growth_data, growth_settings
 from lag_megatron.report.stats.run_files import GrowthFiles, Json, RunFiles, finite, read_run
+from lag_megatron.small_files import read_json
 
 DIGITS = 6
 KEPT = ("step", "val_loss", "val_loss_batches", "ema_val_loss", "ema_val_loss_batches")
@@ -44,15 +45,10 @@ def read_search(path: Path) -> RecordedSearch:
     Raises:
         RunError: if the file cannot be read or holds no recorded search.
     """
-    try:
-        data = path.read_bytes()
-        text = gzip.decompress(data) if path.suffix == ".gz" else data
-        value = json.loads(text)
-    except FileNotFoundError:
-        raise RunError(f"{path}: no such run directory or recorded search.") from None
-    except (OSError, EOFError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read as a recorded search: {error}.") from None
-    if not isinstance(value, dict) or any(key not in value for key in KEYS):
+    if not path.exists():
+        raise RunError(f"{path}: no such run directory or recorded search.")
+    value = read_json(path, what="a recorded search", error=RunError)
+    if any(key not in value for key in KEYS):
         raise RunError(f"{path}: not a recorded search, which has {', '.join(KEYS)}.")
     try:
         return _search(value)

@@ -1,6 +1,5 @@
 """The files of a run directory as plain values."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,8 +8,9 @@ from typing import Any
 
 from lag_megatron.config import GrowthConfig, RunConfig, load_config, parse_growth
 from lag_megatron.errors import RunError
-from lag_megatron.run.directory import SEARCH_SETTINGS
+from lag_megatron.run.directory import DAMAGED_RUN, DECISION, FACTS, SEARCH_SETTINGS
 from lag_megatron.run.resolved_config import as_journalled
+from lag_megatron.small_files import read_json, read_json_lines
 
 Json = dict[str, Any]
 
@@ -73,7 +73,7 @@ def read_run(run_dir: Path) -> RunFiles:
     return RunFiles(
         path=run_dir,
         config=as_journalled(load_config(run_dir / "config.yaml"), journal),
-        run=_json(run_dir / "run.json") or {},
+        run=_object(run_dir / FACTS) or {},
         metrics=read_lines(run_dir / "metrics.jsonl"),
         journal=journal,
         growths=tuple(_growths(run_dir)),
@@ -92,11 +92,13 @@ def read_search_files(directory: Path) -> SearchFiles:
         RunError: if a file in it is damaged.
         ConfigError: if its settings do not hold.
     """
-    search = _object(directory / SEARCH_SETTINGS)
-    assert search is not None, "asked for by is_search"
+    file = directory / SEARCH_SETTINGS
+    search = read_json(file, what="the settings of a search", error=RunError, advice=DAMAGED_RUN)
+    if not isinstance(search.get("growth"), dict) or not isinstance(search.get("base"), str):
+        raise RunError(f"{file}: has no settings of a growth, or no base. {DAMAGED_RUN}")
     return SearchFiles(
         path=directory,
-        settings=parse_growth(search["growth"], source=str(directory / SEARCH_SETTINGS)),
+        settings=parse_growth(search["growth"], source=str(file)),
         base=search["base"],
         journal=read_lines(directory / "journal.jsonl"),
         growths=tuple(_growths(directory)),
@@ -109,23 +111,8 @@ def read_lines(path: Path) -> tuple[Json, ...]:
     Raises:
         RunError: if any other line is not a JSON object.
     """
-    if not path.is_file():
-        return ()
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    values: list[Json] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise RunError(f"{path}:{number}: not a line of JSON: {error}.") from None
-        if not isinstance(value, dict):
-            raise RunError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}.")
-        values.append(value)
-    return tuple(values)
+    what = "a run's journal" if path.name == "journal.jsonl" else "a run's metrics"
+    return tuple(read_json_lines(path, what=what, error=RunError, advice=DAMAGED_RUN))
 
 
 def finite(value: object) -> float | None:
@@ -140,15 +127,16 @@ def _growths(run_dir: Path) -> Iterator[GrowthFiles]:
         number = pool_path.parent.name.removeprefix("growth")
         if not number.isdigit():
             continue
-        pool = _json(pool_path)
-        if not isinstance(pool, list) or not all(isinstance(c, dict) and "id" in c for c in pool):
-            raise RunError(f"{pool_path}: expected a list of candidates, each with its id.")
+        what = "a list of candidates, each with its id"
+        pool = read_json(pool_path, what=what, error=RunError, advice=DAMAGED_RUN, shape=list)
+        if not all(isinstance(c, dict) and isinstance(c.get("id"), str) for c in pool):
+            raise RunError(f"{pool_path}: expected {what}. {DAMAGED_RUN}")
         folders = {candidate["id"]: pool_path.parent / candidate["id"] for candidate in pool}
         yield GrowthFiles(
             growth=int(number),
             pool=tuple(pool),
             probes={id_: read_lines(folder / "probe.jsonl") for id_, folder in folders.items()},
-            decision=_object(pool_path.parent / "decision.json"),
+            decision=_object(pool_path.parent / DECISION),
             scores={
                 id_: found
                 for id_, folder in folders.items()
@@ -158,16 +146,7 @@ def _growths(run_dir: Path) -> Iterator[GrowthFiles]:
 
 
 def _object(path: Path) -> Json | None:
-    value = _json(path)
-    if value is not None and not isinstance(value, dict):
-        raise RunError(f"{path}: expected a JSON object.")
-    return value
-
-
-def _json(path: Path) -> Any:
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RunError(f"{path}: not a JSON file: {error}.") from None
+    value: Json = read_json(path, what="a run's file", error=RunError, advice=DAMAGED_RUN)
+    return value

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.errors import RunError
+from lag_megatron.config.schema.ranges import require_positive, require_whole
+from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.growth.pool import Candidate, pool
 from lag_megatron.report import write_report
 from lag_megatron.search.ask_tell.rank0 import on_rank0, wait_for_all_ranks
@@ -43,7 +44,7 @@ class Search:
 
     Raises:
         CheckpointError: if there is no checkpoint at ``base``.
-        ConfigError: if the rule contradicts itself.
+        ConfigError: if the rule contradicts itself, or ``base_val_loss`` is not above 0.
         RunError: if the directory holds another search or a training run.
     """
 
@@ -57,6 +58,8 @@ class Search:
         base_val_loss: float | None = None,
         costs: StepCosts | None = None,
     ) -> None:
+        if base_val_loss is not None:
+            require_positive(base_val_loss, "base_val_loss", error=ConfigError)
         self._root, self._growth, checked = (
             Path(directory).absolute(),
             rule.settings(),
@@ -92,8 +95,9 @@ class Search:
                 each have their own.
 
         Raises:
-            RunError: if no candidate is left, or another process is this worker.
+            RunError: if no candidate is left, another process is this worker, or it is below 0.
         """
+        require_whole(worker, "ask(worker=...)", error=RunError)
         while self._winner is None:
             answer = on_rank0(lambda: self._store.poll(worker))
             if isinstance(answer, Winner):

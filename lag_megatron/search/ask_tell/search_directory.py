@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from lag_megatron.errors import RunError
-from lag_megatron.run.directory import SEARCH_SETTINGS, RunDirectory, write_json
+from lag_megatron.run.directory import (
+    DAMAGED_RUN,
+    SEARCH_SETTINGS,
+    RunDirectory,
+    read_decision,
+    write_json,
+)
+from lag_megatron.small_files import read_json
 from lag_megatron.targets.file_lock import is_locked, lock_file
 
 _LOCK_TIMEOUT_SECONDS = 600.0  # a tell may be deleting large states
@@ -53,19 +60,27 @@ class SearchDirectory:
             yield
 
     def decision(self, growth: int) -> dict[str, Any]:
-        """The decision of a growth event."""
-        text = (self.run.growth(growth) / "decision.json").read_text(encoding="utf-8")
-        decision: dict[str, Any] = json.loads(text)
-        return decision
+        """The decision of a growth event.
+
+        Raises:
+            RunError: if the file is missing or damaged.
+        """
+        return read_decision(self.run.growth(growth))
 
     def claim(self, settings: dict[str, Any]) -> None:
         """Make the directory that of a search with these settings, or check that it is.
 
         Raises:
-            RunError: if it belongs to another search.
+            RunError: if it belongs to another search, or to one whose settings are lost.
         """
         settings, before = json.loads(json.dumps(settings)), read_settings(self.run.root)
         if before is None:
+            if self.run.journal.exists():
+                raise RunError(
+                    f"{self.run.root / SEARCH_SETTINGS}: missing, but {self.run.journal.name} says "
+                    "that a search was begun there, whose settings it held. Restore it from a "
+                    "copy, or give another directory."
+                )
             write_json(self.run.root / SEARCH_SETTINGS, settings)
         elif changed := sorted(_differences(before, settings, "")):
             raise RunError(
@@ -115,10 +130,9 @@ def read_settings(root: Path) -> dict[str, Any] | None:
     path = root / SEARCH_SETTINGS
     if not path.exists():
         return None
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path}: not a JSON file: {error}.") from None
+    settings: dict[str, Any] = read_json(
+        path, what="the settings of a search", error=RunError, advice=DAMAGED_RUN
+    )
     return settings
 
 

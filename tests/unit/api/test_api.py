@@ -87,7 +87,7 @@ def test_grow_without_a_plan_only_moves_to_other_ranks(checkpoint, tmp_path):
 def test_what_is_wrong_is_an_error_and_nothing_is_written(checkpoint, tmp_path, capsys):
     plan = lag.GrowthPlan.for_checkpoint(checkpoint, **LAG)
     for wrong, text in (
-        ({"workers": 0}, "workers 0"),
+        ({"workers": 0}, "workers: expected"),
         ({"world_size": 3, "tensor_parallel": 2}, "cannot be split"),
         ({"tensor_parallel": 3, "world_size": 3}, "3"),
     ):

@@ -89,7 +89,7 @@ DAMAGE = [
     ("universal3", f"{NORM}/exp_avg_sq.pt", Path.unlink, f"{NORM}/exp_avg_sq.pt: missing"),
     ("universal3", "zero_pp_rank_1_*", Path.unlink, "zero_pp_rank_1_mp_rank_00_model_states.pt"),
     ("stacked", "metadata.json", Path.unlink, "metadata.json: missing. It is written last"),
-    ("stacked", "metadata.json", spoil, "metadata.json: damaged"),
+    ("stacked", "metadata.json", spoil, "metadata.json: expected the settings"),
     ("stacked", "metadata.json", zarr, "metadata.json: sharded_backend 'zarr'"),
     ("stacked", ".metadata", Path.unlink, ".metadata: missing. It is written last"),
     ("stacked", ".metadata", cut, ".metadata: damaged or cut short"),
@@ -106,11 +106,11 @@ DAMAGE = [
     ("llama", SHARD, lambda file: os.truncate(file, 100), ".safetensors: damaged or cut short"),
     ("llama", INDEX, name_a_missing_shard, "model-00009-of-00009.safetensors: missing"),
     ("llama", INDEX, Path.unlink, f"{INDEX}: missing, but model-00001-of-"),
-    ("llama", INDEX, cut, f"{INDEX}: cannot be read"),
+    ("llama", INDEX, cut, f"{INDEX}: expected the index"),
     ("llama", "config.json", Path.unlink, "config.json: missing"),
     ("llama", "config.json", more_layers, "config.json: says 5 layers, but the weights are of 2"),
     ("gpt2", "model.safetensors", Path.unlink, "no weights: neither model.safetensors"),
-    ("gpt2", "config.json", spoil, "config.json: cannot be read"),
+    ("gpt2", "config.json", spoil, "config.json: expected settings"),
     ("pickled", BIN, cut, "pytorch_model.bin: no zip archive"),
 ]
 

@@ -52,7 +52,7 @@ def test_inspect_names_both_of_two_stacks(names, tmp_path, capsys):
         ("roles: {'*.linear_fc1.*': bias, '*.mlp.*': bias}", "both match decoder.layers.0.mlp."),
         ("roles: {'*.bias': biass}", "unknown role 'biass'"),
         ("layers: 'transformer.h.{}'", "numbered lists: decoder.layers.{}"),
-        ("roles: {", "is not YAML"),
+        ("roles: {", "cannot be read as YAML"),
         ("roles: {a: bias, a: head}", "given twice"),
     ],
 )

@@ -111,7 +111,7 @@ def test_users_mistakes_are_reported(
 
     assert "give --config FILE" in error_of()
     assert "--output: is needed with --source" in error_of("--source", "stdlib")
-    assert "--workers 0" in error_of(*arguments(text, whole, "--workers", "0"))
+    assert "--workers: expected" in error_of(*arguments(text, whole, "--workers", "0"))
     assert "says that already" in error_of("--config", "x.yaml", "--vocab-size", "300")
     assert "holds other prepared data" in error_of(*arguments(text, whole, "--seed", "5"))
     prepared = ("--source", "prepared", "--paths", str(whole))

@@ -14,7 +14,7 @@ from lag_megatron.errors import ConfigError
         ("growth.eta=1", r"growth.eta: must be 2 or more"),
         ("growth.min_rank_correlation=1.5", r"growth.min_rank_correlation: must lie between"),
         ("growth.probe_groups=0", r"growth.probe_groups: must be 1 or more"),
-        ("growth.rung_timeout=0", r"growth.rung_timeout: must be above 0 seconds"),
+        ("growth.rung_timeout=0", r"growth.rung_timeout: must be above 0 and at most"),
         ("parallel.timeout=0", r"parallel.timeout: must be above 0"),
         ("growth={exhaustive: true, eval_steps: [999]}", r"between 0 and the stage's end 300"),
     ],
@@ -53,7 +53,11 @@ def test_what_a_search_cannot_be(override, message):
 def test_positive_values(path, value):
     lines = problems(f"{path}={value}")
     number = value if isinstance(_default(path), int | None) else f"{float(value)}"
-    assert f"{path}: must be above 0 and finite (got {number})." in lines
+    with_limit = path in ("model.num_layers", "model.seq_length") or path.startswith(
+        ("parallel.tensor", "parallel.world_size")
+    )
+    allowed = "1 or more" if with_limit else "above 0 and finite"
+    assert f"{path}: must be {allowed} (got {number})." in lines
 
 
 def _default(path):
@@ -110,8 +114,8 @@ def _default(path):
             "data.tokenizer.vocab_size: byte-level BPE needs 256 bytes and an end of document, "
             "so at least 257 (got 256).",
         ),
-        (["optimizer.lr=.nan"], "optimizer.lr: must be above 0 and finite (got nan)."),
-        (["optimizer.lr=.inf"], "optimizer.lr: must be above 0 and finite (got inf)."),
+        (["optimizer.lr=.nan"], "optimizer.lr: must be a finite number (got nan)."),
+        (["optimizer.lr=.inf"], "optimizer.lr: must be a finite number (got inf)."),
         (["optimizer.betas=[1, 0.9]"], "optimizer.betas.0: must be in [0, 1) (got 1.0)."),
         (["optimizer.betas=[0.9, -1]"], "optimizer.betas.1: must be in [0, 1) (got -1.0)."),
         (
@@ -120,7 +124,7 @@ def _default(path):
         ),
         (
             ["optimizer.grad_clip=.nan"],
-            "optimizer.grad_clip: must be finite and not negative (got nan).",
+            "optimizer.grad_clip: must be a finite number (got nan).",
         ),
         (
             ["optimizer.schedule.warmup_steps=-1"],

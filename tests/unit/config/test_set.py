@@ -53,7 +53,7 @@ def test_set_below_an_empty_section(tmp_path):
     [
         ("seed", "expected key.path=value"),
         ("=3", "expected key.path=value"),
-        ("seed=[", "the value is not YAML"),
+        ("seed=[", "it cannot be read as YAML"),
         ("stages[5].steps=3", "'5' is not an index below 2"),
         ("stages.last.steps=3", "'last' is not an index below 2"),
         ("stages[2]={steps: 3}", "'2' is not an index below 2"),

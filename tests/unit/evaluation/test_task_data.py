@@ -73,9 +73,9 @@ def test_nested_squad_files_are_read_too(data, tmp_path):
 
 
 BAD = {
-    "missing": ("lambada", None, "No such file"),
-    "not JSON": ("lambada", "{} {}", "line 1 is no JSON"),
-    "a list": ("lambada", "[1]\n[2]", "row 1 is no JSON object"),
+    "missing": ("lambada", None, "no such file"),
+    "not JSON": ("lambada", "{} {}", "line 1: .*cannot be read as JSON"),
+    "a list": ("lambada", "[1]\n[2]", "line 1: .*it holds a list"),
     "no field": ("lambada", '{"context": "a"}', "no field 'continuation'"),
     "no text": ("triviaqa", '{"context": "a", "answer": 3}', "'answer' is no text: 3"),
     "aliases": ("triviaqa", '{"context": "a", "answer": "b", "aliases": "c"}', "'aliases' is no"),
@@ -94,7 +94,7 @@ def test_bad_files_are_refused_with_the_form_expected(case, tmp_path):
     with pytest.raises(DataError, match=message) as raised:
         read_documents(task, path)
     assert str(path) in str(raised.value)
-    assert "Expected " in str(raised.value)
+    assert "xpected " in str(raised.value)
 
 
 def test_a_folder_needs_exactly_one_file_of_a_task(tmp_path):

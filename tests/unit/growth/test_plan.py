@@ -71,26 +71,60 @@ def test_plan_read_from_a_file(tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(plan.to_json())
     assert GrowthPlan.read(path) == plan
-    with pytest.raises(PlanError, match=r"none\.json: cannot read the plan: No such file"):
+    with pytest.raises(PlanError, match=r"none\.json: expected a growth plan.*no such file"):
         GrowthPlan.read(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "plan.json: not JSON"),
-        ("[1]", "expected a mapping with the keys"),
-        ('{"operators": "last"}', "expected a mapping with the keys"),
-        ('{"operator": "last"}', "source_layers"),
+        ("{", "plan.json: expected a growth plan, but it cannot be read as JSON"),
+        ("[1]", "plan.json: expected a growth plan, but it holds a list"),
+        ('{"operators": "last"}', "plan.json: a growth plan has no 'operators'. Its keys are"),
+        ('{"operator": "last"}', "plan.json: a growth plan needs 'source_layers'"),
+        ('{"seed": 1, "seed": 2}', "plan.json: .*the key 'seed' is given twice"),
         ('{"operator": "last", "source_layers": 4, "target_layers": 9}', "cannot grow 4 layers"),
         ('{"operator": "last", "source_layers": "4", "target_layers": 9}', "plan.json"),
-        ('{"operator": 3, "source_layers": 4, "target_layers": 6}', "unknown operator 3"),
+        (
+            '{"operator": 3, "source_layers": 4, "target_layers": 6}',
+            "plan.json: operator: expected a name",
+        ),
         (
             '{"operator": "last", "source_layers": 4, "target_layers": 6, "options": [1]}',
-            "plan.json",
+            "plan.json: options: expected a mapping",
         ),
     ],
 )
 def test_text_that_is_no_plan(text, message):
     with pytest.raises(PlanError, match=message):
         GrowthPlan.from_json(text, source="plan.json")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *('"init_std": NaN', '"init_std": Infinity', '"init_std": -1', '"init_std": 0'),
+        *('"init_std": "0.02"', '"init_std": true', '"seed": -1', '"seed": 1.5', '"seed": null'),
+        *('"seed": 1e400', f'"seed": {2**70}', '"source_layers": -4', '"target_layers": true'),
+        *('"target_layers": 1000000000', '"target_layers": 6.0', '"moments": 3', '"names": 3'),
+        *('"options": {"scale": NaN}', '"options": {"scale": -1}', '"operator": null'),
+    ],
+)
+def test_a_plan_with_an_impossible_value_is_refused_with_its_name(entry):
+    values = {"operator": '"last"', "source_layers": "4", "target_layers": "6"}
+    key, _, value = entry.partition(": ")
+    values[key.strip('"')] = value
+    text = "{" + ", ".join(f'"{name}": {text}' for name, text in values.items()) + "}"
+    name = "scale" if "scale" in entry else key.strip('"')
+    with pytest.raises(PlanError, match=f"^plan.json: .*{name}"):
+        GrowthPlan.from_json(text, source="plan.json")
+
+
+def test_a_range_of_layers_that_would_fill_the_memory_is_refused():
+    with pytest.raises(PlanError, match="names layer 999,999,999, but models have at most 10,000"):
+        GrowthPlan(
+            operator="slices",
+            options={"layers": "0-999999999"},
+            source_layers=4,
+            target_layers=6,
+        )

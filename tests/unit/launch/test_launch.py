@@ -104,6 +104,15 @@ def test_a_hostfile_that_cannot_be_made_says_why(cluster, arguments, without, me
     assert message in result.stderr
 
 
+@pytest.mark.parametrize("hosts", ["", "n1 slots=4", "n1\\n\\nn2"])
+def test_names_that_are_no_hosts_make_no_hostfile(cluster, hosts):
+    scontrol = next(cluster.rglob("scontrol"))
+    scontrol.write_text(f"#!/bin/sh\nprintf '{hosts}\\n'\n")
+    result = make_hostfile(cluster)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "scontrol names no hosts" in result.stderr
+
+
 def test_a_job_starts_one_launcher_on_each_node(cluster):
     code, output, calls = submit(cluster, "--set", "seed=3", EVENT="run_finished")
     assert code == 0, output

@@ -281,7 +281,10 @@ def test_a_pool_that_decides_paths_costs_at_most_its_longest() -> None:
         ({"steps": 100, "paths": [6], "flops_share": 0.5}, "needs either paths or flops_share"),
         ({"steps": 100, "flops_share": 0.55}, "less than paths that rise to 12 layers"),
         ({"steps": 100, "flops_share": 1.5}, "above 0 and at most 1"),
-        ({"steps": 100, "flops_share": 0.8, "path_stages": 0}, "path_stages: 1 or more"),
+        (
+            {"steps": 100, "flops_share": 0.8, "path_stages": 0},
+            "path_stages: must lie between 1 and 100",
+        ),
         ({"steps": 100, "paths": [6], "full_warmup": -1}, "must not be negative"),
         ({"steps": [50, 50], "paths": [6, 12], "full_warmup": 9}, "give the steps of all"),
         ({"steps": 10, "paths": [6, 12], "full_warmup": 9}, "after a full_warmup of 9"),

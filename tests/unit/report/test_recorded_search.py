@@ -139,8 +139,9 @@ def test_mistakes_on_the_command_line(
     ("content", "words"),
     [
         (None, "no such run directory or recorded search"),
-        (b'{"name": "torn', "cannot be read as a recorded search"),
-        (b"[]", "not a recorded search, which has name, config"),
+        (b'{"name": "torn', "expected a recorded search, but it cannot be read as JSON"),
+        (b"[]", "expected a recorded search, but it holds a list"),
+        (b"{}", "not a recorded search, which has name, config"),
         (b'{"name": 1, "config": {}, "pool": [], "base_val_loss": 1}', "which has name, config"),
         (
             b'{"name": "a", "config": {}, "pool": ["x"], "base_val_loss": 1, '
@@ -166,5 +167,5 @@ def test_a_torn_packed_search(exhaustive: Path, tmp_path: Path) -> None:
     path = tmp_path / "search.json.gz"
     write_search(exhaustive, 1, path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(RunError, match="cannot be read"):
+    with pytest.raises(RunError, match="it cannot be unpacked"):
         read_search(path)

@@ -146,7 +146,7 @@ def test_a_torn_last_line_is_dropped(whole_run: Path) -> None:
 def test_a_damaged_line_in_the_middle_is_named(whole_run: Path) -> None:
     path = whole_run / "journal.jsonl"
     path.write_text("{broken\n" + path.read_text())
-    with pytest.raises(RunError, match=r"journal\.jsonl:1: not a line of JSON"):
+    with pytest.raises(RunError, match=r"journal\.jsonl:1: expected a line of a run"):
         report_data(whole_run)
 
 
