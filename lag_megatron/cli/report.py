@@ -69,7 +69,7 @@ def _require_recorded(file: Path, run: Path) -> None:
     """Refuse to write over a file with anything but an earlier recorded search.
 
     Raises:
-        RunError: if it holds something else, or is what is read.
+        RunError: if it holds something else or is what is read.
     """
     if run.is_file():
         require_apart(file, run, error=RunError)
@@ -94,7 +94,8 @@ def _answer(options: argparse.Namespace) -> str:
     if options.record:
         _require_recorded(options.record, run)
         growth = options.growth or max((s.growth for s in recorded_searches(run)), default=1)
-        with sole_writer(options.record, lock=options.lock):
+        there = options.record.parent.is_dir()  # else nothing can be written, which is said below
+        with sole_writer(options.record, lock=options.lock and there):
             write_search(run, growth, options.record)
         return str(options.record)
     searches = recorded_searches(run) if run.is_dir() else [read_search(run)]

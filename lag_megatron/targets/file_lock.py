@@ -151,7 +151,7 @@ def _is_at(file: IO[str], path: Path) -> bool:
 def _own_name() -> str:
     program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] not in ("", "-c") else "python"
     since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-    return f"{program} (process {os.getpid()} on {os.uname().nodename}, since {since})\n"
+    return f"{program} (pid {os.getpid()} on {os.uname().nodename}, since {since})\n"
 
 
 def _holder(file: IO[str]) -> str:

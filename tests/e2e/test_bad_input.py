@@ -94,7 +94,8 @@ def test_the_options_are_frozen():
     assert code == 0
     assert options == {
         "--help", "--config", "--set", "--run-dir", "--resume", "--dry-run", "--deepspeed_config",
-        "--hostfile",
+        "--hostfile", "--list-configs", "--version",
+        "--num_gpus", "--module",  # of the launchers, in the examples
     }  # fmt: skip
 
 

@@ -22,7 +22,6 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer.context import ProgressFn, ThreadBuffers, WriteContext
 from lag_megatron.checkpoint.writer.progress_log import WriteProgress
 from lag_megatron.errors import CheckpointError, PlanError, write_failure
-from lag_megatron.small_files import read_pointer
 from lag_megatron.targets.file_lock import sole_writer
 from lag_megatron.targets.overlap import require_apart
 
@@ -77,19 +76,6 @@ class WriteJob:
 
     def __post_init__(self) -> None:
         require_apart(self.target, self.source)
-        if self.pointer is not None:
-            self._require_other_pointer(self.target.with_name(self.pointer))
-
-    def _require_other_pointer(self, pointer: Path) -> None:
-        """Refuse to name the target in the file that names the source."""
-        if not pointer.is_file() or not self.target.parent.samefile(self.source.resolve().parent):
-            return
-        text = read_pointer(pointer, error=CheckpointError)
-        if self.source.resolve().name in (text, f"iter_{text:0>7}"):
-            raise PlanError(
-                f"{pointer}: names what is read, {self.source}, and would name {self.target.name} "
-                "instead. Name another target; nothing was written."
-            )
 
     def was_committed(self) -> bool:
         """Whether an earlier run of the same job has committed the target.

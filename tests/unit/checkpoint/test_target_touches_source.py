@@ -74,14 +74,16 @@ def test_a_directory_around_the_source(source, tmp_path, capsys):
     assert f"{source.parent}: holds what is read, {source}" in capsys.readouterr().err
 
 
-def test_the_pointer_that_names_the_source(source, capsys):
-    """``latest`` would name the result, from which training goes on."""
+def test_a_tag_beside_the_source(source):
+    """A further tag, which ``latest`` names from then on, as after a save of DeepSpeed's."""
     own = source.rename(source.with_name("mine"))
     (own.parent / "latest").write_text("mine\n")
-    assert convert(own, own.parent, "--to", "zero") == 2
-    assert f"latest: names what is read, {own}" in capsys.readouterr().err
-    assert convert(own, own.parent, "--to", "universal") == 0  # as DeepSpeed's own tool does
+    before = state_of(own)
+    assert convert(own, own.parent, "--to", "universal") == 0  # which has a pointer of its own
     assert (own.parent / "latest").read_text() == "mine\n"
+    assert convert(own, own.parent, "--to", "zero") == 0
+    assert (own.parent / "latest").read_text().strip() == "step3"
+    assert state_of(own) == before
 
 
 def test_linked_growth(source, tmp_path, capsys):

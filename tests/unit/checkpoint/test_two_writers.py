@@ -38,7 +38,7 @@ def test_the_second_writer_names_the_first(checkpoint, tmp_path, capsys):
             lag.grow(checkpoint, target)
     printed = capsys.readouterr().err
     assert f"{target / 'step3'}: is being written by " in printed
-    assert f"(process {os.getpid()} on {os.uname().nodename}, since 20" in printed
+    assert f"(pid {os.getpid()} on {os.uname().nodename}, since 20" in printed
     assert not (target / "step3").exists()
     assert grow(checkpoint, target, *SEEDED) == 0
     assert sorted(path.name for path in target.iterdir()) == ["latest", "step3"]

@@ -366,7 +366,7 @@ def test_two_searches_cannot_be_one_worker(base, tmp_path, monkeypatch):
     monkeypatch.setattr(search_directory, "_WORKER_TIMEOUT_SECONDS", 0.1)
     search, other = begin(tmp_path / "search", base), begin(tmp_path / "search", base)
     assert search.ask().id != other.ask(worker=1).id
-    with pytest.raises(RunError, match=rf"\(process {os.getpid()} on .* is worker 0"):
+    with pytest.raises(RunError, match=rf"\(pid {os.getpid()} on .* is worker 0"):
         other.ask()
 
 
