@@ -82,7 +82,7 @@ def test_a_tag_beside_the_source(source):
     assert convert(own, own.parent, "--to", "universal") == 0  # which has a pointer of its own
     assert (own.parent / "latest").read_text() == "mine\n"
     assert convert(own, own.parent, "--to", "zero") == 0
-    assert (own.parent / "latest").read_text().strip() == "step3"
+    assert (own.parent / "latest").read_text().strip() == "step00000003"
     assert state_of(own) == before
 
 
