@@ -1,8 +1,11 @@
 """What the documents show is right, as far as that can be told without running it."""
 
+import ast
+import re
 import subprocess
 
 import pytest
+from conftest import ROOT
 from doc_commands import commands_of, module_of, options_of
 from doc_config import config_problems
 from doc_pages import LANGUAGES, PAGES, blocks_of, is_slow
@@ -26,6 +29,16 @@ def test_commands_are_shell(page):
         if block.language == "bash":
             done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True)
             assert done.returncode == 0, f"{block.where}: {done.stderr}"
+
+
+@pages
+def test_targets_are_in_the_makefile(page):
+    made = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for block in blocks_of(page):
+        if block.language == "sh":
+            for line in block.text.splitlines():
+                program, target = line.split()[:2]
+                assert (program, f"\n{target}:" in made) == ("make", True), block.where
 
 
 @pages
@@ -72,3 +85,29 @@ def test_the_checks_see_mistakes(tmp_path):
     assert config_problems('roles: {"*.weight": weight}')
     assert config_problems("stages: [{steps: 3}]\nstages: [{step: 3}]")
     assert not config_problems("optimizer: {lr: 0.1}\ngrowth:\n  lag: 40")
+
+
+def test_the_readme_is_one_screen():
+    assert (ROOT / "README.md").stat().st_size <= 8 * 1024
+
+
+def messages():
+    """All texts of the package, with ``{}`` in place of values."""
+    for path in sorted((ROOT / "lag_megatron").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(v.value if isinstance(v, ast.Constant) else "{}" for v in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            elif isinstance(node, ast.ClassDef):
+                yield node.name
+
+
+def test_errors_are_listed_by_texts_that_are_printed():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    table = page.partition("## Errors by their text")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    texts = [text for row in rows for text in re.findall("`([^`]+)`", row.split(" | ")[0])]
+    assert len(texts) >= len(rows) > 10
+    printed = list(messages())
+    assert [text for text in texts if not any(text in message for message in printed)] == []

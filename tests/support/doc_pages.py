@@ -1,5 +1,6 @@
 """Blocks of the documents' pages, and a checkout-like folder in which a page's commands run.
 
+A ```sh block has targets of the Makefile, which continuous integration runs or which set up.
 A ```bash block runs, unless ``<!-- cluster -->`` stands right before it: it then needs a cluster,
 a GPU or the network.  ``<!-- slow -->`` under the title: the page's run takes more than 10 s.
 """
@@ -15,9 +16,9 @@ from pathlib import Path
 from conftest import ROOT
 from console_commands import entry_points
 
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_TEST = ("api",)  # tests/unit/api/test_api_page.py and others run its programs
-LANGUAGES = ("bash", "python", "yaml", "text", "json")
+LANGUAGES = ("bash", "sh", "python", "yaml", "text", "json")
 CLUSTER, SLOW = "<!-- cluster -->", "<!-- slow -->"
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\S*)[^\n]*\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S
