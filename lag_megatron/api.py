@@ -111,6 +111,7 @@ def grow(
     workers: int = 4,
     progress: Progress | None = None,
     lock: bool = True,
+    allow_nonfinite: bool = False,
     **ranks: Unpack[Ranks],
 ) -> Path:
     """Grow a ZeRO checkpoint shard by shard, or move it to another number of ranks.
@@ -123,6 +124,7 @@ def grow(
         progress: called with the number of bytes after each piece, from several threads; by
             default a bar is shown on a terminal.
         lock: refuse to write what another process is writing; False for file systems without locks.
+        allow_nonfinite: go on where values of the source are NaN or infinite.
         ranks: ``world_size``, ``zero_stage``, ...: see :class:`Ranks`.
 
     Returns:
@@ -131,7 +133,8 @@ def grow(
     Raises:
         PlanError: if the plan or the ranks do not fit the checkpoint, or the target exists.
         RunError: if another process writes the target, or its file system has no locks.
-        CheckpointError: if the source is damaged or the disk too small.
+        CheckpointError: if the source is damaged, has values that are not finite, or the disk is
+            too small.
     """
     _require_workers(workers)
     opened = ZeroCheckpoint.open(resolve_tag(Path(source)))
@@ -148,6 +151,7 @@ def grow(
             workers=workers,
             written=count,
             lock=lock,
+            allow_nonfinite=allow_nonfinite,
         )
     return written
 
@@ -165,6 +169,7 @@ def convert(
     workers: int = 4,
     progress: Progress | None = None,
     lock: bool = True,
+    allow_nonfinite: bool = False,
     **ranks: Unpack[Ranks],
 ) -> Path:
     """Take a checkpoint from one format to another, growing it on the way if there is a plan.
@@ -182,6 +187,7 @@ def convert(
         progress: called with the number of bytes after each piece, from several threads; by
             default a bar is shown on a terminal.
         lock: refuse to write what another process is writing; False for file systems without locks.
+        allow_nonfinite: go on where values of the source are NaN or infinite.
         ranks: of the training that will load it: see :class:`Ranks`.  The ZeRO stage is 1 where
             the source has none.
 
@@ -191,11 +197,20 @@ def convert(
     Raises:
         PlanError: if the plan or the ranks do not fit the checkpoint.
         RunError: if another process writes the target, or its file system has no locks.
-        CheckpointError: if the source is damaged, or ``verify`` finds a difference.
+        CheckpointError: if the source is damaged or has values that are not finite, or ``verify``
+            finds a difference.
     """
     _require_workers(workers)
     opened = open_checkpoint(Path(source), vocab_size=vocab_size, weights_only=weights_only)
-    conversion = _conversion(opened, plan, ranks, to=to, dtype=dtype, vocabulary=vocab_size)
+    conversion = _conversion(
+        opened,
+        plan,
+        ranks,
+        to=to,
+        dtype=dtype,
+        vocabulary=vocab_size,
+        allow_nonfinite=allow_nonfinite,
+    )
     written = conversion.target_dir(Path(target))
     with _reported(progress, (job := conversion.job(written)).needed) as count:
         write(job, workers=workers, written=count, lock=lock)

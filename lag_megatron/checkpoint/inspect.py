@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.checkpoint.open import describe_any, find_corruption
+from lag_megatron.checkpoint.open import describe_any, find_corruption, open_checkpoint
+from lag_megatron.checkpoint.state.finite import nonfinite_values
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.config.schema.param_names import ParamNames
-from lag_megatron.errors import CheckpointError
+from lag_megatron.errors import CheckpointError, LagError
 
 UNVERIFIED = "unverified: there is no manifest to compare with, so damage cannot be ruled out"
 
@@ -23,7 +24,8 @@ def inspect_checkpoint(
 
     Args:
         path: the checkpoint's own directory.
-        verify: read all files and compare their checksums.
+        verify: read all files, compare their checksums and look for NaN and infinities; the fact
+            ``values`` says what was found.
         names: what the user says of its parameter names.
 
     Raises:
@@ -40,7 +42,18 @@ def inspect_checkpoint(
             problems += find_corruption(path)
         except CheckpointError as error:
             problems.append(str(error))
+        values, found = _checked_values(path)
+        facts, problems = facts | {"values": values}, problems + found
         if not manifest.is_committed(path):
             problems.append(UNVERIFIED)
     problems = list(dict.fromkeys(problems))
     return facts | {"sound": not problems, "problems": problems}
+
+
+def _checked_values(path: Path) -> tuple[str, list[str]]:
+    """Whether all values are finite, and each parameter's state that has others."""
+    try:
+        found = [f"{path}: {values}" for values in nonfinite_values(open_checkpoint(path))]
+    except LagError as error:  # e.g. weights of an architecture that is not known
+        return f"not checked for NaN and infinities: {error}", []
+    return "not finite" if found else "finite", found

@@ -98,6 +98,7 @@ def _conversion(options: argparse.Namespace, source: CheckpointSource) -> Conver
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         vocabulary=options.vocab_size,
+        allow_nonfinite=options.allow_nonfinite,
         stacked=not options.non_homogeneous_layers,
     )
 

@@ -76,6 +76,7 @@ def _grow(options: argparse.Namespace) -> None:
             workers=options.workers,
             written=written,
             lock=options.lock,
+            allow_nonfinite=options.allow_nonfinite,
         )
     print(f"written: {target}, of {plan.target_layers} layers, with the source's parameter names")
     print(f'to load it: load_checkpoint("{options.target}") of DeepSpeed')
@@ -94,12 +95,13 @@ def _link(options: argparse.Namespace) -> None:
         )
     plan = plan_of(options, source, may_stay=False)
     target = options.target / source.path.resolve().name
-    job = jobs[kind](GrownState(source, plan, UNSHARDED), target)
+    job = jobs[kind](GrownState(source, plan, UNSHARDED, options.allow_nonfinite), target)
     print(printable(f"{source.path} -> {target}"))
     print(
         f"layers {plan.source_layers} -> {plan.target_layers}: {format_layer_map(plan.layer_map)}"
     )
     print(f"to write: {job.needed / 2**20:.1f} MiB; all else is linked")
+    print("linked values are not checked for NaN and infinities: lag-inspect --verify reads them")
     if not options.dry_run:
         write(job, workers=options.workers, lock=options.lock)
         print(f"written: {target}, of {plan.target_layers} layers")

@@ -58,6 +58,7 @@ def add_topology_options(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("fp32", "bf16", "fp16"), help="of the forward weights")
     add("--workers", type=int, default=DEFAULT_WORKERS, metavar="N", help="files at a time")
     add_lock_option(parser)
+    add("--allow-nonfinite", action="store_true", help="go on where values are NaN or infinite")
     add("--dry-run", action="store_true", help="show what would be done and leave nothing behind")
 
 

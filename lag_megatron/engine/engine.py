@@ -11,6 +11,7 @@ from lag_megatron.checkpoint.state.compatibility import (
     require_same_optimizer,
     require_same_parameters,
 )
+from lag_megatron.checkpoint.state.finite import all_finite, nonfinite_in
 from lag_megatron.checkpoint.state.layout import Layout, Topology, make_layout
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.storage.integrity import require_sound
@@ -200,7 +201,8 @@ class Engine:
 
         Raises:
             CheckpointError: if it is damaged, or holds other parameters, in another order or of
-                other shapes; DeepSpeed itself would load all that without a word.
+                other shapes, which DeepSpeed itself would load without a word, or has NaN or
+                infinities.
         """
         # Together: a rank that refused alone would leave the others waiting inside DeepSpeed.
         same_topology = self.world.run_on_all_ranks(lambda: self._require_loadable(checkpoint))
@@ -213,6 +215,7 @@ class Engine:
         )
         if path is None:
             raise CheckpointError(f"{checkpoint}: DeepSpeed found no checkpoint there.")
+        self.world.run_on_all_ranks(lambda: self._require_finite(checkpoint))
         self._set_new_layers(client_state["lag"])
         return dict(client_state["lag"])
 
@@ -252,6 +255,18 @@ class Engine:
     def _trained(self) -> list[list[torch.nn.Parameter]]:
         decayed, others = split_by_decay(self.module, shape_of=full_shape)
         return [group for group in (decayed, others) if group]
+
+    def _require_finite(self, checkpoint: Path) -> None:
+        """Refuse a loaded state with NaN or infinities in this rank's part."""
+        layouts, rank = self.layout.states, self.world.tensor_rank
+        for region, _, values in self.state.regions():
+            if not all_finite(values):
+                shapes = layouts[region.state].shapes
+                for found in nonfinite_in(values, region, shapes, tensor_rank=rank):
+                    raise CheckpointError(
+                        f"{checkpoint}: {found}. Training cannot go on from such a state: take an "
+                        "older checkpoint."
+                    )
 
     def _require_loadable(self, checkpoint: Path) -> bool:
         """Refuse a checkpoint of another model; returns whether it has this engine's topology."""

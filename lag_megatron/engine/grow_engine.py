@@ -42,7 +42,9 @@ _DEEPSPEED_ENTRIES = {
 }
 
 
-def grow_engine(engine: Any, checkpoint: str | Path, plan: GrowthPlan) -> dict[str, Any]:
+def grow_engine(
+    engine: Any, checkpoint: str | Path, plan: GrowthPlan, *, allow_nonfinite: bool = False
+) -> dict[str, Any]:
     """Overwrite an engine's state with what a plan makes of a checkpoint; a collective call.
 
     The same as growing the checkpoint on disk for this engine's ranks and ZeRO stage, and loading
@@ -58,6 +60,7 @@ def grow_engine(engine: Any, checkpoint: str | Path, plan: GrowthPlan) -> dict[s
             settings stay as they are.  Its tensors have the names of the engine's parameters, or
             the engine is of Megatron-Core.
         plan: the growth; the operator ``identity`` reshards.
+        allow_nonfinite: go on where values of the checkpoint are NaN or infinite.
 
     Returns:
         the program's own entries of the checkpoint (``client_state``), and under ``lag`` the
@@ -66,10 +69,12 @@ def grow_engine(engine: Any, checkpoint: str | Path, plan: GrowthPlan) -> dict[s
     Raises:
         LagError: on every rank, before anything is overwritten: if the engine's parameters,
             shapes, groups, precision or optimizer do not fit, or the checkpoint is damaged.
+        CheckpointError: on every rank, if values of the checkpoint are not finite; the engine's
+            state is then neither the old nor the new one.
     """
     live = _LiveEngine(engine)
     found: list[GrownState] = []  # too large to be sent to other ranks
-    run_on_all_ranks(lambda: found.append(live.checked(Path(checkpoint), plan)))
+    run_on_all_ranks(lambda: found.append(live.checked(Path(checkpoint), plan, allow_nonfinite)))
     (growth,) = found
     written = run_on_all_ranks(lambda: live.overwrite(growth))
     live.state.sync_weights(written=written[dist.get_rank()])
@@ -99,10 +104,11 @@ class _LiveEngine:
             adapter, make_layout(self._groups, topology, kind), topology, place
         )
 
-    def checked(self, checkpoint: Path, plan: GrowthPlan) -> GrownState:
+    def checked(self, checkpoint: Path, plan: GrowthPlan, allow_nonfinite: bool) -> GrownState:
         """The grown state of a checkpoint, which fits this engine; nothing is overwritten yet."""
         _require_precision(self._module, self._topology.precision)
-        growth = GrownState(_open(checkpoint, self._groups, self._module), plan, self._topology)
+        source = _open(checkpoint, self._groups, self._module)
+        growth = GrownState(source, plan, self._topology, allow_nonfinite)
         _require_same_model(growth, self._groups, self._module)
         self.state.require_compatible(growth)
         growth.source.check_every_file()

@@ -115,7 +115,7 @@ class EngineState:
             if runs is not None:
                 write_runs(runs)
                 return True
-        for region, _, tensor in self._regions():
+        for region, _, tensor in self.regions():
             fill(region, tensor)
         return False
 
@@ -188,7 +188,7 @@ class EngineState:
         buffer = self._buffer(self.masters[container.key], region.state)
         return buffer, segment.offset + start - segment.start
 
-    def _regions(self) -> Iterator[tuple[Region, int, Tensor]]:
+    def regions(self) -> Iterator[tuple[Region, int, Tensor]]:
         """What every buffer holds, its number, and its values."""
         masters = self.masters
         for state, layout in self._layouts.items():
@@ -199,7 +199,7 @@ class EngineState:
     def _targets(self) -> Iterator[Target]:
         """The buffers, masters with the model's weights that follow them."""
         weights = self._adapter.weights
-        for region, key, tensor in self._regions():
+        for region, key, tensor in self.regions():
             yield Target(region, tensor, weights[key] if region.state == "fp32" else None)
 
     @property

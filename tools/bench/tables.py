@@ -36,6 +36,7 @@ class Bound:
 
 BOUNDS = (
     Bound("growth", "copy_ratio", low=0.7),
+    Bound("growth", "finite_check_ratio", high=1.05),
     Bound("growth", "worker_anon_mb", high=64),
     Bound("growth", "read_ratio", high=1.05),
     Bound("growth", "gather_speedup", low=5),

@@ -239,7 +239,9 @@ class ZeroCheckpoint:
         )
         names = list(self.layout.shapes)
         buffer = state_buffer(self.topology, model, states, container.key, state, names)
-        return disable_readahead(buffer)
+        return disable_readahead(
+            buffer.detach()
+        )  # masters ask for gradients, copies of them do not
 
     def _frozen_buffer(self, tensor_rank: int, container: Container) -> Tensor:
         """The flat values of a parameter that is not trained, or of one rank's shard of it."""

@@ -38,6 +38,7 @@ class Conversion:
         max_shard_size: of a file of ``hf``.
         vocabulary: rows of the vocabulary to keep in ``hf``; of ``megatron`` those with padding,
             if the source has transformers' names.
+        allow_nonfinite: go on where values of the source are NaN or infinite.
         stacked: whether the layers of ``megatron`` are stacked, or each has keys of its own.
     """
 
@@ -49,6 +50,7 @@ class Conversion:
     dtype: Precision = "fp32"
     max_shard_size: int | str = "5GB"
     vocabulary: int | None = None
+    allow_nonfinite: bool = False
     stacked: bool = True
 
     def target_dir(self, folder: Path) -> Path:
@@ -92,8 +94,8 @@ class Conversion:
     def grown(self, topology: Topology) -> GrownState:
         """The grown state under a topology; without a plan, the resharded source."""
         if self.plan is None:
-            return resharded(self.source, topology)
-        return GrownState(self.source, self.plan, topology)
+            return resharded(self.source, topology, allow_nonfinite=self.allow_nonfinite)
+        return GrownState(self.source, self.plan, topology, self.allow_nonfinite)
 
     @cached_property
     def unsharded(self) -> UnshardedState:
@@ -103,7 +105,8 @@ class Conversion:
         if is_named or state.spec.layout.optimizer != "adamw":  # of others no moments are known
             return state
         rows = self.vocabulary if self.to == "megatron" else None  # an export drops the padding
-        return unsharded_state(resharded(with_megatron_names(state, vocab_size=rows), UNSHARDED))
+        named = with_megatron_names(state, vocab_size=rows)
+        return unsharded_state(resharded(named, UNSHARDED, allow_nonfinite=self.allow_nonfinite))
 
     @cached_property
     def export(self) -> Export:

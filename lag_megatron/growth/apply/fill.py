@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from lag_megatron.checkpoint.state.box import Shape
+from lag_megatron.checkpoint.state.finite import all_finite, nonfinite_values
 from lag_megatron.checkpoint.state.layout import Container, Layout, State, Topology
-from lag_megatron.checkpoint.state.optimizer_states import state_shape
+from lag_megatron.checkpoint.state.optimizer_states import adam_state_of, state_shape
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.checkpoint.state.source import CheckpointSource, Elements
+from lag_megatron.errors import CheckpointError, PlanError
 from lag_megatron.growth.apply.copy_plan import Draw, Move, ShardedModel, StridedSlice, plan_rank
-from lag_megatron.growth.growth_map import GrowthMap
+from lag_megatron.growth.growth_map import Copy, GrowthMap
 from lag_megatron.growth.weight_init import fill
+
+_ALLOW = "To go on with them: --allow-nonfinite (allow_nonfinite=True in a program)."
 
 
 class GrowthFiller:
@@ -30,6 +34,7 @@ class GrowthFiller:
         shapes: unsharded shapes of all old parameters.
         gated: whether fc1 holds a gate and an up half.
         tensor_rank: of the target.
+        allow_nonfinite: go on where values are NaN or infinite.
     """
 
     def __init__(
@@ -42,8 +47,10 @@ class GrowthFiller:
         shapes: Mapping[str, Shape],
         gated: bool,
         tensor_rank: int,
+        allow_nonfinite: bool = False,
     ) -> None:
         self._growth_map, self._source, self._tensor_rank = growth_map, source, tensor_rank
+        self._allow_nonfinite = allow_nonfinite
         grown = {
             n: s for group in (*growth_map.groups, growth_map.frozen) for n, s in group.items()
         }
@@ -74,7 +81,12 @@ class GrowthFiller:
                 there.prefetch(step.source.offset, last + 1)
 
     def __call__(self, region: Region, buffer: Tensor) -> None:
-        """Write the region's values; ``buffer`` is flat and of its length, in any precision."""
+        """Write the region's values; ``buffer`` is flat and of its length, in any precision.
+
+        Raises:
+            CheckpointError: if values of the source are not finite.
+            PlanError: if values are too large for the buffer's precision.
+        """
         if sum(segment.length for _, segment in region.segments) < region.length:
             buffer.zero_()
         for step in self.plan(region):
@@ -85,6 +97,32 @@ class GrowthFiller:
                 _copy(view, origin, step.scale)
             else:
                 fill(view, step.init, shape=step.full_shape, box=step.box)
+        if not (self._allow_nonfinite or all_finite(buffer)):
+            self._refuse(region, buffer)
+
+    def _refuse(self, region: Region, buffer: Tensor) -> None:
+        """Say which values of a region's parameters are not finite."""
+        origins = {
+            origin.parameter
+            for name, _ in region.segments
+            for block in self._growth_map.blocks[name]
+            if isinstance(origin := block.sources[adam_state_of(region.state)], Copy)
+        }
+        for found in nonfinite_values(self._source, names=origins):
+            raise CheckpointError(
+                f"{self._source.path}: {found}. Training cannot go on from such a state: take an "
+                f"older checkpoint. {_ALLOW}"
+            )
+        names = [
+            name
+            for name, part in region.segments
+            if not all_finite(buffer[part.offset : part.offset + part.length])
+        ]
+        precision = str(buffer.dtype).removeprefix("torch.")
+        raise PlanError(
+            f"{self._source.path}: {names[0]} has values beyond {torch.finfo(buffer.dtype).max:.5g}"
+            f", the largest of {precision}. Take another precision. {_ALLOW}"
+        )
 
     def plan(self, region: Region) -> list[Move | Draw]:
         """The copy plan of a region; each thread caches its last one."""

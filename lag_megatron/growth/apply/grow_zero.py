@@ -22,6 +22,7 @@ def grow_checkpoint(
     workers: int = 1,
     written: Callable[[int], object] = lambda count: None,
     lock: bool = True,
+    allow_nonfinite: bool = False,
 ) -> GrownState:
     """Grow a ZeRO checkpoint and commit it.
 
@@ -36,6 +37,7 @@ def grow_checkpoint(
         workers: threads that write shards; each needs a few megabytes.
         written: called with the number of bytes after each piece, e.g. a progress bar's ``update``.
         lock: refuse a second writer of the target.
+        allow_nonfinite: go on where values of the source are NaN or infinite.
 
     Returns:
         the grown state.
@@ -43,9 +45,10 @@ def grow_checkpoint(
     Raises:
         PlanError: when the plan does not fit the checkpoint or the target exists.
         RunError: when another process writes the target, or its file system has no locks.
-        CheckpointError: when the source is damaged or the disk too small.
+        CheckpointError: when the source is damaged, has values that are not finite, or the disk is
+            too small.
     """
-    grown = GrownState(ZeroCheckpoint.open(source), plan, topology)
+    grown = GrownState(ZeroCheckpoint.open(source), plan, topology, allow_nonfinite)
     grown.source.check_every_file()
     write(zero_job(grown, target), workers=workers, written=written, lock=lock)
     return grown

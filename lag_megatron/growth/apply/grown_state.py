@@ -50,6 +50,7 @@ class GrownState:
         source: the checkpoint to grow; it is never changed.
         plan: the growth plan.
         target: topology of the grown state; the source's by default.
+        allow_nonfinite: whether values may be NaN or infinite.
 
     Raises:
         PlanError: when the plan or the topology does not fit the checkpoint.
@@ -58,6 +59,7 @@ class GrownState:
     source: CheckpointSource
     plan: GrowthPlan
     target: Topology | None = None
+    allow_nonfinite: bool = False
 
     @property
     def topology(self) -> Topology:
@@ -111,6 +113,7 @@ class GrownState:
             shapes=self._unsharded_shapes,
             gated=self._gated,
             tensor_rank=tensor_rank,
+            allow_nonfinite=self.allow_nonfinite,
         )
 
     def write_rank(
@@ -244,11 +247,13 @@ class GrownState:
                 )
 
 
-def resharded(source: CheckpointSource, target: Topology) -> GrownState:
+def resharded(
+    source: CheckpointSource, target: Topology, *, allow_nonfinite: bool = False
+) -> GrownState:
     """The same state under another topology: a grown state of the operator ``identity``."""
     layers = count_layers(unsharded_shapes(source))
     plan = GrowthPlan(operator="identity", source_layers=layers, target_layers=layers)
-    return GrownState(source, plan, target)
+    return GrownState(source, plan, target, allow_nonfinite)
 
 
 def retarget(

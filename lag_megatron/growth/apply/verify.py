@@ -33,7 +33,11 @@ def differences(conversion: Conversion, target: Path) -> Iterator[str]:
     source, is_hf = conversion.unsharded, conversion.to == "hf"
     rows = next((s[0] for n, s in source.shapes.items() if n in _VOCABULARY), None)
     found = unsharded_state(
-        resharded(open_checkpoint(target, vocab_size=rows if is_hf else None), UNSHARDED)
+        resharded(
+            open_checkpoint(target, vocab_size=rows if is_hf else None),
+            UNSHARDED,
+            allow_nonfinite=conversion.allow_nonfinite,
+        )
     )
     yield from _names(source, found)
     dtype = DTYPES[conversion.dtype] if is_hf else torch.float32

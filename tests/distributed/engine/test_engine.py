@@ -188,3 +188,38 @@ def test_no_checkpoint_is_an_error_of_ours(tmp_path):
 def test_ranks_have_to_divide():
     with pytest.raises(RunError, match="does not divide the world of 3 ranks"):
         run_ranks(build, 3, pico_config(tensor=2))
+
+
+def spoiled(config, folder):
+    """Save a state of which the last rank's first buffer of masters holds an infinity."""
+    world, engine = build(config)
+    steps(engine, config, world, 0, 2)
+    if world.rank == world.size - 1:
+        with torch.no_grad():
+            engine.state.masters[0].view(-1)[3] = float("inf")
+    engine.save(folder, "step2", client_state={"step": 2})
+
+
+def refusals(configs, path):
+    """What the engine of each configuration says of a checkpoint."""
+    messages = []
+    for config in configs:
+        _, engine = build(config)
+        with pytest.raises(CheckpointError) as caught:
+            engine.load(path)
+        messages.append(str(caught.value))
+    return messages
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_values_that_are_not_finite_are_refused(stage, tmp_path):
+    """On every rank, where DeepSpeed loads them and where they are resharded in place."""
+    config = pico_config(zero_stage=stage)
+    run_ranks(spoiled, 2, config, tmp_path)
+    configs = [config, pico_config(zero_stage=1 if stage == 3 else 2)]
+    for messages in run_ranks(refusals, 2, configs, tmp_path / "step2"):
+        for message in messages:
+            assert (
+                "the weight has 1 value that is not finite, the first (inf) at index [" in message
+            )
+            assert "on data-parallel rank 1 of tensor-parallel rank 0" in message
