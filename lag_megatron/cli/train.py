@@ -50,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override")
     parser.add_argument("--run-dir", help="default: runs/<config name>")
     parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's tag")
+    parser.add_argument(
+        "--verify-data", action="store_true", help="compare all prepared data before training"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost")
     parser.add_argument("--deepspeed_config", help="DeepSpeed JSON; its autos are filled")
     parser.add_argument("--hostfile", help="for a dry run: count the ranks of this hostfile")
@@ -74,7 +77,7 @@ def _train(config: RunConfig, options: argparse.Namespace) -> int:
     deepspeed_config(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     from lag_megatron.training.train import TrainRequest, train  # imports torch: seconds
 
-    train(TrainRequest(config, Path(run_dir), options.resume))
+    train(TrainRequest(config, Path(run_dir), options.resume, options.verify_data))
     return 0
 
 

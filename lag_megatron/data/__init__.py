@@ -4,6 +4,7 @@ from lag_megatron.data.batch import Batch
 from lag_megatron.data.datasets.blended_dataset import Prepared, PreparedMixture
 from lag_megatron.data.datasets.prepared_dataset import PreparedData
 from lag_megatron.data.datasets.tokenizer import Tokenizer, load_tokenizer
+from lag_megatron.data.datasets.verification import DataVerification
 from lag_megatron.data.global_batches import TrainingData, ValidationData
 from lag_megatron.data.loader import BatchLoader
 from lag_megatron.data.prepare.corpus import Corpus, open_corpus
@@ -14,6 +15,7 @@ __all__ = [
     "Batch",
     "BatchLoader",
     "Corpus",
+    "DataVerification",
     "Prepared",
     "PreparedData",
     "PreparedMixture",

@@ -6,7 +6,14 @@ from pathlib import Path
 
 from lag_megatron import __version__
 from lag_megatron.config import RunConfig, check_probe_groups, padded_vocab_size
-from lag_megatron.data import BatchLoader, Prepared, open_prepared, prepare_data
+from lag_megatron.config.installed import cache_dir
+from lag_megatron.data import (
+    BatchLoader,
+    DataVerification,
+    Prepared,
+    open_prepared,
+    prepare_data,
+)
 from lag_megatron.distributed.world import World, environment, start_world, stop_world
 from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.growth.pool import growth_pools
@@ -33,11 +40,13 @@ class TrainRequest:
         run_dir: its directory, on a file system that all hosts share.
         resume: ``auto`` goes on from the newest checkpoint, ``never`` refuses a directory that
             holds a run, a tag such as ``step00000800`` goes back to that checkpoint.
+        verify_data: compare all prepared data with its checksums before training.
     """
 
     config: RunConfig
     run_dir: Path
     resume: str = "auto"
+    verify_data: bool = False
 
 
 def train(request: TrainRequest) -> None:
@@ -100,19 +109,30 @@ def _train(world: World, run: RunDirectory, request: TrainRequest, stop: StopFla
         console.print(_introduction(run, config, world))
     data = world.run_on_rank0(lambda: prepare_data(config.data, cache_dir=run.data_cache))
     world.run_on_all_ranks(lambda: open_prepared(data.folder))
+    check = _compare_data(world, data, everything=request.verify_data)
     vocab_size = world.run_on_rank0(lambda: _vocab_size(config, data))
     resolved = world.run_on_rank0(lambda: as_journalled(config, Journal(run.journal).events))
     # On a CPU a prefetching thread would slow the training down.
     loader = BatchLoader(data, config, world, prefetch=world.device.type == "cuda")
-    context = TrainingContext(resolved, run, loader, stop, vocab_size)
+    context = TrainingContext(resolved, run, loader, stop, vocab_size, check.require_sound)
     world.run_on_rank0(lambda: _write_facts(world, run, config, data, vocab_size))
     logs = _logs(world, run, config, data, console) if world.is_coordinator else None
     recorder = Recorder(logs)
+    _record_compared(world, recorder, check)
+    for path in check.uncompared:
+        recorder.print(
+            f"{path}: not compared with its checksum, it was prepared without checksums of blocks; "
+            "--verify-data reads all of it"
+        )
+    check.compare_later(stop.ask)
     try:
         Trainer(context, world, recorder).run()
         stopped = ""
     except Stopped as reason:
         stopped = str(reason)
+    finally:
+        check.close()
+    _record_compared(world, recorder, check)
     if logs is not None:
         logs.wandb.finish(exit_code=1 if stopped else 0)
         last = (
@@ -121,6 +141,31 @@ def _train(world: World, run: RunDirectory, request: TrainRequest, stop: StopFla
             else f"report: {write_report(run.root)}"
         )
         console.print(last)
+
+
+def _compare_data(world: World, data: Prepared, *, everything: bool) -> DataVerification:
+    """The comparison of the data with its checksums, of which the first part is done."""
+    found: list[DataVerification] = []
+
+    def compare() -> None:
+        check = DataVerification(
+            data,
+            everything=everything,
+            rank=world.rank,
+            size=world.size,
+            cache=cache_dir() / "verified_data",
+        )
+        found.append(check)
+        check.compare_first()
+
+    world.run_on_all_ranks(compare)
+    return found[0]
+
+
+def _record_compared(world: World, recorder: Recorder, check: DataVerification) -> None:
+    """Journal how much of the data was compared so far."""
+    compared = sum(world.run_on_all_ranks(lambda: check.compared))
+    recorder.log_event("data_compared", once={"bytes": compared}, total=check.total)
 
 
 def _introduction(run: RunDirectory, config: RunConfig, world: World) -> str:

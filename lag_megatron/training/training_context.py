@@ -1,6 +1,7 @@
 """One optimizer step and one evaluation, the same in a stage and in a probe."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from lag_megatron.config import RunConfig
@@ -25,6 +26,7 @@ class TrainingContext:
         loader: this rank's batches.
         stop: set when the run is asked to end.
         vocab_size: rows of the vocabulary, padding included.
+        require_sound_data: raises ``DataError`` on the rank that found its data to be changed.
     """
 
     config: RunConfig
@@ -32,6 +34,7 @@ class TrainingContext:
     loader: BatchLoader
     stop: StopFlag
     vocab_size: int
+    require_sound_data: Callable[[], object] = lambda: None
 
     def step(self, engine: Engine, step: int, *, stage: int) -> tuple[MetricRow, bool]:
         """Take one optimizer step.
@@ -44,6 +47,9 @@ class TrainingContext:
         Returns:
             the step's metrics, whose ``step`` counts the steps taken and so is one more; and
             whether some rank was asked to stop, the same on all ranks.
+
+        Raises:
+            DataError: on all ranks, if the data of one was found to be changed.
         """
         config = self.config
         started = time.perf_counter()
@@ -56,6 +62,8 @@ class TrainingContext:
             path=path,
             stop_asked=lambda: self.stop.asked,
         )
+        if result.stop_asked:  # before what was trained on is saved
+            engine.world.run_on_all_ranks(self.require_sound_data)
         tokens = tokens_per_step(config)
         row: MetricRow = {
             "step": step + 1,

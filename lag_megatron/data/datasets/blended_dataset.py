@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.atomic_io import write_atomically
+from lag_megatron.data.datasets.checksums import checksum, require_checksum
 from lag_megatron.data.datasets.prepared_dataset import (
     TOKENIZER,
     PreparedData,
     PreparedSource,
-    checksum,
     read_meta,
 )
 from lag_megatron.data.datasets.tokenizer import Tokenizer, load_tokenizer
@@ -47,11 +47,8 @@ class PreparedMixture:
             DataError: if this host does not see a folder, or one is incomplete or damaged.
         """
         listed = _listed(folder)
-        if checksum(folder / TOKENIZER) != listed.tokenizer:
-            raise DataError(
-                f"{folder / TOKENIZER}: its bytes are not those that were written. "
-                f"Delete {folder} and prepare it again."
-            )
+        tokenizer = folder / TOKENIZER
+        require_checksum(tokenizer, got=checksum(tokenizer), expected=listed.tokenizer)
         sources = tuple(
             PreparedSource(
                 name=name,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
+from lag_megatron.data.datasets.checksums import checksum, require_checksum
 from lag_megatron.data.datasets.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.errors import DataError
 from lag_megatron.small_files import read_json
@@ -16,7 +16,6 @@ from lag_megatron.small_files import read_json
 META = "meta.json"
 TOKENIZER = "tokenizer.json"
 UNIGRAMS = "unigrams.npy"
-_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,12 +81,8 @@ class PreparedData:
         Raises:
             DataError: naming the file that was changed.
         """
-        for name, (_, digest) in self.files.items():
-            if checksum(self.folder / name) != digest:
-                raise DataError(
-                    f"{self.folder / name}: its bytes are not those that were written (xxh3 "
-                    f"{digest} expected). Delete {self.folder} and prepare it again."
-                )
+        for name in self.files:
+            self._require_sound(name)
 
     @property
     def sources(self) -> tuple["PreparedSource", ...]:
@@ -110,12 +105,27 @@ class PreparedData:
         return self.folder / TOKENIZER
 
     def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer."""
+        """Load the tokenizer.
+
+        Raises:
+            DataError: if its file is not the one that was written.
+        """
+        self._require_sound(TOKENIZER)
         return load_tokenizer(self.tokenizer_path)
 
     def unigrams(self) -> np.ndarray:
-        """How often each token occurs in (training, validation), (2, vocabulary) int64."""
+        """How often each token occurs in (training, validation), (2, vocabulary) int64.
+
+        Raises:
+            DataError: if its file is not the one that was written.
+        """
+        self._require_sound(UNIGRAMS)
         return np.load(self.folder / UNIGRAMS, allow_pickle=False)
+
+    def _require_sound(self, name: str) -> None:
+        if name in self.files:
+            path, (_, expected) = self.folder / name, self.files[name]
+            require_checksum(path, got=checksum(path), expected=expected)
 
     def facts(self) -> dict[str, Any]:
         """What a report says of the text, as JSON."""
@@ -165,22 +175,6 @@ def read_meta(folder: Path, name: str) -> dict[str, Any]:
         advice="Delete the folder; the next run prepares it again.",
     )
     return values
-
-
-def checksum(path: Path) -> str:
-    """128-bit xxh3 of a file, 32 hex digits.
-
-    Raises:
-        DataError: if the file cannot be read.
-    """
-    digest = xxhash.xxh3_128()
-    try:
-        with path.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
-    return digest.hexdigest()
 
 
 def _require_size(path: Path, size: int) -> None:

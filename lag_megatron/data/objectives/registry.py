@@ -13,6 +13,7 @@ from lag_megatron.data.datasets.tokenizer import Tokenizer
 from lag_megatron.data.objectives.causal import CausalSamples
 from lag_megatron.data.objectives.mlm import MlmSamples
 from lag_megatron.data.objectives.ul2 import Ul2Samples
+from lag_megatron.errors import DataError
 
 
 class Samples(Protocol):
@@ -78,6 +79,7 @@ class Epochs:
         self, data: DataConfig, prefix: str, tokenizer: Tokenizer, *, seq_length: int, seed: int
     ) -> None:
         self._data = data
+        self._prefix = prefix
         self._documents = open_documents(prefix)
         self._tokenizer = tokenizer
         self._seq_length = seq_length
@@ -86,8 +88,20 @@ class Epochs:
         self.samples_per_epoch = len(self._epoch(0))
 
     def sample(self, epoch: int, index: int) -> dict[str, torch.Tensor]:
-        """Return sample ``index`` of pass ``epoch``."""
-        return self._epoch(epoch)[index]
+        """Return sample ``index`` of pass ``epoch``.
+
+        Raises:
+            DataError: if it has a token that the tokenizer has not.
+        """
+        sample = self._epoch(epoch)[index]
+        low, high = (int(bound) for bound in torch.aminmax(sample["tokens"]))
+        if low < 0 or high >= self._tokenizer.vocab_size:
+            raise DataError(
+                f"{self._prefix}.bin: has token {high if low >= 0 else low}, expected tokens from "
+                f"0 to {self._tokenizer.vocab_size - 1}: the prepared data was damaged. Restore "
+                "the file, or delete its folder and prepare it again."
+            )
+        return sample
 
     def _epoch(self, epoch: int) -> Samples:
         if epoch not in self._open:

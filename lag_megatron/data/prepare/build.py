@@ -11,12 +11,12 @@ from megatron.core.datasets.indexed_dataset import DType
 
 from lag_megatron.atomic_io import flush_to_disk
 from lag_megatron.config import DataConfig
+from lag_megatron.data.datasets.checksums import BLOCKS, block_table, checksum
 from lag_megatron.data.datasets.prepared_dataset import (
     META,
     TOKENIZER,
     UNIGRAMS,
     PreparedData,
-    checksum,
 )
 from lag_megatron.data.datasets.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.data.datasets.unigram import cross_entropy
@@ -137,6 +137,7 @@ def _assemble(
                 "Add text, or change data.validation_fraction."
             )
     np.save(whole / UNIGRAMS, encoded.unigrams)
+    (whole / BLOCKS).write_text(block_table(whole / "train.bin"), encoding="utf-8")
     names = sorted(path.name for path in whole.iterdir())
     train, validation = (int(counts.sum()) for counts in encoded.unigrams)
     prepared = PreparedData(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from lag_megatron.data.datasets.prepared_dataset import checksum
+from lag_megatron.data.datasets.checksums import checksum
 from lag_megatron.data.datasets.tokenizer import Tokenizer, load_tokenizer
 from lag_megatron.data.prepare.corpus import Corpus, reread_chunk
 from lag_megatron.data.prepare.sources import Chunk, TextSource

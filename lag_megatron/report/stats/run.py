@@ -42,7 +42,7 @@ def run_report_data(run_dir: Path) -> Json:
         "world_size": files.run.get("world_size"),
         "vocab_size": files.run.get("vocab_size"),
         "unigram_entropy": finite(files.run.get("unigram_entropy")),
-        "data": files.run.get("data") or {},
+        "data": (files.run.get("data") or {}) | _compared(files),
         "tokens_per_step": tokens_per_step(files.config),
         "total_steps": files.config.total_steps,
         "sources": sources_data(files, step=status["step"]),
@@ -54,6 +54,14 @@ def run_report_data(run_dir: Path) -> Json:
         "lineage": lineage_data(growths, first_layers=files.config.layers_of(0)),
         **last,
     }
+
+
+def _compared(files: RunFiles) -> Json:
+    """How much of the prepared data was compared with its checksums."""
+    event = last_event(files, event="data_compared")
+    if event is None:
+        return {}
+    return {"compared_bytes": event["bytes"], "prepared_bytes": event["total"]}
 
 
 def series(metrics: Iterable[Json], key: str) -> list[list[float]]:
