@@ -9,6 +9,8 @@ import unicodedata
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Only writing raises these.
+UNWRITABLE = (*_FULL, errno.EROFS)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 

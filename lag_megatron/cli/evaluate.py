@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.atomic_io import write_atomically
-from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.command import command
 from lag_megatron.cli.lock_option import add_lock_option
 from lag_megatron.cli.parser import command_parser, parse
 from lag_megatron.cli.warning_filters import ignore_library_warnings
-from lag_megatron.errors import ConfigError, LagError
+from lag_megatron.errors import ConfigError
 from lag_megatron.evaluation.candidates import score_candidates
 from lag_megatron.evaluation.export import ExportOptions, export_to_transformers, find_checkpoint
 from lag_megatron.evaluation.harness import evaluate, format_results, require_harness
@@ -42,14 +42,12 @@ from lag_megatron.evaluation.task_data import TASKS, find_file, read_documents
 from lag_megatron.targets.file_lock import sole_writer
 
 
+@command()
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and do what it says; 2 for a user's error."""
     options = parse(_parser(), argv)
     ignore_library_warnings()
-    try:
-        _run(options)
-    except LagError as error:
-        return print_error(error)
+    _run(options)
     return 0
 
 

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.command import command
 from lag_megatron.cli.lock_option import add_lock_option
 from lag_megatron.cli.parser import command_parser, parse
 from lag_megatron.errors import LagError, RunError
@@ -20,13 +20,11 @@ from lag_megatron.targets.file_lock import sole_writer
 from lag_megatron.targets.overlap import require_apart
 
 
+@command()
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and do what it says; 2 for a user's error."""
     options = parse(_parser(), argv)
-    try:
-        print(_answer(options))
-    except LagError as error:
-        return print_error(error)
+    print(_answer(options))
     return 0
 
 

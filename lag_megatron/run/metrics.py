@@ -7,6 +7,7 @@ from typing import Any
 
 from lag_megatron.atomic_io import flush_to_disk, write_atomically
 from lag_megatron.errors import RunError
+from lag_megatron.output import print_at_once
 from lag_megatron.run.directory import DAMAGED_RUN
 from lag_megatron.small_files import read_json_lines
 
@@ -65,15 +66,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Console:
-    """Lines on standard output and standard error."""
+    """Lines on standard output and standard error, as long as somebody reads them."""
 
     def print(self, text: str) -> None:
         """Print one line at once."""
-        print(text, flush=True)
+        print_at_once(text, sys.stdout)
 
     def warn(self, text: str) -> None:
         """Print one line to standard error."""
-        print(text, file=sys.stderr, flush=True)
+        print_at_once(text, sys.stderr)
 
     def step(self, row: MetricRow, *, total_steps: int, mfu: float | None) -> None:
         """The line of a training step."""
