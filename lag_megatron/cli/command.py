@@ -6,8 +6,8 @@ import signal
 import sys
 from collections.abc import Callable
 
-from lag_megatron.errors import UNWRITABLE, LagError, write_failure
-from lag_megatron.output import discard, has_no_reader
+from lag_megatron.errors import LagError, unwritable
+from lag_megatron.process.output import discard, has_no_reader
 
 USER_ERROR = 2
 INTERRUPTED, OUTPUT_CLOSED = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # as shells count
@@ -77,11 +77,10 @@ def _flushed(main: Main, argv: list[str] | None) -> int:
         finally:  # also after --help, which exits
             sys.stdout.flush()
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        found = unwritable(error, "standard output, or a file")
+        if found is None:
             raise
-        reason, advice = write_failure(error)
-        where = error.filename or "standard output, or a file"
-        raise LagError(f"{where}: cannot be written: {reason} {advice}") from None
+        raise found from None
 
 
 def _print_interrupted(what_is_left: str) -> None:

@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.atomic_io import write_atomically
+from lag_megatron.atomic_io import write_file
 from lag_megatron.cli.command import command
 from lag_megatron.cli.lock_option import add_lock_option
 from lag_megatron.cli.parser import command_parser, parse
@@ -157,7 +157,7 @@ def _score(options: argparse.Namespace, results: Callable[[Path], dict[str, Any]
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**about, "results": written}, indent=1)
-        write_atomically(options.output, text)
+        write_file(options.output, text)
 
 
 def _evaluate(

@@ -18,7 +18,7 @@ TABLE_MARKS = ("<!-- layers: tests/static/layers.py -->", "<!-- end of layers --
 # From the lowest layer up: what stands there, and what it holds.
 LAYERS = (
     (
-        ("errors", "atomic_io", "interrupts", "output", "small_files", "targets"),
+        ("errors", "atomic_io", "process", "small_files", "targets"),
         "messages; small files, read and checked, written whole or not at all; locks of targets; "
         "signals kept from threads' locks; output that nobody reads",
     ),

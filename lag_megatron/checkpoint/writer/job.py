@@ -21,7 +21,7 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer.context import ProgressFn, ThreadBuffers, WriteContext
 from lag_megatron.checkpoint.writer.progress_log import WriteProgress
 from lag_megatron.errors import CheckpointError, PlanError, write_failure
-from lag_megatron.interrupts import deferred_interrupts
+from lag_megatron.process.interrupts import deferred_interrupts
 from lag_megatron.targets.file_lock import sole_writer
 from lag_megatron.targets.overlap import require_apart
 

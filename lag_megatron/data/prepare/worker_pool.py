@@ -17,7 +17,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from lag_megatron.errors import DataError
-from lag_megatron.interrupts import deferred_interrupts
+from lag_megatron.process.interrupts import deferred_interrupts
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -9,7 +9,7 @@ import pytest
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer import job
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
-from lag_megatron.interrupts import DeferredInterrupts
+from lag_megatron.process.interrupts import DeferredInterrupts
 
 
 def job_of(target, works):
