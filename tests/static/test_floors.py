@@ -35,9 +35,18 @@ WITH_SUB_PACKAGES = [
     for module in INSIDE
     if is_package(module) and any(is_package(member) for member in members(module))
 ]
-LOOSE = {"errors", "atomic_io", "process", "small_files", "api"}
+LOOSE = {"errors", "atomic_io", "small_files", "api"}
 STRICT = {
-    *("errors", "atomic_io", "small_files", "targets", "config", "planning", "selection"),
+    *(
+        "errors",
+        "atomic_io",
+        "process",
+        "small_files",
+        "targets",
+        "config",
+        "planning",
+        "selection",
+    ),
     "checkpoint",
     *(
         "growth",

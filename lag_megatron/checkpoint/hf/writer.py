@@ -234,7 +234,12 @@ class Export:
     def _write_settings(self, folder: Path, index: str | None) -> dict[str, Any]:
         self._save_config(folder)
         if self.tokenizer is not None:
-            save_transformers_tokenizer(self.tokenizer, folder, self.model)
+            save_transformers_tokenizer(
+                self.tokenizer,
+                folder,
+                is_decoder=self.model.family == "gpt",
+                window=self.model.seq_length,
+            )
         for file in self.carried if self.tokenizer is None else ():
             shutil.copy(file, folder)
         if index is not None:

@@ -35,7 +35,7 @@ def fixed(value: float | None, digits: int) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
-def evenly_thinned(items: Sequence[T], most: int) -> Sequence[T]:
+def evenly_thinned(items: Sequence[T], most: int) -> list[T]:
     """At most ``most`` items at equal distances, the last one always among them."""
     every = max(1, -(-len(items) // most))
-    return items[::-1][::every][::-1]
+    return list(items[::-1][::every][::-1])
