@@ -268,4 +268,6 @@ class Export:
         )
         config.save_pretrained(folder)
         if is_decoder:
-            transformers.GenerationConfig(**special).save_pretrained(folder)
+            # It refuses a negative id, which config.json may have for none.
+            ids = {k: v for k, v in special.items() if not isinstance(v, int) or v >= 0}
+            transformers.GenerationConfig(**ids).save_pretrained(folder)
