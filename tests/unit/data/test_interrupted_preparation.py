@@ -42,9 +42,9 @@ def test_it_ends_with_a_line_and_goes_on(text, tmp_path):
     seconds = time.monotonic() - began
     assert whole.returncode == 0
     interrupted = 0
-    for number in range(8):
+    for number in range(4):
         process = prepare(text, tmp_path / "again")
-        time.sleep(seconds * (number + 1) / 9)
+        time.sleep(seconds * (number + 1) / 5)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=120)
