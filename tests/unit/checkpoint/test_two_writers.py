@@ -62,7 +62,7 @@ def test_writers_of_results_and_reports(tmp_path, capsys):
     assert f"{run.path / 'report'}: is being written by" in capsys.readouterr().err
     assert not (run.path / "report.html").exists()
     data = tmp_path / "lambada.jsonl"
-    rows = ('{"context": "a b", "continuation": "%s"}\n' % word for word in "cd")
+    rows = (f'{{"context": "a b", "continuation": "{word}"}}\n' for word in "cd")
     data.write_text("".join(rows))
     out = tmp_path / "results" / "scores.json"
     options = ("--tasks", "lambada", "--data", tmp_path)
