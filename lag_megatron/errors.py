@@ -9,6 +9,7 @@ import unicodedata
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNWRITABLE = (*_FULL, errno.EROFS)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -57,6 +58,22 @@ def write_failure(error: OSError | RuntimeError) -> tuple[str, str]:
             "command again."
         )
     return reason, "Mend that and run the same command again."
+
+
+def unwritable(error: OSError, path: object = None) -> "RunError | None":
+    """The message for an error that only writing raises: a full disk, a read-only place.
+
+    Args:
+        error: what was raised.
+        path: what was written, where the error does not name it.
+
+    Returns:
+        None for an error of another kind.
+    """
+    if error.errno not in _UNWRITABLE:
+        return None
+    reason, advice = write_failure(error)
+    return RunError(f"{error.filename or path}: cannot be written: {reason} {advice}")
 
 
 class LagError(ValueError):

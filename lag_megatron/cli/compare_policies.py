@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 from lag_megatron.cli import train
-from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.command import command
 from lag_megatron.cli.lock_option import add_lock_option
 from lag_megatron.cli.parser import add_list_configs, command_parser, parse
 from lag_megatron.config.installed import checkout, find_config
 from lag_megatron.config.schema.ranges import MAX_WORKERS, require_whole
-from lag_megatron.errors import LagError, RunError
+from lag_megatron.errors import RunError
 from lag_megatron.study import (
     StudyFolder,
     StudyPlan,
@@ -28,6 +28,7 @@ from lag_megatron.study import (
 from lag_megatron.targets.file_lock import sole_writer
 
 
+@command(interrupted="The same command goes on from here.")
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run the study.
 
@@ -35,10 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     after the signal N.
     """
     options = parse(_parser(), argv)
-    try:
-        return _compare(options, script=_training_program())
-    except LagError as error:
-        return print_error(error)
+    return _compare(options, script=_training_program())
 
 
 def _parser() -> argparse.ArgumentParser:

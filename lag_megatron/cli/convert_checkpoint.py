@@ -15,10 +15,10 @@ from lag_megatron.checkpoint.open import open_checkpoint
 from lag_megatron.checkpoint.state.source import CheckpointSource, UnshardedCheckpoint
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.writer.progress_bar import progress_bar
-from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.command import command
 from lag_megatron.cli.growth_options import add_growth_options, check_numbers, plan_of, topology_of
 from lag_megatron.cli.parser import command_parser, parse
-from lag_megatron.errors import LagError, PlanError, printable
+from lag_megatron.errors import PlanError, printable
 from lag_megatron.growth.apply.conversion import Conversion
 from lag_megatron.growth.apply.verify import differences
 
@@ -32,33 +32,31 @@ _LOAD = {
 }
 
 
+@command(interrupted="The same command goes on from here.")
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and convert; 2 for a user's error, 1 where --verify finds one."""
     options = parse(_parser(), argv)
-    try:
-        check_numbers(options)
-        source = open_checkpoint(
-            options.source, vocab_size=options.vocab_size, weights_only=options.weights_only
-        )
-        if options.non_homogeneous_layers and options.to != "megatron":
-            raise PlanError(f"--non-homogeneous-layers: for --to megatron, not {options.to}.")
-        conversion = _conversion(options, source)
-        target = conversion.target_dir(options.target)
-        job = conversion.job(target)
-        print(printable(f"{source.path} -> {target}"))
-        for note in source.notes if isinstance(source, UnshardedCheckpoint) else ():
-            print(printable(note))
-        print(f"to write: {job.needed / 2**20:.1f} MiB")
-        if options.dry_run:
-            return 0
-        with progress_bar(job.needed) as written:
-            is_new = write(job, workers=options.workers, written=written, lock=options.lock)
-        done = "written" if is_new else "there already"
-        print(f"{done}: {target}, {_holds(conversion)}")
-        print(f"to load it: {_LOAD[options.to].format(options.target)}")
-        return _verify(conversion, target) if options.verify else 0
-    except LagError as error:
-        return print_error(error)
+    check_numbers(options)
+    source = open_checkpoint(
+        options.source, vocab_size=options.vocab_size, weights_only=options.weights_only
+    )
+    if options.non_homogeneous_layers and options.to != "megatron":
+        raise PlanError(f"--non-homogeneous-layers: for --to megatron, not {options.to}.")
+    conversion = _conversion(options, source)
+    target = conversion.target_dir(options.target)
+    job = conversion.job(target)
+    print(printable(f"{source.path} -> {target}"))
+    for note in source.notes if isinstance(source, UnshardedCheckpoint) else ():
+        print(printable(note))
+    print(f"to write: {job.needed / 2**20:.1f} MiB")
+    if options.dry_run:
+        return 0
+    with progress_bar(job.needed) as written:
+        is_new = write(job, workers=options.workers, written=written, lock=options.lock)
+    done = "written" if is_new else "there already"
+    print(f"{done}: {target}, {_holds(conversion)}")
+    print(f"to load it: {_LOAD[options.to].format(options.target)}")
+    return _verify(conversion, target) if options.verify else 0
 
 
 def _holds(conversion: Conversion) -> str:

@@ -29,27 +29,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.atomic_io import write_atomically
-from lag_megatron.cli.errors import print_error
+from lag_megatron.atomic_io import write_file
+from lag_megatron.cli.command import command
 from lag_megatron.cli.lock_option import add_lock_option
 from lag_megatron.cli.parser import command_parser, parse
 from lag_megatron.cli.warning_filters import ignore_library_warnings
-from lag_megatron.errors import ConfigError, LagError
+from lag_megatron.errors import ConfigError
 from lag_megatron.evaluation.candidates import score_candidates
 from lag_megatron.evaluation.export import ExportOptions, export_to_transformers, find_checkpoint
 from lag_megatron.evaluation.harness import evaluate, format_results, require_harness
 from lag_megatron.evaluation.task_data import TASKS, find_file, read_documents
+from lag_megatron.small_files import read_json
 from lag_megatron.targets.file_lock import sole_writer
+from lag_megatron.targets.writable import require_writable
 
 
+@command()
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and do what it says; 2 for a user's error."""
     options = parse(_parser(), argv)
     ignore_library_warnings()
-    try:
-        _run(options)
-    except LagError as error:
-        return print_error(error)
+    _run(options)
     return 0
 
 
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="FILE", help="write the results as JSON")
     add("--export-dir", type=Path, metavar="DIR", help="keep the directory of transformers here")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of exported weights")
-    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json, if not the run's own")
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json, if not the model's own")
     add_lock_option(parser)
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     add(
@@ -128,15 +128,16 @@ def _require_results(file: Path) -> None:
     """Refuse to write over a file with anything but earlier results: it may be an input.
 
     Raises:
-        ConfigError: if it holds something else.
+        ConfigError: if it holds something else, or cannot be written.
     """
+    require_writable(file, "--output", error=ConfigError)
     if not file.exists():
         return
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not {"model", "results"} <= found.keys():
+        found = read_json(file, what="earlier results", error=ConfigError)
+    except ConfigError:
+        found = {}
+    if not {"model", "results"} <= found.keys():
         raise ConfigError(
             f"--output {file}: is there already and holds no results of this program, so it is "
             "left alone. Name another file."
@@ -159,7 +160,7 @@ def _score(options: argparse.Namespace, results: Callable[[Path], dict[str, Any]
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**about, "results": written}, indent=1)
-        write_atomically(options.output, text)
+        write_file(options.output, text)
 
 
 def _evaluate(

@@ -17,7 +17,7 @@ from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.writer.progress_bar import progress_bar
 from lag_megatron.checkpoint.zero.header import resolve_tag
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
-from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.command import command
 from lag_megatron.cli.growth_options import (
     add_growth_options,
     add_places,
@@ -27,7 +27,7 @@ from lag_megatron.cli.growth_options import (
     topology_of,
 )
 from lag_megatron.cli.parser import command_parser, parse
-from lag_megatron.errors import LagError, PlanError, printable
+from lag_megatron.errors import PlanError, printable
 from lag_megatron.growth.apply.estimate import estimate_growth
 from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.apply.grown_state import GrownState
@@ -37,6 +37,7 @@ from lag_megatron.growth.operators.layer_map import format_layer_map
 from lag_megatron.targets.overlap import require_apart
 
 
+@command(interrupted="The same command goes on from here.")
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and grow; 2 for a user's error."""
     return run(parse(_parser(), argv))
@@ -44,14 +45,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Grow as the options say; 2 for a user's error."""
-    try:
-        check_numbers(options)
-        if options.link:
-            _link(options)
-        else:
-            _grow(options)
-    except LagError as error:
-        return print_error(error)
+    check_numbers(options)
+    if options.link:
+        _link(options)
+    else:
+        _grow(options)
     return 0
 
 

@@ -13,22 +13,20 @@ from typing import Any
 from lag_megatron.checkpoint.inspect import inspect_checkpoint
 from lag_megatron.checkpoint.open import detect, resolve_checkpoint
 from lag_megatron.checkpoint.storage import manifest
-from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.command import command
 from lag_megatron.cli.parser import command_parser, parse
 from lag_megatron.config.schema.param_names import read_param_names
-from lag_megatron.errors import LagError, printable
+from lag_megatron.errors import printable
 
 
+@command()
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and print; 0 sound, 1 not, 2 for a user's error."""
     options = parse(_parser(), argv)
-    try:
-        path = resolve_checkpoint(options.path)
-        detect(path)
-        names = None if options.names is None else read_param_names(options.names)
-        facts = inspect_checkpoint(path, verify=options.verify, names=names)
-    except LagError as error:
-        return print_error(error)
+    path = resolve_checkpoint(options.path)
+    detect(path)
+    names = None if options.names is None else read_param_names(options.names)
+    facts = inspect_checkpoint(path, verify=options.verify, names=names)
     problems = facts["problems"]
     print(json.dumps(facts, indent=1) if options.json else printable("\n".join(_lines(facts))))
     for problem in problems:

@@ -12,10 +12,10 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.command import command
 from lag_megatron.cli.parser import command_parser, parse
 from lag_megatron.cli.stage_tables import plan_lines, published_lines
-from lag_megatron.errors import ConfigError, LagError
+from lag_megatron.errors import ConfigError
 from lag_megatron.planning.staged_training.plan import (
     BEST,
     GROWTH_SLOPES,
@@ -29,16 +29,14 @@ from lag_megatron.planning.staged_training.scaling_law import ScalingLaw
 from lag_megatron.planning.staged_training.summary import Planner, plan_data, published_data
 
 
+@command()
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and print; 2 for a user's error."""
     options = parse(_parser(), argv)
-    try:
-        if options.layers or options.hidden:
-            data, lines = _planned(options), plan_lines
-        else:
-            data, lines = _published(options), published_lines
-    except LagError as error:
-        return print_error(error)
+    if options.layers or options.hidden:
+        data, lines = _planned(options), plan_lines
+    else:
+        data, lines = _published(options), published_lines
     print(json.dumps(data, indent=1, allow_nan=False) if options.json else "\n".join(lines(data)))
     return 0
 

@@ -12,31 +12,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.command import command
 from lag_megatron.cli.parser import CONFIG_HELP, add_list_configs, command_parser, parse
 from lag_megatron.cli.warning_filters import ignore_library_warnings
 from lag_megatron.config import RunConfig, load_config, parse_config
 from lag_megatron.config.installed import find_config
 from lag_megatron.config.schema.ranges import MAX_WORKERS, require_positive, require_whole
-from lag_megatron.errors import ConfigError, LagError
+from lag_megatron.errors import ConfigError
 
 _CACHE = Path("runs") / ".cache" / "data"
 _FLAGS = ("source", "paths", "text_key", "tokenizer", "tokenizer_type", "vocab_size", "sentinels",
           "objective", "validation_fraction", "seed", "seq_length")  # fmt: skip
 
 
+@command(interrupted="The same command goes on from here.")
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and prepare; 2 for a user's error, 130 after Ctrl-C."""
     options = parse(_parser(), argv)
     ignore_library_warnings()
-    try:
-        config = _config(options)
-        print(_prepare(config, options))
-    except LagError as error:
-        return print_error(error)
-    except KeyboardInterrupt:
-        print("stopped. The same command goes on from here.", file=sys.stderr)
-        return 130
+    config = _config(options)
+    print(_prepare(config, options))
     return 0
 
 

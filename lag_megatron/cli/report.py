@@ -1,6 +1,7 @@
 """The report of a run, and other rules on its curves.
 
-Without options: write report.html, report.md and figures/*.png into the run directory.
+Without options: write report.html, report.md and figures/*.png into the run directory, with
+--output elsewhere.
 """
 
 import argparse
@@ -8,25 +9,24 @@ import json
 import sys
 from pathlib import Path
 
-from lag_megatron.cli.errors import print_error
+from lag_megatron.cli.command import command
 from lag_megatron.cli.lock_option import add_lock_option
 from lag_megatron.cli.parser import command_parser, parse
 from lag_megatron.errors import LagError, RunError
-from lag_megatron.report import report_data, write_report, write_search
+from lag_megatron.report import report_data, report_file, write_report, write_search
 from lag_megatron.report.sections.rule_comparison_text import analysis_text, comparison_text
 from lag_megatron.report.stats.recorded_search import read_search, recorded_searches
 from lag_megatron.report.stats.rule_comparison import RULES, compare_rules, search_data
 from lag_megatron.targets.file_lock import sole_writer
 from lag_megatron.targets.overlap import require_apart
+from lag_megatron.targets.writable import require_writable
 
 
+@command()
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and do what it says; 2 for a user's error."""
     options = parse(_parser(), argv)
-    try:
-        print(_answer(options))
-    except LagError as error:
-        return print_error(error)
+    print(_answer(options))
     return 0
 
 
@@ -41,6 +41,12 @@ def _parser() -> argparse.ArgumentParser:
         "run", type=Path, metavar="RUN", help="e.g. runs/demo, or a recorded search (.json[.gz])"
     )
     parser.add_argument("--json", action="store_true", help="print the numbers, write nothing")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR|FILE",
+        help="write the report there: a folder, or a page.html",
+    )
     parser.add_argument(
         "--rule",
         action="append",
@@ -73,6 +79,7 @@ def _require_recorded(file: Path, run: Path) -> None:
     """
     if run.is_file():
         require_apart(file, run, error=RunError)
+    require_writable(file, "--record", error=RunError)
     try:
         if file.exists():
             read_search(file)
@@ -86,11 +93,17 @@ def _require_recorded(file: Path, run: Path) -> None:
 def _answer(options: argparse.Namespace) -> str:
     run: Path = options.run
     compared = options.rule or options.set
+    if options.output and (compared or options.json or options.record or run.is_file()):
+        raise RunError(
+            f"--output {options.output}: for the report of a run directory, which --json, --rule, "
+            "--set, --record and recorded searches do not write. Leave it out."
+        )
     if not compared and not options.record and run.is_dir():
         if options.json:
             return json.dumps(report_data(run), indent=1, allow_nan=False)
-        with sole_writer(run / "report", lock=options.lock):
-            return str(write_report(run))
+        page = report_file(run, options.output)
+        with sole_writer(page.with_suffix(""), lock=options.lock):
+            return str(write_report(run, options.output))
     if options.record:
         _require_recorded(options.record, run)
         growth = options.growth or max((s.growth for s in recorded_searches(run)), default=1)

@@ -7,6 +7,7 @@ No process ever holds the model.  DeepSpeed's own loader takes the result.
 import argparse
 import sys
 
+from lag_megatron.cli.command import command
 from lag_megatron.cli.grow_checkpoint import run
 from lag_megatron.cli.growth_options import add_places, add_topology_options
 from lag_megatron.cli.parser import command_parser, parse
@@ -18,6 +19,7 @@ _NO_GROWTH = {
 }
 
 
+@command(interrupted="The same command goes on from here.")
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and write; 2 for a user's error."""
     return run(parse(_parser(), argv))

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from lag_megatron.cli.errors import USER_ERROR
+from lag_megatron.cli.command import USER_ERROR, command
 from lag_megatron.cli.parser import CONFIG_HELP, add_list_configs, command_parser, parse
 from lag_megatron.cli.warning_filters import ignore_library_warnings
 from lag_megatron.config import RunConfig, load_config
@@ -17,23 +17,40 @@ from lag_megatron.errors import LagError
 from lag_megatron.run.compile_cache import set_cache_dirs
 
 
+def _print_error(error: LagError) -> int:
+    """Print an error once, or from every rank that may be the only one to have it."""
+    rank = _rank()
+    if rank == 0 or (_in_a_world() and not error.on_all_ranks):
+        where = "" if rank == 0 else f"[rank {rank}] "
+        print(f"{where}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return USER_ERROR
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _in_a_world() -> bool:
+    """Whether ranks have met; before that all of them find the same mistakes."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
+@command(interrupted="The same command goes on from the last checkpoint.", on_error=_print_error)
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and train, or print the plan; 2 for a user's error."""
     # Both have to be done before torch is imported, so nothing above may import it.
     ignore_library_warnings()
     set_cache_dirs(cache_dir())
     options = parse(_parser(), argv)
-    try:
-        options.config = find_config(options.config)
-        config = load_config(options.config, overrides=options.set)
-        if options.deepspeed_config:
-            given = read_deepspeed_json(options.deepspeed_config)
-            config = dataclasses.replace(config, deepspeed={**config.deepspeed, **given})
-        if options.dry_run:
-            return _dry_run(config, options)
-        return _train(config, options)
-    except LagError as error:
-        return _print_error(error)
+    options.config = find_config(options.config)
+    config = load_config(options.config, overrides=options.set)
+    if options.deepspeed_config:
+        given = read_deepspeed_json(options.deepspeed_config)
+        config = dataclasses.replace(config, deepspeed={**config.deepspeed, **given})
+    if options.dry_run:
+        return _dry_run(config, options)
+    return _train(config, options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,25 +96,6 @@ def _train(config: RunConfig, options: argparse.Namespace) -> int:
 
     train(TrainRequest(config, Path(run_dir), options.resume, options.verify_data))
     return 0
-
-
-def _print_error(error: LagError) -> int:
-    """Print an error once, or from every rank that may be the only one to have it."""
-    rank = _rank()
-    if rank == 0 or (_in_a_world() and not error.on_all_ranks):
-        where = "" if rank == 0 else f"[rank {rank}] "
-        print(f"{where}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    return USER_ERROR
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _in_a_world() -> bool:
-    """Whether ranks have met; before that all of them find the same mistakes."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_initialized()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from lag_megatron.errors import LagError
+from lag_megatron.errors import LagError, unwritable
 
 T = TypeVar("T")
 # What a call returned, and what it raised: a user's error, or the traceback of another one.
@@ -23,6 +23,8 @@ def attempt(make: Callable[[], Any]) -> Outcome:
         return make(), None
     except LagError as error:
         return None, error
+    except OSError as error:
+        return None, unwritable(error, "a file") or traceback.format_exc()
     except Exception:  # raised again by value_of, on every rank
         return None, traceback.format_exc()
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lag_megatron.atomic_io import write_atomically
+from lag_megatron.atomic_io import write_file
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import RunError
 from lag_megatron.evaluation.harness import SCORES
@@ -45,7 +45,7 @@ def score_candidates(run: Path, evaluate: Callable[[Path], Json]) -> Iterator[tu
             before = read_json(
                 file, what="a candidate's scores", error=RunError, advice="Remove it."
             )
-        write_atomically(file, json.dumps({**before, **scores}, indent=1))
+        write_file(file, json.dumps({**before, **scores}, indent=1))
         yield str(state.parent.relative_to(run)), results
 
 

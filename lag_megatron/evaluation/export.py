@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lag_megatron.checkpoint.hf import format as hf_format
-from lag_megatron.checkpoint.hf.tokenizer import TokenizerFile
+from lag_megatron.checkpoint.hf.tokenizer import (
+    TokenizerFile,
+    save_transformers_tokenizer,
+    tokenizer_files,
+)
 from lag_megatron.checkpoint.hf.writer import Precision
 from lag_megatron.checkpoint.open import ZERO, detect, resolve_checkpoint
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer.job import write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.errors import CheckpointError, ConfigError, DataError
+from lag_megatron.evaluation.harness import model_window
 from lag_megatron.growth.apply.conversion import Conversion
 from lag_megatron.run.directory import RunDirectory, read_facts
 
@@ -66,15 +71,12 @@ def export_to_transformers(path: Path, options: ExportOptions) -> Iterator[Path]
     """A transformers directory with the model of ``path``, which is from :func:`find_checkpoint`.
 
     Raises:
-        ConfigError: if the model is not a decoder.
+        ConfigError: if the model is not a decoder, or has what the options name already.
+        DataError: if no tokenizer is known.
     """
     if hf_format.looks_like_transformers(path):
-        if options.tokenizer or options.folder:
-            raise ConfigError(
-                f"{path}: is a directory of transformers already, with a tokenizer of its own. "
-                "Leave out --tokenizer and --export-dir."
-            )
-        yield path
+        with _with_tokenizer(path, options) as model:
+            yield model
         return
     with contextlib.ExitStack() as held:
         folder = options.folder
@@ -94,6 +96,33 @@ def export_to_transformers(path: Path, options: ExportOptions) -> Iterator[Path]
         )
         write(conversion.job(folder), lock=options.lock and options.folder is not None)
         yield folder
+
+
+@contextlib.contextmanager
+def _with_tokenizer(path: Path, options: ExportOptions) -> Iterator[Path]:
+    """A directory of transformers; beside the files of one without tokenizer stands the given."""
+    has_one = bool(tokenizer_files(path))
+    if options.folder or (options.tokenizer and has_one):
+        owned = ", with a tokenizer of its own" if has_one else ""
+        leave = "--tokenizer and --export-dir" if has_one else "--export-dir"
+        raise ConfigError(
+            f"{path}: is a directory of transformers already{owned}. Leave out {leave}."
+        )
+    if has_one:
+        yield path
+        return
+    if options.tokenizer is None:
+        raise DataError(
+            f"{path}: has no tokenizer. Name it with --tokenizer FILE, a tokenizer.json of Hugging "
+            "Face."
+        )
+    file = find_tokenizer(path, options.tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        for entry in path.iterdir():
+            (Path(folder) / entry.name).symlink_to(entry.resolve())
+        window = model_window(path)
+        save_transformers_tokenizer(file, Path(folder), is_decoder=True, window=window)
+        yield Path(folder)
 
 
 def find_tokenizer(path: Path, given: Path | None) -> TokenizerFile:

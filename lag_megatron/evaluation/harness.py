@@ -76,12 +76,21 @@ def evaluate(
     return {task: _task(task, found, documents[task], data[task]) for task in data}
 
 
-def _require_window(model: Path, tasks: Iterable[str]) -> None:
-    """Check that the model's window is longer than the answers of each task."""
+def model_window(model: Path) -> int | None:
+    """The tokens that a model of transformers takes at most; None where it does not say.
+
+    Raises:
+        RunError: if its ``config.json`` cannot be read.
+    """
     config = read_json(
         model / "config.json", what="the configuration of a transformers model", error=RunError
     )
-    window = next((config[key] for key in _WINDOWS if isinstance(config.get(key), int)), None)
+    return next((config[key] for key in _WINDOWS if isinstance(config.get(key), int)), None)
+
+
+def _require_window(model: Path, tasks: Iterable[str]) -> None:
+    """Check that the model's window is longer than the answers of each task."""
+    window = model_window(model)
     for task in tasks:
         settings = yaml.load((TASK_FOLDER / f"{task}.yaml").read_text(), Loader=_Plain)
         answer_tokens = settings.get("generation_kwargs", {}).get("max_gen_toks", 0)

@@ -10,6 +10,7 @@ wikitext  plain text whose articles begin with lines like `` = Title = ``
 Any of them may be compressed (``.gz``).
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -80,10 +81,11 @@ def read_documents(task: str, path: Path) -> Documents:
             f"Expected {FORMS[task]}."
         ) from None
     needed = 1 + _SHOTS[task]
-    if len(documents.items) < needed:
+    different = len({json.dumps(item, sort_keys=True) for item in documents.items})
+    if different < needed:
         passed = ", ".join(f"{n} {reason}" for reason, n in documents.passed_over.items())
         raise DataError(
-            f"{path}: {len(documents.items)} items for the task {task}, expected at least {needed}"
+            f"{path}: {different} items that differ for the task {task}, expected at least {needed}"
             f" (an item's example is another one){f'; passed over: {passed}' if passed else ''}. "
             f"Expected {FORMS[task]}."
         )

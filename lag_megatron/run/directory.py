@@ -8,7 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any
 
-from lag_megatron.atomic_io import write_atomically
+from lag_megatron.atomic_io import write_file
 from lag_megatron.config import RunConfig, dump_config, load_config
 from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.small_files import read_json
@@ -96,7 +96,7 @@ def acquire(run: RunDirectory) -> IO[str]:
     Waits for a job that is just ending.
 
     Raises:
-        RunError: if another job goes on writing there.
+        RunError: if another job goes on writing there, or nothing can be written there.
     """
     path = run.root / "lock"
 
@@ -106,7 +106,13 @@ def acquire(run: RunDirectory) -> IO[str]:
             "another --run-dir."
         )
 
-    return lock_file(path, timeout=_LOCK_TIMEOUT_SECONDS, refusal=refusal)
+    try:
+        return lock_file(path, timeout=_LOCK_TIMEOUT_SECONDS, refusal=refusal)
+    except OSError as error:
+        raise RunError(
+            f"{run.root}: cannot be written: {error.strerror or error}. A run goes on only where "
+            "it can write: copy the directory, and give the copy as --run-dir."
+        ) from None
 
 
 def claim(run: RunDirectory, config: RunConfig) -> None:
@@ -122,7 +128,7 @@ def claim(run: RunDirectory, config: RunConfig) -> None:
                 f"{path}: missing, but {run.journal.name} says that a run was begun there, whose "
                 "settings it held. Restore it from a copy, or give another --run-dir."
             )
-        write_atomically(path, dump_config(config))
+        write_file(path, dump_config(config))
         return
     try:
         before = load_config(path)
@@ -135,7 +141,7 @@ def claim(run: RunDirectory, config: RunConfig) -> None:
             f"{run.root}: holds a run with other settings: {', '.join(changed)}. Give another "
             "--run-dir, restore the settings, or remove the directory to start anew."
         )
-    write_atomically(path, dump_config(config))
+    write_file(path, dump_config(config))
 
 
 def read_facts(root: Path) -> dict[str, Any]:
@@ -164,7 +170,7 @@ def read_decision(growth: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a small JSON file so that a reader never sees a part of it."""
-    write_atomically(path, json.dumps(value, indent=1))
+    write_file(path, json.dumps(value, indent=1))
 
 
 def _differences(before: RunConfig, after: RunConfig) -> Iterator[str]:

@@ -3,13 +3,12 @@
 After a kill the coordinator's state is read again from this file.
 """
 
-import contextlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
+from lag_megatron.atomic_io import append_lines, cut_torn_line
 from lag_megatron.errors import RunError
 from lag_megatron.small_files import read_json_lines
 
@@ -39,19 +38,7 @@ class Journal:
             RunError: if that cannot be done; no part of the event stays.
         """
         line = {"event": event, "time": time.time(), **fields}
-        size = self._path.stat().st_size if self._path.exists() else 0
-        try:
-            with self._path.open("ab") as file:
-                file.write(json.dumps(line).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):  # a torn last line is dropped when it is read
-                os.truncate(self._path, size)
-            raise RunError(
-                f"{self._path}: cannot be written: {error.strerror}. Mend that and run the same "
-                "command again."
-            ) from error
+        append_lines(self._path, json.dumps(line) + "\n", flush=True)
         self._events.append(line)
 
     def find(self, event: str, **fields: Any) -> JournalEvent | None:
@@ -66,10 +53,7 @@ def _replay(path: Path) -> list[JournalEvent]:
     """Read all events; a torn last line is cut off the file, so that the next one starts clean."""
     if not path.exists():
         return []
-    content = path.read_bytes()
-    torn = len(content) - content.rfind(b"\n") - 1
-    if torn:
-        os.truncate(path, len(content) - torn)
+    cut_torn_line(path)
     return read_json_lines(
         path,
         what="a run's journal",

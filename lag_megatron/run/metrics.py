@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.atomic_io import flush_to_disk, write_atomically
+from lag_megatron.atomic_io import append_lines, flush_to_disk, write_file
 from lag_megatron.errors import RunError
+from lag_megatron.process.output import print_at_once
 from lag_megatron.run.directory import DAMAGED_RUN
 from lag_megatron.small_files import read_json_lines
 
@@ -25,9 +26,13 @@ class MetricsLog:
         self._path = path
 
     def append(self, *rows: MetricRow) -> None:
-        """Add lines."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        """Add lines, all or none.
+
+        Raises:
+            RunError: if they cannot be written.
+        """
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        append_lines(self._path, text)
 
     def rows(self) -> list[dict[str, Any]]:
         """All lines."""
@@ -52,7 +57,7 @@ class MetricsLog:
     def drop_after(self, step: int) -> None:
         """Remove the lines of steps that a resumed run takes again, and a torn last line."""
         kept = [row for row in read_rows(self._path) if row["step"] <= step]
-        write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_file(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -65,15 +70,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Console:
-    """Lines on standard output and standard error."""
+    """Lines on standard output and standard error, as long as somebody reads them."""
 
     def print(self, text: str) -> None:
         """Print one line at once."""
-        print(text, flush=True)
+        print_at_once(text, sys.stdout)
 
     def warn(self, text: str) -> None:
         """Print one line to standard error."""
-        print(text, file=sys.stderr, flush=True)
+        print_at_once(text, sys.stderr)
 
     def step(self, row: MetricRow, *, total_steps: int, mfu: float | None) -> None:
         """The line of a training step."""

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from lag_megatron.atomic_io import write_atomically
+from lag_megatron.atomic_io import write_file
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.errors import RunError
 from lag_megatron.run.directory import RunDirectory
@@ -63,7 +63,7 @@ def _cut_journal(run: RunDirectory, checkpoint: Path, aside: Path) -> None:
         return  # killed between the checkpoint and its line: nothing came after
     os.link(run.journal, aside / run.journal.name)
     kept = events[: saved[-1] + 1]
-    write_atomically(run.journal, "".join(json.dumps(event) + "\n" for event in kept))
+    write_file(run.journal, "".join(json.dumps(event) + "\n" for event in kept))
 
 
 def _new_folder(parent: Path) -> Path:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.atomic_io import write_atomically
+from lag_megatron.atomic_io import write_file
 from lag_megatron.errors import RunError
 from lag_megatron.run.metrics import Console
 from lag_megatron.small_files import read_json
@@ -174,7 +174,7 @@ class WandbRuns:
             )
         if key not in known:
             known[key] = secrets.token_hex(8)
-            write_atomically(path, json.dumps(known, indent=1))
+            write_file(path, json.dumps(known, indent=1))
         return known[key]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.atomic_io import flush_to_disk, write_atomically
+from lag_megatron.atomic_io import append_lines, flush_to_disk, write_file
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.run.directory import step_of, tag_of
 from lag_megatron.run.metrics import read_rows
@@ -63,9 +63,12 @@ class CandidateDir:
         return start
 
     def add(self, name: str, rows: Sequence[Any]) -> None:
-        """Append lines to the curve or to the training metrics."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        """Append lines to the curve or to the training metrics, all or none.
+
+        Raises:
+            RunError: if they cannot be written.
+        """
+        append_lines(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def flush(self) -> None:
         """Bring the lines to disk: neither a saved state nor the journal may be ahead of them."""
@@ -81,12 +84,12 @@ class CandidateDir:
 
     def mark_failed(self, reason: str, *, rank: int) -> None:
         """Write the reason of a failure that ends this process."""
-        write_atomically(self.path / f"{_FAILED}{rank}.json", json.dumps({"reason": reason}))
+        write_file(self.path / f"{_FAILED}{rank}.json", json.dumps({"reason": reason}))
 
     def mark_hung(self, *, attempt: int, seconds: float) -> None:
         """Note that an attempt made no progress for ``seconds``."""
-        with (self.path / _HUNG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"attempt": attempt, "seconds": seconds}) + "\n")
+        line = json.dumps({"attempt": attempt, "seconds": seconds})
+        append_lines(self.path / _HUNG, line + "\n")
 
     def failure(self) -> str:
         """Why this candidate must not be tried again, as earlier processes noted; or empty."""
@@ -101,4 +104,4 @@ class CandidateDir:
         rows = read_rows(self.path / name)
         kept = [row for row in rows if row["step"] <= last_step]
         if (self.path / name).exists():
-            write_atomically(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+            write_file(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))

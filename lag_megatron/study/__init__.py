@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lag_megatron.atomic_io import write_atomically
+from lag_megatron.atomic_io import write_file
 from lag_megatron.report.render.html import to_html
 from lag_megatron.report.render.markdown import to_markdown
 from lag_megatron.report.sections.matplotlib_figures import plots_available
@@ -42,10 +42,8 @@ def write_study(plan: StudyPlan, folder: StudyFolder) -> Path:
     pictures = draw_study(results, folder.root / "figures") if plots_available() else None
     content = list(study_blocks(results, pictures))
     results["finding_sentences"] = finding_sentences(results)
-    write_atomically(
-        folder.root / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n"
-    )
-    write_atomically(folder.root / "report.md", to_markdown(content))
+    write_file(folder.root / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_file(folder.root / "report.md", to_markdown(content))
     page = folder.root / "report.html"
-    write_atomically(page, to_html(content, title=f"{plan.study.name}: report"))
+    write_file(page, to_html(content, title=f"{plan.study.name}: report"))
     return page

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lag_megatron.atomic_io import write_atomically
+from lag_megatron.atomic_io import write_file
 from lag_megatron.config import dump_config
 from lag_megatron.errors import ConfigError, RunError
 from lag_megatron.report.stats.run_files import read_lines
@@ -88,7 +88,7 @@ def prepare_study(plan: StudyPlan, folder: StudyFolder, *, workers: int) -> list
     for path in ("configs", "logs", "runs"):
         (folder.root / path).mkdir(parents=True, exist_ok=True)
     for run in plan.runs:
-        write_atomically(folder.config(run), dump_config(run.config))
+        write_file(folder.config(run), dump_config(run.config))
     return [run for run in plan.runs if not folder.finished(run)]
 
 

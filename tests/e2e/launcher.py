@@ -37,6 +37,20 @@ def start(config, run_dir, *options, ranks=2):
         )
 
 
+def start_in_group(launcher, config, run_dir, *options):
+    """A run as a shell starts it: Ctrl-C reaches all processes of its group."""
+    line = command(config, run_dir, *options)
+    if launcher != "deepspeed":
+        torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone"]
+        program = {"torchrun": [*torchrun, "--nproc-per-node", "2"], "python": [sys.executable]}
+        script = next(n for n, word in enumerate(line) if word.endswith("train.py"))
+        line = [*program[launcher], *line[script:]]
+    with Path(f"{run_dir}.log").open("ab") as log:
+        return subprocess.Popen(
+            line, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+        )
+
+
 def finish(process):
     """The exit code; everything is killed when it takes too long."""
     try:

@@ -1,6 +1,7 @@
 """The main job from end to end under the real launcher, disturbed and undisturbed."""
 
 import json
+import os
 import random
 import signal
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launcher import finish, kill_all, ranks_of, run, start, wait_for
+from launcher import finish, kill_all, ranks_of, run, start, start_in_group, wait_for
 
 
 def decision_of(run_dir):
@@ -123,6 +124,28 @@ def test_a_signal_saves_and_ends_cleanly(number, tiny, tmp_path):
     saved = (run_dir / "stage00" / "latest").read_text()
     assert int(saved.removeprefix("step")) >= 12
     assert int(saved.removeprefix("step")) == rows_of(run_dir)[-1]["step"]
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    ["python", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepspeed", "torchrun"))],
+)
+def test_ctrl_c_saves_and_ends(launcher, tiny, tmp_path):
+    run_dir = tmp_path / "interrupted"
+    process = start_in_group(launcher, tiny, run_dir, "--set", "stages=[{steps: 4000}]")
+    wait_for(run_dir / "metrics.jsonl", '"step": 12,', process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    code = finish(process)
+    assert launcher != "python" or code == 0  # of the launchers each has a code of its own
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    log = Path(f"{run_dir}.log").read_text()
+    assert "interrupted: the run saves and ends." in log
+    assert "stopped (received SIGINT)" in log
+    saved = (run_dir / "stage00" / "latest").read_text()
+    assert int(saved.removeprefix("step")) == rows_of(run_dir)[-1]["step"] >= 12
+    process.wait(60)
 
 
 def test_ranks_end_when_their_launcher_is_gone(tiny, tmp_path):

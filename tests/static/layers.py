@@ -18,8 +18,9 @@ TABLE_MARKS = ("<!-- layers: tests/static/layers.py -->", "<!-- end of layers --
 # From the lowest layer up: what stands there, and what it holds.
 LAYERS = (
     (
-        ("errors", "atomic_io", "small_files", "targets"),
-        "messages; small files, read and checked, written whole or not at all; locks of targets",
+        ("errors", "atomic_io", "process", "small_files", "targets"),
+        "messages; small files, read and checked, written whole or not at all; locks of targets; "
+        "signals kept from threads' locks; output that nobody reads",
     ),
     (("config", "planning", "selection"), "values, schedules, costs, ranking and rules; no torch"),
     (("checkpoint",), "formats: what is on disk, read and written; knows nothing of growth"),

@@ -37,7 +37,16 @@ WITH_SUB_PACKAGES = [
 ]
 LOOSE = {"errors", "atomic_io", "small_files", "api"}
 STRICT = {
-    *("errors", "atomic_io", "small_files", "targets", "config", "planning", "selection"),
+    *(
+        "errors",
+        "atomic_io",
+        "process",
+        "small_files",
+        "targets",
+        "config",
+        "planning",
+        "selection",
+    ),
     "checkpoint",
     *(
         "growth",

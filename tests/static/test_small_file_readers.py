@@ -13,7 +13,6 @@ READING = {
 READING_METHODS = ("read_text", "open_text")
 # Modules that read otherwise, and why.
 EXCEPTIONS = {
-    "cli.evaluate": "whether a file is a result, which may be overwritten; any damage says no",
     "checkpoint.writer.progress_log": "a damaged line means only that a part is written again",
     "engine.base_cache": "the kernel's /proc/meminfo",
     "evaluation.harness": "task files of this package, with YAML tags of the harness",

@@ -1,1 +1,1 @@
-"""Benches: one program for each claim of speed in the README."""
+"""Benches: one program for each claim of speed in docs/benchmarks.md."""

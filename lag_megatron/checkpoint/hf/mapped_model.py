@@ -73,8 +73,20 @@ def read_model(path: Path, *, vocab_size: int | None = None) -> ModelSettings:
         raise ConfigError(f"{path}: {error}") from None
     if misfits := architecture.misfits(model):
         raise ConfigError(f"{path}: {architecture.name} needs {'; '.join(misfits)}")
-    special = {key: value for key, value in settings.items() if key.endswith("_token_id")}
-    return ModelSettings(architecture, model, tokens, special)
+    return ModelSettings(architecture, model, tokens, _special_tokens(path, settings))
+
+
+def _special_tokens(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of special tokens; a negative one stands for none in models of early Llamas."""
+    found = {key: value for key, value in settings.items() if key.endswith("_token_id")}
+    for key, value in found.items():
+        ids = value if isinstance(value, list) else [value]
+        if value is not None and not all(type(number) is int for number in ids):
+            raise ConfigError(
+                f"{path}: {key} in config.json is {value!r}, expected a whole number, a list of "
+                "them, or null. Mend it there."
+            )
+    return found
 
 
 @dataclass(frozen=True)

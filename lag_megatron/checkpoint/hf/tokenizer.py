@@ -6,8 +6,6 @@ from pathlib import Path
 import tokenizers
 import tokenizers.processors
 
-from lag_megatron.config import ModelConfig
-
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -41,18 +39,26 @@ def tokenizer_files(path: Path) -> list[Path]:
     return [path / name for name in _TOKENIZER_FILES if (path / name).is_file()]
 
 
-def save_transformers_tokenizer(file: TokenizerFile, folder: Path, model: ModelConfig) -> None:
-    """Write a tokenizer as transformers loads it; BERT's adds [CLS] and [SEP] around text."""
+def save_transformers_tokenizer(
+    file: TokenizerFile, folder: Path, *, is_decoder: bool, window: int | None
+) -> None:
+    """Write a tokenizer as transformers loads it; BERT's adds [CLS] and [SEP] around text.
+
+    Args:
+        file: the tokenizer.
+        folder: of the model.
+        is_decoder: whether the model is one, or else a BERT.
+        window: tokens that the model takes at most, where that is known.
+    """
     import transformers
 
     backend = file.load()
     end = backend.id_to_token(file.end_id)
-    is_decoder = model.family == "gpt"
     names = {"bos_token": end, "eos_token": end} if is_decoder else _for_bert(backend)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **names,
-        model_max_length=model.seq_length,
+        model_max_length=window,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
 

@@ -234,7 +234,12 @@ class Export:
     def _write_settings(self, folder: Path, index: str | None) -> dict[str, Any]:
         self._save_config(folder)
         if self.tokenizer is not None:
-            save_transformers_tokenizer(self.tokenizer, folder, self.model)
+            save_transformers_tokenizer(
+                self.tokenizer,
+                folder,
+                is_decoder=self.model.family == "gpt",
+                window=self.model.seq_length,
+            )
         for file in self.carried if self.tokenizer is None else ():
             shutil.copy(file, folder)
         if index is not None:
@@ -263,4 +268,6 @@ class Export:
         )
         config.save_pretrained(folder)
         if is_decoder:
-            transformers.GenerationConfig(**special).save_pretrained(folder)
+            # It refuses a negative id, which config.json may have for none.
+            ids = {k: v for k, v in special.items() if not isinstance(v, int) or v >= 0}
+            transformers.GenerationConfig(**ids).save_pretrained(folder)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer.context import ProgressFn, ThreadBuffers, WriteContext
 from lag_megatron.checkpoint.writer.progress_log import WriteProgress
 from lag_megatron.errors import CheckpointError, PlanError, write_failure
+from lag_megatron.process.interrupts import deferred_interrupts
 from lag_megatron.targets.file_lock import sole_writer
 from lag_megatron.targets.overlap import require_apart
 
@@ -141,11 +141,10 @@ def _write_parts(job: WriteJob, workers: int, written: ProgressFn) -> None:
         _write_missing(job, progress, workers, written)
         files = progress.entries()
         files |= job.finish(staging, files)
-        with _pool(
-            _FLUSHES
-        ) as disk:  # directories: the names of files; commit() flushes the staging directory
+        # The names of files in directories; commit() flushes the staging directory.
+        with deferred_interrupts() as interrupts, _pool(_FLUSHES) as disk:
             folders = filter(Path.is_dir, staging.rglob("*"))
-            _wait_for([disk.submit(flush_to_disk, folder) for folder in folders])
+            interrupts.wait_for([disk.submit(flush_to_disk, folder) for folder in folders])
         progress.close()
         manifest.commit(job.target, files=files, metadata=job.metadata, pointer=None)
     except OSError as error:
@@ -185,6 +184,7 @@ def _write_missing(
         written(count)
 
     with (
+        deferred_interrupts() as interrupts,
         _single_threaded_torch(),
         _pool(_FLUSHES) as disk,
         _pool(1) as checker,
@@ -210,24 +210,12 @@ def _write_missing(
 
         missing = [part for part in job.parts if part.name not in progress.done]
         try:
-            _wait_for([checker.submit(job.check), *(pool.submit(write, part) for part in missing)])
+            tasks = [checker.submit(job.check), *(pool.submit(write, part) for part in missing)]
+            interrupts.wait_for(tasks)
         except BaseException:
             failed.set()  # the others end at their next piece
             raise
-        _wait_for(logged)
-
-
-def _wait_for(tasks: Sequence[Future[None]]) -> None:
-    """Wait until all tasks have ended; raises what the first failing one raised.
-
-    Ctrl-C may interrupt this.  ``concurrent.futures.wait`` could then leave a lock taken, for which
-    the workers would wait for ever.
-    """
-    ended: SimpleQueue[Future[None]] = SimpleQueue()
-    for task in tasks:
-        task.add_done_callback(ended.put)
-    for _ in tasks:
-        ended.get().result()
+        interrupts.wait_for(logged)
 
 
 @contextmanager

@@ -1,4 +1,9 @@
-"""Numbers as the report writes them."""
+"""Numbers as the report writes them, and how many of them."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 NONE = "-"
 
@@ -28,3 +33,9 @@ def loss(value: float | None) -> str:
 def fixed(value: float | None, digits: int) -> str:
     """With that many decimals; a dash for None."""
     return NONE if value is None else f"{value:.{digits}f}"
+
+
+def evenly_thinned(items: Sequence[T], most: int) -> list[T]:
+    """At most ``most`` items at equal distances, the last one always among them."""
+    every = max(1, -(-len(items) // most))
+    return list(items[::-1][::every][::-1])

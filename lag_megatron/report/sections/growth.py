@@ -4,7 +4,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lag_megatron.report.render.blocks import Block, Facts, Heading, Table, Text
-from lag_megatron.report.render.formatting import NONE, duration, fixed, integer, loss, plural
+from lag_megatron.report.render.formatting import (
+    NONE,
+    duration,
+    evenly_thinned,
+    fixed,
+    integer,
+    loss,
+    plural,
+)
 from lag_megatron.report.sections.findings import (
     finding_blocks,
     rule_blocks,
@@ -190,8 +198,7 @@ def _remark(candidate: Json, growth: Json) -> str:
 
 def _curves(growth: Json) -> Table:
     steps = sorted({step for c in growth["candidates"] for step, _ in c["curve"]})
-    every = -(-len(steps) // MAX_COLUMNS)
-    steps = steps[::-1][::every][::-1]
+    steps = evenly_thinned(steps, MAX_COLUMNS)
     rows = []
     for candidate in growth["candidates"]:
         losses = dict(candidate["curve"])

@@ -1,11 +1,13 @@
 """Figures of one growth event as PNG, drawn with matplotlib, which is the extra ``plot``."""
 
 import importlib.util
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lag_megatron.atomic_io import write_file
 from lag_megatron.errors import RunError
 from lag_megatron.report.stats.growth import growth_data
 from lag_megatron.report.stats.run_files import Json, read_run
@@ -49,7 +51,7 @@ def draw_figures(growth: Json, folder: Path) -> dict[str, Path]:
     """Figures of one event, from :func:`~lag_megatron.report.stats.growth.growth_data`.
 
     Raises:
-        RunError: if matplotlib is missing.
+        RunError: if matplotlib is missing, or a figure cannot be written.
     """
     if not plots_available():
         raise RunError("Figures need matplotlib: pip install '.[plot]'.")
@@ -58,12 +60,14 @@ def draw_figures(growth: Json, folder: Path) -> dict[str, Path]:
 
     drawn = {}
     for name, (size, draw) in _drawings(growth).items():
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"growth{growth['growth']:02d}-{name}.png"
         with rc_context(LOOK):
             figure = Figure(figsize=size, dpi=DPI, layout="constrained")
             draw(figure, growth)
-            figure.savefig(path)
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png")
+        write_file(path, picture.getvalue())
         drawn[name] = path
     return drawn
 
@@ -181,7 +185,7 @@ def _heatmap(figure: Canvas, growth: Json) -> None:
     axes.set_facecolor("#d9dee4")
     image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, origin="lower", aspect="equal")
     steps = analysis["steps"]
-    every = -(-len(steps) // MAX_TICKS)
+    every = max(1, -(-len(steps) // MAX_TICKS))
     places = list(range(0, len(steps), every))
     labels = [f"{steps[place]:,}" for place in places]
     axes.set_xticks(places, labels, rotation=60 if len(places) > 8 else 0)

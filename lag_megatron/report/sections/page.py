@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lag_megatron.report.render.blocks import Block, Facts, Heading, Table, Text
-from lag_megatron.report.render.formatting import NONE, integer, loss
+from lag_megatron.report.render.formatting import NONE, evenly_thinned, integer, loss
 from lag_megatron.report.sections.growth import growth_blocks, growth_summary
 from lag_megatron.report.sections.lineage import lineage_blocks
 from lag_megatron.report.sections.sources import sources_table
@@ -102,7 +102,5 @@ def _state(stage: Json) -> str:
 
 def _validation(losses: list[list[float]]) -> Table:
     """The validation losses of the run, evenly thinned, the last one always there."""
-    every = -(-len(losses) // MAX_ROWS)
-    kept = losses[::-1][::every][::-1]
-    rows = [(f"{step:,}", loss(value)) for step, value in kept]
+    rows = [(f"{step:,}", loss(value)) for step, value in evenly_thinned(losses, MAX_ROWS)]
     return Table((">step", ">validation loss"), rows, folded="Validation losses of the run")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lag_megatron.atomic_io import write_file
 from lag_megatron.errors import RunError
 from lag_megatron.report.stats.growth import growth_data, growth_settings
 from lag_megatron.report.stats.run_files import GrowthFiles, Json, RunFiles, finite, read_run
@@ -87,10 +88,7 @@ def write_search(run_dir: Path, growth: int, path: Path) -> None:
     """
     text = json.dumps(record_search(run_dir, growth), separators=(",", ":"), allow_nan=False)
     data = f"{text}\n".encode()
-    try:
-        path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error}.") from None
+    write_file(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 def _search(value: Json) -> RecordedSearch:

@@ -62,7 +62,8 @@ def test_writers_of_results_and_reports(tmp_path, capsys):
     assert f"{run.path / 'report'}: is being written by" in capsys.readouterr().err
     assert not (run.path / "report.html").exists()
     data = tmp_path / "lambada.jsonl"
-    data.write_text('{"context": "a b", "continuation": "c"}\n' * 2)
+    rows = (f'{{"context": "a b", "continuation": "{word}"}}\n' for word in "cd")
+    data.write_text("".join(rows))
     out = tmp_path / "results" / "scores.json"
     options = ("--tasks", "lambada", "--data", tmp_path)
     with sole_writer(out):

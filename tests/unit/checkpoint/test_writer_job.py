@@ -9,6 +9,7 @@ import pytest
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.checkpoint.writer import job
 from lag_megatron.checkpoint.writer.job import Part, WriteJob
+from lag_megatron.process.interrupts import DeferredInterrupts
 
 
 def job_of(target, works):
@@ -32,10 +33,10 @@ def test_the_first_that_fails_is_raised_before_others_end():
     with ThreadPoolExecutor(2) as pool:
         tasks = [pool.submit(may_end.wait, 60), pool.submit(fail)]
         with pytest.raises(OSError, match="no room"):
-            job._wait_for(tasks)
+            DeferredInterrupts().wait_for(tasks)
         assert not tasks[0].done()
         may_end.set()
-        job._wait_for(tasks[:1])
+        DeferredInterrupts().wait_for(tasks[:1])
         assert tasks[0].done()
 
 
@@ -51,7 +52,7 @@ def test_who_waits_holds_no_lock_that_a_worker_needs(monkeypatch):
         tasks = [pool.submit(time.sleep, 0.2) for _ in range(4)]
         with monkeypatch.context() as patch:
             patch.setattr(threading.Condition, "wait", watched)
-            job._wait_for(tasks)
+            DeferredInterrupts().wait_for(tasks)
         assert all(task.done() for task in tasks)
 
 

@@ -7,10 +7,11 @@ from dataclasses import asdict
 import pytest
 import tokenizers
 from conftest import pico_config, run_ranks, train_and_save
-from evaluating import END, write_tasks
+from evaluating import END, write_lines, write_tasks
 from racing import race
 from tokenizers import models, pre_tokenizers
 
+from lag_megatron.checkpoint.hf.tokenizer import tokenizer_files
 from lag_megatron.cli.evaluate import main
 from lag_megatron.config import dump_config
 from lag_megatron.errors import CheckpointError, DataError, RunError
@@ -65,6 +66,48 @@ def test_the_tool_scores_a_run(run, data, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     assert tool()(kept, *options, "--limit", 2, "--output", out) == 0  # what was kept, again
     assert json.loads(out.read_text())["results"] == results
+
+
+def test_an_export_without_tokenizer_takes_one(run, data, tmp_path, capsys):
+    """As ``convert --to hf`` writes it without ``--tokenizer``."""
+    options = ["--data", f"lambada={data['lambada']}", "--tasks", "lambada"]
+    whole, bare = tmp_path / "whole", tmp_path / "bare"
+    assert tool()(run, *options, "--export-dir", whole) == 0
+    scores = capsys.readouterr().out
+    shutil.copytree(whole, bare)
+    for file in tokenizer_files(bare):
+        file.unlink()
+    assert tool()(bare, *options) == 2
+    assert "has no tokenizer. Name it with --tokenizer FILE" in capsys.readouterr().err
+    tokenizer = run.parent / ".cache" / "data" / "abc" / "tokenizer.json"
+    before = sorted(bare.iterdir())
+    assert tool()(bare, *options, "--tokenizer", tokenizer) == 0
+    assert capsys.readouterr().out == scores
+    assert sorted(bare.iterdir()) == before
+    assert tool()(whole, *options, "--tokenizer", tokenizer) == 2
+    assert "with a tokenizer of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["folder", "file/scores.json"])
+def test_an_output_is_tried_before_the_work(name, run, data, tmp_path, capsys, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("lag_megatron.cli.evaluate.export_to_transformers", None)
+    options = ["--data", f"lambada={data['lambada']}", "--tasks", "lambada"]
+    assert tool()(run, *options, "--output", tmp_path / name) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{tmp_path / name}: --output cannot be written there:")
+    assert error.count("\n") == 1
+
+
+def test_equal_items_leave_none_for_an_example(run, tmp_path, capsys):
+    rows = [{"context": "The dog ate the", "continuation": "bone"}] * 3
+    write_lines(tmp_path / "lambada.jsonl", rows)
+    options = ["--data", f"lambada={tmp_path / 'lambada.jsonl'}", "--tasks", "lambada"]
+    assert tool()(run, *options) == 2
+    assert (
+        "1 items that differ for the task lambada, expected at least 2" in capsys.readouterr().err
+    )
 
 
 def test_the_tool_scores_every_candidate_for_the_report(run, data, capsys):
