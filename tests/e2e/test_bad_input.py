@@ -94,7 +94,7 @@ def test_the_options_are_frozen():
     assert code == 0
     assert options == {
         "--help", "--config", "--set", "--run-dir", "--resume", "--dry-run", "--deepspeed_config",
-        "--hostfile", "--list-configs", "--version",
+        "--hostfile", "--list-configs", "--version", "--verify-data",
         "--num_gpus", "--module",  # of the launchers, in the examples
     }  # fmt: skip
 
