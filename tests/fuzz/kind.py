@@ -103,9 +103,9 @@ class Example:
 
 
 def _read(kind: Kind, folder: Path) -> str:
-    with _limited(), contextlib.redirect_stdout(io.StringIO()):
-        with contextlib.redirect_stderr(io.StringIO()):
-            return repr(kind.read(folder))
+    out = io.StringIO()
+    with _limited(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        return repr(kind.read(folder))
 
 
 @contextlib.contextmanager
@@ -129,6 +129,7 @@ def _too_long(*_: object) -> None:
 
 
 def _first_difference(expected: str, found: str) -> str:
-    at = len(os.path.commonprefix([expected, found]))
+    pairs = enumerate(zip(expected, found, strict=False))
+    at = next((number for number, (a, b) in pairs if a != b), min(len(expected), len(found)))
     part = slice(max(at - 40, 0), at + 80)
     return f"...{expected[part]!r} became ...{found[part]!r}"

@@ -90,6 +90,7 @@ KINDS = [
         file="search.json",
         form="json",
         read=_compared,
+        names=("demo, growth",),
         values_are_free=_USERS,
         bytes_are_free=_USERS,
     ),

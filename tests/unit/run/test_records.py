@@ -28,7 +28,7 @@ def test_a_journal_is_its_replay(tmp_path):
     assert again.find("decision", growth=1) is None
 
 
-@pytest.mark.parametrize("torn", ['{"event": "dec', '{"event": "decision"}'])
+@pytest.mark.parametrize("torn", ['{"event": "dec', '{"event": "rung"}'])
 def test_a_torn_last_line_never_happened(torn, tmp_path):
     path = tmp_path / "journal.jsonl"
     Journal(path).append("stage_started", stage=0)
