@@ -58,6 +58,14 @@ def _made_by(make, *arguments) -> partial:
     return partial(_made, lambda folder: make(folder, *arguments))
 
 
+def _stacked(folder: Path) -> Path:
+    return torch_dist(folder, {})
+
+
+def _flat(folder: Path) -> Path:
+    return plain(folder, flat=True)
+
+
 def _kind(name, modules, build, file, form, *, place=TAG, values="", data="", names=()) -> Kind:
     return Kind(
         name=name,
@@ -120,9 +128,10 @@ _DIST = ("checkpoint.megatron.dist_checkpoint", "checkpoint.megatron.dcp_metadat
 _DISTRIBUTED = [
     _kind(f"{name}: {file}", _DIST, build, f"{TAG}/{file}", form, values=_NO_CHECKSUM,
           data=_NO_CHECKSUM_AT_ALL, names=(TAG,))
-    for name, build in (("torch_dist", _made_by(torch_dist, {})), )
+    for name, build in (("torch_dist", _made_by(_stacked)), ("DCP", _made_by(_flat)))
     for file, form in ((".metadata", "bytes"), ("common.pt", "torch"), ("metadata.json", "json"),
                        ("__0_0.distcp", "bytes"))
+    if name == "torch_dist" or file.endswith(("metadata", "distcp"))
 ]  # fmt: skip
 
 KINDS = [*_POINTERS, *_WITH, *_WITHOUT, *_TRANSFORMERS, *_WHOLE, *_DISTRIBUTED]

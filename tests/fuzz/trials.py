@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from alterations import Altered, altered
+import hypothesis.internal.conjecture.engine as _engine
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from kind import Example, Kind, TookTooLong
+
+_engine.MAX_SHRINKING_SECONDS = 5  # hypothesis has no setting of it; 300 s of its own are too many
 
 
 @dataclass
