@@ -60,7 +60,7 @@ def _found(value: Any, problem: Any) -> str:
     place, held = _walk(value, problem["loc"])
     name = ".".join(map(str, place)) or "it"
     if problem["type"] == "missing":
-        return f"{'.'.join(map(str, problem['loc']))} is missing"
+        return f"{'.'.join(map(str, (*place, problem['loc'][-1])))} is missing"
     return f"{name} is {_shown(held)}, expected {_expected(problem)}"
 
 

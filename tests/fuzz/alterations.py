@@ -74,9 +74,7 @@ class _Bytes:
 
     def _place(self) -> int:
         last = max(len(self._sound) - 1, 0)
-        head = st.integers(
-            0, min(last, 200)
-        )
+        head = st.integers(0, min(last, 200))
         return self._draw(st.one_of(head, st.integers(0, last), head.map(lambda n: last - n)))
 
     def _flip(self):

@@ -90,7 +90,7 @@ KINDS = [
         file="search.json",
         form="json",
         read=_compared,
-        names=("demo, growth",),
+        names=("demo, growth", "the rule on demo"),
         values_are_free=_USERS,
         bytes_are_free=_USERS,
     ),

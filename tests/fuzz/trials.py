@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alterations import Altered, altered
 import hypothesis.internal.conjecture.engine as _engine
+from alterations import Altered, altered
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from kind import Example, Kind, TookTooLong
 

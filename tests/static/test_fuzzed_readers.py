@@ -64,4 +64,4 @@ def test_each_reader_is_claimed_by_a_kind(claimed):
 
 def test_exceptions_read_and_are_not_claimed(claimed):
     assert set(EXCEPTIONS) <= READERS - claimed
-    assert UNCOVERED <= READERS - claimed
+    assert READERS - claimed >= UNCOVERED

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lag_megatron.config import parse_growth
 from lag_megatron.errors import RunError
 from lag_megatron.json_schema import require_schema
 from lag_megatron.report.stats.growth import growth_data, growth_settings
@@ -47,7 +46,6 @@ def read_search(path: Path) -> RecordedSearch:
 
     Raises:
         RunError: if the file cannot be read or holds no recorded search.
-        ConfigError: if its settings do not hold.
     """
     if not path.exists():
         raise RunError(f"{path}: no such run directory or recorded search.")
@@ -55,8 +53,6 @@ def read_search(path: Path) -> RecordedSearch:
     if any(key not in value for key in KEYS):
         raise RunError(f"{path}: not a recorded search, which has {', '.join(KEYS)}.")
     require_schema(value, RecordedEvent, where=path, what="a recorded search", error=RunError)
-    # Nothing limits a rule where the curves were evaluated already.
-    parse_growth({**value["config"], "exhaustive": True}, source=str(path))
     try:
         return _search(value)
     except (TypeError, KeyError, AttributeError, ValueError) as error:

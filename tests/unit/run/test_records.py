@@ -127,7 +127,7 @@ def test_a_line_that_cannot_be_written_leaves_no_part_of_itself(tmp_path, monkey
         patch.setattr(os, "fsync", full)
         with pytest.raises(RunError, match="No space left"):
             journal.append("checkpoint", path="x")
-    journal.append("run_finished")
+    journal.append("run_finished", step=1)
     names = [event["event"] for event in Journal(tmp_path / "journal.jsonl").events]
     assert names == ["run_started", "run_finished"]
 
