@@ -146,7 +146,8 @@ def read_facts(root: Path) -> dict[str, Any]:
     Raises:
         RunError: if the file is missing or damaged.
     """
-    return _checked(root / FACTS, RunFacts, "the facts of a run")
+    facts: dict[str, Any] = _checked(root / FACTS, RunFacts, "the facts of a run")
+    return facts
 
 
 def read_decision(growth: Path) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def read_decision(growth: Path) -> dict[str, Any]:
         RunError: if the file is missing or damaged.
     """
     path, what = growth / DECISION, "a growth event's decision"
-    decision = _checked(path, Decision, what)
+    decision: dict[str, Any] = _checked(path, Decision, what)
     if decision["chosen"] not in [candidate["id"] for candidate in decision["candidates"]]:
         raise RunError(
             f"{path}: expected {what}, but {decision['chosen']!r} was chosen, which is none of its "

@@ -57,7 +57,7 @@ def test_metrics_after_a_step_are_dropped(tmp_path):
     log.drop_after(1)
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1]
     assert log.last("val/loss") == 5.0
-    with pytest.raises(RunError, match="metrics.jsonl: expected a line with nothing"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl: expected a line with nothing"):
         log.last("nothing")
 
 
