@@ -11,7 +11,7 @@ from typing import IO, Any
 from lag_megatron.atomic_io import write_atomically
 from lag_megatron.config import RunConfig, dump_config, load_config
 from lag_megatron.errors import ConfigError, RunError, printable
-from lag_megatron.json_schema import require_schema
+from lag_megatron.run.json_schema import require_schema
 from lag_megatron.run.record_schema import Decision, PoolEntry, RunFacts
 from lag_megatron.small_files import read_json
 from lag_megatron.targets.file_lock import lock_file

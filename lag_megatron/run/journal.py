@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.errors import RunError
-from lag_megatron.json_schema import require_schema
+from lag_megatron.run.json_schema import require_schema
 from lag_megatron.run.record_schema import MEMBERS_OF_EVENTS, JournalLine
 from lag_megatron.small_files import read_json_lines
 

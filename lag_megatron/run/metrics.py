@@ -7,8 +7,8 @@ from typing import Any
 
 from lag_megatron.atomic_io import flush_to_disk, write_atomically
 from lag_megatron.errors import RunError
-from lag_megatron.json_schema import require_schema
 from lag_megatron.run.directory import DAMAGED_RUN
+from lag_megatron.run.json_schema import require_schema
 from lag_megatron.run.record_schema import MetricsRow
 from lag_megatron.small_files import read_json_lines
 

@@ -18,7 +18,7 @@ TABLE_MARKS = ("<!-- layers: tests/static/layers.py -->", "<!-- end of layers --
 # From the lowest layer up: what stands there, and what it holds.
 LAYERS = (
     (
-        ("errors", "atomic_io", "small_files", "json_schema", "targets"),
+        ("errors", "atomic_io", "small_files", "targets"),
         "messages; small files, read and checked, written whole or not at all; locks of targets",
     ),
     (("config", "planning", "selection"), "values, schedules, costs, ranking and rules; no torch"),

@@ -18,7 +18,7 @@ EXCEPTIONS = {
     "cli.evaluate": "whether a file is a result, which may be overwritten; any damage says no",
     "cli.growth_options": "values on the command line",
     "evaluation.harness": "an export of its own, and task files of this package",
-    "json_schema": "words for values that were read already",
+    "run.json_schema": "words for values that were read already",
     "search.rpc": "messages between processes of one run, not files",
     "run.wandb_runs": "ids that it wrote itself beside the run, made anew by --fresh runs",
 }

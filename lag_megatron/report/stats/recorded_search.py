@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.errors import RunError
-from lag_megatron.json_schema import require_schema
 from lag_megatron.report.stats.growth import growth_data, growth_settings
 from lag_megatron.report.stats.run_files import GrowthFiles, Json, RunFiles, finite, read_run
+from lag_megatron.run.json_schema import require_schema
 from lag_megatron.run.record_schema import RecordedEvent
 from lag_megatron.small_files import read_json
 
