@@ -3,12 +3,14 @@
 # make setup TORCH_INDEX=url            takes torch from another index
 # make demo [FRESH=1]                   setup, then a whole run on two ranks
 # make test, make test-slow             setup, then the tests
+# make fuzz [SECONDS=600]               setup, then alters every kind of file that is read
 # make docs                             the manual as a site, in build/site
 # make test-slow ONLY=search            those in tests/*/search; ONLY=e2e those of whole runs
 VENV ?= .venv
 PYTHON ?= python3
 TORCH_INDEX ?=
 ONLY ?=
+SECONDS ?= 600
 
 TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 export TORCH_EXTENSIONS_DIR
@@ -24,7 +26,7 @@ PIP := $(RUN) "$(BIN)/python" -m pip --disable-pip-version-check install --quiet
 PYTEST := $(RUN) OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest
 
 DOCS := $(VENV)/.lag_megatron.docs
-.PHONY: setup demo docs test test-processes test-ranks test-slow clean
+.PHONY: setup demo docs fuzz test test-processes test-ranks test-slow clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -56,7 +58,7 @@ test: setup $(EVAL)
 	$(MAKE) --jobs=2 --output-sync=target test-processes test-ranks
 
 test-processes:
-	$(PYTEST) -m "not slow and not gpu" --durations=15 tests/static tests/unit tests/docs tests/e2e
+	$(PYTEST) -m "not slow and not gpu" --durations=15 tests/static tests/unit tests/docs tests/e2e tests/fuzz
 
 test-ranks:
 	$(PYTEST) -m "not slow and not gpu" --durations=15 tests/distributed
@@ -64,6 +66,9 @@ test-ranks:
 test-slow: setup $(EVAL)
 	$(PYTEST) -m slow --durations=15 $(if $(ONLY),$(or $(wildcard tests/*/$(ONLY) tests/$(ONLY)),\
 	  $(error ONLY=$(ONLY): no folder of this name in tests/ or below)))
+
+fuzz: setup
+	$(RUN) OMP_NUM_THREADS=1 "$(BIN)/python" tests/fuzz --seconds $(SECONDS)
 
 $(DOCS): $(STAMP)
 	$(PIP) -e ".[docs]" --no-build-isolation -c "$(PINS)"

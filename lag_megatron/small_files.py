@@ -8,7 +8,7 @@ refused, and so is a key that is given twice, of which Python's and YAML's reade
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +18,7 @@ from lag_megatron.errors import LagError, printable
 
 MAX_BYTES = 1 << 30  # the largest are tokenizers and lists of a large checkpoint's files
 _MAX_POINTER_CHARACTERS = 1000
+_MAX_NODES = 1_000_000  # values in a YAML file
 _BLOCK = 1 << 18  # Python sets aside as much memory as a read may return
 _KINDS = {
     dict: ("a JSON object", "a mapping"),
@@ -132,11 +133,23 @@ def parse_json(
 
 
 def read_json_lines(
-    path: Path, *, what: str, error: type[LagError], advice: str = ""
+    path: Path,
+    *,
+    what: str,
+    error: type[LagError],
+    advice: str = "",
+    check: Callable[[dict[str, Any], str], object] = lambda line, where: None,
 ) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object a line; none where there is no such file.
 
     A last line that a kill has cut short, and blank lines, are passed over.
+
+    Args:
+        path: of the file.
+        what: what it should be, with its article.
+        error: the kind of error to raise.
+        advice: one or more sentences on what to do.
+        check: is called with each object and with file and number of its line, and may raise.
 
     Raises:
         LagError: of the kind ``error``, with its number, for any other line that is no object.
@@ -149,18 +162,24 @@ def read_json_lines(
         found = f"it cannot be read: {problem.strerror or problem}"
         raise _refusal(error, path, what, found, advice) from None
     lines = data.split(b"\n")  # not splitlines, which knows further ends of lines
-    return list(_objects(lines, path, what, error, advice))
+    objects = []
+    for number, value in _objects(lines, path, what, error, advice):
+        check(value, f"{path}:{number}")
+        objects.append(value)
+    return objects
 
 
 def _objects(
     lines: list[bytes], path: Path, what: str, error: type[LagError], advice: str
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            yield parse_json(
-                line, where=f"{path}:{number}", what=f"a line of {what}", error=error, advice=advice
+            where = f"{path}:{number}"
+            yield (
+                number,
+                parse_json(line, where=where, what=f"a line of {what}", error=error, advice=advice),
             )
         except LagError:
             if number < len(lines):
@@ -186,10 +205,24 @@ def parse_yaml(
         LagError: of the kind ``error``, if it is not YAML.
     """
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
+        _require_tree(value, frozenset(), iter(range(_MAX_NODES)))
+        return value
     except _YAML_ERRORS as problem:
         found = f"it cannot be read as YAML: {_reason(problem)}"
         raise _refusal(error, where, what, found, advice) from None
+
+
+def _require_tree(value: Any, above: frozenset[int], left: Iterator[int]) -> None:
+    """Refuse aliases that hold themselves, or that make a small file a large value."""
+    if id(value) in above:
+        raise ValueError("an alias stands within what it is an alias of")
+    if next(left, None) is None:
+        raise ValueError(f"with its aliases it has more than {_MAX_NODES:,} values")
+    if isinstance(value, dict | list):
+        above |= {id(value)}
+        for inner in value.values() if isinstance(value, dict) else value:
+            _require_tree(inner, above, left)
 
 
 def read_pointer(path: Path, *, error: type[LagError]) -> str:

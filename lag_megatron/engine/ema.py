@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lag_megatron.checkpoint.storage import manifest
+from lag_megatron.checkpoint.storage import manifest, torch_pickle
 from lag_megatron.engine.protocol import ShardedState
 from lag_megatron.errors import CheckpointError, write_failure
 
@@ -64,10 +64,19 @@ class WeightAverage:
 
     @torch.no_grad()
     def load(self, folder: Path, *, rank: int, size: int) -> None:
-        """Go on from a part that the same rank of as many wrote."""
-        saved = torch.load(
-            folder / file_name(rank, size), mmap=True, map_location="cpu", weights_only=True
-        )
+        """Go on from a part that the same rank of as many wrote.
+
+        Raises:
+            CheckpointError: if it is missing, damaged or of another model.
+        """
+        path = folder / file_name(rank, size)
+        saved = torch_pickle.load(path)
+        shapes = [average.shape for average in self._averages]
+        if not isinstance(saved, list) or [getattr(v, "shape", None) for v in saved] != shapes:
+            raise CheckpointError(
+                f"{path}: expected an average of this model's weights, but it holds other tensors. "
+                "Restore it from a copy, or use another tag."
+            )
         for average, value in zip(self._averages, saved, strict=True):
             average.copy_(value)
 

@@ -10,7 +10,9 @@ from typing import IO, Any
 
 from lag_megatron.atomic_io import write_file
 from lag_megatron.config import RunConfig, dump_config, load_config
-from lag_megatron.errors import ConfigError, RunError
+from lag_megatron.errors import ConfigError, RunError, printable
+from lag_megatron.run.json_schema import require_schema
+from lag_megatron.run.record_schema import Decision, PoolEntry, RunFacts
 from lag_megatron.small_files import read_json
 from lag_megatron.targets.file_lock import lock_file
 
@@ -32,7 +34,7 @@ _FREE_KEYS = (
 )
 # In the directory of a search by ask and tell, what it was begun with; it has no ``config.yaml``.
 SEARCH_SETTINGS = "search.json"
-FACTS, DECISION = "run.json", "decision.json"
+FACTS, DECISION, POOL = "run.json", "decision.json", "pool.json"
 DAMAGED_RUN = "Restore it from a copy, or start a new run directory."
 _LOCK_TIMEOUT_SECONDS = 40
 
@@ -150,9 +152,7 @@ def read_facts(root: Path) -> dict[str, Any]:
     Raises:
         RunError: if the file is missing or damaged.
     """
-    facts: dict[str, Any] = read_json(
-        root / FACTS, what="the facts of a run", error=RunError, advice=DAMAGED_RUN
-    )
+    facts: dict[str, Any] = _checked(root / FACTS, RunFacts, "the facts of a run")
     return facts
 
 
@@ -162,10 +162,49 @@ def read_decision(growth: Path) -> dict[str, Any]:
     Raises:
         RunError: if the file is missing or damaged.
     """
-    decision: dict[str, Any] = read_json(
-        growth / DECISION, what="a growth event's decision", error=RunError, advice=DAMAGED_RUN
-    )
+    path, what = growth / DECISION, "a growth event's decision"
+    decision: dict[str, Any] = _checked(path, Decision, what)
+    if decision["chosen"] not in [candidate["id"] for candidate in decision["candidates"]]:
+        raise RunError(
+            f"{path}: expected {what}, but {decision['chosen']!r} was chosen, which is none of its "
+            f"candidates. {DAMAGED_RUN}"
+        )
     return decision
+
+
+def read_pool(growth: Path) -> list[dict[str, Any]]:
+    """The candidates in the folder of a growth event.
+
+    Raises:
+        RunError: if the file is missing or damaged.
+    """
+    path, what = growth / POOL, "a list of candidates"
+    pool: list[dict[str, Any]] = _checked(path, list[PoolEntry], what)
+    ids = [candidate["id"] for candidate in pool]
+    for candidate in pool:
+        found = ""
+        if ids.count(candidate["id"]) > 1:
+            found = "stands there twice"
+        elif any(o["source"] >= candidate["source_layers"] for o in candidate["layer_map"]):
+            found = "takes a layer from above the model's last"
+        elif len(candidate["layer_map"]) != candidate["target_layers"]:
+            found = "has another number of layers than its target_layers"
+        elif not _is_name(candidate["id"]):
+            found = "is no name of a folder"
+        if found:
+            raise RunError(
+                f"{path}: expected {what}, but {candidate['id']!r} {found}. {DAMAGED_RUN}"
+            )
+    return pool
+
+
+def _is_name(text: str) -> bool:
+    return bool(text) and text not in (".", "..") and "/" not in text and printable(text) == text
+
+
+def _checked(path: Path, schema: Any, what: str) -> Any:
+    value = read_json(path, what=what, error=RunError, advice=DAMAGED_RUN, shape=None)
+    return require_schema(value, schema, where=path, what=what, error=RunError, advice=DAMAGED_RUN)
 
 
 def write_json(path: Path, value: Any) -> None:

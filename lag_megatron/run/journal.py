@@ -10,9 +10,12 @@ from typing import Any
 
 from lag_megatron.atomic_io import append_lines, cut_torn_line
 from lag_megatron.errors import RunError
+from lag_megatron.run.json_schema import require_schema
+from lag_megatron.run.record_schema import MEMBERS_OF_EVENTS, JournalLine
 from lag_megatron.small_files import read_json_lines
 
 JournalEvent = dict[str, Any]
+_ADVICE = "The file was changed by something else; restore it or start a new run directory."
 
 
 class Journal:
@@ -54,9 +57,25 @@ def _replay(path: Path) -> list[JournalEvent]:
     if not path.exists():
         return []
     cut_torn_line(path)
+    return read_journal(path)
+
+
+def read_journal(path: Path) -> list[JournalEvent]:
+    """All events of a journal, oldest first; none if there is no such file.
+
+    Raises:
+        RunError: naming the first line that is no event, or lacks what its event has.
+    """
     return read_json_lines(
-        path,
-        what="a run's journal",
-        error=RunError,
-        advice="The file was changed by something else; restore it or start a new run directory.",
+        path, what="a run's journal", error=RunError, advice=_ADVICE, check=_require_event
     )
+
+
+def _require_event(line: JournalEvent, where: str) -> None:
+    what = "a line of a run's journal"
+    require_schema(line, JournalLine, where=where, what=what, error=RunError, advice=_ADVICE)
+    for name in MEMBERS_OF_EVENTS.get(line["event"], ()):
+        if name not in line:
+            raise RunError(
+                f"{where}: expected the event {line['event']}, but {name} is missing. {_ADVICE}"
+            )

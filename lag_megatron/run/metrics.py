@@ -9,6 +9,8 @@ from lag_megatron.atomic_io import append_lines, flush_to_disk, write_file
 from lag_megatron.errors import RunError
 from lag_megatron.process.output import print_at_once
 from lag_megatron.run.directory import DAMAGED_RUN
+from lag_megatron.run.json_schema import require_schema
+from lag_megatron.run.record_schema import MetricsRow
 from lag_megatron.small_files import read_json_lines
 
 MetricRow = dict[str, float | int | str]
@@ -42,12 +44,12 @@ class MetricsLog:
         """The newest value of a metric.
 
         Raises:
-            KeyError: if there is none.
+            RunError: if there is none.
         """
         for row in reversed(read_rows(self._path)):
             if key in row:
                 return float(row[key])
-        raise KeyError(key)
+        raise RunError(f"{self._path}: expected a line with {key}, but none has it. {DAMAGED_RUN}")
 
     def flush_to_disk(self) -> None:
         """Make the lines survive a power cut; done before each checkpoint."""
@@ -60,13 +62,23 @@ class MetricsLog:
         write_file(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, schema: Any = MetricsRow) -> list[dict[str, Any]]:
     """All lines of a file of metrics; none if it does not exist, without one that a kill tore.
 
+    Args:
+        path: of the file.
+        schema: the members of a line.
+
     Raises:
-        RunError: if any other line is not a JSON object.
+        RunError: if any other line is not such an object.
     """
-    return read_json_lines(path, what="a run's metrics", error=RunError, advice=DAMAGED_RUN)
+    what = "a run's metrics"
+
+    def check(line: dict[str, Any], where: str) -> None:
+        each = f"a line of {what}"
+        require_schema(line, schema, where=where, what=each, error=RunError, advice=DAMAGED_RUN)
+
+    return read_json_lines(path, what=what, error=RunError, advice=DAMAGED_RUN, check=check)
 
 
 class Console:

@@ -9,6 +9,7 @@ from lag_megatron.atomic_io import append_lines, flush_to_disk, write_file
 from lag_megatron.checkpoint.storage import manifest
 from lag_megatron.run.directory import step_of, tag_of
 from lag_megatron.run.metrics import read_rows
+from lag_megatron.run.record_schema import Attempt, CurveRow, Failure, MetricsRow
 
 CURVE = "probe.jsonl"
 TRAINING = "train.jsonl"
@@ -34,7 +35,7 @@ class CandidateDir:
 
     def curve(self) -> list[dict[str, Any]]:
         """Evaluations, ``step`` counted from growth."""
-        return read_rows(self.path / CURVE)
+        return read_rows(self.path / CURVE, CurveRow)
 
     def training(self) -> list[dict[str, Any]]:
         """Metrics of the steps since growth, ``step`` counted from the run's beginning."""
@@ -94,14 +95,14 @@ class CandidateDir:
     def failure(self) -> str:
         """Why this candidate must not be tried again, as earlier processes noted; or empty."""
         for path in sorted(self.path.glob(f"{_FAILED}*.json")):
-            return str(read_rows(path)[0]["reason"])
-        hung = {row["attempt"]: row["seconds"] for row in read_rows(self.path / _HUNG)}
+            return str(read_rows(path, Failure)[0]["reason"])
+        hung = {row["attempt"]: row["seconds"] for row in read_rows(self.path / _HUNG, Attempt)}
         if len(hung) < _MAX_ATTEMPTS:
             return ""
         return f"no progress for {min(hung.values()):g} s in {len(hung)} attempts; see stacks/"
 
     def _truncate(self, name: str, last_step: int) -> None:
-        rows = read_rows(self.path / name)
+        rows = read_rows(self.path / name, CurveRow if name == CURVE else MetricsRow)
         kept = [row for row in rows if row["step"] <= last_step]
         if (self.path / name).exists():
             write_file(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))

@@ -16,8 +16,8 @@ from pathlib import Path
 from lag_megatron.atomic_io import write_file
 from lag_megatron.config import dump_config
 from lag_megatron.errors import ConfigError, RunError
-from lag_megatron.report.stats.run_files import read_lines
 from lag_megatron.run.directory import RunDirectory, claim
+from lag_megatron.run.journal import read_journal
 from lag_megatron.study.plan import PlannedRun, StudyPlan
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -46,7 +46,7 @@ class StudyFolder:
 
     def finished(self, run: PlannedRun) -> bool:
         """Whether the run's journal has the event ``run_finished``; exit codes are not used."""
-        journal = read_lines(self.run(run).journal)
+        journal = read_journal(self.run(run).journal)
         return any(line.get("event") == "run_finished" for line in journal)
 
 

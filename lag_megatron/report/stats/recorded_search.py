@@ -12,6 +12,8 @@ from lag_megatron.atomic_io import write_file
 from lag_megatron.errors import RunError
 from lag_megatron.report.stats.growth import growth_data, growth_settings
 from lag_megatron.report.stats.run_files import GrowthFiles, Json, RunFiles, finite, read_run
+from lag_megatron.run.json_schema import require_schema
+from lag_megatron.run.record_schema import RecordedEvent
 from lag_megatron.small_files import read_json
 
 DIGITS = 6
@@ -51,6 +53,7 @@ def read_search(path: Path) -> RecordedSearch:
     value = read_json(path, what="a recorded search", error=RunError)
     if any(key not in value for key in KEYS):
         raise RunError(f"{path}: not a recorded search, which has {', '.join(KEYS)}.")
+    require_schema(value, RecordedEvent, where=path, what="a recorded search", error=RunError)
     try:
         return _search(value)
     except (TypeError, KeyError, AttributeError, ValueError) as error:

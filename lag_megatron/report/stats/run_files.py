@@ -8,9 +8,21 @@ from typing import Any
 
 from lag_megatron.config import GrowthConfig, RunConfig, load_config, parse_growth
 from lag_megatron.errors import RunError
-from lag_megatron.run.directory import DAMAGED_RUN, DECISION, FACTS, SEARCH_SETTINGS
+from lag_megatron.run.directory import (
+    DAMAGED_RUN,
+    DECISION,
+    FACTS,
+    POOL,
+    SEARCH_SETTINGS,
+    read_decision,
+    read_facts,
+    read_pool,
+)
+from lag_megatron.run.journal import read_journal
+from lag_megatron.run.metrics import read_rows
+from lag_megatron.run.record_schema import CurveRow
 from lag_megatron.run.resolved_config import as_journalled
-from lag_megatron.small_files import read_json, read_json_lines
+from lag_megatron.small_files import read_json
 
 Json = dict[str, Any]
 
@@ -69,12 +81,12 @@ def read_run(run_dir: Path) -> RunFiles:
             f"{run_dir}: not a run directory, config.yaml is missing. Give the folder that "
             "launch/train.py wrote to, e.g. runs/demo."
         )
-    journal = read_lines(run_dir / "journal.jsonl")
+    journal = tuple(read_journal(run_dir / "journal.jsonl"))
     return RunFiles(
         path=run_dir,
         config=as_journalled(load_config(run_dir / "config.yaml"), journal),
-        run=_object(run_dir / FACTS) or {},
-        metrics=read_lines(run_dir / "metrics.jsonl"),
+        run=read_facts(run_dir) if (run_dir / FACTS).exists() else {},
+        metrics=tuple(read_rows(run_dir / "metrics.jsonl")),
         journal=journal,
         growths=tuple(_growths(run_dir)),
     )
@@ -100,19 +112,9 @@ def read_search_files(directory: Path) -> SearchFiles:
         path=directory,
         settings=parse_growth(search["growth"], source=str(file)),
         base=search["base"],
-        journal=read_lines(directory / "journal.jsonl"),
+        journal=tuple(read_journal(directory / "journal.jsonl")),
         growths=tuple(_growths(directory)),
     )
-
-
-def read_lines(path: Path) -> tuple[Json, ...]:
-    """The objects of a JSON-lines file; none if it is missing; a torn last line is dropped.
-
-    Raises:
-        RunError: if any other line is not a JSON object.
-    """
-    what = "a run's journal" if path.name == "journal.jsonl" else "a run's metrics"
-    return tuple(read_json_lines(path, what=what, error=RunError, advice=DAMAGED_RUN))
 
 
 def finite(value: object) -> float | None:
@@ -123,26 +125,27 @@ def finite(value: object) -> float | None:
 
 
 def _growths(run_dir: Path) -> Iterator[GrowthFiles]:
-    for pool_path in sorted(run_dir.glob("growth*/pool.json")):
-        number = pool_path.parent.name.removeprefix("growth")
-        if not number.isdigit():
+    for folder in sorted(path.parent for path in run_dir.glob(f"growth*/{POOL}")):
+        number = folder.name.removeprefix("growth")
+        if not number.isdecimal():
             continue
-        what = "a list of candidates, each with its id"
-        pool = read_json(pool_path, what=what, error=RunError, advice=DAMAGED_RUN, shape=list)
-        if not all(isinstance(c, dict) and isinstance(c.get("id"), str) for c in pool):
-            raise RunError(f"{pool_path}: expected {what}. {DAMAGED_RUN}")
-        folders = {candidate["id"]: pool_path.parent / candidate["id"] for candidate in pool}
+        pool = read_pool(folder)
+        folders = {candidate["id"]: folder / candidate["id"] for candidate in pool}
         yield GrowthFiles(
             growth=int(number),
             pool=tuple(pool),
-            probes={id_: read_lines(folder / "probe.jsonl") for id_, folder in folders.items()},
-            decision=_object(pool_path.parent / DECISION),
+            probes={id_: _curve(place) for id_, place in folders.items()},
+            decision=read_decision(folder) if (folder / DECISION).exists() else None,
             scores={
                 id_: found
-                for id_, folder in folders.items()
-                if (found := _object(folder / "scores.json")) is not None
+                for id_, place in folders.items()
+                if (found := _object(place / "scores.json")) is not None
             },
         )
+
+
+def _curve(folder: Path) -> tuple[Json, ...]:
+    return tuple(read_rows(folder / "probe.jsonl", CurveRow))
 
 
 def _object(path: Path) -> Json | None:

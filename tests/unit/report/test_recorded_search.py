@@ -146,11 +146,11 @@ def test_mistakes_on_the_command_line(
         (
             b'{"name": "a", "config": {}, "pool": ["x"], "base_val_loss": 1, '
             b'"curves": {"x": [{"step": 1}]}}',
-            "wrong or missing",
+            "val_loss is missing",
         ),
         (
             b'{"name": "a", "config": {}, "pool": [{"i": 1}], "base_val_loss": 1, "curves": {}}',
-            "'id'",
+            "id is missing",
         ),
     ],
 )
