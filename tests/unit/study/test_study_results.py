@@ -77,7 +77,9 @@ def record(run, folder: StudyFolder, final: float, *, finished: bool = True) -> 
 def record_growth(folder: Path, names: list[str]) -> None:
     """Each of the candidates takes 3 steps, and they are evaluated twice."""
     folder.mkdir()
-    (folder / "pool.json").write_text(json.dumps([{"id": name} for name in names]))
+    layer = {"source": 0, "new": False, "init": "duplicate"}
+    entry = {"source_layers": 1, "target_layers": 1, "layer_map": [layer]}
+    (folder / "pool.json").write_text(json.dumps([{"id": name, **entry} for name in names]))
     steps, evaluations = 3 * len(names), 2 * len(names)
     cost = {
         "tokens": steps * TOKENS,
