@@ -86,8 +86,9 @@ def record_growth(folder: Path, names: list[str]) -> None:
         "flops": steps * a_step(3) + evaluations * 4 * a_step(3) // 3,
         "seconds": 20.0,
     }
-    candidates = [{"id": name, "steps": 3} for name in names]
-    decision = {"chosen": "a", "candidates": candidates, "cost": cost}
+    ended = {"status": "finished", "steps": 3, "curve": [[0, 4.5], [3, 4.4]]}
+    candidates = [{"id": name, **ended} for name in names]
+    decision = {"lag": 3, "chosen": "a", "candidates": candidates, "cost": cost}
     (folder / "decision.json").write_text(json.dumps(decision))
 
 
