@@ -97,7 +97,7 @@ class JournalLine(TypedDict, total=False):
     base_val_loss: _Loss
     rule: str
     goes_on: list[str]
-    stopped: dict[str, str]
+    stopped: dict[str, str] | list[str]
     rank_correlation: _Loss
     transition: _Whole | None
     path_length: Any

@@ -77,15 +77,18 @@ def record(run, folder: StudyFolder, final: float, *, finished: bool = True) -> 
 def record_growth(folder: Path, names: list[str]) -> None:
     """Each of the candidates takes 3 steps, and they are evaluated twice."""
     folder.mkdir()
-    (folder / "pool.json").write_text(json.dumps([{"id": name} for name in names]))
+    layer = {"source": 0, "new": False, "init": "duplicate"}
+    entry = {"source_layers": 1, "target_layers": 1, "layer_map": [layer]}
+    (folder / "pool.json").write_text(json.dumps([{"id": name, **entry} for name in names]))
     steps, evaluations = 3 * len(names), 2 * len(names)
     cost = {
         "tokens": steps * TOKENS,
         "flops": steps * a_step(3) + evaluations * 4 * a_step(3) // 3,
         "seconds": 20.0,
     }
-    candidates = [{"id": name, "steps": 3} for name in names]
-    decision = {"chosen": "a", "candidates": candidates, "cost": cost}
+    ended = {"status": "finished", "steps": 3, "curve": [[0, 4.5], [3, 4.4]]}
+    candidates = [{"id": name, **ended} for name in names]
+    decision = {"lag": 3, "chosen": "a", "candidates": candidates, "cost": cost}
     (folder / "decision.json").write_text(json.dumps(decision))
 
 
