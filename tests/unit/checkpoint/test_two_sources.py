@@ -277,5 +277,7 @@ def test_manifests_name_each_file_once_and_within_the_directory(checkpoint, tmp_
     with pytest.raises(CheckpointError, match=r"lists '\.\./x', which is not in this directory"):
         ZeroCheckpoint.open(tag)
     change_manifest(tag, lambda text: text.replace('"../x": {"size": 0},', '"a": {}, "a": {},'))
-    with pytest.raises(CheckpointError, match=r"manifest\.json: expected .* the key 'a' is given twi"):
+    with pytest.raises(
+        CheckpointError, match=r"manifest\.json: expected .* the key 'a' is given twi"
+    ):
         ZeroCheckpoint.open(tag)

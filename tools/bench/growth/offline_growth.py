@@ -6,6 +6,7 @@ import shutil
 import statistics
 import threading
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lag_megatron.checkpoint.families.layer_stack import largest_stack
 from lag_megatron.checkpoint.state.layout import STATES
 from lag_megatron.checkpoint.state.region import Region
 from lag_megatron.checkpoint.zero.file_names import optimizer_file
@@ -180,7 +182,11 @@ def _gather_grow_shard(source: Path, plan: GrowthPlan, target: Path) -> None:
                 size = int(torch.Size(shape).numel())
                 whole[moment][name] = flat[at : at + size].view(shape)
                 at += size
-    groups = [[(n, o) for n, o, _ in grown_names(list(g), plan.layer_map)] for g in old.groups]
+    stack = largest_stack({name: shape for group in old.groups for name, shape in group.items()})
+    groups = [
+        [(new, before) for new, before, _ in grown_names(list(group), plan.layer_map, stack)]
+        for group in old.groups
+    ]
     grown = {
         state: {new: tensors[before].clone() for group in groups for new, before in group}
         for state, tensors in whole.items()
@@ -236,6 +242,8 @@ def run_in_child(work: Callable[[], Any]) -> tuple[int, Any]:
             watcher.join()
             os.write(send, pickle.dumps((highest[0] - start, result)))
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     os.close(send)
