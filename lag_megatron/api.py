@@ -47,6 +47,23 @@ class Ranks(TypedDict, total=False):
     precision: Precision
 
 
+class WriteOptions(Ranks, total=False):
+    """How a target is written, and for which ranks: :class:`Ranks`.
+
+    Attributes:
+        workers: files that are written at a time; 4 by default.
+        progress: called with the number of bytes after each piece, from several threads; by
+            default a bar is shown on a terminal.
+        lock: refuse to write what another process is writing; False for file systems without locks.
+        allow_nonfinite: go on where values of the source are NaN or infinite.
+    """
+
+    workers: int
+    progress: Progress
+    lock: bool
+    allow_nonfinite: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
     """What a checkpoint holds, and what is wrong with it.
@@ -107,12 +124,7 @@ def grow(
     source: PathLike,
     target: PathLike,
     plan: GrowthPlan | None = None,
-    *,
-    workers: int = 4,
-    progress: Progress | None = None,
-    lock: bool = True,
-    allow_nonfinite: bool = False,
-    **ranks: Unpack[Ranks],
+    **options: Unpack[WriteOptions],
 ) -> Path:
     """Grow a ZeRO checkpoint shard by shard, or move it to another number of ranks.
 
@@ -120,12 +132,8 @@ def grow(
         source: a tag directory, or one with a file ``latest``; never changed.
         target: gets a directory named like the source's tag, and a file ``latest``.
         plan: the growth; without one the model stays as it is.
-        workers: files that are written at a time.
-        progress: called with the number of bytes after each piece, from several threads; by
-            default a bar is shown on a terminal.
-        lock: refuse to write what another process is writing; False for file systems without locks.
-        allow_nonfinite: go on where values of the source are NaN or infinite.
-        ranks: ``world_size``, ``zero_stage``, ...: see :class:`Ranks`.
+        options: ``world_size``, ``zero_stage``, ``workers``, ...: see :class:`Ranks` and
+            :class:`WriteOptions`.
 
     Returns:
         the directory that was written; ``engine.load_checkpoint(target)`` takes it.
@@ -136,13 +144,13 @@ def grow(
         CheckpointError: if the source is damaged, has values that are not finite, or the disk is
             too small.
     """
-    _require_workers(workers)
+    workers = _workers(options)
     opened = ZeroCheckpoint.open(resolve_tag(Path(source)))
     plan = plan or GrowthPlan.for_source(opened, operator="identity")
-    topology = _topology(opened, ranks)
+    topology = _topology(opened, options)
     written = Path(target) / opened.path.resolve().name
     size = GrownState(opened, plan, topology).bytes_to_write
-    with _reported(progress, size) as count:
+    with _reported(options.get("progress"), size) as count:
         grow_checkpoint(
             opened.path,
             written,
@@ -150,8 +158,8 @@ def grow(
             topology=topology,
             workers=workers,
             written=count,
-            lock=lock,
-            allow_nonfinite=allow_nonfinite,
+            lock=options.get("lock", True),
+            allow_nonfinite=options.get("allow_nonfinite", False),
         )
     return written
 
@@ -166,11 +174,7 @@ def convert(
     weights_only: bool = False,
     dtype: Precision = "fp32",
     verify: bool = False,
-    workers: int = 4,
-    progress: Progress | None = None,
-    lock: bool = True,
-    allow_nonfinite: bool = False,
-    **ranks: Unpack[Ranks],
+    **options: Unpack[WriteOptions],
 ) -> Path:
     """Take a checkpoint from one format to another, growing it on the way if there is a plan.
 
@@ -183,13 +187,8 @@ def convert(
         weights_only: leave out the optimizer states of a torch_dist checkpoint.
         dtype: of the weights of ``hf``.
         verify: compare every tensor of the target with the source afterwards.
-        workers: files that are written at a time.
-        progress: called with the number of bytes after each piece, from several threads; by
-            default a bar is shown on a terminal.
-        lock: refuse to write what another process is writing; False for file systems without locks.
-        allow_nonfinite: go on where values of the source are NaN or infinite.
-        ranks: of the training that will load it: see :class:`Ranks`.  The ZeRO stage is 1 where
-            the source has none.
+        options: as those of :func:`grow`; of the training that will load it.  The ZeRO stage is 1
+            where the source has none.
 
     Returns:
         the directory that was written, or was there already from the same conversion.
@@ -200,32 +199,30 @@ def convert(
         CheckpointError: if the source is damaged or has values that are not finite, or ``verify``
             finds a difference.
     """
-    _require_workers(workers)
+    workers = _workers(options)
     opened = open_checkpoint(Path(source), vocab_size=vocab_size, weights_only=weights_only)
-    conversion = _conversion(
-        opened,
-        plan,
-        ranks,
-        to=to,
-        dtype=dtype,
-        vocabulary=vocab_size,
-        allow_nonfinite=allow_nonfinite,
-    )
+    conversion = _conversion(opened, plan, options, to=to, dtype=dtype, vocabulary=vocab_size)
     written = conversion.target_dir(Path(target))
-    with _reported(progress, (job := conversion.job(written)).needed) as count:
-        write(job, workers=workers, written=count, lock=lock)
+    with _reported(options.get("progress"), (job := conversion.job(written)).needed) as count:
+        write(job, workers=workers, written=count, lock=options.get("lock", True))
     if verify and (found := list(differences(conversion, written))):
         raise CheckpointError(f"{written}: differs from {source}: {'; '.join(found[:3])}.")
     return written
 
 
 def _conversion(
-    source: CheckpointSource, plan: GrowthPlan | None, ranks: Ranks, **settings: Any
+    source: CheckpointSource, plan: GrowthPlan | None, options: WriteOptions, **settings: Any
 ) -> Conversion:
     if isinstance(source, UnshardedCheckpoint):
-        ranks.setdefault("zero_stage", 1)  # there is no stage to keep
+        options.setdefault("zero_stage", 1)  # there is no stage to keep
     plan = plan or GrowthPlan.for_source(source, operator="identity")
-    return Conversion(source=source, plan=plan, topology=_topology(source, ranks), **settings)
+    return Conversion(
+        source=source,
+        plan=plan,
+        topology=_topology(source, options),
+        allow_nonfinite=options.get("allow_nonfinite", False),
+        **settings,
+    )
 
 
 def _topology(source: CheckpointSource, ranks: Ranks) -> Topology:
@@ -238,8 +235,12 @@ def _topology(source: CheckpointSource, ranks: Ranks) -> Topology:
     )
 
 
-def _require_workers(workers: int) -> None:
+def _workers(options: WriteOptions) -> int:
+    if unknown := sorted(set(options) - WriteOptions.__optional_keys__):
+        raise TypeError(f"unexpected options: {', '.join(unknown)}")
+    workers = options.get("workers", 4)
     require_whole(workers, "workers", error=PlanError, least=1, most=MAX_WORKERS)
+    return workers
 
 
 @contextmanager

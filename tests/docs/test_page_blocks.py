@@ -97,8 +97,8 @@ def messages():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 yield "".join(v.value if isinstance(v, ast.Constant) else "{}" for v in node.values)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
+                yield node.value if isinstance(node.value, str) else node.value.decode("latin-1")
             elif isinstance(node, ast.ClassDef):
                 yield node.name
 

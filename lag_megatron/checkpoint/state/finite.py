@@ -4,6 +4,7 @@ Only parameters' elements count: padding between and after them may hold anythin
 """
 
 import itertools
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ def all_finite(values: Tensor) -> bool:
     if not values.is_floating_point():
         return True
     total = values.sum(dtype=torch.float32 if values.dtype is torch.float16 else None)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())
+    return math.isfinite(total.item()) or bool(torch.isfinite(values).all())
 
 
 def nonfinite_values(

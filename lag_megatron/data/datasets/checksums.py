@@ -13,7 +13,7 @@ from pathlib import Path
 import xxhash
 
 from lag_megatron.errors import DataError
-from lag_megatron.small_files import read_json
+from lag_megatron.small_files import parse_json, read_json
 
 # Large enough that a block is read at the disk's rate and a terabyte has no more than 16,000 of
 # them; small enough that four are no more than a small file, and that one names where damage is.
@@ -117,7 +117,10 @@ def main() -> None:
     """
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # the disk's idle class follows
     parent = os.getppid()
-    for path, first, size in json.loads(sys.stdin.readline()):
+    job = parse_json(
+        sys.stdin.readline(), where="stdin", what="a list of ranges", error=DataError, shape=list
+    )
+    for path, first, size in job:
         if os.getppid() != parent:
             return
         print(range_checksum(Path(path), first=first, size=size), flush=True)

@@ -133,3 +133,10 @@ def test_inspect_lists_the_problems_of_a_damaged_checkpoint(checkpoint, tmp_path
     assert "missing" in info.problems[0]
     with pytest.raises(lag.CheckpointError, match="no checkpoint"):
         lag.inspect(ROOT / "docs")
+
+
+@pytest.mark.parametrize("function", [lag.grow, lambda *a, **k: lag.convert(*a, to="hf", **k)])
+def test_an_option_that_does_not_exist_is_refused(function, checkpoint, tmp_path):
+    with pytest.raises(TypeError, match="unexpected options: world_sise"):
+        function(checkpoint, tmp_path / "target", world_sise=3)
+    assert not (tmp_path / "target").exists()
