@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         print(printable(f"{source.path} -> {target}"))
         for note in source.notes if isinstance(source, UnshardedCheckpoint) else ():
             print(printable(note))
+        for line in conversion.trainer_files(target).describe():
+            print(printable(line))
         print(f"to write: {job.needed / 2**20:.1f} MiB")
         if options.dry_run:
             return 0

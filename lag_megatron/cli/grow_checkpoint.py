@@ -33,6 +33,7 @@ from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.apply.hardlink_dcp import hardlink_dcp
 from lag_megatron.growth.apply.hardlink_universal import hardlink_universal
+from lag_megatron.growth.apply.trainer_folder import trainer_files
 from lag_megatron.growth.operators.layer_map import format_layer_map
 from lag_megatron.targets.overlap import require_apart
 
@@ -63,6 +64,8 @@ def _grow(options: argparse.Namespace) -> None:
     require_apart(target, source.path)
     growth = GrownState(source, plan, topology)
     _print_growth(growth, target, options)
+    for line in trainer_files(growth, target).describe():
+        print(printable(line))
     if not is_verifiable(source.path):
         print(f"{source.path}: unverified, it has no checksums for all it holds", file=sys.stderr)
     if options.dry_run:
