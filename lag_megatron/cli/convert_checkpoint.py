@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         with progress_bar(job.needed) as written:
             is_new = write(job, workers=options.workers, written=written, lock=options.lock)
         done = "written" if is_new else "there already"
-        print(f"{done}: {target}, {_holds(conversion)}")
-        print(f"to load it: {_LOAD[options.to].format(options.target)}")
+        print(printable(f"{done}: {target}, {_holds(conversion)}"))
+        print(printable(f"to load it: {_LOAD[options.to].format(options.target)}"))
         return _verify(conversion, target) if options.verify else 0
     except LagError as error:
         return print_error(error)

@@ -67,7 +67,10 @@ def _grow(options: argparse.Namespace) -> None:
     for line in trainer_files(growth, target).describe():
         print(printable(line))
     if not is_verifiable(source.path):
-        print(f"{source.path}: unverified, it has no checksums for all it holds", file=sys.stderr)
+        print(
+            printable(f"{source.path}: unverified, it has no checksums for all it holds"),
+            file=sys.stderr,
+        )
     if options.dry_run:
         return
     with progress_bar(growth.bytes_to_write) as written:
@@ -80,8 +83,12 @@ def _grow(options: argparse.Namespace) -> None:
             written=written,
             lock=options.lock,
         )
-    print(f"written: {target}, of {plan.target_layers} layers, with the source's parameter names")
-    print(f'to load it: load_checkpoint("{options.target}") of DeepSpeed')
+    print(
+        printable(
+            f"written: {target}, of {plan.target_layers} layers, with the source's parameter names"
+        )
+    )
+    print(printable(f'to load it: load_checkpoint("{options.target}") of DeepSpeed'))
 
 
 def _link(options: argparse.Namespace) -> None:
@@ -105,8 +112,12 @@ def _link(options: argparse.Namespace) -> None:
     print(f"to write: {job.needed / 2**20:.1f} MiB; all else is linked")
     if not options.dry_run:
         write(job, workers=options.workers, lock=options.lock)
-        print(f"written: {target}, of {plan.target_layers} layers")
-        print(f"its files are hard links to those of {source.path}: never change them in place")
+        print(printable(f"written: {target}, of {plan.target_layers} layers"))
+        print(
+            printable(
+                f"its files are hard links to those of {source.path}: never change them in place"
+            )
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.atomic_io import flush_to_disk, write_atomically
-from lag_megatron.errors import RunError
+from lag_megatron.errors import RunError, printable
 from lag_megatron.run.directory import DAMAGED_RUN
 from lag_megatron.small_files import read_json_lines
 
@@ -69,11 +69,11 @@ class Console:
 
     def print(self, text: str) -> None:
         """Print one line at once."""
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
     def warn(self, text: str) -> None:
         """Print one line to standard error."""
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
     def step(self, row: MetricRow, *, total_steps: int, mfu: float | None) -> None:
         """The line of a training step."""
