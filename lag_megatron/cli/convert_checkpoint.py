@@ -48,14 +48,16 @@ def main(argv: list[str] | None = None) -> int:
     print(printable(f"{source.path} -> {target}"))
     for note in source.notes if isinstance(source, UnshardedCheckpoint) else ():
         print(printable(note))
+    for line in conversion.trainer_files(target).describe():
+        print(printable(line))
     print(f"to write: {job.needed / 2**20:.1f} MiB")
     if options.dry_run:
         return 0
     with progress_bar(job.needed) as written:
         is_new = write(job, workers=options.workers, written=written, lock=options.lock)
     done = "written" if is_new else "there already"
-    print(f"{done}: {target}, {_holds(conversion)}")
-    print(f"to load it: {_LOAD[options.to].format(options.target)}")
+    print(printable(f"{done}: {target}, {_holds(conversion)}"))
+    print(printable(f"to load it: {_LOAD[options.to].format(options.target)}"))
     return _verify(conversion, target) if options.verify else 0
 
 

@@ -33,6 +33,7 @@ from lag_megatron.growth.apply.grow_zero import grow_checkpoint
 from lag_megatron.growth.apply.grown_state import GrownState
 from lag_megatron.growth.apply.hardlink_dcp import hardlink_dcp
 from lag_megatron.growth.apply.hardlink_universal import hardlink_universal
+from lag_megatron.growth.apply.trainer_folder import trainer_files
 from lag_megatron.growth.operators.layer_map import format_layer_map
 from lag_megatron.targets.overlap import require_apart
 
@@ -61,8 +62,13 @@ def _grow(options: argparse.Namespace) -> None:
     require_apart(target, source.path)
     growth = GrownState(source, plan, topology)
     _print_growth(growth, target, options)
+    for line in trainer_files(growth, target).describe():
+        print(printable(line))
     if not is_verifiable(source.path):
-        print(f"{source.path}: unverified, it has no checksums for all it holds", file=sys.stderr)
+        print(
+            printable(f"{source.path}: unverified, it has no checksums for all it holds"),
+            file=sys.stderr,
+        )
     if options.dry_run:
         return
     with progress_bar(growth.bytes_to_write) as written:
@@ -76,8 +82,12 @@ def _grow(options: argparse.Namespace) -> None:
             lock=options.lock,
             allow_nonfinite=options.allow_nonfinite,
         )
-    print(f"written: {target}, of {plan.target_layers} layers, with the source's parameter names")
-    print(f'to load it: load_checkpoint("{options.target}") of DeepSpeed')
+    print(
+        printable(
+            f"written: {target}, of {plan.target_layers} layers, with the source's parameter names"
+        )
+    )
+    print(printable(f'to load it: load_checkpoint("{options.target}") of DeepSpeed'))
 
 
 def _link(options: argparse.Namespace) -> None:
@@ -102,8 +112,12 @@ def _link(options: argparse.Namespace) -> None:
     print("linked values are not checked for NaN and infinities: lag-inspect --verify reads them")
     if not options.dry_run:
         write(job, workers=options.workers, lock=options.lock)
-        print(f"written: {target}, of {plan.target_layers} layers")
-        print(f"its files are hard links to those of {source.path}: never change them in place")
+        print(printable(f"written: {target}, of {plan.target_layers} layers"))
+        print(
+            printable(
+                f"its files are hard links to those of {source.path}: never change them in place"
+            )
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

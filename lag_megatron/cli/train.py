@@ -13,7 +13,7 @@ from lag_megatron.config import RunConfig, load_config
 from lag_megatron.config.deepspeed import deepspeed_config, read_deepspeed_json
 from lag_megatron.config.installed import cache_dir, find_config
 from lag_megatron.distributed.hostfile import count_slots
-from lag_megatron.errors import LagError
+from lag_megatron.errors import ConfigError, LagError
 from lag_megatron.run.compile_cache import set_cache_dirs
 
 
@@ -50,6 +50,12 @@ def main(argv: list[str] | None = None) -> int:
         config = dataclasses.replace(config, deepspeed={**config.deepspeed, **given})
     if options.dry_run:
         return _dry_run(config, options)
+    if options.hostfile is not None:
+        raise ConfigError(
+            f"--hostfile {options.hostfile}: it counts the ranks of a --dry-run. To train on "
+            "its hosts, give it to the launcher: deepspeed --hostfile "
+            f"{options.hostfile} --module lag_megatron.cli.train --config ..."
+        )
     return _train(config, options)
 
 

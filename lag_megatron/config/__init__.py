@@ -18,6 +18,7 @@ from lag_megatron.config.schema.run import (
     RunConfig,
     StageConfig,
     TrackingConfig,
+    WandbConfig,
 )
 from lag_megatron.config.validation.run import check_probe_groups
 
@@ -37,6 +38,7 @@ __all__ = [
     "TokenizerConfig",
     "TrackingConfig",
     "Ul2Config",
+    "WandbConfig",
     "check_probe_groups",
     "data_parallel_size",
     "dump_config",

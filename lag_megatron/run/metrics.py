@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.atomic_io import append_lines, flush_to_disk, write_file
-from lag_megatron.errors import RunError
+from lag_megatron.errors import RunError, printable
 from lag_megatron.process.output import print_at_once
 from lag_megatron.run.directory import DAMAGED_RUN
 from lag_megatron.run.json_schema import require_schema
@@ -86,11 +86,11 @@ class Console:
 
     def print(self, text: str) -> None:
         """Print one line at once."""
-        print_at_once(text, sys.stdout)
+        print_at_once(printable(text), sys.stdout)
 
     def warn(self, text: str) -> None:
         """Print one line to standard error."""
-        print_at_once(text, sys.stderr)
+        print_at_once(printable(text), sys.stderr)
 
     def step(self, row: MetricRow, *, total_steps: int, mfu: float | None) -> None:
         """The line of a training step."""

@@ -11,20 +11,26 @@ import queue
 import shlex
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from lag_megatron.config import TrackingConfig
+from lag_megatron.errors import ConfigError
 from lag_megatron.run.metrics import Console, MetricRow
+from lag_megatron.run.wandb_environment import unset_empty_variables, wandb_places
+from lag_megatron.run.wandb_failure import (
+    describe_failure,
+    end_process,
+    report_log_failures,
+    require_writable,
+)
 from lag_megatron.run.wandb_runs import WandbRuns
 
 _QUEUE_LIMIT = 100_000
 _FINISH_SECONDS = 60.0
 _CRASH_SECONDS = 10.0
-_MODES = ("online", "offline", "shared", "disabled")
-_OLD_MODES = {"run": "online", "dryrun": "offline"}  # which W&B still takes
 
 
 class Wandb:
@@ -37,17 +43,20 @@ class Wandb:
         self._calls: queue.Queue[Callable[[], object] | None] = queue.Queue(_QUEUE_LIMIT)
         self._off = threading.Event()
         self._worker: threading.Thread | None = None
-        mode = _mode(tracking.wandb.mode)
-        if mode == "disabled":
+        settings = tracking.wandb
+        try:
+            self._places = wandb_places(settings, folder, os.environ)
+        except ConfigError as error:
+            self._switch_off(str(error))
+            self._places = wandb_places(replace(settings, mode="disabled"), folder, os.environ)
+        if self._places.mode == "disabled":
             self._off.set()
-        elif mode not in _MODES:
-            self._switch_off(f"WANDB_MODE is {mode!r}, expected one of {', '.join(_MODES)}")
-        self._runs = WandbRuns(tracking.wandb.project, mode, folder, config, console)
-        if mode == "offline":
-            why = " (no API key)" if tracking.wandb.mode == "auto" else ""
+        self._runs = WandbRuns(self._places, folder, config, console)
+        if self._places.mode == "offline":
+            why = " (no API key)" if _asks_for_a_key(tracking) else ""
             console.print(
                 f"W&B is offline{why}. To upload later: "
-                f"wandb sync {shlex.quote(str(folder))}/wandb/offline-*"
+                f"wandb sync {shlex.quote(str(self._places.files))}/offline-*"
             )
 
     def log(self, row: MetricRow) -> None:
@@ -150,12 +159,17 @@ class Wandb:
                     return
                 call()
         except (Exception, SystemExit) as error:  # of any kind: training goes on without W&B
-            self._switch_off(f"{type(error).__name__}: {error}")
+            self._switch_off(describe_failure(error, self._places.files))
+            end_process()
 
     def _begin(self) -> None:
         import wandb
 
-        wandb.setup()  # which ends W&B's process at exit: what is registered after it runs before
+        unset_empty_variables()
+        require_writable(self._places.files)
+        report_log_failures(lambda e: self._switch_off(describe_failure(e, self._places.files)))
+        # W&B's process is ended at exit: what is registered after it runs before.
+        wandb.setup(wandb.Settings(silent=True))
         atexit.register(self._at_exit)
 
     def _at_exit(self) -> None:
@@ -164,25 +178,9 @@ class Wandb:
     def _switch_off(self, why: str) -> None:
         if not self._off.is_set():
             self._off.set()
-            self._console.warn(f"W&B failed and is off for this run: {why}")
+            self._console.warn(f"W&B failed and is off for this run, which goes on: {why}")
 
 
-def _mode(wanted: str) -> str:
-    """Where W&B writes; ``auto`` asks the environment, of which an empty variable says nothing."""
-    if wanted != "auto":
-        return wanted
-    given = os.environ.get("WANDB_MODE", "")
-    if given:
-        return _OLD_MODES.get(given, given)
-    return "online" if _has_key() else "offline"
-
-
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return bool(server) and server in netrc.read_text(errors="replace")
-    except OSError:
-        return False
+def _asks_for_a_key(tracking: TrackingConfig) -> bool:
+    """Whether a key would have made W&B go online."""
+    return tracking.wandb.mode == "auto" and not os.environ.get("WANDB_MODE")

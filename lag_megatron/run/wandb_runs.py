@@ -18,6 +18,8 @@ from typing import Any
 from lag_megatron.atomic_io import write_file
 from lag_megatron.errors import RunError
 from lag_megatron.run.metrics import Console
+from lag_megatron.run.wandb_environment import WandbPlaces
+from lag_megatron.run.wandb_failure import require_writable
 from lag_megatron.small_files import read_json
 
 IDS = "wandb_ids.json"
@@ -35,9 +37,9 @@ class WandbRuns:
     """The W&B runs of a group; its methods block, and raise whatever W&B raises."""
 
     def __init__(
-        self, project: str, mode: str, folder: Path, config: Mapping[str, Any], console: Console
+        self, places: WandbPlaces, folder: Path, config: Mapping[str, Any], console: Console
     ) -> None:
-        self._project, self._mode, self._folder = project, mode, folder
+        self._places, self._folder = places, folder
         self._config, self._console = config, console
         self._key = ""  # of the open stage run
         self._run: Any = None
@@ -136,16 +138,16 @@ class WandbRuns:
         }
         known = {name: value for name, value in wanted.items() if name in _setting_names()}
         run: Any = wandb.init(
-            project=self._project,
-            group=self._folder.name,
+            project=self._places.project,
+            group=self._places.group,
             job_type=job_type,
-            name=f"{self._folder.name}-{key.replace('/', '-')}",
+            name=f"{self._places.name}-{key.replace('/', '-')}",
             id=self._identity(key),
             resume="allow",
             reinit="create_new",
-            dir=str(self._folder),
+            dir=str(self._places.folder),
             config={**self._config, **about},
-            mode=self._mode,  # type: ignore[arg-type]
+            mode=self._places.mode,  # type: ignore[arg-type]
             settings=wandb.Settings(**known),
         )
         run.define_metric("tokens")
@@ -154,6 +156,7 @@ class WandbRuns:
         return run
 
     def _close(self, run: Any, *, exit_code: int) -> None:
+        require_writable(self._places.files)  # W&B's process says nothing of a full disk
         try:
             run.finish(exit_code=exit_code)
         except TimeoutError:

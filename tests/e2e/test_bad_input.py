@@ -88,6 +88,18 @@ def test_a_dry_run_counts_the_ranks_of_a_hostfile(tiny, tmp_path):
     assert "4 ranks" in output
 
 
+def test_a_hostfile_without_a_dry_run_is_refused(tiny, tmp_path):
+    hosts = tmp_path / "hostfile"
+    hosts.write_text("a slots=2\n")
+    code, _, error = call(
+        "launch/train.py", "--config", tiny, "--run-dir", tmp_path / "run", "--hostfile", hosts
+    )
+    assert code == 2
+    assert f"--hostfile {hosts}: it counts the ranks of a --dry-run" in error
+    assert f"deepspeed --hostfile {hosts} --module lag_megatron.cli.train" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_options_are_frozen():
     code, output, _ = call("launch/train.py", "--help")
     options = {word for word in output.replace(",", " ").split() if word.startswith("--")}

@@ -18,7 +18,7 @@ EXCEPTIONS = {
     "evaluation.harness": "task files of this package, with YAML tags of the harness",
     "kernels.common.build": "sources of this package, and the kernel's /proc/cpuinfo",
     "run.signals": "the kernel's /proc/<pid>/stat",
-    "run.wandb_logger": "netrc, where any damage means no key",
+    "run.wandb_environment": "netrc, where any damage means no key",
     "search.rpc": "messages between processes of one run, not files",
     "study.launch": "the end of a log, shown as it is",
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lag_megatron.checkpoint.families.describe_layers import describe_layers
+from lag_megatron.checkpoint.hf.grown_config import DEPTH_KEYS
 from lag_megatron.checkpoint.hf.weight_files import (
     INDEX,
     PICKLED,
@@ -33,7 +34,6 @@ _BITS = {"F4": 4, "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, 
 _BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
 _BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6}
 _PRECISION = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def describe_transformers(path: Path, names: ParamNames | None = None) -> dict[s
     problems += [*problem, *_pickle_problems(path, pickled)]
     stacks = describe_layers({name: entry.shape for name, entry in tensors.items()}, names)
     layers = stacks["layers"]
-    said = next((config[k] for k in _LAYER_KEYS if isinstance(config.get(k), int)), None)
+    said = next((config[k] for k in DEPTH_KEYS if isinstance(config.get(k), int)), None)
     if layers and said is not None and layers < said:
         problems.append(f"{CONFIG}: says {said} layers, but the weights are of {layers}")
     precisions = {_PRECISION.get(entry.dtype, entry.dtype) for entry in tensors.values()}

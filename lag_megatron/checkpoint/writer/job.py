@@ -59,6 +59,8 @@ class WriteJob:
         check: called in a thread beside the writing; nothing is committed when it raises.
         finish: called with the staging directory and the manifest entries of all parts; writes
             files that depend on them and returns their entries.
+        beside: called with the target's folder after the commit and before the pointer is written;
+            writes what loaders look for there, and is called again after a kill.
         pointer: the file beside the target that will name it; None for none.
         pointer_text: what the pointer holds; the target's name by default.
     """
@@ -71,6 +73,7 @@ class WriteJob:
     title: str
     check: Callable[[], None]
     finish: Callable[[Path, Mapping[str, Any]], Mapping[str, Any]] = lambda folder, files: {}
+    beside: Callable[[Path], None] = lambda folder: None
     pointer: str | None = manifest.LATEST
     pointer_text: str | None = None
 
@@ -90,7 +93,8 @@ class WriteJob:
         return all(found.get(key) == value for key, value in metadata.items())
 
     def point(self) -> None:
-        """Write the pointer that names the target."""
+        """Write what lies beside the target, and then the pointer that names it."""
+        self.beside(self.target.parent)
         if self.pointer is not None:
             manifest.point_latest(self.target, self.pointer, self.pointer_text)
 
@@ -168,8 +172,9 @@ def _point(job: WriteJob, lock: bool) -> None:
             job.point()
     except OSError as error:
         reason, advice = write_failure(error)
+        name = Path(error.filename or pointer).name.removesuffix(".part")
         raise CheckpointError(
-            f"{job.target}: is written, but {job.pointer} beside it is not: {reason} {advice}"
+            f"{job.target}: is written, but {name} beside it is not: {reason} {advice}"
         ) from None
 
 

@@ -193,12 +193,13 @@ class WandbConfig:
     """Weights & Biases.
 
     Attributes:
-        project: name of the project.
-        mode: ``auto`` is online where an API key is found and offline elsewhere.
+        project: name of the project; null takes ``WANDB_PROJECT``, else ``lag-megatron``.
+        mode: ``auto`` takes ``WANDB_DISABLED`` and ``WANDB_MODE``; without them it is online where
+            an API key is found and offline elsewhere.
     """
 
     __pydantic_config__ = FORBID
-    project: str = "lag-megatron"
+    project: str | None = None
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
 
 

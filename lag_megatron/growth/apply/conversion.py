@@ -1,7 +1,7 @@
 """Conversion of a checkpoint to another format, with or without growth."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from lag_megatron.checkpoint.universal.writer import universal_job
 from lag_megatron.checkpoint.writer.job import WriteJob
 from lag_megatron.growth.apply.grow_zero import zero_job
 from lag_megatron.growth.apply.grown_state import GrownState, resharded
+from lag_megatron.growth.apply.trainer_folder import TrainerFiles, trainer_files
 from lag_megatron.growth.plan import GrowthPlan
 
 Format = Literal["zero", "universal", "megatron", "hf"]
@@ -80,7 +81,8 @@ class Conversion:
         state = self.unsharded
         metadata = self._metadata
         if self.to == "universal":
-            return universal_job(state, target, self.topology, metadata=metadata)
+            job = universal_job(state, target, self.topology, metadata=metadata)
+            return replace(job, beside=self.trainer_files(target).write)
         if self.to == "megatron":
             return megatron_job(
                 state,
@@ -90,6 +92,12 @@ class Conversion:
                 stacked=self.stacked,
             )
         return self.export.job(target, metadata=metadata)
+
+    def trainer_files(self, target: Path) -> TrainerFiles:
+        """The files that go beside the tag directory ``target``, and those that do not."""
+        if self.to not in ("zero", "universal"):
+            return TrainerFiles({}, ())
+        return trainer_files(self.grown(self.topology), target)
 
     def grown(self, topology: Topology) -> GrownState:
         """The grown state under a topology; without a plan, the resharded source."""

@@ -10,6 +10,7 @@ from lag_megatron.checkpoint.writer.context import WriteContext
 from lag_megatron.checkpoint.writer.job import Part, WriteJob, write
 from lag_megatron.checkpoint.zero.reader import ZeroCheckpoint
 from lag_megatron.growth.apply.grown_state import GrownState
+from lag_megatron.growth.apply.trainer_folder import trainer_files
 from lag_megatron.growth.plan import GrowthPlan
 
 
@@ -71,6 +72,7 @@ def zero_job(grown: GrownState, target: Path) -> WriteJob:
         needed=grown.bytes_to_write,
         title="the grown checkpoint",
         check=grown.source.require_sound,
+        beside=trainer_files(grown, target).write,
     )
 
 

@@ -25,6 +25,7 @@ from lag_megatron.checkpoint.writer.job import Part, WriteJob
 from lag_megatron.errors import CheckpointError
 from lag_megatron.growth.apply.conversion import unsharded_state
 from lag_megatron.growth.apply.grown_state import GrownState
+from lag_megatron.growth.apply.trainer_folder import trainer_files
 from lag_megatron.growth.growth_map import Copy
 
 
@@ -52,7 +53,14 @@ def hardlink_universal(grown: GrownState, target: Path) -> WriteJob:
         else part
         for part in job.parts
     ]
-    return replace(job, parts=parts, needed=_new_bytes(grown), title="what is not linked")
+    ranks = topology.data_size * topology.tensor_size
+    return replace(
+        job,
+        parts=parts,
+        needed=_new_bytes(grown),
+        title="what is not linked",
+        beside=trainer_files(grown, target, ranks=ranks).write,
+    )
 
 
 def _hardlink_parameter(

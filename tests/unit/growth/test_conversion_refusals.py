@@ -97,9 +97,11 @@ def test_a_disk_that_is_too_small_is_told_first(form, checkpoint, tmp_path, monk
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
 
 
-def test_a_shard_size_that_is_none(checkpoint, tmp_path, capsys):
-    error = refused(capsys, 2, checkpoint, tmp_path / "o", "--to", "hf", "--max-shard-size", "abc")
-    assert "--max-shard-size abc" in error
+@pytest.mark.parametrize("size", ["abc", "", "0", "0.0GB", "-5GB", "5XB", "nan", "1e3", "9" * 19])
+def test_a_shard_size_that_is_none(size, checkpoint, tmp_path, capsys):
+    error = refused(capsys, 2, checkpoint, tmp_path / "o", "--to", "hf", f"--max-shard-size={size}")
+    assert f"--max-shard-size {size}: expected a size above 0 like 5GB" in error
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ ERRORS = {
 def test_a_failure_is_told_once_and_stops_nothing(where, tmp_path, monkeypatch, capsys):
     fail = failing(ERRORS[where])
     run = FakeRun(**({where: fail} if where in ("log", "finish") else {}))
-    monkeypatch.setattr(wandb, "setup", fail if where == "setup" else lambda: None)
+    monkeypatch.setattr(wandb, "setup", fail if where == "setup" else lambda *_: None)
     monkeypatch.setattr(wandb, "init", fail if where == "init" else lambda **_: run)
     broken = start_logger(tmp_path)
     broken.log(train_row(1, stage=0))
@@ -246,23 +246,24 @@ def test_a_failure_is_told_once_and_stops_nothing(where, tmp_path, monkeypatch, 
     broken.probe(1, "a", [{"step": 0}])
     broken.finish(exit_code=0)
     (line,) = wandb_warnings(capsys)
-    assert line.startswith("W&B failed and is off for this run: ")
+    assert line.startswith("W&B failed and is off for this run, which goes on: ")
     assert type(ERRORS[where]).__name__ in line
     assert str(ERRORS[where]) in line
 
 
 def test_a_lost_run_directory_is_told_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(wandb, "setup", lambda: None)
+    monkeypatch.setattr(wandb, "setup", lambda *_: None)
     lost = start_logger(tmp_path / "gone")
     lost.log(train_row(1, stage=0))
     lost.finish(exit_code=0)
     (line,) = wandb_warnings(capsys)
     assert "No such file or directory" in line
+    assert str(tmp_path / "gone") in line
 
 
 def test_a_slow_upload_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     slow = FakeRun(finish=failing(TimeoutError()), name="x", dir=str(tmp_path / "wandb/r/files"))
-    monkeypatch.setattr(wandb, "setup", lambda: None)
+    monkeypatch.setattr(wandb, "setup", lambda *_: None)
     monkeypatch.setattr(wandb, "init", lambda **_: slow)
     run = start_logger(tmp_path)
     run.log(train_row(1, stage=0))
@@ -275,7 +276,7 @@ def test_a_slow_upload_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 def stuck(monkeypatch):
     """A W&B whose start does not return."""
     release = threading.Event()
-    monkeypatch.setattr(wandb, "setup", lambda: None)
+    monkeypatch.setattr(wandb, "setup", lambda *_: None)
     monkeypatch.setattr(wandb, "init", lambda **_: release.wait(30) and FakeRun())
     yield release
     release.set()
@@ -318,12 +319,22 @@ def test_disabled_starts_nothing(by, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_an_unknown_mode_is_one_line_with_the_variable(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    run = start_logger(tmp_path)
+    run.log(train_row(1, stage=0))
+    run.finish(exit_code=0)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "variable WANDB_MODE is 'ofline', expected one of online, offline" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_a_key_it_is_offline_and_says_how_to_sync(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "my run"
     start_logger(folder)
     said = capsys.readouterr().out
     assert said.startswith("W&B is offline (no API key). ")
-    assert said.endswith(f"wandb sync '{folder}'/wandb/offline-*\n")
+    assert said.endswith(f"wandb sync '{folder}/wandb'/offline-*\n")
     start_logger(folder, "offline")
     assert capsys.readouterr().out.startswith("W&B is offline. ")
 

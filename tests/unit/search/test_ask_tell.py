@@ -390,6 +390,16 @@ def test_a_directory_belongs_to_one_search(base, tmp_path):
         begin(tmp_path / "run", base)
 
 
+def test_a_search_whose_settings_are_lost_is_not_taken_over(base, tmp_path):
+    begin(tmp_path / "search", base).close()
+    (tmp_path / "search" / "search.json").unlink()
+    before = (tmp_path / "search" / "journal.jsonl").read_bytes()
+    with pytest.raises(RunError, match=r"search\.json: missing, but journal\.jsonl says that a"):
+        begin(tmp_path / "search", base)
+    assert not (tmp_path / "search" / "search.json").exists()
+    assert (tmp_path / "search" / "journal.jsonl").read_bytes() == before
+
+
 def test_wrong_settings_are_named(base, tmp_path):
     with pytest.raises(ConfigError, match="the last rung 5 must be the lag 20"):
         begin(tmp_path / "search", base, rule=Halving(lag=20, rungs=(2, 5)))
