@@ -27,7 +27,7 @@ UNCOVERED = {
     *("data.datasets.prepared_dataset", "data.prepare.readers", "data.prepare.sources"),
     *("data.prepare.staging_dir", "data.prepare.tokenize", "engine.ema", "evaluation.candidates"),
     *("planning.vocab_size", "search.ask_tell.search_directory"),
-    *("evaluation.harness", "run.wandb_runs"),
+    *("evaluation.harness", "growth.apply.trainer_folder", "run.wandb_runs"),
 }
 
 
