@@ -109,6 +109,8 @@ def _run(options: argparse.Namespace) -> None:
             "or --candidates."
         )
     data = _files(options)
+    if options.output:
+        _require_results(options.output)
     for task, path in data.items():
         read_documents(task, path)
     settings = {
@@ -116,8 +118,6 @@ def _run(options: argparse.Namespace) -> None:
         "batch_size": options.batch_size,
         "device": _device(options),
     }
-    if options.output:
-        _require_results(options.output)
     with ExitStack() as locks:
         for target in _targets(options):
             locks.enter_context(sole_writer(target, lock=options.lock))

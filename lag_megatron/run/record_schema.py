@@ -106,7 +106,6 @@ class JournalLine(TypedDict, total=False):
 MEMBERS_OF_EVENTS = {
     "stage_cut": ("stage", "steps"),
     "stage_finished": ("stage", "step"),
-    "run_finished": ("step",),
     "decision": ("growth", "chosen", "state"),
     "checkpoint": ("path",),
     "rung_decided": ("growth", "rung", "goes_on", "stopped"),

@@ -79,6 +79,7 @@ def _save_megatron(folder, metadata, arguments):
     gpt = build_model(config.model, config.parallel, num_layers=2, vocab_size=PICO_VOCABULARY)
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=0.25)
     for parameter in gpt.parameters():
+        torch.nn.init.normal_(parameter)  # memory that is not set may hold NaN
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     model, state = gpt.sharded_state_dict(metadata=metadata), optimizer.state_dict()

@@ -98,7 +98,7 @@ def _status(files: RunFiles) -> Json:
     started = [line for line in files.journal if line.get("event") == "run_started"]
     return {
         "state": "finished" if finished else "unfinished",
-        "step": finished["step"] if finished else max(steps, default=0),
+        "step": (finished or {}).get("step", max(steps, default=0)),
         "val_loss": finite(finished.get("val_loss")) if finished else None,
         "last_event": last.get("event"),
         "last_time": _time(last.get("time")),
